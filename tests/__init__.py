@@ -1,0 +1,1 @@
+"""Tests of captum_scoremap; ``python -m tests`` runs the whole check."""
