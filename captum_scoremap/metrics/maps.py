@@ -1,0 +1,75 @@
+"""What all metrics share: an attribution as one input-sized map, and the model's value for a label."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attribution: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""``attribute(inputs, target)``: inputs ``(N, C, H, W)`` and labels ``(N,)`` to ``(N, C or 1, h, w)``."""
+
+
+def input_sized(attributions: Tensor, height: int, width: int) -> Tensor:
+    """Return attributions of any layer as one map of the size of the image.
+
+    Args:
+        attributions: ``(N, C, h, w)``; channels are summed.
+        height: rows of the image.
+        width: columns of the image.
+
+    Returns:
+        Maps ``(N, H, W)``, bilinearly enlarged (or reduced) where the sizes differ.
+
+    Raises:
+        ValueError: if the attributions have not four dimensions.
+
+    Example:
+        >>> input_sized(torch.ones(1, 3, 2, 2), 4, 4).shape
+        torch.Size([1, 4, 4])
+    """
+    if attributions.dim() != 4:
+        raise ValueError(
+            f"attributions must have the shape (N, C, h, w), got {tuple(attributions.shape)}. "
+            "Reshape them in the callable that is passed as attribute."
+        )
+    maps = attributions.detach().sum(dim=1, keepdim=True)
+    if maps.shape[-2:] != (height, width):
+        maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
+    return maps[:, 0]
+
+
+def attribution_maps(attribute: Attribution, inputs: Tensor, target: Tensor) -> Tensor:
+    """Return ``attribute(inputs, target)`` as input-sized maps ``(N, H, W)``."""
+    return input_sized(attribute(inputs, target), inputs.shape[-2], inputs.shape[-1])
+
+
+def check_images(inputs: Tensor, target: Tensor) -> None:
+    """Check that there is a batch of images with one label for each.
+
+    Raises:
+        ValueError: if inputs are no ``(N, C, H, W)`` or target is no ``(N,)``.
+    """
+    if inputs.dim() != 4:
+        advice = " Use inputs[None]." if inputs.dim() == 3 else ""
+        raise ValueError(f"inputs must have the shape (N, C, H, W), got {tuple(inputs.shape)}.{advice}")
+    if tuple(target.shape) != (inputs.shape[0],):
+        raise ValueError(
+            f"target must hold one label per image, ({inputs.shape[0]},), got {tuple(target.shape)}. "
+            "Use torch.full((len(inputs),), label) for one label."
+        )
+
+
+def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:
+    """Return the score (logit) of each image's label, ``(N,)``."""
+    with torch.no_grad():
+        scores: Tensor = forward_func(inputs)
+    return scores.gather(1, target[:, None])[:, 0]
+
+
+def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:
+    """Return the probability (softmax of the scores) of each image's label, ``(N,)``."""
+    with torch.no_grad():
+        scores: Tensor = forward_func(inputs)
+    return scores.softmax(dim=1).gather(1, target[:, None])[:, 0]

@@ -1,0 +1,169 @@
+"""Insertion and deletion: does the score follow the pixels that the map ranks first?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from captum_scoremap.metrics.maps import Attribution, attribution_maps, check_images, label_probabilities
+
+
+@dataclass(frozen=True)
+class PerturbationCurve:
+    """The label's probability while pixels are exchanged, most important first.
+
+    Attributes:
+        fractions: ``(T,)``, share of the pixels exchanged so far, from 0 to 1.
+        probabilities: ``(N, T)``.
+    """
+
+    fractions: Tensor
+    probabilities: Tensor
+
+    @property
+    def area(self) -> Tensor:
+        """Area under each image's curve, ``(N,)``, between 0 and 1."""
+        return torch.trapezoid(self.probabilities, self.fractions, dim=1)
+
+
+def insertion(
+    forward_func: Callable[..., Any],
+    attribute: Attribution,
+    inputs: Tensor,
+    target: Tensor,
+    baseline: str | Tensor = "blur",
+    steps: int = 32,
+    batch_size: int = 32,
+) -> PerturbationCurve:
+    """Insert the pixels of the image into a baseline, most important first; a large area is good.
+
+    Petsiuk et al. 2018, *RISE: Randomized Input Sampling for Explanation of Black-box Models*, Section 4.2.
+
+    Args:
+        forward_func: the model; returns scores ``(N, K)``.
+        attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
+        inputs: images ``(N, C, H, W)``.
+        target: labels ``(N,)``.
+        baseline: ``"blur"`` (Gaussian of 11 pixels, sigma 5, as in RISE), ``"mean"`` (the mean color of each
+            image), ``"zero"``, or a tensor that broadcasts to the inputs.
+        steps: number of equal shares in which the pixels are exchanged.
+        batch_size: images that the model sees at once.
+
+    Returns:
+        The curve of each image.
+
+    Raises:
+        ValueError: if inputs, target, baseline or steps are none of the above.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> image, label = torch.rand(1, 2, 8, 8), torch.tensor([1])
+        >>> channel = lambda inputs, target: inputs[:, 1:]
+        >>> curve = insertion(model, channel, image, label, baseline="zero", steps=4)
+        >>> curve.fractions
+        tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
+        >>> curve.area.shape
+        torch.Size([1])
+    """
+    return _curve(forward_func, attribute, inputs, target, baseline, steps, batch_size, insert=True)
+
+
+def deletion(
+    forward_func: Callable[..., Any],
+    attribute: Attribution,
+    inputs: Tensor,
+    target: Tensor,
+    baseline: str | Tensor = "zero",
+    steps: int = 32,
+    batch_size: int = 32,
+) -> PerturbationCurve:
+    """Replace the pixels of the image by a baseline, most important first; a small area is good.
+
+    Petsiuk et al. 2018, Section 4.2. Zero is the mean color of the training set where inputs are normalized
+    by it.
+
+    Args:
+        forward_func: the model; returns scores ``(N, K)``.
+        attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
+        inputs: images ``(N, C, H, W)``.
+        target: labels ``(N,)``.
+        baseline: as in :func:`insertion`.
+        steps: number of equal shares in which the pixels are exchanged.
+        batch_size: images that the model sees at once.
+
+    Returns:
+        The curve of each image.
+
+    Raises:
+        ValueError: if inputs, target, baseline or steps are none of the above.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> image, label = torch.rand(1, 2, 8, 8), torch.tensor([1])
+        >>> good = deletion(model, lambda inputs, target: inputs[:, 1:], image, label).area
+        >>> bad = deletion(model, lambda inputs, target: -inputs[:, 1:], image, label).area
+        >>> bool(good < bad)
+        True
+    """
+    return _curve(forward_func, attribute, inputs, target, baseline, steps, batch_size, insert=False)
+
+
+def _curve(
+    forward_func: Callable[..., Any],
+    attribute: Attribution,
+    inputs: Tensor,
+    target: Tensor,
+    baseline: str | Tensor,
+    steps: int,
+    batch_size: int,
+    *,
+    insert: bool,
+) -> PerturbationCurve:
+    check_images(inputs, target)
+    pixels = inputs.shape[-2] * inputs.shape[-1]
+    if not 1 <= steps <= pixels:
+        raise ValueError(f"steps must be between 1 and the number of pixels, {pixels}, got {steps}.")
+    order = (
+        attribution_maps(attribute, inputs, target)
+        .flatten(start_dim=1)
+        .argsort(dim=1, descending=True, stable=True)
+    )
+    rank = order.argsort(dim=1).view(-1, 1, *inputs.shape[-2:])
+    exchanged = torch.linspace(0, pixels, steps + 1).round().long()
+    background = _background(inputs, baseline)
+    before, after = (background, inputs) if insert else (inputs, background)
+    probabilities = []
+    for image_before, image_after, image_rank, label in zip(before, after, rank, target, strict=True):
+        images = (torch.where(image_rank < count, image_after, image_before) for count in exchanged.tolist())
+        probabilities.append(_in_batches(forward_func, images, label, batch_size))
+    return PerturbationCurve((exchanged / pixels).to(inputs), torch.stack(probabilities))
+
+
+def _in_batches(forward_func: Callable[..., Any], images: Any, label: Tensor, batch_size: int) -> Tensor:
+    probabilities, batch = [], []
+    for image in images:
+        batch.append(image)
+        if len(batch) == batch_size:
+            probabilities.append(
+                label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch)))
+            )
+            batch = []
+    if batch:
+        probabilities.append(label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch))))
+    return torch.cat(probabilities)
+
+
+def _background(inputs: Tensor, baseline: str | Tensor) -> Tensor:
+    if isinstance(baseline, Tensor):
+        return baseline.expand_as(inputs)
+    if baseline == "blur":
+        blurred: Tensor = gaussian_blur(inputs, [11, 11], [5.0, 5.0])
+        return blurred
+    if baseline == "mean":
+        return inputs.mean(dim=(-2, -1), keepdim=True).expand_as(inputs)
+    if baseline == "zero":
+        return torch.zeros_like(inputs)
+    raise ValueError(f'baseline must be "blur", "mean", "zero" or a tensor, got {baseline!r}.')

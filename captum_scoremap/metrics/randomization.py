@@ -1,0 +1,81 @@
+"""Does the attribution depend on what the network has learned?"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from captum_scoremap.metrics.maps import check_images, input_sized
+
+
+def parameter_randomization(
+    model: nn.Module,
+    attribute: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    target: Tensor,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Return how alike the maps stay while the layers are initialized anew, one after another from the top.
+
+    The cascading test of Adebayo et al. 2018, *Sanity Checks for Saliency Maps*: a method whose maps do not
+    change does not show what the network has learned. Layers are the modules that have ``reset_parameters``,
+    in reverse order of registration.
+
+    Args:
+        model: the trained network; left as it is (a copy is randomized).
+        attribute: ``attribute(model, inputs, target) -> (N, C or 1, h, w)``: the method, built on the model
+            it is given.
+        inputs: images ``(N, C, H, W)``.
+        target: labels ``(N,)``.
+        seed: of the new parameters; torch's own generator is left as it is.
+
+    Returns:
+        For each layer, by name, from the top to the bottom: Spearman's rank correlation ``(N,)`` of each map
+        with the one of the trained network, after this layer and all above were randomized; 0 where a map is
+        constant.
+
+    Raises:
+        ValueError: if inputs or target have the wrong shape.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(32, 3))
+        >>> edges = lambda model, inputs, target: inputs.diff(dim=-1)  # looks at no parameter
+        >>> correlations = parameter_randomization(model, edges, torch.rand(1, 1, 4, 4), torch.tensor([0]))
+        >>> {name: float(value.round(decimals=4)) for name, value in correlations.items()}
+        {'2': 1.0, '0': 1.0}
+    """
+    check_images(inputs, target)
+    randomized = copy.deepcopy(model)
+    trained = attribute(randomized, inputs, target).detach()
+    layers = [
+        (name, module) for name, module in randomized.named_modules() if hasattr(module, "reset_parameters")
+    ]
+    correlations = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, layer in reversed(layers):
+            layer.reset_parameters()
+            correlations[name] = rank_correlation(trained, attribute(randomized, inputs, target))
+    return correlations
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Return Spearman's rank correlation of each pair of maps.
+
+    Args:
+        one: ``(N, C, h, w)``; channels are summed.
+        other: of the same shape.
+
+    Returns:
+        ``(N,)`` between -1 and 1; 0 where a map is constant.
+    """
+    height, width = one.shape[-2:]
+    pairs = zip(input_sized(one, height, width), input_sized(other, height, width), strict=True)
+    return torch.tensor([
+        0.0
+        if len(a.unique()) == 1 or len(b.unique()) == 1
+        else float(spearmanr(a.flatten(), b.flatten()).statistic)
+        for a, b in ((a.cpu().double(), b.cpu().double()) for a, b in pairs)
+    ])
