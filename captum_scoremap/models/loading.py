@@ -1,0 +1,324 @@
+"""Load a classifier whole: network, weights, preprocessing and the names of its labels."""
+
+import importlib
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+from torchvision.transforms import InterpolationMode
+
+from captum_scoremap.checks import nearest
+from captum_scoremap.models import efficientnet_lite
+from captum_scoremap.models.extras import import_extra
+from captum_scoremap.models.preprocessing import Preprocessing
+
+DEFAULT_MODEL = efficientnet_lite.NAMES[0]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier and what is needed to use it on an image.
+
+    Attributes:
+        name: How it was asked for, for titles and messages.
+        module: The network, in eval mode.
+        preprocessing: PIL image in, tensor (C, H, W) out.
+        labels: Names of the labels, in the order of the scores; empty where nobody knows them.
+    """
+
+    name: str
+    module: nn.Module
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    labels: tuple[str, ...] = ()
+
+    def label_name(self, index: int) -> str:
+        """Name of a label, or ``"label 7"`` where names are not known."""
+        return self.labels[index] if index < len(self.labels) else f"label {index}"
+
+    def label_index(self, label: str) -> int:
+        """Place of a label among the scores.
+
+        Args:
+            label: Its name, in any case, or its index in digits.
+
+        Returns:
+            The index.
+
+        Raises:
+            ValueError: No label, or more than one, has this name.
+
+        Example:
+            >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_index("Dog")
+            1
+        """
+        if label.isdecimal():
+            index = int(label)
+            if self.labels and index >= len(self.labels):
+                raise ValueError(f"label must be less than {len(self.labels)}, got {index}.")
+            return index
+        if not self.labels:
+            raise ValueError(
+                f"label must be an index, as the label names of {self.name} are not known; got {label!r}."
+            )
+        folded = [name.casefold() for name in self.labels]
+        matches = [index for index, name in enumerate(folded) if name == label.casefold()]
+        if len(matches) > 1:
+            raise ValueError(f"label must be unique, got {label!r}, the name of {matches}. Use the index.")
+        if not matches:
+            raise ValueError(f"label must be one of {self.name}, got {label!r}.{nearest(label, self.labels)}")
+        return matches[0]
+
+
+def load_model(
+    name: str = DEFAULT_MODEL,
+    weights: str = "default",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """Load a model of a zoo, or one that a function of yours returns.
+
+    Args:
+        name: ``efficientnet_lite0`` or ``efficientnet_lite1`` (ImageNet weights from installed packages,
+            no download), ``torchvision:NAME``, ``timm:NAME``, or ``module.path:callable``, called without
+            arguments, which returns a module or a whole `LoadedModel`.
+        weights: ``default`` (the zoo's own; of a callable, what it returns), ``none`` (random, seed 0), the
+            name of a torchvision weights enum or of a timm tag, or the path of a state dict (loaded with
+            ``weights_only=True``).
+        device: Where to put it.
+        dtype: Floating-point type of parameters and buffers.
+
+    Returns:
+        The model in eval mode, with its preprocessing and labels.
+
+    Raises:
+        ValueError: Model or weights of this name do not exist, or do not fit each other.
+        TypeError: The callable returns something else than a module.
+        ModuleNotFoundError: An optional package is missing; the message names the extra.
+
+    Example:
+        >>> from PIL import Image
+        >>> model = load_model("torchvision:squeezenet1_1", weights="none")
+        >>> model.module(model.preprocessing(Image.new("RGB", (640, 480)))[None]).shape
+        torch.Size([1, 1000])
+    """
+    source, _, rest = name.partition(":")
+    path = _weights_file(weights)
+    wanted = "none" if path else weights
+    if name in efficientnet_lite.NAMES:
+        model = _load_efficientnet_lite(name, wanted)
+    elif source == "torchvision" and rest:
+        model = _load_torchvision(rest, wanted)
+    elif source == "timm" and rest:
+        model = _load_timm(rest, wanted)
+    elif rest:
+        model = _load_callable(source, rest, "default" if path else weights)
+    else:
+        raise ValueError(
+            f"model must be {' or '.join(efficientnet_lite.NAMES)}, torchvision:NAME, timm:NAME or "
+            f"module.path:callable, got {name!r}.{_nearest_model(name)}"
+        )
+    if path:
+        _load_file(model, path)
+    return replace(model, name=name, module=model.module.eval().to(device=device, dtype=dtype))
+
+
+def _nearest_model(name: str) -> str:
+    """Suggestions for a name without a source; a bare name of torchvision is the commonest slip."""
+    if name in list_models():
+        return f" Did you mean 'torchvision:{name}'?"
+    return nearest(name, efficientnet_lite.NAMES)
+
+
+def _weights_file(weights: str) -> Path | None:
+    """The path, where ``weights`` is one rather than a name."""
+    path = Path(weights)
+    if path.is_file():
+        return path
+    if path.suffix in {".pt", ".pth", ".bin", ".ckpt"} or len(path.parts) > 1:
+        raise ValueError(f"weights must be a name or a state-dict file, got {weights!r}: no such file.")
+    return None
+
+
+def _load_efficientnet_lite(name: str, weights: str) -> LoadedModel:
+    if weights not in {"default", "none"}:
+        raise ValueError(f"weights of {name} must be default, none or a state-dict file, got {weights!r}.")
+    with _seeded():
+        module = efficientnet_lite.build(name)
+    if weights == "default":
+        module.load_state_dict(efficientnet_lite.packaged_weights(name))
+    return LoadedModel(name, module, efficientnet_lite.preprocessing(name), imagenet_labels())
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """Names of the 1000 ImageNet labels, which torchvision's weights carry.
+
+    Returns:
+        The names, in the usual order.
+
+    Example:
+        >>> imagenet_labels()[285]
+        'Egyptian cat'
+    """
+    return tuple(torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"])
+
+
+def _load_torchvision(name: str, weights: str) -> LoadedModel:
+    known = list_models()
+    if name not in known:
+        raise ValueError(f"torchvision model must exist, got {name!r}.{nearest(name, known)}")
+    enum = get_model_weights(name)
+    entry = _torchvision_weights(name, enum, weights)
+    # Preprocessing and labels are those of the default weights where the weights themselves bring none.
+    described = entry or enum["DEFAULT"]
+    with _seeded(), warnings.catch_warnings():
+        # googlenet and inception_v3 announce a change of their random initialization.
+        warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
+        with _readable_download(name):
+            module = get_model(name, weights=entry)
+    preprocessing = _from_preset(name, described.transforms())
+    return LoadedModel(name, module, preprocessing, tuple(described.meta["categories"]))
+
+
+def _torchvision_weights(name: str, enum: type[WeightsEnum], weights: str) -> WeightsEnum | None:
+    """The entry of the enum that ``weights`` names; None for random weights."""
+    if weights == "none":
+        return None
+    wanted = weights.rpartition(".")[2]
+    wanted = "DEFAULT" if wanted == "default" else wanted
+    if wanted not in enum.__members__:
+        known = ["default", "none", *enum.__members__]
+        raise ValueError(f"weights of {name} must be one of {', '.join(known)} or a file, got {weights!r}.")
+    return enum[wanted]
+
+
+def _from_preset(name: str, preset: Any) -> Preprocessing:
+    """Preprocessing as in torchvision's preset, where that is one for single images."""
+    if not hasattr(preset, "resize_size") or len(preset.resize_size) != 1:
+        raise ValueError(f"model must take one image, got {name}, which takes {type(preset).__name__} input.")
+    crop = getattr(preset, "crop_size", [None])[0]
+    return Preprocessing(
+        preset.resize_size[0], crop, tuple(preset.mean), tuple(preset.std), preset.interpolation
+    )
+
+
+def _load_timm(name: str, weights: str) -> LoadedModel:
+    timm = import_extra("timm", "demo")
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"timm model must exist, got {architecture!r}.{nearest(architecture, timm.list_models())}"
+        )
+    if weights not in {"default", "none"}:
+        name = f"{architecture}.{weights}"
+        if name not in timm.list_models(f"{architecture}.*", pretrained=True):
+            tags = [
+                known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)
+            ]
+            known = ", ".join(["default", "none", *tags])
+            raise ValueError(f"weights of {architecture} must be one of {known} or a file, got {weights!r}.")
+    with _seeded(), _readable_download(name):
+        module = timm.create_model(name, pretrained=weights != "none")
+    config = timm.data.resolve_model_data_config(module)
+    side = config["input_size"][-1]
+    preprocessing = Preprocessing(
+        resize=int(side / config["crop_pct"]),
+        crop=side,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=InterpolationMode(config["interpolation"]),
+    )
+    labels = imagenet_labels() if getattr(module, "num_classes", None) == 1000 else ()
+    return LoadedModel(name, module, preprocessing, labels)
+
+
+def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedModel:
+    """What a function of the user returns: a module, or a whole `LoadedModel`."""
+    name = f"{module_path}:{attribute}"
+    if weights != "default":
+        raise ValueError(f"weights of {name} must be default or a state-dict file, got {weights!r}.")
+    try:
+        module = importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_path.startswith(error.name):
+            raise
+        raise ValueError(
+            f"model must be importable, got {name!r}: there is no module {error.name!r}."
+        ) from None
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        raise ValueError(f"model must name a callable, got {name!r}.{nearest(attribute, vars(module))}")
+    with _seeded():
+        built = build()
+    if isinstance(built, LoadedModel):
+        return built
+    if not isinstance(built, nn.Module):
+        raise TypeError(f"{name} must return a torch.nn.Module or a LoadedModel, got {type(built).__name__}.")
+    return LoadedModel(name, built)
+
+
+def _load_file(model: LoadedModel, path: Path) -> None:
+    """Put the state dict of a file into the model."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"weights must be a state dict saved by torch.save, got {str(path)!r}: {reason}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(
+            f"weights must be a state dict (name -> tensor), got {str(path)!r}, a {type(loaded).__name__}."
+        )
+    nn.modules.utils.consume_prefix_in_state_dict_if_present(loaded, "module.")
+    _check_fit(model.module.state_dict(), loaded, model.name, path)
+    model.module.load_state_dict(loaded)
+
+
+def _check_fit(own: dict[str, Tensor], loaded: dict[str, Tensor], name: str, path: Path) -> None:
+    """Raise, with the first name of each kind, unless the file has just the tensors of the model."""
+    wrong_shape = [key for key in own if key in loaded and own[key].shape != loaded[key].shape]
+    faults = (
+        ("missing", [key for key in own if key not in loaded]),
+        ("unknown", [key for key in loaded if key not in own]),
+        ("of another shape", wrong_shape),
+    )
+    found = [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in faults if keys]
+    if found:
+        raise ValueError(
+            f"weights must fit {name}, got {str(path)!r}: {', '.join(found)} of {len(own)} tensors."
+        )
+
+
+def _first(keys: Sequence[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]}, ..."
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random weights that are the same in every run, without touching the user's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def _readable_download(name: str) -> Iterator[None]:
+    """Say what to do where the weights of a zoo cannot be fetched."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"weights of {name} must be on the network or in the cache, got {reason}. Use none or a file."
+        ) from error
