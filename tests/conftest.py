@@ -1,0 +1,62 @@
+"""Options, seeds and a watch that no test leaves anything behind in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.state import GlobalState
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("captum_scoremap")
+    group.addoption(
+        "--networks",
+        type=int,
+        default=200,
+        metavar="N",
+        help="random networks that each Hypothesis test of the identity S = A·Y + B draws (default 200)",
+    )
+    group.addoption(
+        "--images",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder of photographs with a labels.csv; tests that need one are skipped without it",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweeps over whole model zoos out, unless ``-m`` asks for something."""
+    if config.option.markexpr:
+        return
+    sweeps = [item for item in items if item.get_closest_marker("sweep")]
+    if sweeps:
+        config.hook.pytest_deselected(items=sweeps)
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_before() -> Iterator[None]:
+    """Global hooks, function modes, the gradient mode and the default dtype end as they began."""
+    before = GlobalState.now()
+    yield
+    assert GlobalState.now() == before
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """The one source of chance in a test, always the same."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def images(request: pytest.FixtureRequest) -> Path:
+    """The folder given as ``--images``; the test is skipped where there is none."""
+    folder: Path | None = request.config.getoption("images")
+    if folder is None:
+        pytest.skip("needs photographs: pytest --images DIR")
+    return folder
