@@ -2,6 +2,7 @@
 
 from captum_scoremap.models.images import SAMPLES, read_image
 from captum_scoremap.models.loading import DEFAULT_MODEL, LoadedModel, load_model
+from captum_scoremap.models.prepare import prepare
 from captum_scoremap.models.preprocessing import Preprocessing
 
-__all__ = ["DEFAULT_MODEL", "SAMPLES", "LoadedModel", "Preprocessing", "load_model", "read_image"]
+__all__ = ["DEFAULT_MODEL", "SAMPLES", "LoadedModel", "Preprocessing", "load_model", "prepare", "read_image"]

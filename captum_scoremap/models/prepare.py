@@ -1,0 +1,240 @@
+"""A copy of a model, made for explaining: same layers, same scores, less work.
+
+In eval mode a batch norm is affine, so it can be folded into the convolution before it. That is right where
+each of the two runs once and nothing else reads what the convolution gives: torch.fx shows it for the models
+that it can trace, a recorded run for the others. Whether the fused weights do what both modules did is then
+tried, pair by pair.
+"""
+
+import copy
+import inspect
+import warnings
+from collections import Counter, OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+from torchvision.ops import FrozenBatchNorm2d
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_NORMS = (_BatchNorm, FrozenBatchNorm2d)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+Pairs = list[tuple[str, str]]
+
+
+def prepare(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
+    """Copy a model for explaining: norms folded, ``channels_last``, parameters frozen, eval mode.
+
+    Every layer keeps its name. A folded norm becomes an ``nn.Identity`` (or what timm's norms carry besides,
+    their activation), and the convolution before it gives what the norm gave; other outputs are as before.
+
+    Args:
+        model: The model; it is not touched.
+        inputs: An example batch (N, C, H, W), or a tuple of arguments. Only needed for a model that torch.fx
+            cannot trace: its norms are folded as one run on these inputs proves it.
+
+    Returns:
+        The prepared copy.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Warns:
+        UserWarning: torch.fx cannot trace the model, and norms were left as they are; says which.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> prepare(model)[1]
+        Identity()
+        >>> torch.allclose(prepare(model)(x), model(x), atol=1e-6)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    prepared = copy.deepcopy(model).eval().requires_grad_(False)
+    if any(isinstance(module, _NORMS) for module in prepared.modules()):
+        _fold_norms(prepared, inputs)
+    for module in prepared.modules():
+        if isinstance(module, _CONVOLUTIONS) and module.weight.dim() in _CHANNELS_LAST:
+            module.to(memory_format=_CHANNELS_LAST[module.weight.dim()])
+    return prepared
+
+
+def _fold_norms(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None) -> None:
+    """Fold what can be folded, in place; warn of the norms for which no proof could be had."""
+    try:
+        pairs = _traced_pairs(model)
+        reason = None
+    except Exception as error:  # tracing runs the model's own code on proxies: anything can come out of it
+        pairs = [] if inputs is None else _recorded_pairs(model, inputs)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    for convolution, norm in pairs:
+        _fold(model, convolution, norm)
+    left = [name for name, module in model.named_modules() if isinstance(module, _NORMS)]
+    if reason and left:
+        advice = (
+            " Pass inputs=, an example batch, to have norms folded all the same." if inputs is None else ""
+        )
+        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        warnings.warn(
+            f"model must be traceable by torch.fx to fold every norm, got {type(model).__name__} ({reason}). "
+            f"{len(left)} norms stay as they are, which costs time only: {shown}.{advice}",
+            stacklevel=3,
+        )
+
+
+class _Tracer(fx.Tracer):
+    """Goes down to modules that have no modules of their own, which run as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        childless = next(m.children(), None) is None
+        return childless or isinstance(m, _NORMS) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced_pairs(model: nn.Module) -> Pairs:
+    """Convolutions whose only reader is a norm, as the traced graph shows it."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that defaults are taken as constants is the intention
+        graph = _Tracer().trace(model, concrete_args=defaults)
+    modules = [node for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(str(node.target) for node in modules)
+    read_directly = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    pairs = []
+    for node in modules:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        pair = str(source.target), str(node.target)
+        if all(calls[name] == 1 and name not in read_directly for name in pair):
+            pairs.append(pair)
+    return [pair for pair in pairs if _are_fusible(model, *pair)]
+
+
+class _Readers(TorchFunctionMode):
+    """Counts, by identity, the tensors that functions outside convolutions and norms take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0  # how many convolutions and norms are running
+        self.reads: Counter[int] = Counter()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.depth == 0:
+            self.count((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, values: object) -> None:
+        """Count every tensor among nested values as read once."""
+        self.reads.update(id(value) for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs:
+    """Convolutions whose only reader is a norm, as one run shows it."""
+    readers = _Readers()
+    calls: Counter[str] = Counter()
+    # Outputs of convolutions and inputs of norms; holding them keeps their identities from being used again.
+    outputs: dict[str, Tensor] = {}
+    taken: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        is_norm = isinstance(module, _NORMS)
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+            readers.depth += 1
+            calls[name] += 1
+            if is_norm:
+                taken[name] = args[0]
+                readers.count(args)
+
+        def leave(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            readers.depth -= 1
+            if not is_norm:
+                outputs[name] = output
+                readers.count(args)
+
+        return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+
+    watched = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*_NORMS, *_CONVOLUTIONS))
+    }
+    handles = [handle for name, module in watched.items() for handle in watch(name, module)]
+    try:
+        with torch.no_grad(), readers:
+            readers.count(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    sources = {id(output): name for name, output in outputs.items()}
+    pairs = [(sources[id(tensor)], norm) for norm, tensor in taken.items() if id(tensor) in sources]
+    return [
+        (convolution, norm)
+        for convolution, norm in pairs
+        if calls[convolution] == calls[norm] == 1
+        and readers.reads[id(outputs[convolution])] == 1
+        and not any(
+            readers.reads[id(own)] for name in (convolution, norm) for own in watched[name].parameters()
+        )
+        and _are_fusible(model, convolution, norm)
+    ]
+
+
+def _are_fusible(model: nn.Module, convolution: str, norm: str) -> bool:
+    """Whether fusion is defined for these two, and a hook of the user watches neither."""
+    linear, affine = model.get_submodule(convolution), model.get_submodule(norm)
+    return (
+        isinstance(linear, _CONVOLUTIONS)
+        and isinstance(affine, _NORMS)
+        and affine.running_mean is not None
+        and not (isinstance(linear, _TRANSPOSED) and linear.groups > 1)
+        and not any(m._forward_hooks or m._forward_pre_hooks or is_parametrized(m) for m in (linear, affine))
+    )
+
+
+def _fold(model: nn.Module, convolution: str, norm: str) -> None:
+    """Move a norm into the convolution before it, if a trial shows that this gives the same."""
+    # Any, as the types of a module's own tensors are not known statically.
+    conv: Any = model.get_submodule(convolution)
+    affine: Any = model.get_submodule(norm)
+    rest = _what_remains(affine)
+    trial = _trial_input(conv)
+    expected: Tensor = affine(conv(trial))
+    statistics = (affine.running_mean, affine.running_var, affine.eps, affine.weight, affine.bias)
+    fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, transpose=isinstance(conv, _TRANSPOSED))
+    plain = conv.weight, conv.bias
+    conv.weight, conv.bias = (parameter.requires_grad_(False) for parameter in fused)
+    # A subclass may use its weights in another way: timm has convolutions that standardize them first.
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    if (rest(conv(trial)) - expected).abs().max() <= tolerance * expected.abs().max():
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module is affine:
+                model.set_submodule(name, rest)
+    else:
+        conv.weight, conv.bias = plain
+
+
+def _trial_input(conv: Any) -> Tensor:
+    """Random input a little larger than the kernel, (1, C, ...)."""
+    sides = [(size - 1) * step + 2 for size, step in zip(conv.kernel_size, conv.dilation, strict=True)]
+    values = torch.randn(1, conv.in_channels, *sides, generator=torch.Generator().manual_seed(0))
+    return values.to(conv.weight.device, conv.weight.dtype)
+
+
+def _what_remains(norm: nn.Module) -> nn.Module:
+    """What a norm does besides normalizing: nothing, or what timm's carry under ``drop`` and ``act``."""
+    parts = dict(norm.named_children())
+    return nn.Sequential(OrderedDict(parts)).eval() if parts else nn.Identity().eval()
