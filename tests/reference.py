@@ -1,16 +1,18 @@
-"""The equations of the paper as dense matrices: slow, plain numpy, no autograd, no code shared with the package.
+"""The equations of the paper as dense matrices: slow, plain numpy, no autograd, no code of the package.
 
-One operation at one image is an affine map of the flattened tensor. Eq. (2) of Yu et al. 2015 writes a layer as
+One operation at one image is an affine map of the flattened tensor. Eq. (2) of the paper writes a layer as
 
     Y_l = R_l (F_l Y_{l-1} + b_l)
 
-with F_l the dense matrix of a convolution and R_l the diagonal (or, for pooling, the selection) that the image chose.
-Here every operation, linear or frozen, is one `Affine` map  y -> G y + g; a chain of them gives Eq. (3),
+with F_l the dense matrix of a convolution and R_l the diagonal (or, for pooling, the selection) that the
+image chose. Here every operation, linear or frozen, is one `Affine` map  y -> G y + g; a chain of them gives
 
-    S_c = A_{c,l} · Y_l + B_{c,l},   A_{c,l} = e_c^T G_L ... G_{l+1},   B_{c,l} = the same chain applied to Y_l = 0,
+    S_c = A_{c,l} · Y_l + B_{c,l},   A_{c,l} = e_c^T G_L ... G_{l+1},                          (3)
+    M_{c,l}(x, y) = sum_h A_{c,l}(x, y, h) Y_l(x, y, h)                                       (4)
 
-and Eq. (4), M_{c,l} = sum over channels of A_{c,l} Y_l. Tensors are one image without a batch axis: (C, *spatial) for
-images, (L, D) for tokens. Every operation takes the value `y` at which it is frozen first; affine ones use its shape only.
+with B_{c,l} the chain applied to Y_l = 0. Tensors are one image without a batch axis: (C, *spatial) for
+images, (L, D) for tokens. Every operation takes the value `y` at which it is frozen first; affine ones use
+its shape only.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ def concat(*branches: Affine) -> Affine:
     return Affine(np.vstack([b.matrix for b in branches]), np.hstack([b.offset for b in branches]), shape)
 
 
-# --- maps from their parts ---------------------------------------------------------------------------------------------
+# --- maps from their parts ----------------------------------------------------------------------------------
 
 
 def identity(y: Array) -> Affine:
@@ -169,7 +171,7 @@ def pad(y: Array, widths: Sequence[tuple[int, int]], mode: str = "constant", val
     return select(y, np.pad(sources, widths, mode=names[mode]))  # type: ignore[call-overload]
 
 
-# --- affine layers -----------------------------------------------------------------------------------------------------
+# --- affine layers ------------------------------------------------------------------------------------------
 
 
 def linear(y: Array, weight: Array, bias: Array | None = None) -> Affine:
@@ -240,7 +242,7 @@ def transposed_convolution(
 def batch_norm(
     y: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float = 1e-5
 ) -> Affine:
-    """Evaluation mode: one scale and shift a channel, y -> weight (y - mean) / sqrt(variance + eps) + bias."""
+    """In evaluation mode, channel by channel: weight (y - mean) / sqrt(variance + eps) + bias."""
     column = (-1, *[1] * (y.ndim - 1))
     scale = weight / np.sqrt(variance + eps)
     shift = bias - scale * mean
@@ -252,7 +254,7 @@ def batch_norm(
 def windows(
     y: Array, kernel: int, stride: int, padding: int = 0, dilation: int = 1, ceil_mode: bool = False
 ) -> Iterator[tuple[list[int], int]]:
-    """Of every pooling window, row-major: the flat positions inside the image, and how many it has with padding."""
+    """Of every pooling window, row-major: its flat positions inside the image; its size with padding."""
     size = []
     for n in y.shape[1:]:
         steps = (n + 2 * padding - dilation * (kernel - 1) - 1) / stride
@@ -299,10 +301,7 @@ def resize_axis(n: int, size: int, mode: str, align_corners: bool = False) -> Ar
         if mode == "nearest":
             matrix[i, i * n // size] = 1.0
             continue
-        if align_corners:
-            at = i * (n - 1) / (size - 1) if size > 1 else 0.0
-        else:
-            at = (i + 0.5) * n / size - 0.5
+        at = i * (n - 1) / max(size - 1, 1) if align_corners else (i + 0.5) * n / size - 0.5
         if mode == "linear":
             at = max(at, 0.0)
             low = min(math.floor(at), n - 1)
@@ -325,7 +324,7 @@ def interpolate(y: Array, size: Sequence[int], mode: str, align_corners: bool = 
     )
 
 
-# --- frozen at the image: masks and switches ---------------------------------------------------------------------------
+# --- frozen at the image: masks and switches ----------------------------------------------------------------
 
 
 def relu(y: Array) -> Affine:
@@ -334,7 +333,7 @@ def relu(y: Array) -> Affine:
 
 
 def leaky_relu(y: Array, slope: Array | float) -> Affine:
-    """Slope 1 above zero and `slope` (a number, or one a channel) below: leaky_relu, prelu; abs with slope -1."""
+    """Slope 1 above zero, `slope` (a number, or one a channel) below: leaky_relu, prelu; abs by -1."""
     column = np.reshape(slope, (-1, *[1] * (y.ndim - 1))) if np.ndim(slope) else slope
     return diagonal(np.where(y > 0, 1.0, column))
 
@@ -369,17 +368,17 @@ def maximum(y: Array, first: Affine, second: Affine) -> Affine:
     return first.then(diagonal(takes_first)) + second.then(diagonal(1 - takes_first))
 
 
-# --- frozen at the image: gates, tangents, scales ----------------------------------------------------------------------
+# --- frozen at the image: gates, tangents, scales -----------------------------------------------------------
 
 
 def gate(y: Array, value: Array, limit: float) -> Affine:
-    """f with f(0) = 0 as the gate f(y) / y; `limit` is f'(0), the gate's limit at 0."""
+    """The gate f(y) / y of a function with f(0) = 0; `limit` is f'(0), the gate's limit at 0."""
     safe = np.where(y == 0, 1.0, y)
     return diagonal(np.where(y == 0, limit, value / safe))
 
 
 def tangent(y: Array, value: Array, slope: Array) -> Affine:
-    """f as its tangent at y: f'(y) x + (f(y) - f'(y) y)."""
+    """The tangent of f at y: f'(y) x + (f(y) - f'(y) y)."""
     return diagonal(slope, value - slope * y)
 
 
@@ -407,8 +406,8 @@ def normalization(y: Array, groups: Indices, eps: float, center: bool = True) ->
 
     Args:
         y: the value at which the scale is frozen.
-        groups: the number of the group of each element of y: one an image and group of channels for group_norm, one a
-            channel for instance_norm, one a token for layer_norm and rms_norm.
+        groups: the number of the group of each element of y: groups of channels for group_norm, single
+            channels for instance_norm, tokens for layer_norm and rms_norm.
         eps: added to the variance (or mean square).
         center: whether the mean is taken away (not for rms_norm).
     """
@@ -444,13 +443,13 @@ def group_norm(y: Array, groups: int, weight: Array, bias: Array, eps: float = 1
 
 
 def normalize(y: Array, axis: int, eps: float = 1e-12) -> Affine:
-    """x / max(|y|, eps) along one axis, the norm frozen."""
+    """Division by max(|y|, eps) along one axis, the norm frozen."""
     norm = np.maximum(np.sqrt((y**2).sum(axis, keepdims=True)), eps)
     return diagonal(np.broadcast_to(1 / norm, y.shape))
 
 
 def local_response_norm(y: Array, size: int, alpha: float, beta: float, k: float) -> Affine:
-    """x / (k + alpha / size * sum of squares over `size` neighboring channels)^beta, the divisor frozen."""
+    """Division by (k + alpha / size * sum of squares over `size` channels nearby)^beta, frozen."""
     total = np.zeros_like(y)
     for channel in range(len(y)):
         near = range(max(channel - size // 2, 0), min(channel + (size - 1) // 2 + 1, len(y)))
@@ -458,7 +457,7 @@ def local_response_norm(y: Array, size: int, alpha: float, beta: float, k: float
     return diagonal((k + alpha * total / size) ** -beta)
 
 
-# --- frozen at the image: products and attention -----------------------------------------------------------------------
+# --- frozen at the image: products and attention ------------------------------------------------------------
 
 
 def product(y: Array, first: Affine, second: Affine) -> Affine:
@@ -504,7 +503,7 @@ def multi_head_attention(
     out_bias: Array,
     mask: Array | float = 0.0,
 ) -> Affine:
-    """Self-attention of tokens (L, D): projection, `heads` attentions on D / heads columns each, projection."""
+    """Self-attention of tokens (L, D): projection, an attention per head on D / heads columns, projection."""
     length, width = y.shape
     projected = linear(y, in_weight, in_bias)
     each = width // heads

@@ -72,7 +72,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def untouched(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
-    """Assert that model, tensors and torch itself are bit for bit as before, whether or not the block raises."""
+    """Assert that model, tensors and torch itself end bit for bit as before, also if the block raises."""
     before = GlobalState.now(), model_state(model), [_tensor_state(tensor) for tensor in tensors]
     try:
         yield

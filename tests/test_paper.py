@@ -17,7 +17,7 @@ from captum_scoremap import LayerScoreMap, ScoreMap, bias_terms, freeze, linear_
 from tests import reference
 from tests.reference import Operation
 
-# Two layers with weights (a convolution, a fully-connected layer), one max-pooling and one ReLU. All on paper:
+# Two layers with weights (a convolution, a fully-connected one), one max-pooling and one ReLU. All on paper:
 #
 #          | 1 2 0 1 2 |        filter 0  | 1 0 |  bias -7.5      filter 1  |  0 1 |  bias 0.5
 #    Y_0 = | 0 1 3 0 1 |                  | 0 2 |                           | -1 0 |
@@ -46,27 +46,28 @@ from tests.reference import Operation
 # A and B, from the top down; label 0 first.
 #
 #    relu:  A = | 2 -1 |  | 2 1 |, B = 0.5; sub-scores | 1 0 |  | 7 2.5 |, M = | 8 2.5 |, and 10.5 + 0.5 = 11.
-#    pool:  the closed position loses its coefficient (R_3): A = | 2 0 |  | 2 1 |; the same sub-scores, M and B.
-#    conv:  each coefficient goes to its switch (R_2), 2 to (0,1) of channel 0, 2 and 1 to (1,1) and (0,3) of channel 1:
+#    pool:  the closed position loses its coefficient (R_3): A = | 2 0 |  | 2 1 |; the rest as above.
+#    conv:  each coefficient goes to its switch (R_2): 2 to (0,1) of channel 0; 2 and 1 to (1,1) and (0,3) of
+#           channel 1:
 #           M = | 0 1 0 2.5 |, B = 0.5.
 #               | 0 7 0 0   |
-#    image: each switch spreads its filter: 2 · filter 0 at (0,1); 2 · filter 1 at (1,1); 1 · filter 1 at (0,3):
+#    image: each switch spreads its filter: 2 · filter 0 at (0,1), 2 · filter 1 at (1,1), filter 1 at (0,3):
 #           A = | 0  2 0  0 1 |     M = A Y_0 = | 0 4  0 0 2 |,  sum 24.
 #               | 0  0 6 -1 0 |                 | 0 0 18 0 0 |
 #               | 0 -2 0  0 0 |                 | 0 0  0 0 0 |
-#           (1,2) has 2·2 of filter 0 and 2·1 of filter 1.  B = 0.5 + 2·(-7.5) + (2+1)·0.5 = -13, and 24 - 13 = 11.
+#           (1,2) has 2·2 of filter 0 and 2·1 of filter 1. B = 0.5 + 2·(-7.5) + (2+1)·0.5 = -13; 24 - 13 = 11.
 #
 # Label 1 by the same steps from (4 2) (-1 3):
 #
 #    relu:  A = | 4 2 |  | -1 3 |, M = | -1.5 7.5 |, B = -2, and 6 - 2 = 4.     pool:  A = | 4 0 |  | -1 3 |.
 #    conv:  4 at (0,1); -1 at (1,1) and 3 at (0,3): M = | 0  2   0 7.5 |
 #                                                       | 0 -3.5 0 0   |
-#    image: A = | 0 4 0  0 3 |      M = | 0 8  0 0 6 |,  sum 35;  B = -2 + 4·(-7.5) + (-1+3)·0.5 = -31, and 35 - 31 = 4.
+#    image: A = | 0 4 0  0 3 |      M = | 0 8  0 0 6 |,  sum 35;
 #               | 0 0 7 -3 0 |          | 0 0 21 0 0 |
-#               | 0 1 0  0 0 |          | 0 0  0 0 0 |
+#               | 0 1 0  0 0 |          | 0 0  0 0 0 |   B = -2 + 4·(-7.5) + (-1+3)·0.5 = -31; 35 - 31 = 4.
 #
-# The bias terms of label 0: conv 2·(-7.5) + (2+1)·0.5 = -13.5, which is 10.5 - 24, the step of sum M from the image to
-# conv; fc 0.5. Of label 1: conv 4·(-7.5) + (-1+3)·0.5 = -29 = 6 - 35; fc -2.
+# The bias terms of label 0: conv 2·(-7.5) + (2+1)·0.5 = -13.5, fc 0.5; of label 1: conv 4·(-7.5) + (-1+3)·0.5
+# = -29, fc -2. The share of conv is the step of sum M from image to conv: 10.5 - 24 = -13.5, 6 - 35 = -29.
 
 IMAGE = [[[1, 2, 0, 1, 2], [0, 1, 3, 0, 1], [2, 0, 1, 2, 0]]]
 FILTERS = [[[[1, 0], [0, 2]]], [[[0, 1], [-1, 0]]]]
@@ -229,7 +230,7 @@ def test_dense_matrices_give_the_forms_on_paper() -> None:
         assert (form.bias, form.score) == (case.bias, case.score)
 
 
-# --- larger chains against dense matrices ------------------------------------------------------------------------------
+# --- larger chains against dense matrices -------------------------------------------------------------------
 
 
 def weights(module: nn.Module, name: str) -> NDArray[np.float64]:
