@@ -1,0 +1,84 @@
+"""The program ``captum-scoremap``: each sub-command in a file of its own, registered here."""
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from captum_scoremap import __version__
+from captum_scoremap.cli.explain import explain
+
+app = typer.Typer(
+    name="captum-scoremap",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+app.command()(explain)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"captum-scoremap {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    with_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code an error arose.")
+    ] = False,
+    with_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop."),
+    ] = False,
+) -> None:
+    """Where in an image the score of a label comes from, as an exact sum: S = A·Y + B at every layer.
+
+    Start with `captum-scoremap explain`: it explains the photograph of a cat and needs no download.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: The command line without the program's name; by default that of the process.
+
+    Returns:
+        Exit status: 0 for success, 2 for a wrong input, 130 when interrupted.
+
+    Example:
+        >>> main(["--version"])
+        captum-scoremap ...
+        0
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # A model named module.path:callable may lie in the folder the user works in, as with python -m.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(args=arguments, prog_name="captum-scoremap")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        print("captum-scoremap: interrupted", file=sys.stderr)
+        return 130
+    except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        print(f"captum-scoremap: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line of this program, without the line of code it came from."""
+    print(f"captum-scoremap: warning: {message}", file=sys.stderr)

@@ -1,0 +1,253 @@
+"""``captum-scoremap explain``: score maps of images, drawn and counted."""
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers
+from captum_scoremap.cli.options import (
+    DeviceOption,
+    DType,
+    DTypeOption,
+    ModelOption,
+    PrepareOption,
+    WeightsOption,
+    check_writable,
+    chosen_device,
+)
+from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
+from captum_scoremap.models.images import SAMPLE_PREFIX
+from captum_scoremap.models.layers import main_layers
+from captum_scoremap.multiview import MultiView
+from captum_scoremap.visualization import visualize_layer_score_maps
+
+_PICTURE_FORMATS = (".png", ".pdf", ".svg")
+
+
+class View(str, Enum):
+    """How much of the image is explained."""
+
+    single = "single"
+    multi = "multi"
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Why has this image its score for this label, or for this label rather than that?
+
+    Attributes:
+        image: The image, as the user named it.
+        inputs: The same as the network takes it, (1, C, H, W).
+        target: Index of the label.
+        contrast: Index of the label whose score is taken off; None for none.
+        label: Name of the label or labels.
+    """
+
+    image: str
+    inputs: Tensor
+    target: int
+    contrast: int | None
+    label: str
+
+
+def explain(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE",
+            help=f"Image files, or sample:NAME with one of {', '.join(SAMPLES)}. \\[default: sample:chelsea]",
+            show_default=False,
+        ),
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = "default",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            "-l",
+            metavar="A,B,...",
+            help="Names of layers, or input. \\[default: input and the last layer of each resolution]",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target", "-t", metavar="LABEL", help="Name or index of a label, or top:N for the best N."
+        ),
+    ] = "top:1",
+    contrast: Annotated[
+        str | None,
+        typer.Option("--contrast", "-c", metavar="LABEL", help="Explain why the target and not this label."),
+    ] = None,
+    view: Annotated[
+        View,
+        typer.Option("--view", help="single: the center of the image; multi: the mean over all views of it."),
+    ] = View.single,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Picture, png, pdf or svg; of several, each is numbered."
+        ),
+    ] = Path("score_maps.png"),
+    save_maps: Annotated[
+        Path | None,
+        typer.Option("--save-maps", metavar="FILE.npz", help="Save maps and numbers as NumPy arrays, too."),
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.float32,
+    prepare_model: PrepareOption = True,
+) -> None:
+    """Draw where in an image the score of a label comes from, at several layers.
+
+    At every layer the score is an exact sum, S = A·Y + B. The score map shows A·Y place by place, in logits:
+    red adds to the score, blue takes from it. The table has the same numbers, and the residual
+    |S − (A·Y + B)| / (|S| + |A·Y|), which is rounding only.
+
+    **Examples**
+
+    * `captum-scoremap explain` (a photograph of a cat; nothing is downloaded)
+
+    * `captum-scoremap explain photo.jpg --target top:3`
+
+    * `captum-scoremap explain photo.jpg --target "Egyptian cat" --contrast lynx`
+
+    * `captum-scoremap explain a.jpg b.jpg --model torchvision:resnet50 --layers layer3,layer4`
+
+    * `captum-scoremap explain photo.jpg --model my_package.models:build --weights weights.pt`
+    """
+    _check_suffix("out", out, _PICTURE_FORMATS)
+    if save_maps:
+        _check_suffix("save-maps", save_maps, (".npz",))
+    for path in filter(None, (out, save_maps)):
+        check_writable(path)
+
+    names = images or [f"{SAMPLE_PREFIX}{SAMPLES[0]}"]
+    pictures = [read_image(name) for name in names]
+    place = chosen_device(device)
+    loaded = load_model(model, weights, place, dtype.torch)
+    preprocess = loaded.preprocessing if view is View.single else loaded.preprocessing.whole
+    batches = [preprocess(picture)[None].to(place, dtype.torch) for picture in pictures]
+    network = prepare(loaded.module, batches[0]) if prepare_model else loaded.module
+    if view is View.multi:
+        network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
+    found = find_layers(network, layers.split(",") if layers else _default_layers(network, batches[0]))
+    other = None if contrast is None else loaded.label_index(contrast)
+    questions = [
+        _Question(name, inputs, label, other, _label(loaded, label, other))
+        for name, inputs in zip(names, batches, strict=True)
+        for label in _targets(target, network, inputs, loaded)
+    ]
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    arrays: dict[str, np.ndarray] = {}
+    outputs = list(_output_paths(out, questions))
+    with tqdm(
+        total=len(questions) * len(found), delay=1.0, disable=None, unit="layer", leave=False
+    ) as progress:
+        for number, (question, path) in enumerate(zip(questions, outputs, strict=True)):
+            explanation = _answer(network, question, found, progress)
+            _draw(explanation, loaded, path)
+            arrays |= {f"{number}/{name}": value for name, value in explanation.arrays().items()}
+            with tqdm.external_write_mode():
+                console.print(explanation.table())
+                console.print(f"Picture: {path}", soft_wrap=True)
+    if save_maps:
+        np.savez_compressed(save_maps, **arrays)
+        console.print(f"Maps: {save_maps}", soft_wrap=True)
+
+
+def _check_suffix(option: str, path: Path, known: Sequence[str]) -> None:
+    """Raise unless the name of a file says a format that can be written."""
+    if path.suffix.lower() not in known:
+        raise ValueError(f"--{option} must end in {', '.join(known)}, got {str(path)!r}.")
+
+
+def _default_layers(network: nn.Module, inputs: Tensor) -> list[str]:
+    """The image and the main layers; of a multi-view network those below its sliding layer."""
+    if isinstance(network, MultiView):
+        return [INPUT, *(f"features.{name}" for name in main_layers(network.features, inputs))]
+    return [INPUT, *main_layers(network, inputs)]
+
+
+def _targets(target: str, network: nn.Module, inputs: Tensor, loaded: LoadedModel) -> list[int]:
+    """Indices of the labels to explain on one image."""
+    with torch.no_grad():
+        scores = network(inputs)
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"model must give scores (N, K), one per label, got {got} from {loaded.name}.")
+    labels = scores.shape[1]
+    best = re.fullmatch(r"top:(\d+)", target)
+    if best is None:
+        index = loaded.label_index(target)
+        if index >= labels:
+            raise ValueError(f"target must be less than {labels}, the number of labels, got {index}.")
+        return [index]
+    if not 1 <= int(best[1]) <= labels:
+        raise ValueError(f"target must be top:1 to top:{labels}, got {target!r}.")
+    return [int(index) for index in scores[0].topk(int(best[1])).indices]
+
+
+def _label(loaded: LoadedModel, target: int, contrast: int | None) -> str:
+    """What a picture is called: the name of the label, or of both."""
+    name = loaded.label_name(target)
+    return name if contrast is None else f"{name} − {loaded.label_name(contrast)}"
+
+
+def _output_paths(out: Path, questions: Sequence[_Question]) -> Iterator[Path]:
+    """The path that the user gave, where there is one picture only; else one that says what it shows."""
+    for number, question in enumerate(questions, start=1):
+        image = Path(question.image.removeprefix(SAMPLE_PREFIX)).stem
+        words = "_".join(re.findall(r"\w+", f"{image} {question.label}"))
+        yield out if len(questions) == 1 else out.with_stem(f"{out.stem}_{number}_{words}")
+
+
+def _answer(
+    network: nn.Module, question: _Question, layers: dict[str, nn.Module | None], progress: "tqdm[None]"
+) -> Explanation:
+    """The linear form at every layer."""
+    score = 0.0
+    numbers = []
+    for name, layer in layers.items():
+        score, row = layer_numbers(network, question.inputs, question.target, question.contrast, name, layer)
+        numbers.append(row)
+        progress.update()
+    return Explanation(
+        question.image,
+        question.label,
+        question.target,
+        question.contrast,
+        score,
+        question.inputs[0],
+        tuple(numbers),
+    )
+
+
+def _draw(explanation: Explanation, loaded: LoadedModel, path: Path) -> None:
+    """Write the picture (Fig. 2 of the paper)."""
+    panels = 1 + len(explanation.layers)
+    figure, _ = visualize_layer_score_maps(
+        {row.layer: row.score_map.float().cpu() for row in explanation.layers},
+        explanation.inputs.float().cpu(),
+        label=explanation.label,
+        score=explanation.score,
+        biases={row.layer: row.bias for row in explanation.layers},
+        columns=math.ceil(panels / math.ceil(panels / 5)),
+        mean=loaded.preprocessing.mean,
+        std=loaded.preprocessing.std,
+    )
+    figure.savefig(path, dpi=150)

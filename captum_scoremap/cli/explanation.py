@@ -1,0 +1,159 @@
+"""One image, one label, several layers: the numbers behind a picture, as a table and as arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from captum_scoremap.checks import nearest
+from captum_scoremap.linear_form import linear_form
+from captum_scoremap.models.layers import map_channel_dim
+
+INPUT = "input"
+# Beyond this, the identity does not hold to rounding, even in 16 bits.
+_LARGE_RESIDUAL = 1e-2
+
+
+@dataclass(frozen=True)
+class LayerNumbers:
+    """The score as an exact sum at one layer, S = Σ A·Y + B.
+
+    Attributes:
+        layer: Name of the layer.
+        size: Shape of its output without the batch.
+        score_map: Sub-scores summed over channels, in logits, (h, w).
+        total: Σ A·Y, in logits.
+        bias: B, in logits.
+        residual: |S - (Σ A·Y + B)| / (|S| + |Σ A·Y|), a fraction.
+    """
+
+    layer: str
+    size: tuple[int, ...]
+    score_map: Tensor
+    total: float
+    bias: float
+    residual: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an image has the score it has for a label, or for one label rather than another.
+
+    Attributes:
+        image: The image, as the user named it.
+        label: Name of the label, or "A − B" for a contrast.
+        target: Index of the label.
+        contrast: Index of the label whose score is taken off; None for none.
+        score: S, in logits.
+        inputs: What the network saw, (C, H, W), normalized.
+        layers: The numbers of each layer.
+    """
+
+    image: str
+    label: str
+    target: int
+    contrast: int | None
+    score: float
+    inputs: Tensor
+    layers: tuple[LayerNumbers, ...]
+
+    def table(self) -> Table:
+        """The numbers of all layers, to be printed."""
+        table = Table(title=f"{self.image}: {self.label}, S = {self.score:.4f} logits", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for heading in ("size", "Σ A·Y", "B", "S", "residual"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.layers:
+            table.add_row(
+                row.layer,
+                " × ".join(map(str, row.size)),
+                f"{row.total:.4f}",
+                f"{row.bias:.4f}",
+                f"{self.score:.4f}",
+                f"{row.residual:.1e}",
+                style="bold red" if not row.residual <= _LARGE_RESIDUAL else None,
+            )
+        return table
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The numbers as arrays: one map by name of its layer, the rest in the order of ``layers``."""
+        maps = {f"maps/{row.layer}": row.score_map.float().cpu().numpy() for row in self.layers}
+        return {
+            "image": np.array(self.image),
+            "label": np.array(self.label),
+            "target": np.array(self.target),
+            "contrast": np.array(-1 if self.contrast is None else self.contrast),
+            "score": np.array(self.score),
+            "layers": np.array([row.layer for row in self.layers]),
+            "totals": np.array([row.total for row in self.layers]),
+            "biases": np.array([row.bias for row in self.layers]),
+            "residuals": np.array([row.residual for row in self.layers]),
+            **maps,
+        }
+
+
+def find_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module | None]:
+    """Modules by the names that a user typed.
+
+    Args:
+        network: The model.
+        names: Names of modules, or ``"input"`` for the image.
+
+    Returns:
+        The module of each name, None for the image.
+
+    Raises:
+        ValueError: There is no such module; suggests the nearest names.
+    """
+    modules = {name: module for name, module in network.named_modules() if name}
+    unknown = [name for name in names if name != INPUT and name not in modules]
+    if unknown:
+        advice = nearest(unknown[0], [INPUT, *modules])
+        raise ValueError(
+            f"layers must be input or names of modules of the model, got {unknown[0]!r}.{advice}"
+        )
+    return {name: modules.get(name) for name in names}
+
+
+def layer_numbers(
+    network: nn.Module,
+    inputs: Tensor,
+    target: int,
+    contrast: int | None,
+    name: str,
+    layer: nn.Module | None,
+) -> tuple[float, LayerNumbers]:
+    """Score and linear form at one layer.
+
+    Args:
+        network: The model.
+        inputs: The image, (1, C, H, W).
+        target: Index of the label.
+        contrast: Index of the label whose score is taken off; None for none.
+        name: Name of the layer, for tables.
+        layer: The layer; None for the image.
+
+    Returns:
+        S in logits, and the numbers of the layer.
+
+    Raises:
+        ValueError: The output of the layer has no rows and columns.
+    """
+    form = linear_form(network, inputs, target, layer)
+    if contrast is not None:
+        form = form - linear_form(network, inputs, contrast, layer)
+    size = tuple(form.activations.shape)
+    channel_dim = map_channel_dim(size, tuple(inputs.shape))
+    if channel_dim is None:
+        raise ValueError(
+            f"layers must give maps (N, C, h, w) of more than one cell, got {name}, which gives {size}. "
+            "Choose one before the pooling or flattening."
+        )
+    score_map = form.sub_scores.sum(channel_dim)[0].detach()
+    score, total, bias = float(form.score), float(score_map.double().sum()), float(form.bias)
+    residual = abs(float(form.residual)) / max(abs(score) + abs(total), torch.finfo(torch.float64).tiny)
+    return score, LayerNumbers(name, size[1:], score_map, total, bias, residual)

@@ -1,0 +1,107 @@
+"""Options that several sub-commands take, with one meaning everywhere."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="efficientnet_lite0, efficientnet_lite1, torchvision:NAME, timm:NAME or module.path:callable, a "
+        "function of yours that returns the model.",
+    ),
+]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="W",
+        help="default, none (random), the name of torchvision weights, or a state-dict file.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", metavar="D", help="auto (a CUDA GPU if there is one), cpu, cuda:1, mps, ..."),
+]
+
+
+class DType(str, Enum):
+    """Floating-point types to compute in."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The type as PyTorch knows it."""
+        dtype: torch.dtype = getattr(torch, self.value)
+        return dtype
+
+
+DTypeOption = Annotated[
+    DType, typer.Option("--dtype", metavar="T", help="float32, float64, bfloat16 or float16.")
+]
+PrepareOption = Annotated[
+    bool,
+    typer.Option(
+        "--prepare/--no-prepare",
+        help="Explain a faster copy of the model, its batch norms folded; or the model as it is.",
+    ),
+]
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that the user named.
+
+    Args:
+        name: ``auto`` or what `torch.device` takes.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: There is no such device on this machine.
+
+    Example:
+        >>> chosen_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one of this machine, got {name!r}: {reason}") from error
+    return device
+
+
+def check_writable(path: Path) -> None:
+    """Raise unless a file can be written at ``path``; called before the work starts.
+
+    Args:
+        path: Where a result will go. A file that is there already is left as it is.
+
+    Raises:
+        ValueError: The folder does not exist, or the file cannot be opened for writing.
+    """
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output must be a path that can be written, got {str(path)!r}: {error.strerror}."
+        ) from error
+    if not existed:
+        path.unlink()
