@@ -1,0 +1,233 @@
+"""The audit itself: plan the work, do what is not yet done, put each shard in place, sum up."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import captum_scoremap
+from captum_scoremap.audit.explaining import last_layers
+from captum_scoremap.audit.plan import Plan
+from captum_scoremap.audit.progress import Progress
+from captum_scoremap.audit.shards import Shards, write_json
+from captum_scoremap.audit.sources import Source, open_source
+from captum_scoremap.audit.worker import METRICS, Worker
+from captum_scoremap.checks import nearest
+from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model
+
+__all__ = ["Audit", "audit"]
+
+_SETTINGS = "audit.json"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A finished audit.
+
+    Attributes:
+        folder: Where its results lie.
+        settings: What was asked for: model, layers, source and the like.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def images(self) -> pa.Table:
+        """One row for each image; the columns are described in `captum_scoremap.audit.TABLES`."""
+        return Shards(self.folder).table("images")
+
+    @property
+    def layers(self) -> pa.Table:
+        """One row for each image and layer."""
+        return Shards(self.folder).table("layers")
+
+
+def audit(
+    source: "str | os.PathLike[str] | Dataset[Any] | Source",
+    model: str | nn.Module | LoadedModel = DEFAULT_MODEL,
+    *,
+    out: str | os.PathLike[str],
+    labels: "str | os.PathLike[str] | Mapping[str, int | str] | None" = None,
+    layers: Sequence[str] | None = None,
+    metrics: Sequence[str] = (),
+    limit: int | None = None,
+    resume: bool = False,
+    batch_size: int = 16,
+    shard_size: int = 128,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Audit:
+    """Explain every image of a data set, and keep what was found.
+
+    Args:
+        source: A folder of images, a list (``.csv``, ``.parquet``), ``torchvision:NAME[/SPLIT]:ROOT`` or a
+            data set.
+        model: A model, loaded or by the name `load_model` takes.
+        out: Folder for the results; new or empty unless ``resume``.
+        labels: True labels of a folder's images: a list, or a mapping from path to label.
+        layers: Names of the layers to map, from image to score; by default the last layer of each of the
+            three coarsest resolutions. The last one is what rankings use.
+        metrics: Further measures of each image: ``"insertion"``, ``"deletion"``.
+        limit: Take this many images, evenly spread over the source.
+        resume: Go on with what lies in ``out``, made with the same settings.
+        batch_size: Images that go through the model together.
+        shard_size: Images whose results are written together.
+        device: Where the model computes.
+        progress: Whether to show how far it is.
+
+    Returns:
+        The audit.
+
+    Raises:
+        ValueError: If an argument is not what it must be, or ``out`` holds another audit.
+        OSError: If ``out`` cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import Tensor, nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> data = torch.utils.data.TensorDataset(torch.rand(6, 1, 8, 8), torch.tensor([0, 1] * 3))
+        >>> done = audit(data, model, out=tempfile.mkdtemp(), progress=False)
+        >>> done.images.num_rows
+        6
+    """
+    loaded = _as_loaded(model)
+    opened = open_source(source, labels, loaded.labels or None)
+    plan = Plan(len(opened), limit, batch_size, shard_size)
+    if plan.count == 0:
+        raise ValueError(f"source must hold images, got {opened.title!r} without any.")
+    loaded.module.to(device)
+    worker = Worker(opened, plan, loaded, (), _check_metrics(metrics), torch.device(device))
+    worker = replace(worker, layers=_choose_layers(worker, layers))
+    settings = _settings(worker)
+    shards = Shards(Path(out))
+    _open_folder(shards, settings, resume)
+    _work(worker, shards, progress)
+    return Audit(shards.folder, settings)
+
+
+def _work(worker: Worker, shards: Shards, show: bool) -> None:
+    """Do the shards that are not done."""
+    done = set(shards.finished())
+    plan = worker.plan
+    progress = Progress(plan.count, sum(plan.size(shard) for shard in done), show)
+    try:
+        for shard, tables in _in_process(worker, [shard for shard in plan.shards if shard not in done]):
+            shards.write(shard, tables)
+            progress.advance(plan.size(shard))
+    finally:
+        progress.close()
+
+
+def _in_process(worker: Worker, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+    for number in numbers:
+        yield number, worker.tables(number)
+
+
+def _as_loaded(model: str | nn.Module | LoadedModel) -> LoadedModel:
+    """The model with all that belongs to it; a copy in eval mode, so that the user's stays as it is."""
+    if isinstance(model, str):
+        return load_model(model)
+    if isinstance(model, nn.Module):
+        model = LoadedModel(type(model).__name__, model)
+    if not isinstance(model, LoadedModel):
+        raise TypeError(
+            f"model must be a model or the name of one, got {type(model).__name__}. See load_model."
+        )
+    return replace(model, module=copy.deepcopy(model.module).eval())
+
+
+def _check_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(
+                f"metrics must be of {', '.join(METRICS)}, got {name!r}.{nearest(name, METRICS)}"
+            )
+    return tuple(names)
+
+
+def _choose_layers(worker: Worker, layers: Sequence[str] | None) -> tuple[str, ...]:
+    """The layers asked for, or those that one image finds."""
+    if not layers:
+        return tuple(last_layers(worker.model.module, worker.first_readable().to(worker.device)))
+    known = dict(worker.model.module.named_modules())
+    for name in layers:
+        if not name or name not in known:
+            raise ValueError(f"layers must be named as in the model, got {name!r}.{nearest(name, known)}")
+    return tuple(layers)
+
+
+def _settings(worker: Worker) -> dict[str, Any]:
+    """What decides the results: two runs with equal settings yield equal tables."""
+    plan = worker.plan
+    return {
+        "format": 1,
+        "source": {
+            "title": worker.source.title,
+            "images": len(worker.source),
+            "hash": worker.source.fingerprint(),
+        },
+        "model": {
+            "name": worker.model.name,
+            "hash": _weights_hash(worker.model.module),
+            "preprocessing": repr(worker.model.preprocessing),
+            "labels": list(worker.model.labels),
+        },
+        "layers": list(worker.layers),
+        "metrics": list(worker.metrics),
+        "limit": plan.limit,
+        "batch_size": plan.batch_size,
+        "shard_size": plan.shard_size,
+        "captum_scoremap": captum_scoremap.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _weights_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256(str(module).encode())
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _open_folder(shards: Shards, settings: Mapping[str, Any], resume: bool) -> None:
+    """Make the folder ready: new, or the same audit's to go on with.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    path = shards.folder / _SETTINGS
+    if shards.folder.exists() and not shards.folder.is_dir():
+        raise ValueError(f"out must be a folder, got the file {str(shards.folder)!r}.")
+    if not path.exists():
+        if shards.folder.exists() and any(not item.name.startswith(".") for item in shards.folder.iterdir()):
+            raise ValueError(
+                f"out must be a new or empty folder, got {str(shards.folder)!r} with other files in it."
+            )
+        write_json(path, settings)
+        return
+    if not resume:
+        raise ValueError(
+            f"out must be a new or empty folder, got {str(shards.folder)!r} with an audit of "
+            f"{len(shards.finished())} finished shards. Go on with resume, or choose another folder."
+        )
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        raise ValueError(
+            f"resume must have the settings of the audit in {str(shards.folder)!r}, got another "
+            f"{', '.join(changed)}. Repeat the first call's arguments, or choose another folder."
+        )
+    shards.clear_leftovers()

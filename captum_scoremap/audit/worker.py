@@ -1,0 +1,277 @@
+"""From samples to the tables of one shard: what every process of an audit does, alone or on a cluster."""
+
+import io
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from captum_scoremap import metrics
+from captum_scoremap.audit.concentration import border_share, peak, region_share, top_share
+from captum_scoremap.audit.explaining import ROLES, Explained, explain
+from captum_scoremap.audit.pictures import UnreadableError, strict_decoding
+from captum_scoremap.audit.plan import Plan
+from captum_scoremap.audit.schema import TABLES
+from captum_scoremap.audit.sources import Source
+from captum_scoremap.models import LoadedModel
+
+__all__ = ["METRICS", "Worker"]
+
+METRICS = {"insertion": metrics.insertion, "deletion": metrics.deletion}
+
+_DEPTH = 2  # batches that are read ahead
+_SMALL = 96  # pixels: smaller views are kept without loss
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One image ready for the model, or the reason why not."""
+
+    index: int
+    inputs: Tensor | None = None
+    label: int = -1
+    region: Tensor | None = None
+    view: tuple[str, bytes] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Explains the images of a source, shard by shard.
+
+    Attributes:
+        source: Where the images come from.
+        plan: Which of them make which shard and batch.
+        model: The model, its preprocessing and its labels.
+        layers: Names of the layers to map, from image to score; the last one is what rankings use.
+        metrics: Names of further measures, of `METRICS`; each costs many forward passes an image.
+        device: Where the model computes.
+        threads: Threads that decode images.
+    """
+
+    source: Source
+    plan: Plan
+    model: LoadedModel
+    layers: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    threads: int = 2
+
+    def tables(self, shard: int) -> dict[str, pa.Table]:
+        """Results of one shard.
+
+        Args:
+            shard: Its number.
+
+        Returns:
+            The tables of `TABLES`, a row or more for every image of the shard, readable or not.
+        """
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+        with strict_decoding():
+            clock = time.perf_counter()
+            for batch in self._read_ahead(self.plan.batches(shard)):
+                found = self._batch(batch)
+                seconds = (time.perf_counter() - clock) / len(batch)
+                for row in found["images"]:
+                    row["seconds"] = None if row.get("error") else seconds
+                for name, some in found.items():
+                    rows[name] += some
+                clock = time.perf_counter()
+        return {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in TABLES.items()}
+
+    def first_readable(self) -> Tensor:
+        """Find an input to try things on.
+
+        Returns:
+            The first that can be read, ``(1, C, H, W)``.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        reasons = []
+        with strict_decoding():
+            for shard in self.plan.shards:
+                for batch in self.plan.batches(shard):
+                    for index in batch:
+                        item = self._prepare(index)
+                        if item.inputs is not None:
+                            return item.inputs[None]
+                        reasons.append(f"{self.source.name(index)}: {item.error}")
+        raise ValueError(
+            f"source must hold images that can be read, got {len(reasons)} that cannot: {reasons[0]}."
+        )
+
+    def _read_ahead(self, batches: Iterator[list[int]]) -> Iterator[list[_Prepared]]:
+        """Decode in threads while the model computes, never more than a few batches ahead."""
+        with ThreadPoolExecutor(self.threads if self.source.threads_safe else 1) as pool:
+            waiting: list[list[Future[_Prepared]]] = []
+            try:
+                for batch in batches:
+                    waiting.append([pool.submit(self._prepare, index) for index in batch])
+                    if len(waiting) > _DEPTH:
+                        yield [future.result() for future in waiting.pop(0)]
+                while waiting:
+                    yield [future.result() for future in waiting.pop(0)]
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, index: int) -> _Prepared:
+        try:
+            sample = self.source.read(index)
+            if isinstance(sample.image, Tensor):
+                inputs = sample.image.detach()
+                picture = _as_picture(inputs, self.model)
+            else:
+                inputs = self.model.preprocessing(sample.image)
+                picture = to_pil_image(self.model.preprocessing.picture(inputs))
+            if not torch.isfinite(inputs).all():
+                raise UnreadableError("pixel values that are not finite")
+            region = None
+            if sample.region is not None:
+                region = self.model.preprocessing.picture(self.model.preprocessing(sample.region)).mean(0)
+        except UnreadableError as error:
+            return _Prepared(index, error=str(error))
+        return _Prepared(index, inputs, -1 if sample.label is None else sample.label, region, encode(picture))
+
+    def _batch(self, batch: Sequence[_Prepared]) -> dict[str, list[dict[str, Any]]]:
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+        for shape, group in groupby(
+            batch, key=lambda item: None if item.inputs is None else item.inputs.shape
+        ):
+            items = list(group)
+            found = self._readable(items) if shape else {"images": [self._unreadable(item) for item in items]}
+            for name, some in found.items():
+                rows[name] += some
+        return rows
+
+    def _unreadable(self, item: _Prepared) -> dict[str, Any]:
+        return {"index": item.index, "name": self.source.name(item.index), "error": item.error}
+
+    def _readable(self, items: Sequence[_Prepared]) -> dict[str, list[dict[str, Any]]]:
+        inputs = torch.stack([item.inputs for item in items if item.inputs is not None])
+        on_device = inputs.to(self.device)
+        true = torch.tensor([item.label for item in items], device=self.device)
+        found = explain(self.model.module, self.layers, on_device, true)
+        return {
+            "views": [
+                {"index": item.index, "format": item.view[0], "view": item.view[1]}
+                for item in items
+                if item.view
+            ],
+            "maps": self._maps(items, found),
+            "layers": self._layers(items, found),
+            "images": self._images(items, found, on_device),
+        }
+
+    def _maps(self, items: Sequence[_Prepared], found: Explained) -> list[dict[str, Any]]:
+        labels = found.labels.tolist()
+        rows = []
+        for layer, maps in found.maps.items():
+            height, width = maps.shape[2:]
+            values = maps.float().cpu().flatten(2).numpy()
+            for place, item in enumerate(items):
+                for role, name in enumerate(ROLES):
+                    label = labels[place][role]
+                    if label < 0 or label in labels[place][:role]:
+                        continue
+                    rows.append({
+                        "index": item.index, "layer": layer, "role": name, "label": label,
+                        "rows": height, "columns": width, "values": values[place, role],
+                    })  # fmt: skip
+        return rows
+
+    def _layers(self, items: Sequence[_Prepared], found: Explained) -> list[dict[str, Any]]:
+        rows = []
+        for layer, maps in found.maps.items():
+            map_ = maps[:, 0].double()
+            total, bias = map_.sum((1, 2)), found.biases[layer].double()
+            row, column = peak(map_)
+            numbers: Mapping[str, Tensor] = {
+                "map_sum": total,
+                "bias": bias,
+                "bias_share": bias.abs()
+                / (bias.abs() + total.abs()).clamp(min=torch.finfo(torch.double).tiny),
+                "residual": found.residuals[layer].double(),
+                "top10_share": top_share(map_),
+                "border_share": border_share(map_),
+                "peak_row": row,
+                "peak_column": column,
+            }
+            columns = {name: values.tolist() for name, values in numbers.items()}
+            for place, item in enumerate(items):
+                record: dict[str, Any] = {"index": item.index, "layer": layer}
+                record |= {name: values[place] for name, values in columns.items()}
+                if item.region is not None:
+                    record["region_share"] = region_share(map_[place : place + 1], item.region[None]).item()
+                    record["region_area"] = item.region.mean().item()
+                rows.append(record)
+        return rows
+
+    def _images(self, items: Sequence[_Prepared], found: Explained, inputs: Tensor) -> list[dict[str, Any]]:
+        scores = found.scores.double()
+        probabilities = scores.softmax(1)
+        measured = {name: self._measure(name, found, inputs) for name in self.metrics}
+        rows = []
+        for place, item in enumerate(items):
+            predicted, runner_up, true = found.labels[place].tolist()
+            score, runner_up_score = scores[place, predicted].item(), scores[place, runner_up].item()
+            row: dict[str, Any] = {
+                "index": item.index,
+                "name": self.source.name(item.index),
+                "height": inputs.shape[2],
+                "width": inputs.shape[3],
+                "predicted": predicted,
+                "predicted_label": self.model.label_name(predicted),
+                "score": score,
+                "probability": probabilities[place, predicted].item(),
+                "runner_up": runner_up,
+                "runner_up_label": self.model.label_name(runner_up),
+                "runner_up_score": runner_up_score,
+                "contrast": score - runner_up_score,
+                "crops": [],
+            }
+            if true >= 0:
+                row["true"] = true
+                row["true_label"] = self.model.label_name(true)
+                row["true_score"] = scores[place, true].item()
+                row["correct"] = predicted == true
+            row |= {name: values[place] for name, values in measured.items()}
+            rows.append(row)
+        return rows
+
+    def _measure(self, name: str, found: Explained, inputs: Tensor) -> list[float]:
+        maps = found.maps[self.layers[-1]][:, :1]
+        curve = METRICS[name](self.model.module, lambda *_: maps, inputs, found.labels[:, 0])
+        return [float(value) for value in curve.area]
+
+
+def encode(picture: Image.Image) -> tuple[str, bytes]:
+    """A picture as a file's content and its media type: without loss where it is small."""
+    buffer = io.BytesIO()
+    if min(picture.size) < _SMALL:
+        picture.save(buffer, "PNG")
+        return "image/png", buffer.getvalue()
+    picture.save(buffer, "JPEG", quality=85)
+    return "image/jpeg", buffer.getvalue()
+
+
+def _as_picture(inputs: Tensor, model: LoadedModel) -> Image.Image:
+    """An input that came as a tensor ``(C, H, W)``, as a picture: fractions of white stay as they are."""
+    pixels = inputs.float().cpu()
+    if pixels.shape[0] != 3:
+        pixels = pixels.mean(0, keepdim=True)
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > 1:
+        pixels = (
+            model.preprocessing.picture(pixels) if pixels.shape[0] == 3 else (pixels - low) / (high - low)
+        )
+    picture: Image.Image = to_pil_image(pixels)
+    return picture

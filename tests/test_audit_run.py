@@ -1,0 +1,289 @@
+"""An audit ends with the same tables whatever happens on the way."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from captum_scoremap.audit import TABLES, audit
+from captum_scoremap.audit.progress import Progress
+from captum_scoremap.audit.shards import Shards, write_whole
+from captum_scoremap.models import read_image
+from tests.audit_pictures import Digits, tiny_model, write_digits, write_odd_files
+
+QUICK = {"progress": False, "batch_size": 4, "shard_size": 8}
+
+
+def rows(folder: Path, table: str) -> list[dict]:
+    """The rows of a table without the times, which differ from run to run."""
+    found = Shards(folder).table(table)
+    return found.drop_columns([name for name in ("seconds",) if name in found.column_names]).to_pylist()
+
+
+def test_tables_have_the_documented_columns(tmp_path):
+    write_digits(tmp_path / "in", 10, by_label=True)
+    done = audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
+    for name, schema in TABLES.items():
+        assert Shards(done.folder).table(name).schema.equals(schema)
+        for field in schema:
+            assert field.metadata[b"description"]
+    assert done.images.num_rows == 10
+    assert done.layers.num_rows == 10 * len(done.settings["layers"])
+
+
+def test_numbers_are_those_of_the_model(tmp_path):
+    write_digits(tmp_path / "in", 9, by_label=True)
+    loaded = tiny_model()
+    done = audit(tmp_path / "in", loaded, out=tmp_path / "out", layers=["1", "4"], **QUICK)
+    maps = {(row["index"], row["layer"], row["role"]): row for row in rows(done.folder, "maps")}
+    layers = {(row["index"], row["layer"]): row for row in rows(done.folder, "layers")}
+    for row in done.images.to_pylist():
+        scores = loaded.module(loaded.preprocessing(read_image(tmp_path / "in" / row["name"]))[None])[0]
+        best = scores.topk(2).indices.tolist()
+        assert [row["predicted"], row["runner_up"]] == best
+        assert row["score"] == pytest.approx(scores[best[0]].item(), abs=1e-5)
+        assert row["contrast"] == pytest.approx((scores[best[0]] - scores[best[1]]).item(), abs=1e-5)
+        assert row["true_label"] == row["name"].partition("/")[0]
+        assert row["correct"] == (row["true"] == row["predicted"])
+        for layer in ("1", "4"):
+            numbers = layers[row["index"], layer]
+            values = maps[row["index"], layer, "predicted"]["values"]
+            assert sum(values) == pytest.approx(numbers["map_sum"], abs=1e-4)
+            assert numbers["map_sum"] + numbers["bias"] == pytest.approx(row["score"], abs=1e-4)
+            assert numbers["residual"] < 1e-4
+
+
+def test_images_that_cannot_be_read_are_listed_and_the_rest_is_done(tmp_path):
+    reasons = write_odd_files(tmp_path / "in")
+    done = audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
+    found = {row["name"]: row for row in done.images.to_pylist()}
+    assert set(found) == set(reasons)
+    for name, reason in reasons.items():
+        if reason is None:
+            assert found[name]["error"] is None
+            assert found[name]["score"] is not None
+        else:
+            assert reason in found[name]["error"]
+            assert found[name]["score"] is None
+        assert str(tmp_path) not in str(found[name])
+
+
+def test_inputs_of_many_sizes_in_one_batch(tmp_path):
+    torch.manual_seed(0)
+    data = [
+        torch.rand(3, 32, 32),
+        torch.rand(3, 32, 32),
+        torch.rand(3, 32, 32) / 0,
+        (torch.rand(3, 32, 32), 4),
+    ]
+    done = audit(data, tiny_model(), out=tmp_path / "out", **QUICK)
+    assert [row["error"] for row in done.images.to_pylist()] == [
+        None,
+        None,
+        "pixel values that are not finite",
+        None,
+    ]
+    assert done.images["true"].to_pylist() == [None, None, None, 4]
+
+
+def test_a_source_without_a_readable_image_is_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"source must hold images that can be read, got 1 that cannot: a.png"
+    ):
+        audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"metrics": ["insertoin"]},
+            "metrics must be of insertion, deletion, got 'insertoin'. Did you mean 'insertion'",
+        ),
+        ({"layers": ["9"]}, "layers must be named as in the model, got '9'"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_say_what_to_do(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        audit([torch.rand(3, 32, 32)], tiny_model(), out=tmp_path / "out", **{**QUICK, **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_users_model_stays_as_it_is(tmp_path):
+    module = tiny_model().module.train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    audit([torch.rand(3, 32, 32)], module, out=tmp_path / "out", **QUICK)
+    assert module.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_insertion_and_deletion_where_asked(tmp_path):
+    write_digits(tmp_path / "in", 2)
+    done = audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", metrics=["deletion"], **QUICK)
+    assert all(0 <= value <= 1 for value in done.images["deletion"].to_pylist())
+    assert done.images["insertion"].to_pylist() == [None, None]
+
+
+def test_out_must_be_empty_or_the_same_audit(tmp_path):
+    data = Digits(0, 3).images.expand(-1, 3, -1, -1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"out must be a new or empty folder, got .* with other files"):
+        audit(list(data), tiny_model(), out=tmp_path / "full", **QUICK)
+    with pytest.raises(ValueError, match="out must be a folder, got the file"):
+        audit(list(data), tiny_model(), out=tmp_path / "full" / "thesis.tex", **QUICK)
+    audit(list(data), tiny_model(), out=tmp_path / "out", **QUICK)
+    with pytest.raises(ValueError, match=r"with an audit of 1 finished shards. Go on with resume"):
+        audit(list(data), tiny_model(), out=tmp_path / "out", **QUICK)
+    with pytest.raises(
+        ValueError, match=r"resume must have the settings of the audit in .*, got another layers"
+    ):
+        audit(list(data), tiny_model(), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
+    with pytest.raises(ValueError, match=r"got another model, layers"):
+        audit(list(data), tiny_model(4), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
+    again = audit(list(data), tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
+    assert again.images.num_rows == 3
+
+
+NURSERY = """
+import os, sys
+from captum_scoremap.audit import audit
+from tests.audit_pictures import tiny_model
+source, out = sys.argv[1:]
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        audit(source, tiny_model(), out=out, resume=True, batch_size=2, shard_size=4, progress=False)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Starts an audit at once, time after time: a process that has imported everything forks."""
+
+    def __init__(self, source: Path, out: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY, str(source), str(out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parent.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self) -> int:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def exit_code(self) -> int:
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to start an audit often and fast")
+def test_killed_twenty_times_and_resumed_is_the_same(tmp_path):
+    write_digits(tmp_path / "in", 280, by_label=True)
+    write_odd_files(tmp_path / "in" / "odd")
+    (tmp_path / "in" / "odd" / "bomb.png").unlink()
+    audit(tmp_path / "in", tiny_model(), out=tmp_path / "whole", progress=False, batch_size=2, shard_size=4)
+    shards = Shards(tmp_path / "out")
+    nursery = Nursery(tmp_path / "in", tmp_path / "out")
+    generator = random.Random(0)
+    try:
+        for _ in range(20):
+            before, child = len(shards.finished()), nursery.start()
+            while len(shards.finished()) == before:
+                time.sleep(0.001)
+            time.sleep(generator.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)
+            assert nursery.exit_code() == -signal.SIGKILL
+            for name in TABLES:
+                for _, table in shards.each(name):
+                    assert table.schema.equals(TABLES[name])
+        assert len(shards.finished()) < len(Shards(tmp_path / "whole").finished())
+        nursery.start()
+        assert nursery.exit_code() == 0
+    finally:
+        nursery.close()
+    for name in TABLES:
+        assert rows(tmp_path / "out", name) == rows(tmp_path / "whole", name)
+    assert [path.name for path in (tmp_path / "out").rglob(".*")] == []
+
+
+def test_full_disk_is_a_clear_error_and_what_is_done_stays(tmp_path, monkeypatch):
+    write_digits(tmp_path / "in", 20)
+    real = pq.write_table
+
+    def full(table, path, **options):
+        if "00001" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(table, path, **options)
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(
+        OSError, match="out must be a folder with space to write; shard 1 could not be written"
+    ) as error:
+        audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
+    assert error.value.errno == errno.ENOSPC
+    assert len(rows(tmp_path / "out", "images")) == 8
+    assert not list((tmp_path / "out").rglob(".*"))
+    monkeypatch.setattr(pq, "write_table", real)
+    assert (
+        audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", resume=True, **QUICK).images.num_rows == 20
+    )
+
+
+def test_unwritable_folder_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OSError, match=r"out must be a folder with space to write; audit.json could not be written"
+    ):
+        audit([torch.rand(3, 32, 32)], tiny_model(), out=tmp_path / "file" / "out", **QUICK)
+
+
+def test_half_written_files_never_stand_under_their_name(tmp_path):
+    path = tmp_path / "a.json"
+    write_whole(path, "old")
+
+    class Stop(BaseException):
+        pass
+
+    class Torn(str):
+        def encode(self):
+            raise Stop
+
+    with pytest.raises(Stop):
+        write_whole(path, Torn("new"))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_says_rate_and_time_left(capsys):
+    now = iter([0.0, 10.0, 31.0, 31.0, 31.0, 40.0, 40.0])
+    progress = Progress(100, done=20, clock=lambda: next(now))
+    progress.advance(10)
+    assert capsys.readouterr().err == ""
+    progress.advance(21)
+    assert capsys.readouterr().err == "audit: 51 of 100 images, 1.0 images/s, 49 s left\n"
