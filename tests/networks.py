@@ -9,7 +9,7 @@ are what a forward method calls in between, as in code written by hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from tests.layers import called_once
 
 Step: TypeAlias = Callable[[Tensor], Tensor]
 Build: TypeAlias = Callable[["Context", Tensor], "Step | None"]
@@ -697,27 +699,6 @@ class RandomNetwork:
 
     def __repr__(self) -> str:
         return f"inputs {tuple(self.inputs.shape)}, layers {self.layers}\n{self.model}"
-
-
-def called_once(model: nn.Module, inputs: Tensor) -> Iterator[str]:
-    """Names of the modules that run once and give a float tensor."""
-    calls: dict[str, list[object]] = {}
-    handles = [
-        module.register_forward_hook(
-            lambda _module, _args, output, name=name: calls.setdefault(name, []).append(output)
-        )
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            model(inputs.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, outputs in calls.items():
-        if len(outputs) == 1 and isinstance(outputs[0], Tensor) and outputs[0].is_floating_point():
-            yield name
 
 
 @st.composite

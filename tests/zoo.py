@@ -1,0 +1,442 @@
+"""Whole model zoos with random weights, and how exact S = A·Y + B is in each.
+
+``python -m tests.zoo --out tests/zoo_table.md`` measures every classification model of torchvision and one of
+every family of timm, and writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from captum_scoremap import LayerScoreMap, freeze, linear_form
+from captum_scoremap.checks import UnsupportedOperationError
+from tests.layers import called_once
+
+MANY = 1_000_003  # random numbers; tensors with more repeat them
+FILLING = frozenset((
+    "normal_",
+    "uniform_",
+    "trunc_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "xavier_uniform_",
+))
+
+# --- random models -------------------------------------------------------------------------------------
+
+
+def randomize(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> nn.Module:
+    """Random weights, biases and norm statistics of non-trivial size, in float64.
+
+    Weights keep the size of activations (He et al. 2015). Batch norms take their statistics from the given
+    images and are set off from them by a random part, so that activations neither vanish nor explode however
+    deep the model is, yet no norm is trivial. Other parameters (class tokens, position embeddings, layer
+    scales) get noise on top of what they are.
+    """
+    model.double().eval()
+
+    def noise(tensor: Tensor) -> Tensor:
+        few = torch.randn(min(tensor.numel(), MANY), generator=generator, dtype=tensor.dtype)
+        return few.repeat(tensor.numel() // len(few) + 1)[: tensor.numel()].view(tensor.shape)
+
+    def statistics(module: _BatchNorm, arguments: tuple[Tensor, ...]) -> None:
+        channels = arguments[0].transpose(0, 1).flatten(1)
+        mean, spread = channels.mean(1), channels.var(1, unbiased=False)
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        spread = spread + 0.1 * spread.mean() + 1e-3
+        module.running_mean.copy_(mean + 0.3 * spread.sqrt() * noise(mean))
+        module.running_var.copy_(
+            spread * (0.7 + 0.6 * torch.rand(spread.shape, generator=generator).double())
+        )
+
+    owners = {
+        parameter: module for module in model.modules() for parameter in module.parameters(recurse=False)
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if isinstance(owners[parameter], (nn.Linear, nn.modules.conv._ConvNd)) and parameter.dim() > 1:
+                gain = 1.0 if isinstance(owners[parameter], nn.Linear) else math.sqrt(2)
+                parameter.copy_(gain * noise(parameter) / math.sqrt(parameter[0].numel()))
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise(parameter))
+            elif name.endswith("weight") and parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * noise(parameter))
+            else:
+                parameter.add_(0.3 * noise(parameter))
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        handles = [norm.register_forward_pre_hook(statistics) for norm in norms]
+        model(inputs.clone())
+        for handle in handles:
+            handle.remove()
+    return model.requires_grad_(True)
+
+
+class Unfilled(TorchFunctionMode):
+    """Leave large tensors as they are made: `randomize` fills them anyway, which takes long enough once."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(function, "__name__", "") in FILLING and args and args[0].numel() > MANY:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+class PixelScore(nn.Module):
+    """The scores of one pixel of a segmentation network, (N, K)."""
+
+    def __init__(self, model: nn.Module, row: int, column: int) -> None:
+        super().__init__()
+        self.model = model
+        self.row, self.column = row, column
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.model(x)["out"]
+        return scores[:, :, self.row, self.column]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of a zoo: how to build it, and the (C, *size) of a small image for it."""
+
+    zoo: str
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.zoo}:{self.name}"
+
+
+def torchvision_entry(name: str) -> Entry:
+    """A classification model of torchvision, for as small an image as it takes."""
+    kwargs: dict[str, object] = {}
+    size = 32
+    if name.startswith("vit"):
+        size = 28 if name.endswith("14") else 64
+        kwargs = {"image_size": size}
+    elif name.startswith("maxvit"):
+        size = 224  # its windows leave no choice
+    elif name in {"alexnet", "inception_v3"}:
+        size = 79
+    elif name.startswith(("vgg", "squeezenet")):
+        size = 36
+    if name in {"googlenet", "inception_v3"}:
+        kwargs = {"init_weights": False}
+    return Entry(
+        "torchvision",
+        name,
+        lambda: torchvision.models.get_model(name, weights=None, **kwargs),
+        (3, size, size),
+    )
+
+
+def segmentation() -> nn.Module:
+    return PixelScore(
+        torchvision.models.get_model("fcn_resnet50", weights=None, weights_backbone=None), 20, 30
+    )
+
+
+EXTRA = {
+    "fcn_resnet50": Entry("torchvision", "fcn_resnet50", segmentation, (3, 40, 40)),
+    "r3d_18": Entry("torchvision", "r3d_18", lambda: torchvision.models.get_model("r3d_18"), (3, 4, 16, 16)),
+}
+
+PIECEWISE_LINEAR = (
+    "alexnet",
+    "vgg11",
+    "vgg11_bn",
+    "resnet18",
+    "densenet121",
+    "squeezenet1_1",
+    "googlenet",
+    "inception_v3",
+    "shufflenet_v2_x1_0",
+    "mnasnet1_0",
+    "mobilenet_v2",
+    "regnet_x_400mf",
+    "fcn_resnet50",
+    "r3d_18",
+)
+SMOOTH = (
+    "convnext_tiny",
+    "efficientnet_b0",
+    "maxvit_t",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "swin_t",
+    "swin_v2_t",
+    "vit_b_32",
+)
+
+
+def entry(name: str) -> Entry:
+    return EXTRA.get(name) or torchvision_entry(name)
+
+
+def all_of_torchvision() -> list[Entry]:
+    """Every classification model of torchvision, and one each for segmentation and video."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return [torchvision_entry(name) for name in names] + list(EXTRA.values())
+
+
+def families_of_timm(size: int = 64) -> list[Entry]:
+    """The model with fewest parameters of every family (module) of timm."""
+    import timm
+
+    entries = []
+    for family in timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=family):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+                except Exception:  # cannot be built without storage; another of its family can
+                    continue
+        if sizes:
+            entries.append(timm_entry(min(sizes, key=sizes.__getitem__), family, size))
+    return entries
+
+
+def timm_entry(name: str, family: str, size: int) -> Entry:
+    """A model of timm, at a small size if it can be told one."""
+    import timm
+
+    fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+    default = timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
+
+    def build() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: nn.Module = timm.create_model(name)
+        return model
+
+    return Entry("timm", f"{name} ({family})", build, tuple(default) if fixed else (3, size, size))
+
+
+# --- how exact -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model; residuals are |S - (A·Y + B)| / (|S| + |A·Y|).
+
+    Attributes:
+        entry: the model.
+        at_input: residual at the image.
+        at_layers: worst residual of the layers checked.
+        worst: name of that layer.
+        checked: number of layers checked.
+        layers: number of layers there are.
+        forward: relative difference of the frozen model's scores from the model's own.
+        problem: why there are no numbers.
+    """
+
+    entry: Entry
+    at_input: float = math.nan
+    at_layers: float = math.nan
+    worst: str = ""
+    checked: int = 0
+    layers: int = 0
+    forward: float = math.nan
+    problem: str = ""
+
+
+def relative_residual(score: Tensor, product: Tensor, bias: Tensor) -> float:
+    """The worst |S - (A·Y + B)| / (|S| + |A·Y|) of a batch; 0 where score and product are zero."""
+    size = (score.abs() + product.abs()).clamp_min(torch.finfo(score.dtype).tiny)
+    return float(((score - (product + bias)).abs() / size).max())
+
+
+def measure(entry: Entry, model: nn.Module, inputs: Tensor, seconds: float = math.inf) -> Row:
+    """The residuals of a model's highest score at an image and at its layers.
+
+    A·Y of all layers comes from one run of the package, S from the model itself, and B of each layer from the
+    frozen model with that layer's output at zero: three numbers found in three ways.
+
+    Args:
+        entry: what is measured, for the row.
+        model: the model in evaluation mode.
+        inputs: one image, (1, C, H, W).
+        seconds: time to spend on layers; those that fit in are spread over the model.
+    """
+    with torch.no_grad():
+        scores = model(inputs.clone())
+    label = int(scores[0].argmax())
+    score = scores[:, label]
+    form = linear_form(model, inputs, label)
+    at_input = relative_residual(score, form.sub_scores.sum()[None], form.bias)
+
+    start = time.monotonic()
+    with torch.no_grad():
+        difference = (freeze(model, inputs)(inputs) - scores).abs().max() / scores.abs().max()
+    once = time.monotonic() - start
+    layers = called_once(model, inputs)
+    names = spread(list(layers), max(int(seconds / once), 1)) if seconds < math.inf else list(layers)
+    chosen = {name: layers[name] for name in names}
+    sub_scores = LayerScoreMap(model, list(chosen.values())).attribute(
+        inputs, label, attr_dim_summation=False
+    )
+    biases = at_zero(model, inputs, label, chosen)
+    worst = (0.0, "")
+    for (name, bias), products in zip(biases.items(), sub_scores, strict=True):
+        worst = max(worst, (relative_residual(score, products.sum()[None], bias), name))
+    return Row(entry, at_input, worst[0], worst[1], len(names), len(layers), float(difference))
+
+
+def at_zero(
+    model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, nn.Module], together: int = 24
+) -> dict[str, Tensor]:
+    """B of every layer, (1,): the score of the frozen model with that layer's output at zero.
+
+    Many layers go together in one batch of copies of the image, each layer at zero in the copy of its own, by
+    means of ordinary forward hooks.
+
+    Args:
+        model: the model in evaluation mode.
+        inputs: one image, (1, C, H, W).
+        label: index of the score.
+        layers: name to module.
+        together: layers at a time.
+    """
+    biases: dict[str, Tensor] = {}
+    names = list(layers)
+    for first in range(0, len(names), together):
+        group = names[first : first + together]
+        copies = inputs.repeat(len(group), *[1] * (inputs.dim() - 1))
+        keep = torch.ones(len(group), len(group), dtype=inputs.dtype)
+
+        def scale(row: Tensor) -> Callable[..., Tensor]:
+            def hook(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
+                own = row.repeat_interleave(len(output) // len(row))  # windows and frames are batch-major
+                return output * own.view(-1, *[1] * (output.dim() - 1))
+
+            return hook
+
+        handles = [layers[name].register_forward_hook(scale(keep[i])) for i, name in enumerate(group)]
+        try:
+            with torch.no_grad():
+                frozen = freeze(model, copies)
+                keep.fill_diagonal_(0)
+                scores = frozen(copies)[:, label]
+        finally:
+            for handle in handles:
+                handle.remove()
+        biases |= dict(zip(group, scores.split(1), strict=True))
+    return biases
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the names, evenly from the first to the last."""
+    if count >= len(names):
+        return list(names)
+    return [names[i * (len(names) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
+def random_entry(entry: Entry, seed: int = 0, images: int = 1) -> tuple[nn.Module, Tensor]:
+    """The entry's model, randomized, and images for it."""
+    generator = torch.Generator().manual_seed(seed)
+    with Unfilled():
+        model = entry.build()
+    calibration = torch.randn(4, *entry.shape, generator=generator, dtype=torch.float64)
+    return randomize(model, calibration, generator), calibration[:images].clone()
+
+
+def measured(entries: Iterable[Entry], seconds: float) -> Iterator[Row]:
+    """A row for each entry, whatever happens."""
+    for item in entries:
+        try:
+            model, inputs = random_entry(item)
+            yield measure(item, model, inputs, seconds=seconds)
+        except UnsupportedOperationError as error:
+            counts: dict[str, str] = {}
+            for operation, module in error.operations:
+                counts.setdefault(operation, module)
+            named = ", ".join(f"{operation} (`{module}`)" for operation, module in counts.items())
+            yield Row(item, problem=f"unsupported: {named}")
+        except Exception as error:  # the table says what went wrong
+            yield Row(item, problem=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        gc.collect()
+
+
+# --- table ---------------------------------------------------------------------------------------------
+
+HEADER = """\
+# How exact the linear form is, model by model
+
+Random weights, biases and norm statistics in float64, one image, the highest score. A residual is
+|S - (A·Y + B)| / (|S| + |A·Y|): S from the model, A·Y from the attribution, B from the frozen model with the
+layer at zero. *Layers* are the modules that run once and give a float tensor: all, or as many as fit in
+{seconds:g} s, spread over the model. *Forward* is the relative difference of the frozen model's scores at the
+image from the model's own. Written by `python -m tests.zoo` (torch {torch}, torchvision {torchvision}{timm}).
+
+| model | image | residual at the image | worst at a layer | layers | forward |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def line(row: Row) -> str:
+    size = "×".join(str(n) for n in row.entry.shape[1:])
+    if row.problem:
+        return f"| {row.entry} | {size} | {row.problem} | | | |"
+    return (
+        f"| {row.entry} | {size} | {row.at_input:.0e} | {row.at_layers:.0e} "
+        f"| {row.checked} of {row.layers} | {row.forward:.0e} |"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--zoo", choices=["torchvision", "timm"], nargs="*", default=["torchvision", "timm"])
+    parser.add_argument(
+        "--models", nargs="*", default=None, help="only those whose name contains one of these"
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="for the layers of one model (default 20)")
+    parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
+    options = parser.parse_args(arguments)
+    entries: list[Entry] = []
+    versions = ""
+    if "torchvision" in options.zoo:
+        entries += all_of_torchvision()
+    if "timm" in options.zoo:
+        import timm
+
+        versions = f", timm {timm.__version__}"
+        entries += families_of_timm()
+    if options.models is not None:
+        entries = [item for item in entries if any(part in item.name for part in options.models)]
+    text = HEADER.format(
+        seconds=options.seconds, torch=torch.__version__, torchvision=torchvision.__version__, timm=versions
+    )
+    print(text, end="")
+    for row in measured(entries, options.seconds):
+        print(line(row), flush=True)
+        text += line(row) + "\n"
+        if options.out is not None:
+            options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
