@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ def explain(
     ]
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     outputs = list(_output_paths(out, questions))
     with tqdm(
         total=len(questions) * len(found), delay=1.0, disable=None, unit="layer", leave=False
@@ -250,4 +250,4 @@ def _draw(explanation: Explanation, loaded: LoadedModel, path: Path) -> None:
         mean=loaded.preprocessing.mean,
         std=loaded.preprocessing.std,
     )
-    figure.savefig(path, dpi=150)
+    figure.canvas.print_figure(path, dpi=150)

@@ -1,6 +1,7 @@
 """Load a classifier whole: network, weights, preprocessing and the names of its labels."""
 
 import importlib
+import inspect
 import pickle
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+from torchvision.models import WeightsEnum, get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms import InterpolationMode
 
 from captum_scoremap.checks import nearest
@@ -178,11 +179,14 @@ def _load_torchvision(name: str, weights: str) -> LoadedModel:
     entry = _torchvision_weights(name, enum, weights)
     # Preprocessing and labels are those of the default weights where the weights themselves bring none.
     described = entry or enum["DEFAULT"]
+    # Models of detection and segmentation fetch a trained backbone unless told not to.
+    has_backbone = "weights_backbone" in inspect.signature(get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if has_backbone else {}
     with _seeded(), warnings.catch_warnings():
         # googlenet and inception_v3 announce a change of their random initialization.
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
         with _readable_download(name):
-            module = get_model(name, weights=entry)
+            module = get_model(name, weights=entry, **backbone)
     preprocessing = _from_preset(name, described.transforms())
     return LoadedModel(name, module, preprocessing, tuple(described.meta["categories"]))
 
