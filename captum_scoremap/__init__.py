@@ -26,3 +26,69 @@ switch  which position a pooling window took at the image
 """
 
 __version__ = "0.1.0"
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from captum_scoremap import rules
+from captum_scoremap.attribution import LayerScoreMap, NeuronScoreMap, ScoreMap
+from captum_scoremap.checks import UnsupportedOperationError
+from captum_scoremap.freeze import Boundary, FrozenModel, freeze
+from captum_scoremap.linear_form import LinearForm, bias_terms, linear_form
+from captum_scoremap.receptive_field import ReceptiveField, receptive_field
+
+if TYPE_CHECKING:
+    from captum_scoremap import metrics, visualization
+    from captum_scoremap.crops import score_map_crops
+    from captum_scoremap.models import prepare
+    from captum_scoremap.multiview import MultiView
+    from captum_scoremap.patches import Patch, semantic_patches
+
+# What brings further packages along is loaded where it is first used, so that importing this one costs no more than
+# importing Captum.
+_HOME = {
+    "MultiView": "multiview",
+    "Patch": "patches",
+    "metrics": None,
+    "prepare": "models",
+    "score_map_crops": "crops",
+    "semantic_patches": "patches",
+    "visualization": None,
+}
+
+__all__ = [
+    "Boundary",
+    "FrozenModel",
+    "LayerScoreMap",
+    "LinearForm",
+    "MultiView",
+    "NeuronScoreMap",
+    "Patch",
+    "ReceptiveField",
+    "ScoreMap",
+    "UnsupportedOperationError",
+    "bias_terms",
+    "freeze",
+    "linear_form",
+    "metrics",
+    "prepare",
+    "receptive_field",
+    "rules",
+    "score_map_crops",
+    "semantic_patches",
+    "visualization",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME[name]
+    if home is None:
+        return importlib.import_module(f"{__name__}.{name}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

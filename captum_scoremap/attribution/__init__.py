@@ -1,0 +1,7 @@
+"""Captum's attribution classes for score maps: drop-ins beside Integrated Gradients and Grad-CAM."""
+
+from .image import ScoreMap
+from .layer import LayerScoreMap
+from .neuron import NeuronScoreMap
+
+__all__ = ["LayerScoreMap", "NeuronScoreMap", "ScoreMap"]

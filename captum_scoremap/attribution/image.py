@@ -1,0 +1,117 @@
+"""ScoreMap: sub-scores of the image itself, l = 0."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from captum.attr import GradientAttribution
+from captum.log import log_usage
+from torch import Tensor
+
+from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
+from captum_scoremap.freeze import Reduction, as_tuple_of_arguments
+from captum_scoremap.linear_form import Target, bias_at, explain, image_sums, select_scores
+from captum_scoremap.rules import Rule
+
+__all__ = ["ScoreMap"]
+
+
+class ScoreMap(GradientAttribution):  # type: ignore[misc]  # Captum's bases are untyped
+    """Sub-scores A·x of the image x: S = A·x + B, Eq. (3) of Yu et al. 2015 at l = 0.
+
+    For piecewise-linear networks this equals Captum's ``InputXGradient``; for others the coefficients A are exact where
+    the gradient is not, and B says what the sub-scores leave out.
+
+    In ``captum.metrics.infidelity``, use ``multiply_by_inputs=True`` with a ``perturb_func`` decorated by
+    ``infidelity_perturb_func_decorator(multipy_by_inputs=True)`` (sic), and ``False`` with ``False``: sub-scores answer to
+    relative perturbations, coefficients to absolute ones.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        multiply_by_inputs: Whether to return the sub-scores A·x, or the coefficients A.
+        rules: Operation to rule, to replace or add some.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> sub_scores, delta = ScoreMap(model).attribute(
+        ...     torch.rand(2, 3, 6, 6), target=7, return_convergence_delta=True
+        ... )
+        >>> sub_scores.shape, bool(delta.abs().max() < 1e-5)
+        (torch.Size([2, 3, 6, 6]), True)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        multiply_by_inputs: bool = True,
+        *,
+        rules: Mapping[Any, Rule] | None = None,
+    ) -> None:
+        check_callable(forward_func)
+        super().__init__(forward_func)
+        self._multiply_by_inputs = multiply_by_inputs
+        self._rules = rules
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: object = None,
+        return_convergence_delta: bool = False,
+        grad_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The sub-scores (or coefficients) of the inputs.
+
+        Args:
+            inputs: The image, (N, C, H, W), or a tuple of such inputs.
+            target: Label of each image, in any of Captum's forms.
+            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            return_convergence_delta: Whether to return S - (A·x + B) too, with B from the frozen model at zero.
+            grad_kwargs: Further arguments of ``torch.autograd.grad``.
+
+        Returns:
+            Tensor or tuple shaped like ``inputs``, in logits (coefficients: logits per unit of input); with the delta a
+            pair of it and a tensor (N,) in logits.
+
+        Raises:
+            TypeError: If an input is not floating point, or a target has no known form.
+            ValueError: If an input or the target is not as it must be, or the model is in training mode.
+            RuntimeError: If ``torch.inference_mode`` is on.
+            UnsupportedOperationError: If operations have no rule; all are listed.
+        """
+        tensors = check_inputs(inputs)
+        additional = as_tuple_of_arguments(additional_forward_args)
+
+        def select(output: Any) -> Tensor:
+            return select_scores(output, target)
+
+        found = explain(
+            unwrap_parallel(self.forward_func),
+            tensors,
+            select,
+            [None],
+            Reduction(multiply=self._multiply_by_inputs),
+            additional,
+            rules=self._rules,
+            keep=return_convergence_delta,
+            grad_kwargs=grad_kwargs,
+        )
+        results = found.results[None]
+        formatted = results[0] if isinstance(inputs, Tensor) else results
+        if not return_convergence_delta:
+            return formatted
+        sums = image_sums(results, tensors, found.score, multiplied=self._multiply_by_inputs)
+        return formatted, found.score - sums - bias_at(
+            found.frozen(tensors, additional), None, tensors, select
+        )
+
+    def has_convergence_delta(self) -> bool:
+        """True: S = A·x + B is exact, and the delta checks it."""
+        return True
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether sub-scores are returned, or coefficients."""
+        return self._multiply_by_inputs

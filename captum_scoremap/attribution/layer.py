@@ -1,0 +1,206 @@
+"""LayerScoreMap: the score maps of a layer, or of several from one backward pass."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from captum.attr import GradientAttribution, LayerAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.freeze import Reduction, Site, as_tuple_of_arguments
+from captum_scoremap.linear_form import Target, bias_at, explain, image_sums, select_scores
+from captum_scoremap.rules import Rule
+from captum_scoremap.targets import explain_targets
+
+__all__ = ["LayerScoreMap"]
+
+
+class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc]  # Captum's bases are untyped
+    """The score map of a layer: M(x, y) = sum over channels of A·Y, Eq. (4) of Yu et al. 2015.
+
+    S = A·Y + B holds for the output Y of every layer; the map says what each of its positions adds to the score. With
+    ``attr_dim_summation=False`` the sub-scores A·Y themselves are returned, which for piecewise-linear networks are
+    those of Captum's ``LayerGradientXActivation``.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        layer: A module, or a list of modules, for which one run and one backward pass serve. If a module runs more
+            than once, its last call counts.
+        device_ids: Taken for Captum's sake: a ``DataParallel`` model is explained on the device of its module.
+        multiply_by_inputs: Whether to multiply by the activations Y; else the coefficients A are returned.
+        rules: Operation to rule, to replace or add some.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> method = LayerScoreMap(model, model[1])
+        >>> score_map, delta = method.attribute(torch.rand(2, 3, 6, 6), target=7, return_convergence_delta=True)
+        >>> score_map.shape, bool(delta.abs().max() < 1e-5)
+        (torch.Size([2, 1, 4, 4]), True)
+        >>> method.attribute_targets(torch.rand(2, 3, 6, 6)).shape  # every label
+        torch.Size([2, 10, 4, 4])
+        >>> LayerScoreMap.interpolate(score_map, (6, 6)).shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        multiply_by_inputs: bool = True,
+        *,
+        rules: Mapping[Any, Rule] | None = None,
+    ) -> None:
+        check_callable(forward_func)
+        for one in layer if isinstance(layer, list) else [layer]:
+            check_layer(forward_func, one)
+        LayerAttribution.__init__(self, forward_func, layer, device_ids)
+        GradientAttribution.__init__(self, forward_func)
+        self._multiply_by_inputs = multiply_by_inputs
+        self._rules = rules
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: object = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        attr_dim_summation: bool = True,
+        grad_kwargs: dict[str, Any] | None = None,
+        return_convergence_delta: bool = False,
+        channel_dim: int = 1,
+    ) -> Any:
+        """The score map (or sub-scores) of the layer.
+
+        Args:
+            inputs: The image, (N, C, H, W), or a tuple of such inputs.
+            target: Label of each image, in any of Captum's forms.
+            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            attribute_to_layer_input: Whether Y is the layer's input.
+            relu_attributions: Whether to return the positive part only.
+            attr_dim_summation: Whether to sum over channels.
+            grad_kwargs: Further arguments of ``torch.autograd.grad``.
+            return_convergence_delta: Whether to return S - (A·Y + B) too, with B from the frozen model with the layer at
+                zero.
+            channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
+
+        Returns:
+            Tensor in logits, (N, 1, h, w) for a layer of (N, C, h, w), or shaped like the layer without summation; a
+            tuple for a layer with several tensors; a list for a list of layers. With the delta a pair of that and a
+            tensor (N,), or a list of them.
+
+        Raises:
+            TypeError: If an input is not floating point, or a target has no known form.
+            ValueError: If an input, the target or the layer is not as it must be, or the model is in training mode.
+            RuntimeError: If ``torch.inference_mode`` is on.
+            UnsupportedOperationError: If operations have no rule; all are listed.
+        """
+        tensors = check_inputs(inputs)
+        additional = as_tuple_of_arguments(additional_forward_args)
+        sites = self._sites(attribute_to_layer_input)
+
+        def select(output: Any) -> Tensor:
+            return select_scores(output, target)
+
+        found = explain(
+            unwrap_parallel(self.forward_func),
+            tensors,
+            select,
+            sites,
+            Reduction(self._multiply_by_inputs, channel_dim if attr_dim_summation else None),
+            additional,
+            rules=self._rules,
+            keep=return_convergence_delta,
+            grad_kwargs=grad_kwargs,
+        )
+        maps, deltas = [], []
+        for site in sites:
+            results, tapped = found.results[site], found.tapped(site)
+            if return_convergence_delta:
+                multiplied = self._multiply_by_inputs
+                if not multiplied and attr_dim_summation:
+                    raise ValueError(
+                        "return_convergence_delta needs A·Y, got coefficients summed over channels. Use "
+                        "multiply_by_inputs=True or attr_dim_summation=False."
+                    )
+                sums = image_sums(results, tapped.activations, found.score, multiplied=multiplied)
+                bias = bias_at(found.frozen(tensors, additional), site, tapped.activations, select)
+                deltas.append(found.score - sums - bias)
+            results = tuple(map(F.relu, results)) if relu_attributions else results
+            maps.append(results if tapped.is_tuple else results[0])
+        return self._formatted(maps, deltas if return_convergence_delta else None)
+
+    def attribute_targets(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        targets: Sequence[int | tuple[int, ...]] | None = None,
+        additional_forward_args: object = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        channel_dim: int = 1,
+        internal_batch_size: int | None = None,
+    ) -> Any:
+        """The score maps of many labels from one forward pass.
+
+        Either the score of each label is pushed back through the frozen layers above (one pass per label), or the
+        activation of each position alone is pushed forward through them (one pass per position, all labels at once);
+        whichever are fewer, in batches.
+
+        Args:
+            inputs: The image, (N, C, H, W), or a tuple of such inputs.
+            targets: Labels, the same for all images; None for every label.
+            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            attribute_to_layer_input: Whether Y is the layer's input.
+            relu_attributions: Whether to return the positive part only.
+            channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
+            internal_batch_size: Bound on the images in work at once, so on memory; None for a moderate one.
+
+        Returns:
+            Tensor in logits, (N, K, h, w) for a layer of (N, C, h, w): the labels take the place of the channels. A list
+            for a list of layers.
+
+        Raises:
+            TypeError: As :meth:`attribute`.
+            ValueError: As :meth:`attribute`.
+            RuntimeError: As :meth:`attribute`.
+            UnsupportedOperationError: As :meth:`attribute`.
+        """
+        tensors = check_inputs(inputs)
+        sites = self._sites(attribute_to_layer_input)
+        maps = explain_targets(
+            unwrap_parallel(self.forward_func),
+            tensors,
+            targets,
+            sites,
+            Reduction(self._multiply_by_inputs, channel_dim),
+            as_tuple_of_arguments(additional_forward_args),
+            rules=self._rules,
+            internal_batch_size=internal_batch_size,
+        )
+        if relu_attributions:
+            maps = [F.relu(one) for one in maps]
+        return self._formatted(maps, None)
+
+    def has_convergence_delta(self) -> bool:
+        """True: S = A·Y + B is exact, and the delta checks it."""
+        return True
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether coefficients are multiplied by the activations."""
+        return self._multiply_by_inputs
+
+    def _sites(self, at_input: bool) -> list[Site]:
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        return [(layer, at_input) for layer in layers]
+
+    def _formatted(self, maps: list[Any], deltas: list[Tensor] | None) -> Any:
+        if isinstance(self.layer, list):
+            return maps if deltas is None else (maps, deltas)
+        return maps[0] if deltas is None else (maps[0], deltas[0])

@@ -1,0 +1,177 @@
+"""NeuronScoreMap: the map of one neuron on the input or on any lower layer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from captum.attr import GradientAttribution, NeuronAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.freeze import Reduction, Site, as_tuple_of_arguments
+from captum_scoremap.linear_form import bias_at, explain, image_sums
+from captum_scoremap.rules import Rule, tensors_in
+
+__all__ = ["NeuronScoreMap"]
+
+Selector = int | tuple[int | slice, ...] | Callable[[Any], Tensor]
+
+
+class NeuronScoreMap(NeuronAttribution, GradientAttribution):  # type: ignore[misc]  # Captum's bases are untyped
+    """Sub-scores of a neuron: its activation as A·Y + B with the input, or with the output Y of any lower layer.
+
+    "The output of a neuron is a linear combination of the outputs of any lower layer" (Yu et al. 2015, Section 2).
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        layer: The neuron's layer. Nothing above it is run.
+        device_ids: Taken for Captum's sake: a ``DataParallel`` model is explained on the device of its module.
+        multiply_by_inputs: Whether to return the sub-scores A·Y, or the coefficients A.
+        rules: Operation to rule, to replace or add some.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> method = NeuronScoreMap(model, model[1])
+        >>> sub_scores, delta = method.attribute(torch.rand(2, 3, 6, 6), (0, 2, 2), return_convergence_delta=True)
+        >>> sub_scores.shape, bool(delta.abs().max() < 1e-6)
+        (torch.Size([2, 3, 6, 6]), True)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module,
+        device_ids: list[int] | None = None,
+        multiply_by_inputs: bool = True,
+        *,
+        rules: Mapping[Any, Rule] | None = None,
+    ) -> None:
+        check_callable(forward_func)
+        check_layer(forward_func, layer)
+        NeuronAttribution.__init__(self, forward_func, layer, device_ids)
+        GradientAttribution.__init__(self, forward_func)
+        self._multiply_by_inputs = multiply_by_inputs
+        self._rules = rules
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        neuron_selector: Selector,
+        additional_forward_args: object = None,
+        attribute_to_neuron_input: bool = False,
+        to_layer: nn.Module | None = None,
+        attr_dim_summation: bool = False,
+        grad_kwargs: dict[str, Any] | None = None,
+        return_convergence_delta: bool = False,
+        channel_dim: int = 1,
+    ) -> Any:
+        """The sub-scores (or coefficients) of a neuron.
+
+        Args:
+            inputs: The image, (N, C, H, W), or a tuple of such inputs.
+            neuron_selector: Index of the neuron in the layer's output without its batch dimension: an int, a tuple of
+                ints and slices (whose neurons are summed), or a function from the layer's output to (N,).
+            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            attribute_to_neuron_input: Whether the neuron is one of the layer's input.
+            to_layer: The lower layer whose output Y is; None for the input.
+            attr_dim_summation: Whether to sum over channels: the neuron's score map.
+            grad_kwargs: Further arguments of ``torch.autograd.grad``.
+            return_convergence_delta: Whether to return activation - (A·Y + B) too.
+            channel_dim: Dimension of the channels; -1 for tokens.
+
+        Returns:
+            Tensor, or tuple, shaped like the input or the output of ``to_layer``, in units of the activation; with the
+            delta a pair of it and a tensor (N,).
+
+        Raises:
+            TypeError: If an input is not floating point, or the selector has no known form.
+            ValueError: If an input or the selector is not as it must be, ``to_layer`` is not below the neuron, or the
+                model is in training mode.
+            RuntimeError: If ``torch.inference_mode`` is on.
+            UnsupportedOperationError: If operations up to the neuron have no rule; all are listed.
+        """
+        tensors = check_inputs(inputs)
+        additional = as_tuple_of_arguments(additional_forward_args)
+        neuron: Site = (self.layer, attribute_to_neuron_input)
+        site: Site | None = None
+        if to_layer is not None:
+            check_layer(self.forward_func, to_layer)
+            site = (to_layer, False)
+
+        def select(value: Any) -> Tensor:
+            return select_neuron(value, neuron_selector)
+
+        found = explain(
+            unwrap_parallel(self.forward_func),
+            tensors,
+            select,
+            [site],
+            Reduction(self._multiply_by_inputs, channel_dim if attr_dim_summation else None),
+            additional,
+            rules=self._rules,
+            keep=return_convergence_delta,
+            stop_at=neuron,
+            grad_kwargs=grad_kwargs,
+        )
+        if to_layer is not None and not found.reached[site]:
+            raise ValueError(
+                f"to_layer must lie below the neuron's layer, got a {type(to_layer).__name__} that does not reach this "
+                f"{type(self.layer).__name__}. Name a layer between the input and the neuron."
+            )
+        results, tapped = found.results[site], found.tapped(site)
+        single = isinstance(inputs, Tensor) if site is None else not tapped.is_tuple
+        formatted = results[0] if single else results
+        if not return_convergence_delta:
+            return formatted
+        sums = image_sums(results, tapped.activations, found.score, multiplied=self._multiply_by_inputs)
+        bias = bias_at(found.frozen(tensors, additional), site, tapped.activations, select, neuron)
+        return formatted, found.score - sums - bias
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether sub-scores are returned, or coefficients."""
+        return self._multiply_by_inputs
+
+
+def select_neuron(value: Any, selector: Selector) -> Tensor:
+    """The activation (N,) that a selector names in a layer's output.
+
+    Raises:
+        TypeError: If the selector has no known form, or does not return a tensor.
+        ValueError: If it is out of range, or does not select one number for each image.
+    """
+    tensors = tuple(tensor for tensor in tensors_in(value) if tensor.is_floating_point())
+    if callable(selector):
+        chosen = selector(tensors if len(tensors) > 1 else tensors[0])
+        if not isinstance(chosen, Tensor):
+            raise TypeError(f"neuron_selector must return a tensor (N,), got {type(chosen).__name__}.")
+    else:
+        index = selector if isinstance(selector, tuple) else (selector,)
+        if not all(isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index):
+            raise TypeError(
+                f"neuron_selector must be an int, a tuple of ints and slices, or a function, got {selector!r}."
+            )
+        if len(tensors) != 1:
+            raise ValueError(
+                f"neuron_selector must be a function for a layer of {len(tensors)} tensors, got {selector!r}."
+            )
+        sizes = tuple(tensors[0].shape[1:])
+        if len(index) != len(sizes):
+            raise ValueError(
+                f"neuron_selector must have {len(sizes)} indices for a layer of {sizes}, got {selector!r}."
+            )
+        for i, size in zip(index, sizes, strict=True):
+            if isinstance(i, int) and not -size <= i < size:
+                raise ValueError(f"neuron_selector must be from 0 to {size - 1}, got {i}.")
+        chosen = tensors[0][(slice(None), *index)]
+        chosen = chosen.flatten(1).sum(1) if chosen.dim() > 1 else chosen
+    if chosen.dim() > 1 and chosen[0].numel() == 1:
+        chosen = chosen.reshape(-1)
+    if chosen.dim() != 1:
+        raise ValueError(
+            f"neuron_selector must select one number for each image, (N,), got {tuple(chosen.shape)}."
+        )
+    return chosen

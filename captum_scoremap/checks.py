@@ -1,0 +1,169 @@
+"""Checks of what a user hands in, made once, at the public entries.
+
+Every message says what must be, what was, and what to do. Nothing here changes its arguments.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "UnsupportedOperationError",
+    "as_tuple",
+    "check_callable",
+    "check_inputs",
+    "check_layer",
+    "nearest",
+    "unwrap_parallel",
+]
+
+
+class UnsupportedOperationError(NotImplementedError):
+    """Operations of a model that have no rule, all of them at once.
+
+    Attributes:
+        operations: Pairs ``(operation, module)``; the module is the name of the one in which the call happens, ``""``
+            for the outermost.
+    """
+
+    def __init__(self, operations: Sequence[tuple[str, str]]) -> None:
+        self.operations = tuple(operations)
+        lines = [
+            f"  {name} in {module!r}" if module else f"  {name} (outside any named module)"
+            for name, module in self.operations
+        ]
+        first = self.operations[0][0]
+        super().__init__(
+            "every operation on the way from the image to the score must have a rule; these have none:\n"
+            + "\n".join(lines)
+            + f'\nSupply one, for instance the tangent at the image: rules={{"{first}": Tangent()}}, with '
+            "`from captum_scoremap.rules import Tangent`."
+        )
+
+
+def as_tuple(value: object) -> tuple[object, ...]:
+    """The value as a tuple: tuples and lists item by item, anything else alone, None as nothing."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message that suggests the names most like ``name``, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def unwrap_parallel(forward_func: Callable[..., object]) -> Callable[..., object]:
+    """The module inside a ``DataParallel`` wrapper: its replicas run in threads that no function mode reaches."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return forward_func.module if isinstance(forward_func, wrappers) else forward_func
+
+
+def check_callable(forward_func: object) -> None:
+    """Raise unless ``forward_func`` is a model whose inside can be seen.
+
+    Raises:
+        TypeError: If it is not callable, or is compiled or scripted.
+    """
+    if not callable(forward_func):
+        raise TypeError(f"forward_func must be a model or a function, got {type(forward_func).__name__}.")
+    check_visible(forward_func)
+
+
+def check_visible(module: object) -> None:
+    """Raise if ``module`` is compiled or scripted, so that its operations do not pass through Python.
+
+    Raises:
+        TypeError: If so.
+    """
+    if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        raise TypeError(
+            "forward_func must be a model whose operations can be seen, got a scripted one "
+            f"({type(module).__name__}). Use the model it was scripted from."
+        )
+    if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+        raise TypeError(
+            "forward_func must be a model whose operations can be seen, got a compiled one. "
+            "Use the model as it was before torch.compile (model._orig_mod)."
+        )
+    if hasattr(module, "_torchdynamo_orig_callable"):
+        raise TypeError(
+            "forward_func must be a function whose operations can be seen, got a compiled one. "
+            "Use the function as it was before torch.compile."
+        )
+
+
+def check_inputs(inputs: object) -> tuple[Tensor, ...]:
+    """The inputs as a tuple of finite floating-point tensors of one batch size.
+
+    Args:
+        inputs: Tensor or tuple of tensors, each ``(N, ...)``.
+
+    Returns:
+        The tensors.
+
+    Raises:
+        TypeError: If something is not a floating-point tensor.
+        ValueError: If a batch is missing, empty or not aligned, or a value is not finite.
+        RuntimeError: If ``torch.inference_mode`` is on, or an input was made under it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "score maps need autograd, which torch.inference_mode switches off for good. "
+            "Call under torch.no_grad() instead, or outside."
+        )
+    tensors = as_tuple(inputs)
+    if not tensors:
+        raise ValueError("inputs must hold at least one tensor, got none.")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}.")
+        shape = tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"inputs must be floating point, got {tensor.dtype}. Convert and normalize them: inputs.float() / 255."
+            )
+        if tensor.is_inference():
+            raise RuntimeError(
+                "inputs must not be made under torch.inference_mode. Copy them outside of it: inputs.clone()."
+            )
+        if tensor.dim() < 2:
+            raise ValueError(f"inputs must have a batch dimension, (N, ...); got {shape}. Use inputs[None].")
+        if tensor.numel() == 0:
+            raise ValueError(f"inputs must hold at least one image, got an empty batch of shape {shape}.")
+        if not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"inputs must be finite, got {count} values that are NaN or infinite. Replace them first."
+            )
+    sizes = {tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor)}
+    if len(sizes) > 1:
+        raise ValueError(f"all inputs must have the same batch size, got {sorted(sizes)}.")
+    return tuple(tensor for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def check_layer(forward_func: Callable[..., object], layer: object) -> None:
+    """Raise unless ``layer`` is a module, and one of ``forward_func`` where that is a module.
+
+    Raises:
+        TypeError: If it is not a module.
+        ValueError: If the model does not contain it.
+    """
+    if isinstance(layer, str):
+        names = dict(forward_func.named_modules()) if isinstance(forward_func, nn.Module) else {}
+        hint = (
+            f"model.get_submodule({layer!r})"
+            if layer in names
+            else f"a module of the model.{nearest(layer, names)}"
+        )
+        raise TypeError(f"layer must be a module, got the name {layer!r}. Use {hint}")
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be a module, got {type(layer).__name__}. Use a module of the model.")
+    if isinstance(forward_func, nn.Module) and all(module is not layer for module in forward_func.modules()):
+        raise ValueError(
+            f"layer must be part of the model, got a {type(layer).__name__} that {type(forward_func).__name__} does not "
+            "contain. Take it from the very model that is explained."
+        )

@@ -1,0 +1,202 @@
+"""The frozen model: the network as an affine function, exact at one image and in its whole linear region."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_scoremap.checks import as_tuple, check_callable, check_inputs, unwrap_parallel
+from captum_scoremap.rules import Rule, with_rules
+
+from .boundary import Boundary, BoundaryRun, nearest_boundary
+from .recording import Entry, Recording
+from .replaying import Replaying
+from .run import Site
+
+__all__ = ["FrozenModel", "freeze"]
+
+
+class FrozenModel:
+    """A model with everything nonlinear in it frozen at an image; made by :func:`freeze`.
+
+    Called with any input of the image's shape it returns the model's output under the frozen masks, switches, gates and
+    scales: an affine function, equal to the model's at the image (Eq. (2) of Yu et al. 2015 with R fixed).
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        rules: Mapping[str, Rule],
+        entries: Mapping[str, Entry],
+        last_calls: Counter[nn.Module],
+        inputs: tuple[Tensor, ...],
+        additional: tuple[Any, ...],
+    ) -> None:
+        self._forward_func = forward_func
+        self._rules = rules
+        self._entries = dict(entries)
+        self._last_calls = last_calls
+        self._inputs = inputs
+        self._additional = additional
+
+    def __call__(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        outputs: Mapping[nn.Module, Tensor | Sequence[Tensor]] | None = None,
+    ) -> Any:
+        """The frozen model's output.
+
+        Args:
+            inputs: Tensor or tuple of tensors, shaped like those it was frozen at.
+            outputs: Tensors to go on with in place of the outputs of some layers (their last call). With zeros the
+                result is that layer's B of Eq. (3).
+
+        Returns:
+            What the model returns: scores (N, K), or whatever it is.
+
+        Raises:
+            ValueError: If a shape is not the recorded one, or a layer did not run.
+        """
+        sites: dict[Site, Sequence[Tensor]] = {
+            (layer, False): (value,) if isinstance(value, Tensor) else tuple(value)
+            for layer, value in (outputs or {}).items()
+        }
+        for layer, _ in sites:
+            if not self._last_calls[layer]:
+                raise ValueError(
+                    f"outputs must name layers that ran, got a {type(layer).__name__} that did not."
+                )
+        given = tuple(as_tuple(inputs))
+        shapes, expected = [tuple(t.shape) for t in given], [tuple(t.shape) for t in self._inputs]  # type: ignore[attr-defined]
+        if shapes != expected:
+            raise ValueError(
+                f"inputs must be shaped like those the model was frozen at, {expected}; got {shapes}."
+            )
+        return self.replay(given, sites)  # type: ignore[arg-type]
+
+    def replay(
+        self,
+        inputs: tuple[Tensor, ...] | None = None,
+        sites: Mapping[Site, Sequence[Tensor]] | None = None,
+        stop_at: Site | None = None,
+    ) -> Any:
+        """As a call, for inputs of layers too, and up to any site; at the image where no inputs are given."""
+        run = Replaying(self._forward_func, self._rules, self._entries, self._last_calls, sites, stop_at)
+        return run.replay(self._inputs if inputs is None else inputs, self._additional)
+
+    @property
+    def switches(self) -> dict[str, Tensor]:
+        """Masks (bool, or the index of the piece) and pooling switches (flat positions), by the name of the call.
+
+        A call goes by its module, and its operation where the module does more than that one; a running number follows
+        where it happens again: ``features.1``, ``layer1.0.relu#2``, ``block:max_pool2d``.
+        """
+        found = {name: entry.rule.switch(entry.state) for name, entry in self._entries.items()}
+        return {name: switch for name, switch in found.items() if switch is not None}
+
+    def flipped(self, other: "FrozenModel") -> dict[str, int]:
+        """Which switches differ from another frozen model's, and in how many places.
+
+        Raises:
+            ValueError: If the two are not frozen from the same model at inputs of one shape.
+        """
+        mine, others = self.switches, other.switches
+        if mine.keys() != others.keys() or any(mine[name].shape != others[name].shape for name in mine):
+            raise ValueError(
+                "other must be the same model, frozen at an input of the same shape; got different switches."
+            )
+        counts = {name: int((mine[name] != others[name]).sum()) for name in mine}
+        return {name: count for name, count in counts.items() if count}
+
+    def same_region(self, other: "FrozenModel") -> bool:
+        """Whether the two images lie in the same linear region: all masks and switches agree."""
+        return not self.flipped(other)
+
+    def distance_to_boundary(self, direction: Tensor | Sequence[Tensor]) -> Boundary:
+        """The first step along ``direction`` at which a switch flips.
+
+        Exact for piecewise-linear models; for others it is that of the frozen model, a first-order estimate.
+
+        Args:
+            direction: Change of the input per unit step, shaped like it.
+
+        Returns:
+            The distance for each image, and the name of the switch that flips.
+
+        Raises:
+            ValueError: If the direction's shape is not that of the input.
+        """
+        directions = (direction,) if isinstance(direction, Tensor) else tuple(direction)
+        shapes, expected = [tuple(t.shape) for t in directions], [tuple(t.shape) for t in self._inputs]
+        if shapes != expected:
+            raise ValueError(f"direction must be shaped like the inputs, {expected}; got {shapes}.")
+
+        def run() -> BoundaryRun:
+            return BoundaryRun(self._forward_func, self._rules, self._entries, self._last_calls)
+
+        return nearest_boundary(run, self._inputs, directions, self._additional)
+
+
+def freeze(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    additional_forward_args: object = None,
+    *,
+    rules: Mapping[Any, Rule] | None = None,
+) -> FrozenModel:
+    """Freeze everything nonlinear in a model at an image.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        inputs: The image, (N, C, H, W), or a tuple of such inputs.
+        additional_forward_args: Further arguments; they are constants.
+        rules: Operation to rule, to replace or add some.
+
+    Returns:
+        The frozen model. It shares the model's parameters: freeze again after changing them.
+
+    Raises:
+        TypeError: If the model's inside cannot be seen, or an input is not floating point.
+        ValueError: If an input is unbatched, empty or not finite, or the model is in training mode.
+        RuntimeError: If ``torch.inference_mode`` is on.
+        UnsupportedOperationError: If operations have no rule; all are listed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+        >>> image = torch.tensor([[1.0, -1.0]])
+        >>> frozen = freeze(model, image)
+        >>> bool(torch.allclose(frozen(image), model(image)))
+        True
+        >>> list(frozen.switches)
+        ['1']
+        >>> bias = frozen(torch.zeros(1, 2))
+        >>> bool(torch.allclose(frozen(2 * image) - bias, 2 * (frozen(image) - bias)))
+        True
+    """
+    check_callable(forward_func)
+    tensors = check_inputs(inputs)
+    forward_func = unwrap_parallel(forward_func)
+    additional = as_tuple_of_arguments(additional_forward_args)
+    recording = Recording(forward_func, with_rules(rules), keep=True, trusted=with_rules(None))
+    with torch.no_grad():
+        recording.record(tensors, additional)
+    return FrozenModel(
+        forward_func, recording.rules, recording.entries, recording.calls, _constant(tensors), additional
+    )
+
+
+def as_tuple_of_arguments(additional_forward_args: object) -> tuple[Any, ...]:
+    """Further arguments as Captum takes them: a tuple as it is, anything else alone, None as none."""
+    if additional_forward_args is None:
+        return ()
+    return (
+        additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    )
+
+
+def _constant(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().clone() for tensor in tensors)

@@ -1,0 +1,92 @@
+"""Taps: where a score map is read off the backward pass.
+
+A tap passes a layer's output Y on unchanged. In the backward pass it receives the coefficients A, hands them on, and
+gives its *anchor*, a tensor shaped like the wanted result, that result as its gradient: ``torch.autograd.grad(score,
+anchor)`` *is* the score map. So all layers' maps come from one backward pass, summed over channels as it goes by, and
+batched over labels where autograd is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Reduction", "Snapshot", "Tap", "tap"]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What to make of coefficients A and activations Y.
+
+    Attributes:
+        multiply: Whether to take the sub-scores A·Y, or A alone.
+        channel_dim: Dimension to sum over, kept with size 1; None to sum over none. A layer whose output has no such
+            dimension is left as it is.
+    """
+
+    multiply: bool = True
+    channel_dim: int | None = None
+
+    def shape(self, activations: Tensor) -> torch.Size:
+        """Shape of the result."""
+        shape = list(activations.shape)
+        if self._sums(activations) and self.channel_dim is not None:
+            shape[self.channel_dim] = 1
+        return torch.Size(shape)
+
+    def __call__(self, coefficients: Tensor, activations: Tensor) -> Tensor:
+        if self._sums(activations) and self.channel_dim is not None:
+            product = coefficients * activations if self.multiply else coefficients
+            # counted from the end, so that a batch of labels in front does no harm
+            return product.sum(self.channel_dim % activations.dim() - activations.dim(), keepdim=True)
+        return coefficients * activations if self.multiply else coefficients
+
+    def _sums(self, activations: Tensor) -> bool:
+        return self.channel_dim is not None and -activations.dim() <= self.channel_dim < activations.dim()
+
+
+class Snapshot:
+    """A tensor as it is now. It shares memory with the model's until that is about to be changed in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        self._storage = self.tensor.untyped_storage().data_ptr()
+
+    def keep_from(self, target: Tensor) -> None:
+        """Copy, if ``target``, which is about to change, shares memory with it."""
+        if target.untyped_storage().data_ptr() == self._storage:
+            self.tensor = self.tensor.clone()
+            self._storage = self.tensor.untyped_storage().data_ptr()
+
+
+class Tap(torch.autograd.Function):
+    """Y -> Y, with the anchor's gradient the reduction of A and Y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activations: Tensor, anchor: Tensor, snapshot: Snapshot, reduction: Reduction
+    ) -> Tensor:
+        """Pass Y on, as a tensor of its own that shares its memory and may be changed in place."""
+        del anchor
+        ctx.snapshot, ctx.reduction = snapshot, reduction
+        return activations.data
+
+    @staticmethod
+    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # type: ignore[override]
+        """Hand A on, and its reduction to the anchor."""
+        passed = coefficients if ctx.needs_input_grad[0] else None
+        return passed, ctx.reduction(coefficients, ctx.snapshot.tensor), None, None
+
+
+def tap(activations: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor, Snapshot]:
+    """Tap a tensor.
+
+    Returns:
+        The tensor to go on with, the anchor, and the tensor as it is now.
+    """
+    snapshot = Snapshot(activations)
+    anchor = activations.new_zeros(()).expand(reduction.shape(activations)).requires_grad_()
+    with torch.enable_grad():
+        passed: Tensor = Tap.apply(activations, anchor, snapshot, reduction)
+    return passed, anchor, snapshot

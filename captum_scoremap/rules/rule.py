@@ -1,0 +1,304 @@
+"""What a rule is: the exact linear form of one operation at the image.
+
+A rule says what of an operation is *frozen* at the image (a mask, a switch, a gate, a scale) and how the operation acts
+on its live arguments, those that depend on the image, once that is frozen. At the image itself the frozen operation
+returns what the operation returns; anywhere else it is affine.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Call",
+    "Composite",
+    "EvaluationOnly",
+    "Frozen",
+    "Identity",
+    "Linear",
+    "Rule",
+    "Tangent",
+    "substituted",
+    "tensors_in",
+]
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation by the model.
+
+    Attributes:
+        function: What the model called, in its out-of-place form.
+        args: Positional arguments; tensors that do not depend on the image are detached.
+        kwargs: Keyword arguments, likewise.
+        is_live: Whether a tensor depends on the image.
+        is_gate: Whether a live tensor acts as a constant factor in a product (a sigmoid, attention weights, 1/norm).
+        keep: Whether what is frozen outlives the call, so that it must not share memory with the arguments.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    is_live: Callable[[Tensor], bool]
+    is_gate: Callable[[Tensor], bool]
+    keep: bool = False
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument."""
+        if self.args:
+            first = self.args[0]
+        else:
+            first = self.kwargs["input"] if "input" in self.kwargs else next(iter(self.kwargs.values()))
+        return first  # type: ignore[no-any-return]  # every operation with a rule takes a tensor first
+
+    def run(self) -> Any:
+        """What the operation itself returns."""
+        return self.function(*self.args, **self.kwargs)
+
+    def with_arguments(self, *args: Any) -> "Call":
+        """The same call with other positional arguments."""
+        return replace(self, args=args)
+
+    def only_gates(self) -> bool:
+        """Whether every live argument is a gate."""
+        live = [tensor for tensor in tensors_in((self.args, dict(self.kwargs))) if self.is_live(tensor)]
+        return all(self.is_gate(tensor) for tensor in live)
+
+    def frozen(self, tensor: Tensor) -> Tensor:
+        """The value of a live tensor at the image, as a constant."""
+        return tensor.detach().clone() if self.keep else tensor.detach()
+
+
+class Rule(ABC):
+    """The linear form of one operation.
+
+    To write one, say what is frozen and how it is applied::
+
+        class Square(Rule):                    # x * x, one factor frozen
+            def freeze(self, call):
+                return call.frozen(call.input)
+
+            def apply(self, call, state):
+                return state * call.input
+
+    Attributes:
+        kind: What it freezes, in one word, for reports.
+        native: Whether autograd's own derivative of the operation, at the image, already is the linear form, so that
+            the operation itself can run there, and in place.
+        gate: Whether its output is a gate: a constant factor where it meets a live factor in a product.
+    """
+
+    kind: str = "custom"
+    native: bool = False
+    gate: bool = False
+
+    @abstractmethod
+    def freeze(self, call: Call) -> Any:
+        """What the operation freezes at the image; called there, without gradients."""
+
+    @abstractmethod
+    def apply(self, call: Call, state: Any) -> Any:
+        """The output of the frozen operation: affine in the live arguments, equal to ``call.run()`` at the image."""
+
+    def is_affine(self, call: Call) -> bool:
+        """Whether the operation, as called, is affine in its live arguments already: then it just runs, anywhere."""
+        return False
+
+    def makes_gate(self, call: Call) -> bool:
+        """Whether the output of this call is a gate."""
+        return self.gate
+
+    def switch(self, state: Any) -> Tensor | None:
+        """The discrete part of what is frozen: a mask or indices; None where nothing is."""
+        return None
+
+    def steps_to_boundary(self, call: Call, tangent: Callable[[Tensor], Tensor], state: Any) -> Tensor | None:
+        """Steps along a direction at which each switch flips, infinite where it never does; None without switches.
+
+        ``tangent`` gives the change of an argument per unit step.
+        """
+        return None
+
+
+class Linear(Rule):
+    """An operation that is affine in its live arguments: nothing is frozen.
+
+    With ``keeps_gates`` the output is a gate where all live arguments are.
+    """
+
+    kind = "linear"
+
+    def __init__(self, *, keeps_gates: bool = False) -> None:
+        self.keeps_gates = keeps_gates
+
+    def is_affine(self, call: Call) -> bool:
+        """Always."""
+        return True
+
+    def freeze(self, call: Call) -> None:
+        """Nothing."""
+
+    def apply(self, call: Call, state: None) -> Any:
+        """The operation itself."""
+        return call.run()
+
+    def makes_gate(self, call: Call) -> bool:
+        """Where all live arguments are gates."""
+        return self.keeps_gates and call.only_gates()
+
+
+class Identity(Linear):
+    """``detach`` and ``data``: the value passes on, and so does its share of the score."""
+
+    def __init__(self) -> None:
+        super().__init__(keeps_gates=True)
+
+    def is_affine(self, call: Call) -> bool:
+        """Not as PyTorch runs it, which would cut the gradient."""
+        return False
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """The input."""
+        return call.input.view_as(call.input)
+
+
+class EvaluationOnly(Linear):
+    """Dropout and batch norm: affine in evaluation mode; in training mode no function of one image at all.
+
+    Args:
+        training: Position of the argument that says which mode it is.
+        keeps_gates: As for :class:`Linear`.
+    """
+
+    def __init__(self, training: int, *, keeps_gates: bool = False) -> None:
+        super().__init__(keeps_gates=keeps_gates)
+        self.training = training
+
+    def is_affine(self, call: Call) -> bool:
+        """In evaluation mode.
+
+        Raises:
+            ValueError: In training mode.
+        """
+        training = (
+            call.args[self.training] if len(call.args) > self.training else call.kwargs.get("training", False)
+        )
+        if training and (call.kwargs.get("p", 1.0) or len(call.args) > 1):
+            raise ValueError(
+                f"{getattr(call.function, '__name__', 'the model')} must run in evaluation mode, with statistics and "
+                "connections that do not depend on the batch or on chance; got training mode. Call model.eval()."
+            )
+        return True
+
+
+class Frozen(Rule):
+    """An operation that is constant around the image, such as a comparison or rounding: its value is frozen."""
+
+    kind = "value"
+
+    def freeze(self, call: Call) -> Any:
+        """The value."""
+        return call.run()
+
+    def apply(self, call: Call, state: Any) -> Any:
+        """The value, whatever the arguments."""
+        return state
+
+    def switch(self, state: Any) -> Tensor | None:
+        """The value, where it is a mask or an index."""
+        return state if isinstance(state, Tensor) and not state.is_floating_point() else None
+
+
+class Tangent(Rule):
+    """The local linearization: f(x) + f'(x) (· - x), with everything else in the offset.
+
+    This is the rule for any differentiable operation that is no gate; then A is the ordinary gradient.
+    """
+
+    kind = "tangent"
+    native = True
+
+    def __init__(self, *, gate: bool = False) -> None:
+        self.gate = gate
+
+    def freeze(self, call: Call) -> Any:
+        """The live arguments at the image."""
+        return [call.frozen(tensor) for tensor in self._live(call)]
+
+    def apply(self, call: Call, state: list[Tensor]) -> Any:
+        """The value at the image and its directional derivative."""
+        live = self._live(call)
+
+        def function(*values: Tensor) -> Any:
+            substitute = {id(tensor): value for tensor, value in zip(live, values, strict=True)}
+            return call.function(
+                *substituted(call.args, substitute), **substituted(dict(call.kwargs), substitute)
+            )
+
+        steps = tuple(tensor - point for tensor, point in zip(live, state, strict=True))
+        value, change = torch.func.jvp(function, tuple(state), steps)
+        return _sum(value, change)
+
+    @staticmethod
+    def _live(call: Call) -> list[Tensor]:
+        unique: dict[int, Tensor] = {}
+        for tensor in tensors_in((call.args, dict(call.kwargs))):
+            if call.is_live(tensor):
+                unique[id(tensor)] = tensor
+        return list(unique.values())
+
+
+class Composite(Rule):
+    """An operation made of smaller ones, each under its own rule.
+
+    Args:
+        body: The same computation, with the operation's signature.
+    """
+
+    kind = "composite"
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.body = body
+
+    def freeze(self, call: Call) -> None:
+        """Nothing: the smaller operations freeze."""
+
+    def apply(self, call: Call, state: None) -> Any:
+        """The body; whoever runs the model runs it under the rules."""
+        return self.body(*call.args, **call.kwargs)
+
+
+def substituted(value: Any, substitute: Mapping[int, Any]) -> Any:
+    """The same nested tuples, lists and dicts, with tensors exchanged by identity."""
+    if isinstance(value, Tensor):
+        return substitute.get(id(value), value)
+    if isinstance(value, (tuple, list)):
+        items = [substituted(item, substitute) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: substituted(item, substitute) for key, item in value.items()}
+    return value
+
+
+def _sum(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value + change if value.is_floating_point() or value.is_complex() else value
+    parts = [_sum(part, step) for part, step in zip(value, change, strict=True)]
+    return type(value)(parts)
