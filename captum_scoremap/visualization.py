@@ -49,7 +49,10 @@ class MapStyle:
         interpolate_mode: How a map is brought to the image's size.
         contours: Fractions of the color limit at which lines are drawn, solid around positive and dashed
             around negative values; none for no lines.
-        show_colorbar: Draw a color bar beside every map.
+        outlier_perc: Percentage of a map's cells that may lie beyond the color scale, and are drawn in the
+            color of its end, so that a few extreme cells do not leave the others pale. Of no effect where a
+            limit is given.
+        show_colorbar: Draw a color bar beside every map, pointed where values lie beyond it.
         unit: Unit written at the color bar.
     """
 
@@ -57,8 +60,26 @@ class MapStyle:
     alpha_overlay: float = 0.6
     interpolate_mode: Literal["bilinear", "nearest"] = "bilinear"
     contours: tuple[float, ...] = (0.25, 0.75)
+    outlier_perc: float = 1.0
     show_colorbar: bool = True
     unit: str = "logits per cell"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn.
+
+        Raises:
+            ValueError: If a setting is out of range.
+        """
+        if self.interpolate_mode not in {"bilinear", "nearest"}:
+            raise ValueError(
+                f"interpolate_mode must be 'bilinear' or 'nearest', got {self.interpolate_mode!r}."
+            )
+        if not 0 <= self.alpha_overlay <= 1:
+            raise ValueError(f"alpha_overlay must be from 0 to 1, got {self.alpha_overlay}.")
+        if not all(0 < fraction < 1 for fraction in self.contours):
+            raise ValueError(f"contours must be fractions between 0 and 1, got {self.contours}.")
+        if not 0 <= self.outlier_perc < 100:
+            raise ValueError(f"outlier_perc must be from 0 to 100, got {self.outlier_perc}.")
 
 
 DEFAULT_STYLE = MapStyle()
@@ -98,7 +119,7 @@ def visualize_score_map(
         mean: What was subtracted from the image, one number or one per channel.
         std: What the image was divided by.
         limit: Logits at the ends of the color scale, which runs from ``-limit`` to ``limit``; by default the
-            largest magnitude of the map. Give several figures the same limit to compare them.
+            largest magnitude of the map, outliers aside. Give figures the same limit to compare them.
         title: Title of the axes.
         style: How the map is drawn.
         plt_fig_axis: Figure and axes to draw into.
@@ -114,7 +135,7 @@ def visualize_score_map(
     """
     values = _checked_map(score_map)
     picture = None if image is None else _checked_picture(image, mean, std)
-    limit = _checked_limit(limit, [values])
+    limit = _checked_limit(limit, [values], style)
     figure, (ax,) = _axes_grid(plt_fig_axis, count=1, columns=1, fig_size=fig_size)
     _draw_map(figure, ax, values, picture, limit, style)
     if title is not None:
@@ -150,8 +171,8 @@ def visualize_layer_score_maps(
         biases: B in logits by name of the layer.
         mean: What was subtracted from the image.
         std: What the image was divided by.
-        limit: Logits at the ends of the color scale; ``"shared"`` takes the largest magnitude of all maps,
-            ``None`` each map's own.
+        limit: Logits at the ends of the color scales; by default each map has its own, ``"shared"`` takes the
+            largest of them for all.
         style: How the maps are drawn.
         columns: Axes in a row of a new figure.
         plt_fig_axis: Figure and axes to draw into, one for the image and one a layer.
@@ -181,19 +202,19 @@ def visualize_layer_score_maps(
     values = {
         layer: _checked_map(score_map, f"score_maps[{layer!r}]") for layer, score_map in score_maps.items()
     }
-    shared = (
-        limit if limit is None else _checked_limit(None if limit == "shared" else limit, [*values.values()])
-    )
+    shared = None
+    if limit is not None:
+        shared = _checked_limit(None if limit == "shared" else limit, [*values.values()], style)
     figure, axes = _axes_grid(plt_fig_axis, count=1 + len(values), columns=columns, fig_size=fig_size)
     _draw_picture(axes[0], picture)
     heading = [] if label is None else [label]
     if score is not None:
-        heading.append(f"S = {float(score):.2f} logits")
+        heading.append(f"S = {_number(score)} logits")
     axes[0].set_title("\n".join(heading))
     for ax, (layer, layer_values) in zip(axes[1:], values.items(), strict=True):
-        _draw_map(figure, ax, layer_values, picture, _checked_limit(shared, [layer_values]), style)
-        bias = f", B = {float(biases[layer]):.2f}" if layer in biases else ""
-        ax.set_title(f"{layer}\nΣ A·Y = {float(layer_values.sum()):.2f}{bias}")
+        _draw_map(figure, ax, layer_values, picture, _checked_limit(shared, [layer_values], style), style)
+        bias = f", B = {_number(biases[layer])}" if layer in biases else ""
+        ax.set_title(f"{layer}\nΣ A·Y = {_number(layer_values.sum())}{bias}")
     return figure, axes
 
 
@@ -221,7 +242,7 @@ def visualize_crops(
         captions: Title of every crop; by default its number.
         mean: What was subtracted from the image.
         std: What the image was divided by.
-        limit: Logits at the ends of the color scale; by default the largest magnitude of the map.
+        limit: As for :func:`visualize_score_map`.
         title: Title of the image.
         style: How the map is drawn.
         columns: Axes in a row of a new figure.
@@ -246,7 +267,7 @@ def visualize_crops(
     captions = [str(number) for number in range(1, 1 + len(corners))] if captions is None else captions
     if len(captions) != len(corners):
         raise ValueError(f"captions must be as many as boxes, {len(corners)}, got {len(captions)}.")
-    limit = _checked_limit(limit, [values])
+    limit = _checked_limit(limit, [values], style)
     figure, axes = _axes_grid(plt_fig_axis, count=2 + len(corners), columns=columns, fig_size=fig_size)
     _draw_picture(axes[0], picture)
     if title is not None:
@@ -319,7 +340,7 @@ def visualize_patches(
         tiles = [
             (
                 _checked_picture(patch.pixels, mean, std, "patch.pixels"),
-                f"{patch.value:.2f}" if show_values else "",
+                _number(patch.value) if show_values else "",
             )
             for patch in patches[layer][method]
         ]
@@ -354,17 +375,19 @@ def _checked_map(score_map: Tensor, name: str = "score_map") -> Tensor:
     return values
 
 
-def _checked_limit(limit: float | None, maps: Sequence[Tensor]) -> float:
+def _checked_limit(limit: float | None, maps: Sequence[Tensor], style: MapStyle) -> float:
     """Choose the end of the color scale.
 
     Returns:
-        The limit, or the largest magnitude of the maps, or 1 where all maps are zero.
+        The limit if given; else the largest magnitude of the maps, outliers aside; 1 where all maps are zero.
 
     Raises:
         ValueError: If the limit is no positive number.
     """
     if limit is None:
-        return max(float(values.abs().max()) for values in maps) or 1.0
+        share = 1 - style.outlier_perc / 100
+        within = max(np.quantile(values.abs().numpy(), share, method="higher") for values in maps)
+        return float(within or max(values.abs().max() for values in maps) or 1)
     if not 0 < limit < math.inf:
         raise ValueError(f"limit must be a positive number of logits, got {limit}.")
     return float(limit)
@@ -393,7 +416,7 @@ def _checked_picture(
     if image.dtype == torch.uint8:
         pixels = pixels / 255
     if mean is not None and std is not None:
-        pixels = pixels * torch.tensor(std).reshape(-1, 1, 1) + torch.tensor(mean).reshape(-1, 1, 1)
+        pixels = pixels * _by_channel(std, pixels, "std") + _by_channel(mean, pixels, "mean")
     elif mean is not None or std is not None:
         raise ValueError("mean and std must be given together, got only one of them.")
     if not pixels.isfinite().all():
@@ -406,6 +429,21 @@ def _checked_picture(
         )
     picture: Picture = pixels.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
     return picture
+
+
+def _by_channel(numbers: Channels, pixels: Tensor, name: str) -> Tensor:
+    """Shape one number, or one per channel, like the image's channels.
+
+    Returns:
+        The numbers, ``(1 or C, 1, 1)``.
+
+    Raises:
+        ValueError: If there are neither one nor C.
+    """
+    values = torch.as_tensor(numbers, dtype=torch.float32).reshape(-1, 1, 1)
+    if len(values) not in {1, len(pixels)}:
+        raise ValueError(f"{name} must be one number or one per channel ({len(pixels)}), got {numbers}.")
+    return values
 
 
 def _checked_boxes(boxes: Tensor, picture: Picture) -> list[tuple[int, int, int, int]]:
@@ -463,20 +501,25 @@ def _axes_grid(
     return figure, axes
 
 
+def _number(value: float | Tensor) -> str:
+    return f"{torch.as_tensor(value).detach().item():.2f}".replace("-", "−")
+
+
 def _draw_picture(ax: Axes, picture: Picture) -> None:
     ax.imshow(picture, interpolation="nearest")
 
 
 def _draw_map(
-    figure: AnyFigure, ax: Axes, values: Tensor, picture: Picture | None, limit: float, style: MapStyle
+    figure: AnyFigure, ax: Axes, cells: Tensor, picture: Picture | None, limit: float, style: MapStyle
 ) -> None:
     """Draw a map in color, over the picture in grey if there is one."""
+    values = cells
     if picture is not None:
         grey = picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
         ax.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         align = False if style.interpolate_mode == "bilinear" else None
         size = picture.shape[:2]
-        values = F.interpolate(values[None, None], size, mode=style.interpolate_mode, align_corners=align)[
+        values = F.interpolate(cells[None, None], size, mode=style.interpolate_mode, align_corners=align)[
             0, 0
         ]
     scale = Normalize(-limit, limit)
@@ -486,9 +529,13 @@ def _draw_map(
         levels = sorted(sign * fraction * limit for fraction in style.contours)
         levels = [level for level in levels if float(values.min()) < level < float(values.max())]
         if levels and min(values.shape) > 1:
-            ax.contour(values.numpy(), levels=levels, colors="black", linewidths=0.7, linestyles=linestyle)
+            ax.contour(values.numpy(), levels=levels, colors="black", linewidths=0.5, linestyles=linestyle)
     if style.show_colorbar:
-        bar = figure.colorbar(ScalarMappable(scale, style.cmap), ax=ax, fraction=0.046, pad=0.03)
+        low, high = bool(cells.min() < -limit), bool(cells.max() > limit)
+        extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+        bar = figure.colorbar(
+            ScalarMappable(scale, style.cmap), ax=ax, fraction=0.046, pad=0.03, extend=extend[low, high]
+        )
         bar.set_ticks([-limit, 0, limit], labels=[f"−{limit:.3g}", "0", f"+{limit:.3g}"])
         bar.set_label(style.unit)
 
