@@ -30,9 +30,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    with_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where in the code an error arose.")
-    ] = False,
+    with_traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
     with_version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop."),

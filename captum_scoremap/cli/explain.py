@@ -85,9 +85,7 @@ def explain(
     ] = None,
     target: Annotated[
         str,
-        typer.Option(
-            "--target", "-t", metavar="LABEL", help="Name or index of a label, or top:N for the best N."
-        ),
+        typer.Option("--target", "-t", metavar="LABEL", help="Name or index of a label, or top:N for the best N."),
     ] = "top:1",
     contrast: Annotated[
         str | None,
@@ -99,9 +97,7 @@ def explain(
     ] = View.single,
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="Picture, png, pdf or svg; of several, each is numbered."
-        ),
+        typer.Option("--out", "-o", metavar="FILE", help="Picture, png, pdf or svg; of several, each is numbered."),
     ] = Path("score_maps.png"),
     save_maps: Annotated[
         Path | None,
@@ -155,9 +151,7 @@ def explain(
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     arrays: dict[str, Any] = {}
     outputs = list(_output_paths(out, questions))
-    with tqdm(
-        total=len(questions) * len(found), delay=1.0, disable=None, unit="layer", leave=False
-    ) as progress:
+    with tqdm(total=len(questions) * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
         for number, (question, path) in enumerate(zip(questions, outputs, strict=True)):
             explanation = _answer(network, question, found, progress)
             _draw(explanation, loaded, path)

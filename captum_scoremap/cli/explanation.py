@@ -113,9 +113,7 @@ def find_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
     unknown = [name for name in names if name != INPUT and name not in modules]
     if unknown:
         advice = nearest(unknown[0], [INPUT, *modules])
-        raise ValueError(
-            f"layers must be input or names of modules of the model, got {unknown[0]!r}.{advice}"
-        )
+        raise ValueError(f"layers must be input or names of modules of the model, got {unknown[0]!r}.{advice}")
     return {name: modules.get(name) for name in names}
 
 

@@ -47,9 +47,7 @@ class DType(str, Enum):
         return dtype
 
 
-DTypeOption = Annotated[
-    DType, typer.Option("--dtype", metavar="T", help="float32, float64, bfloat16 or float16.")
-]
+DTypeOption = Annotated[DType, typer.Option("--dtype", metavar="T", help="float32, float64, bfloat16 or float16.")]
 PrepareOption = Annotated[
     bool,
     typer.Option(
@@ -100,8 +98,6 @@ def check_writable(path: Path) -> None:
         with path.open("ab"):
             pass
     except OSError as error:
-        raise ValueError(
-            f"output must be a path that can be written, got {str(path)!r}: {error.strerror}."
-        ) from error
+        raise ValueError(f"output must be a path that can be written, got {str(path)!r}: {error.strerror}.") from error
     if not existed:
         path.unlink()

@@ -46,12 +46,8 @@ def read_image(source: str | Path) -> Image.Image:
         raise ValueError(
             f"image must be a readable file, got {str(path)!r}: no such file.{_sample_hint(path)}"
         ) from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, EOFError, ...
-        raise ValueError(
-            f"image must be a readable file, got {str(path)!r}: {_reason(error, path)}."
-        ) from error
+    except Exception as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, EOFError, ...
+        raise ValueError(f"image must be a readable file, got {str(path)!r}: {_reason(error, path)}.") from error
 
 
 def _reason(error: Exception, path: Path) -> object:

@@ -66,9 +66,7 @@ class LoadedModel:
                 raise ValueError(f"label must be less than {len(self.labels)}, got {index}.")
             return index
         if not self.labels:
-            raise ValueError(
-                f"label must be an index, as the label names of {self.name} are not known; got {label!r}."
-            )
+            raise ValueError(f"label must be an index, as the label names of {self.name} are not known; got {label!r}.")
         folded = [name.casefold() for name in self.labels]
         matches = [index for index, name in enumerate(folded) if name == label.casefold()]
         if len(matches) > 1:
@@ -126,9 +124,10 @@ def load_model(
             f"model must be {' or '.join(efficientnet_lite.NAMES)}, torchvision:NAME, timm:NAME or "
             f"module.path:callable, got {name!r}.{_nearest_model(name)}"
         )
+    model = replace(model, name=name)
     if path:
         _load_file(model, path)
-    return replace(model, name=name, module=model.module.eval().to(device=device, dtype=dtype))
+    return replace(model, module=model.module.eval().to(device=device, dtype=dtype))
 
 
 def _nearest_model(name: str) -> str:
@@ -198,7 +197,7 @@ def _torchvision_weights(name: str, enum: type[WeightsEnum], weights: str) -> We
     wanted = weights.rpartition(".")[2]
     wanted = "DEFAULT" if wanted == "default" else wanted
     if wanted not in enum.__members__:
-        known = ["default", "none", *enum.__members__]
+        known = ["default", "none", *(entry.name for entry in enum)]
         raise ValueError(f"weights of {name} must be one of {', '.join(known)} or a file, got {weights!r}.")
     return enum[wanted]
 
@@ -208,24 +207,18 @@ def _from_preset(name: str, preset: Any) -> Preprocessing:
     if not hasattr(preset, "resize_size") or len(preset.resize_size) != 1:
         raise ValueError(f"model must take one image, got {name}, which takes {type(preset).__name__} input.")
     crop = getattr(preset, "crop_size", [None])[0]
-    return Preprocessing(
-        preset.resize_size[0], crop, tuple(preset.mean), tuple(preset.std), preset.interpolation
-    )
+    return Preprocessing(preset.resize_size[0], crop, tuple(preset.mean), tuple(preset.std), preset.interpolation)
 
 
 def _load_timm(name: str, weights: str) -> LoadedModel:
     timm = import_extra("timm", "demo")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise ValueError(
-            f"timm model must exist, got {architecture!r}.{nearest(architecture, timm.list_models())}"
-        )
+        raise ValueError(f"timm model must exist, got {architecture!r}.{nearest(architecture, timm.list_models())}")
     if weights not in {"default", "none"}:
         name = f"{architecture}.{weights}"
         if name not in timm.list_models(f"{architecture}.*", pretrained=True):
-            tags = [
-                known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)
-            ]
+            tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
             known = ", ".join(["default", "none", *tags])
             raise ValueError(f"weights of {architecture} must be one of {known} or a file, got {weights!r}.")
     with _seeded(), _readable_download(name):
@@ -253,9 +246,7 @@ def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedMode
     except ModuleNotFoundError as error:
         if error.name is None or not module_path.startswith(error.name):
             raise
-        raise ValueError(
-            f"model must be importable, got {name!r}: there is no module {error.name!r}."
-        ) from None
+        raise ValueError(f"model must be importable, got {name!r}: there is no module {error.name!r}.") from None
     build = getattr(module, attribute, None)
     if not callable(build):
         raise ValueError(f"model must name a callable, got {name!r}.{nearest(attribute, vars(module))}")
@@ -274,9 +265,7 @@ def _load_file(model: LoadedModel, path: Path) -> None:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"weights must be a state dict saved by torch.save, got {str(path)!r}: {reason}"
-        ) from error
+        raise ValueError(f"weights must be a state dict saved by torch.save, got {str(path)!r}: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -299,9 +288,7 @@ def _check_fit(own: dict[str, Tensor], loaded: dict[str, Tensor], name: str, pat
     )
     found = [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in faults if keys]
     if found:
-        raise ValueError(
-            f"weights must fit {name}, got {str(path)!r}: {', '.join(found)} of {len(own)} tensors."
-        )
+        raise ValueError(f"weights must fit {name}, got {str(path)!r}: {', '.join(found)} of {len(own)} tensors.")
 
 
 def _first(keys: Sequence[str]) -> str:

@@ -81,9 +81,7 @@ def _fold_norms(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None) -> No
         _fold(model, convolution, norm)
     left = [name for name, module in model.named_modules() if isinstance(module, _NORMS)]
     if reason and left:
-        advice = (
-            " Pass inputs=, an example batch, to have norms folded all the same." if inputs is None else ""
-        )
+        advice = " Pass inputs=, an example batch, to have norms folded all the same." if inputs is None else ""
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         warnings.warn(
             f"model must be traceable by torch.fx to fold every norm, got {type(model).__name__} ({reason}). "
@@ -167,11 +165,7 @@ def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs
 
         return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
 
-    watched = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (*_NORMS, *_CONVOLUTIONS))
-    }
+    watched = {name: module for name, module in model.named_modules() if isinstance(module, (*_NORMS, *_CONVOLUTIONS))}
     handles = [handle for name, module in watched.items() for handle in watch(name, module)]
     try:
         with torch.no_grad(), readers:
@@ -186,9 +180,7 @@ def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs
         for convolution, norm in pairs
         if calls[convolution] == calls[norm] == 1
         and readers.reads[id(outputs[convolution])] == 1
-        and not any(
-            readers.reads[id(own)] for name in (convolution, norm) for own in watched[name].parameters()
-        )
+        and not any(readers.reads[id(own)] for name in (convolution, norm) for own in watched[name].parameters())
         and _are_fusible(model, convolution, norm)
     ]
 
