@@ -97,7 +97,9 @@ def strongest_window(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     height, width = maps.shape[-2:]
     if not (0 < rows <= height and 0 < columns <= width):
         raise ValueError(f"size must be between 1 and the map's {(height, width)}, got {(rows, columns)}.")
-    means = F.avg_pool2d(maps[:, None].double(), (rows, columns), stride=1)[:, 0]
-    best = means.flatten(start_dim=1).argmax(dim=1)
-    top, left = best // means.shape[-1], best % means.shape[-1]
+    integral = F.pad(maps.double(), (1, 0, 1, 0)).cumsum(dim=1).cumsum(dim=2)
+    upper, lower = integral[:, :-rows], integral[:, rows:]
+    sums = lower[..., columns:] - lower[..., :-columns] - upper[..., columns:] + upper[..., :-columns]
+    best = sums.flatten(start_dim=1).argmax(dim=1)
+    top, left = best // sums.shape[-1], best % sums.shape[-1]
     return torch.stack([left, top, left + columns, top + rows], dim=1)
