@@ -71,9 +71,7 @@ class MapStyle:
             ValueError: If a setting is out of range.
         """
         if self.interpolate_mode not in {"bilinear", "nearest"}:
-            raise ValueError(
-                f"interpolate_mode must be 'bilinear' or 'nearest', got {self.interpolate_mode!r}."
-            )
+            raise ValueError(f"interpolate_mode must be 'bilinear' or 'nearest', got {self.interpolate_mode!r}.")
         if not 0 <= self.alpha_overlay <= 1:
             raise ValueError(f"alpha_overlay must be from 0 to 1, got {self.alpha_overlay}.")
         if not all(0 < fraction < 1 for fraction in self.contours):
@@ -199,9 +197,7 @@ def visualize_layer_score_maps(
             f"got {', '.join(sorted(set(biases) - set(score_maps)))}."
         )
     picture = _checked_picture(image, mean, std)
-    values = {
-        layer: _checked_map(score_map, f"score_maps[{layer!r}]") for layer, score_map in score_maps.items()
-    }
+    values = {layer: _checked_map(score_map, f"score_maps[{layer!r}]") for layer, score_map in score_maps.items()}
     shared = None
     if limit is not None:
         shared = _checked_limit(None if limit == "shared" else limit, [*values.values()], style)
@@ -393,9 +389,7 @@ def _checked_limit(limit: float | None, maps: Sequence[Tensor], style: MapStyle)
     return float(limit)
 
 
-def _checked_picture(
-    image: Tensor, mean: Channels | None, std: Channels | None, name: str = "image"
-) -> Picture:
+def _checked_picture(image: Tensor, mean: Channels | None, std: Channels | None, name: str = "image") -> Picture:
     """Bring an image to one form.
 
     Returns:
@@ -456,9 +450,7 @@ def _checked_boxes(boxes: Tensor, picture: Picture) -> list[tuple[int, int, int,
         ValueError: If they are not ``(k, 4)``, empty, or outside the image.
     """
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
-        raise ValueError(
-            f"boxes must be (k, 4), k > 0, got {tuple(boxes.shape)}. Choose the image: boxes[0]."
-        )
+        raise ValueError(f"boxes must be (k, 4), k > 0, got {tuple(boxes.shape)}. Choose the image: boxes[0].")
     height, width = picture.shape[:2]
     corners = []
     for x0, y0, x1, y1 in boxes.long().tolist():
@@ -519,9 +511,7 @@ def _draw_map(
         ax.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         align = False if style.interpolate_mode == "bilinear" else None
         size = picture.shape[:2]
-        values = F.interpolate(cells[None, None], size, mode=style.interpolate_mode, align_corners=align)[
-            0, 0
-        ]
+        values = F.interpolate(cells[None, None], size, mode=style.interpolate_mode, align_corners=align)[0, 0]
     scale = Normalize(-limit, limit)
     alpha = 1.0 if picture is None else style.alpha_overlay
     ax.imshow(values.numpy(), cmap=style.cmap, norm=scale, alpha=alpha, interpolation="nearest")
@@ -533,9 +523,8 @@ def _draw_map(
     if style.show_colorbar:
         low, high = bool(cells.min() < -limit), bool(cells.max() > limit)
         extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-        bar = figure.colorbar(
-            ScalarMappable(scale, style.cmap), ax=ax, fraction=0.046, pad=0.03, extend=extend[low, high]
-        )
+        beside = ax.inset_axes((1.03, 0, 0.05, 1))
+        bar = figure.colorbar(ScalarMappable(scale, style.cmap), cax=beside, extend=extend[low, high])
         bar.set_ticks([-limit, 0, limit], labels=[f"−{limit:.3g}", "0", f"+{limit:.3g}"])
         bar.set_label(style.unit)
 
@@ -546,14 +535,10 @@ def _draw_box(ax: Axes, box: tuple[int, int, int, int], text: str) -> None:
     outline = [patheffects.withStroke(linewidth=3, foreground="black")]
     corner = (x0 - 0.5, y0 - 0.5)  # pixels are centred at whole numbers
     ax.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor="white", path_effects=outline))
-    ax.annotate(
-        text, corner, (3, -3), textcoords="offset points", color="white", va="top", path_effects=outline
-    )
+    ax.annotate(text, corner, (3, -3), textcoords="offset points", color="white", va="top", path_effects=outline)
 
 
-def _draw_tiles(
-    ax: Axes, tiles: Sequence[tuple[Picture, str]], grid: tuple[int, int], tile_size: int
-) -> None:
+def _draw_tiles(ax: Axes, tiles: Sequence[tuple[Picture, str]], grid: tuple[int, int], tile_size: int) -> None:
     """Draw pictures with their captions as one sheet of equal tiles, each brought to size and centred."""
     rows, columns = grid
     pitch = tile_size + max(1, tile_size // 24)
