@@ -8,7 +8,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import AlexNet_Weights, ResNet50_Weights, Swin_T_Weights, alexnet, resnet18
+from torchvision.models import (
+    AlexNet_Weights,
+    ResNet50_Weights,
+    SqueezeNet1_1_Weights,
+    Swin_T_Weights,
+    resnet18,
+    squeezenet1_1,
+)
 
 from captum_scoremap.models import (
     LoadedModel,
@@ -102,21 +109,21 @@ def test_the_demo_model_names_the_samples(sample: str, labels: set[str]) -> None
 
 
 def test_torchvision_model_with_a_state_dict_file(tmp_path: Path) -> None:
-    source = alexnet(num_classes=1000)
+    source = squeezenet1_1()
     torch.save(source.state_dict(), tmp_path / "weights.pt")
-    model = load_model("torchvision:alexnet", str(tmp_path / "weights.pt"))
+    model = load_model("torchvision:squeezenet1_1", str(tmp_path / "weights.pt"))
     assert not model.module.training
-    assert model.labels == tuple(AlexNet_Weights.DEFAULT.meta["categories"])
+    assert model.labels == tuple(SqueezeNet1_1_Weights.DEFAULT.meta["categories"])
     for key, value in source.state_dict().items():
         torch.testing.assert_close(model.module.state_dict()[key], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("wrap", [lambda d: {"state_dict": d}, lambda d: {f"module.{k}": v for k, v in d.items()}])
 def test_checkpoints_of_training_programs(tmp_path: Path, wrap: object) -> None:
-    source = alexnet(num_classes=1000)
+    source = squeezenet1_1()
     torch.save(wrap(source.state_dict()), tmp_path / "weights.pt")
-    model = load_model("torchvision:alexnet", str(tmp_path / "weights.pt"))
-    torch.testing.assert_close(model.module.classifier[6].bias, source.classifier[6].bias, rtol=0, atol=0)
+    model = load_model("torchvision:squeezenet1_1", str(tmp_path / "weights.pt"))
+    torch.testing.assert_close(model.module.classifier[1].bias, source.classifier[1].bias, rtol=0, atol=0)
 
 
 def test_random_weights_are_the_same_in_every_run_and_leave_the_generator_alone() -> None:
@@ -237,20 +244,20 @@ def test_what_cannot_be_loaded(
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
-    torch.save(alexnet(num_classes=10).state_dict(), path)
-    with pytest.raises(ValueError, match=r"must fit torchvision:alexnet.*2 of another shape \(classifier.6.weight, "):
-        load_model("torchvision:alexnet", str(path))
+    torch.save(squeezenet1_1(num_classes=10).state_dict(), path)
+    with pytest.raises(ValueError, match=r"must fit torchvision:squeezenet1_1.*2 of another shape \(classifier.1.w"):
+        load_model("torchvision:squeezenet1_1", str(path))
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(
-        ValueError, match=r"16 missing \(features.0.weight, \.\.\.\), 1 unknown \(weight\) of 16 tensors"
+        ValueError, match=r"52 missing \(features.0.weight, \.\.\.\), 1 unknown \(weight\) of 52 tensors"
     ):
-        load_model("torchvision:alexnet", str(path))
+        load_model("torchvision:squeezenet1_1", str(path))
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"must be a state dict .* a list"):
-        load_model("torchvision:alexnet", str(path))
+        load_model("torchvision:squeezenet1_1", str(path))
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save"):
-        load_model("torchvision:alexnet", str(path))
+        load_model("torchvision:squeezenet1_1", str(path))
 
 
 def test_a_pickled_model_is_not_run(tmp_path: Path) -> None:

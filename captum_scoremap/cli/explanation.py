@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -151,7 +150,6 @@ def layer_numbers(
             f"layers must give maps (N, C, h, w) of more than one cell, got {name}, which gives {size}. "
             "Choose one before the pooling or flattening."
         )
-    score_map = form.sub_scores.sum(channel_dim)[0].detach()
-    score, total, bias = float(form.score), float(score_map.double().sum()), float(form.bias)
-    residual = abs(float(form.residual)) / max(abs(score) + abs(total), torch.finfo(torch.float64).tiny)
-    return score, LayerNumbers(name, size[1:], score_map, total, bias, residual)
+    score_map = form.score_map(channel_dim).squeeze(channel_dim)[0].detach()
+    residual = float(form.relative_residual)
+    return float(form.score), LayerNumbers(name, size[1:], score_map, float(form.sums), float(form.bias), residual)
