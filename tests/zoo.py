@@ -27,6 +27,7 @@ from captum_scoremap.checks import UnsupportedOperationError
 from tests.layers import called_once
 
 MANY = 1_000_003  # random numbers; tensors with more repeat them
+PIXELS = 100_000  # values of the images that go in one batch
 FILLING = frozenset((
     "normal_",
     "uniform_",
@@ -60,13 +61,9 @@ def randomize(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> n
         assert module.running_var is not None
         spread = spread + 0.1 * spread.mean() + 1e-3
         module.running_mean.copy_(mean + 0.3 * spread.sqrt() * noise(mean))
-        module.running_var.copy_(
-            spread * (0.7 + 0.6 * torch.rand(spread.shape, generator=generator).double())
-        )
+        module.running_var.copy_(spread * (0.7 + 0.6 * torch.rand(spread.shape, generator=generator).double()))
 
-    owners = {
-        parameter: module for module in model.modules() for parameter in module.parameters(recurse=False)
-    }
+    owners = {parameter: module for module in model.modules() for parameter in module.parameters(recurse=False)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if isinstance(owners[parameter], (nn.Linear, nn.modules.conv._ConvNd)) and parameter.dim() > 1:
@@ -151,14 +148,22 @@ def torchvision_entry(name: str) -> Entry:
 
 
 def segmentation() -> nn.Module:
-    return PixelScore(
-        torchvision.models.get_model("fcn_resnet50", weights=None, weights_backbone=None), 20, 30
-    )
+    return PixelScore(torchvision.models.get_model("fcn_resnet50", weights=None, weights_backbone=None), 20, 30)
+
+
+def small_maxvit() -> nn.Module:
+    return torchvision.models.MaxVit((64, 64), 16, 4, [16, 32], [1, 2], 8, 0.2, num_classes=10)
+
+
+def small_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10)
 
 
 EXTRA = {
     "fcn_resnet50": Entry("torchvision", "fcn_resnet50", segmentation, (3, 40, 40)),
-    "r3d_18": Entry("torchvision", "r3d_18", lambda: torchvision.models.get_model("r3d_18"), (3, 4, 16, 16)),
+    "small maxvit": Entry("torchvision", "small maxvit", small_maxvit, (3, 64, 64)),
+    "small vit": Entry("torchvision", "small vit", small_vit, (3, 32, 32)),
+    "r3d_18": Entry("torchvision", "r3d_18", lambda: torchvision.models.get_model("r3d_18"), (3, 3, 12, 12)),
 }
 
 PIECEWISE_LINEAR = (
@@ -180,12 +185,12 @@ PIECEWISE_LINEAR = (
 SMOOTH = (
     "convnext_tiny",
     "efficientnet_b0",
-    "maxvit_t",
+    "small maxvit",
     "mobilenet_v3_small",
     "regnet_y_400mf",
     "swin_t",
     "swin_v2_t",
-    "vit_b_32",
+    "small vit",
 )
 
 
@@ -196,7 +201,7 @@ def entry(name: str) -> Entry:
 def all_of_torchvision() -> list[Entry]:
     """Every classification model of torchvision, and one each for segmentation and video."""
     names = torchvision.models.list_models(module=torchvision.models)
-    return [torchvision_entry(name) for name in names] + list(EXTRA.values())
+    return [*map(torchvision_entry, names), EXTRA["fcn_resnet50"], EXTRA["r3d_18"]]
 
 
 def families_of_timm(size: int = 64) -> list[Entry]:
@@ -294,9 +299,7 @@ def measure(entry: Entry, model: nn.Module, inputs: Tensor, seconds: float = mat
     layers = called_once(model, inputs)
     names = spread(list(layers), max(int(seconds / once), 1)) if seconds < math.inf else list(layers)
     chosen = {name: layers[name] for name in names}
-    sub_scores = LayerScoreMap(model, list(chosen.values())).attribute(
-        inputs, label, attr_dim_summation=False
-    )
+    sub_scores = LayerScoreMap(model, list(chosen.values())).attribute(inputs, label, attr_dim_summation=False)
     biases = at_zero(model, inputs, label, chosen)
     worst = (0.0, "")
     for (name, bias), products in zip(biases.items(), sub_scores, strict=True):
@@ -304,46 +307,43 @@ def measure(entry: Entry, model: nn.Module, inputs: Tensor, seconds: float = mat
     return Row(entry, at_input, worst[0], worst[1], len(names), len(layers), float(difference))
 
 
-def at_zero(
-    model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, nn.Module], together: int = 24
-) -> dict[str, Tensor]:
+def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """B of every layer, (1,): the score of the frozen model with that layer's output at zero.
 
-    Many layers go together in one batch of copies of the image, each layer at zero in the copy of its own, by
-    means of ordinary forward hooks.
+    Many layers go together in one batch of copies of the image, each at zero in the copy of its own. Ordinary
+    forward hooks do it, not the package.
 
     Args:
         model: the model in evaluation mode.
         inputs: one image, (1, C, H, W).
         label: index of the score.
         layers: name to module.
-        together: layers at a time.
     """
-    biases: dict[str, Tensor] = {}
-    names = list(layers)
-    for first in range(0, len(names), together):
-        group = names[first : first + together]
-        copies = inputs.repeat(len(group), *[1] * (inputs.dim() - 1))
-        keep = torch.ones(len(group), len(group), dtype=inputs.dtype)
+    together = min(max(PIXELS // inputs.numel(), 1), len(layers))
+    copies = inputs.repeat(together, *[1] * (inputs.dim() - 1))
+    keep = torch.ones(len(layers), together, dtype=inputs.dtype)
 
-        def scale(row: Tensor) -> Callable[..., Tensor]:
-            def hook(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
-                own = row.repeat_interleave(len(output) // len(row))  # windows and frames are batch-major
-                return output * own.view(-1, *[1] * (output.dim() - 1))
+    def scaled_by(row: Tensor) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
+            own = row.repeat_interleave(len(output) // together)  # windows and frames are batch-major
+            return output * own.view(-1, *[1] * (output.dim() - 1))
 
-            return hook
+        return hook
 
-        handles = [layers[name].register_forward_hook(scale(keep[i])) for i, name in enumerate(group)]
-        try:
-            with torch.no_grad():
-                frozen = freeze(model, copies)
-                keep.fill_diagonal_(0)
-                scores = frozen(copies)[:, label]
-        finally:
-            for handle in handles:
-                handle.remove()
-        biases |= dict(zip(group, scores.split(1), strict=True))
-    return biases
+    handles = [layer.register_forward_hook(scaled_by(keep[i])) for i, layer in enumerate(layers.values())]
+    biases = []
+    try:
+        with torch.no_grad():
+            frozen = freeze(model, copies)
+            for first in range(0, len(layers), together):
+                group = keep[first : first + together]
+                group.fill_diagonal_(0)
+                biases += frozen(copies)[: len(group), label].split(1)
+                group.fill_(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(zip(layers, biases, strict=True))
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
@@ -358,7 +358,7 @@ def random_entry(entry: Entry, seed: int = 0, images: int = 1) -> tuple[nn.Modul
     generator = torch.Generator().manual_seed(seed)
     with Unfilled():
         model = entry.build()
-    calibration = torch.randn(4, *entry.shape, generator=generator, dtype=torch.float64)
+    calibration = torch.randn(max(images, 4), *entry.shape, generator=generator, dtype=torch.float64)
     return randomize(model, calibration, generator), calibration[:images].clone()
 
 
@@ -406,13 +406,9 @@ def line(row: Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", choices=["torchvision", "timm"], nargs="*", default=["torchvision", "timm"])
-    parser.add_argument(
-        "--models", nargs="*", default=None, help="only those whose name contains one of these"
-    )
+    parser.add_argument("--models", nargs="*", default=None, help="only those whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=20, help="for the layers of one model (default 20)")
     parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
     options = parser.parse_args(arguments)
