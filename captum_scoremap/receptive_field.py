@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -190,9 +190,7 @@ def _run(model: Callable[[Tensor], Any], layer: nn.Module, image: _Reach) -> Ten
     finally:
         handle.remove()
     if not outputs:
-        raise ValueError(
-            "layer must run when model does, got one that does not. Take a module of this model."
-        )
+        raise ValueError("layer must run when model does, got one that does not. Take a module of this model.")
     return outputs[-1]
 
 
@@ -283,19 +281,23 @@ class _EndlessReach(_Reach):
     @staticmethod
     def pad(reach: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
         """Continue rows and columns by the step between the two outermost ones."""
-        reach = _Reach.pad(reach, [*pads[:-2], *[(0, 0)] * len(pads[-2:])])
+        crops = [(min(before, 0), min(after, 0)) for before, after in pads[-2:]]
+        reach = _Reach.pad(reach, [*pads[:-2], *crops])
         for axis, (before, after) in zip((-2, -1)[-len(pads) :], pads[-2:], strict=True):
-            if before == after == 0:
-                continue
-            last = reach.shape[axis] - 1
-            place = torch.arange(-before, last + 1 + after, device=reach.device)
-            edge = place.clamp(0, last)
-            inner = (edge - (place - edge).sign()).clamp(0, last)
-            steps = (place - edge).abs().view(-1, *[1] * (-1 - axis))
-            at_edge = reach.index_select(axis, edge)
-            reach = at_edge + steps * (at_edge - reach.index_select(axis, inner))
-            reach = reach.nan_to_num(nan=NOTHING, posinf=math.inf, neginf=NOTHING)
+            parts = [reach]
+            if before > 0:
+                parts.insert(0, _continued(reach.flip(axis), axis, before).flip(axis))
+            if after > 0:
+                parts.append(_continued(reach, axis, after))
+            reach = torch.cat(parts, axis) if len(parts) > 1 else reach
         return reach
+
+
+def _continued(reach: Tensor, axis: int, count: int) -> Tensor:
+    """The next rows (columns) of the arithmetic progression that the last two begin."""
+    edge, inner = reach.narrow(axis, -1, 1), reach.narrow(axis, -min(2, reach.shape[axis]), 1)
+    steps = torch.arange(1.0, count + 1, device=reach.device).view(-1, *[1] * (-1 - axis))
+    return (edge + steps * (edge - inner)).nan_to_num(nan=NOTHING, posinf=math.inf, neginf=NOTHING)
 
 
 class _Operation:
@@ -304,9 +306,7 @@ class _Operation:
     def __init__(self, kind: type[_Reach], func: Any, args: Any, kwargs: Any) -> None:
         self.kind, self.func, self.args, self.kwargs = kind, func, args, kwargs
         parameters = func._schema.arguments
-        self.given = {
-            parameter.name: value for parameter, value in zip(parameters, args, strict=False)
-        } | kwargs
+        self.given = {parameter.name: value for parameter, value in zip(parameters, args, strict=False)} | kwargs
         self.in_place = parameters[0].alias_info is not None and parameters[0].alias_info.is_write
 
     def __getitem__(self, name: str) -> Any:
@@ -338,7 +338,7 @@ class _Operation:
             return _maximum
         raise _NoRuleError(name)
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """Shape of the first output."""
 
@@ -389,7 +389,7 @@ def _maximum(op: _Operation) -> Tensor:
     """Element by element, with broadcasting."""
     tensors = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Tensor)]
     reach = reduce(torch.maximum, [tensor.reach for tensor in tensors if isinstance(tensor, _Reach)])
-    return reach.expand(op.shape).clone()
+    return reach.expand(torch.broadcast_shapes(*[tensor.shape for tensor in tensors])).clone()
 
 
 def _along(op: _Operation) -> Tensor:
@@ -430,9 +430,7 @@ def _convolution(op: _Operation) -> Tensor:
     if isinstance(op.given["weight"], _Reach):
         raise _NoRuleError("convolution with weights that depend on the image")
     kernel = op["weight"].shape[2:]
-    stride, padding, dilation = (
-        _per_axis(op[name], len(kernel)) for name in ("stride", "padding", "dilation")
-    )
+    stride, padding, dilation = (_per_axis(op[name], len(kernel)) for name in ("stride", "padding", "dilation"))
     reach = op["input"].unflatten(1, (op["groups"], -1)).amax(2)
     if op["transposed"]:  # a convolution of stride 1 over cells that lie `stride` apart
         span = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -441,9 +439,7 @@ def _convolution(op: _Operation) -> Tensor:
         for axis, s in enumerate(stride, start=2):
             apart = F.pad(reach.movedim(axis, -1)[..., None], (0, s - 1), value=NOTHING)
             reach = apart.flatten(-2).movedim(-1, axis)
-        padding = [
-            length - p - cells * s for length, p, cells, s in zip(span, padding, around, stride, strict=True)
-        ]
+        padding = [length - p - cells * s for length, p, cells, s in zip(span, padding, around, stride, strict=True)]
         stride = [1] * len(kernel)
     reach = _window(op, reach, kernel, stride, padding, dilation)
     return reach.repeat_interleave(op.shape[1] // op["groups"], dim=1)
@@ -473,8 +469,12 @@ def _window(
             kernel, stride, padding, dilation, reach.shape[2:], op.shape[2:], strict=True
         )
     ]
+    reach = op.kind.pad(reach, pads)
+    if max(kernel) == 1:
+        places = (slice(None), slice(None), *[slice(None, None, s) for s in stride])
+        return reach[places]
     pool: Callable[..., Tensor] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
-    return pool(op.kind.pad(reach, pads), kernel, stride, 0, dilation)
+    return pool(reach, kernel, stride, 0, dilation)
 
 
 def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:
@@ -504,9 +504,9 @@ def _resample(op: _Operation) -> Tensor:
     for axis, scale in zip((-2, -1), scales, strict=True):
         size = reach.shape[axis]
         unit = torch.eye(size, dtype=torch.double)[None, None]
-        weights = op.func.overloadpacket.default(
-            unit, (size, op.shape[axis]), op["align_corners"], None, scale
-        )[0, 0].abs()
+        weights = op.func.overloadpacket.default(unit, (size, op.shape[axis]), op["align_corners"], None, scale)[
+            0, 0
+        ].abs()
         weight, source = weights.topk(int((weights > 1e-9).sum(0).max()), dim=0)  # (sources, outputs)
         index = source.where(weight > 1e-9, source[:1]).to(reach.device)
         reach = torch.stack([reach.index_select(axis, cells) for cells in index]).amax(0)
@@ -556,8 +556,7 @@ RULES: dict[str, Rule] = {
         _adaptive_pool: "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d",
         _pad: "constant_pad_nd",
         _resample: "_upsample_bicubic2d_aa _upsample_bilinear2d_aa upsample_bicubic2d upsample_bilinear2d",
-        _batch_norm: "_native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-        "native_batch_norm",
+        _batch_norm: "_native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm native_batch_norm",
         _group_norm: "native_group_norm",
         _layer_norm: "_fused_rms_norm native_layer_norm",
     }.items()
