@@ -28,9 +28,7 @@ def tiny_model(labels: int = 10) -> LoadedModel:
         nn.Flatten(),
         nn.Linear(512, labels),
     )
-    return LoadedModel(
-        "tiny", module.eval(), PREPROCESSING, tuple(f"digit {label}" for label in range(labels))
-    )
+    return LoadedModel("tiny", module.eval(), PREPROCESSING, tuple(f"digit {label}" for label in range(labels)))
 
 
 def write_digits(folder: Path, count: int, by_label: bool = False) -> None:

@@ -97,9 +97,7 @@ def test_inputs_of_many_sizes_in_one_batch(tmp_path):
 def test_a_source_without_a_readable_image_is_an_error(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"source must hold images that can be read, got 1 that cannot: a.png"
-    ):
+    with pytest.raises(ValueError, match=r"source must hold images that can be read, got 1 that cannot: a.png"):
         audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
 
 
@@ -118,6 +116,11 @@ def test_wrong_arguments_say_what_to_do(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         audit([torch.rand(3, 32, 32)], tiny_model(), out=tmp_path / "out", **{**QUICK, **arguments})
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_another_data_set_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="labels must be less than 10, the model's, got 12"):
+        audit([(torch.rand(3, 32, 32), 12)], tiny_model(), out=tmp_path / "out", **QUICK)
 
 
 def test_the_users_model_stays_as_it_is(tmp_path):
@@ -149,9 +152,7 @@ def test_out_must_be_empty_or_the_same_audit(tmp_path):
     audit(list(data), tiny_model(), out=tmp_path / "out", **QUICK)
     with pytest.raises(ValueError, match=r"with an audit of 1 finished shards. Go on with resume"):
         audit(list(data), tiny_model(), out=tmp_path / "out", **QUICK)
-    with pytest.raises(
-        ValueError, match=r"resume must have the settings of the audit in .*, got another layers"
-    ):
+    with pytest.raises(ValueError, match=r"resume must have the settings of the audit in .*, got another layers"):
         audit(list(data), tiny_model(), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
     with pytest.raises(ValueError, match=r"got another model, layers"):
         audit(list(data), tiny_model(4), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
@@ -243,23 +244,19 @@ def test_full_disk_is_a_clear_error_and_what_is_done_stays(tmp_path, monkeypatch
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(
-        OSError, match="out must be a folder with space to write; shard 1 could not be written"
+        OSError, match=r"out must be a folder with space to write; 00001.parquet could not be written"
     ) as error:
         audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
     assert error.value.errno == errno.ENOSPC
     assert len(rows(tmp_path / "out", "images")) == 8
     assert not list((tmp_path / "out").rglob(".*"))
     monkeypatch.setattr(pq, "write_table", real)
-    assert (
-        audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", resume=True, **QUICK).images.num_rows == 20
-    )
+    assert audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", resume=True, **QUICK).images.num_rows == 20
 
 
 def test_unwritable_folder_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OSError, match=r"out must be a folder with space to write; audit.json could not be written"
-    ):
+    with pytest.raises(OSError, match=r"out must be a folder with space to write; audit.json could not be written"):
         audit([torch.rand(3, 32, 32)], tiny_model(), out=tmp_path / "file" / "out", **QUICK)
 
 

@@ -5,10 +5,9 @@ comparable shares. An even map has ``top_share`` 0.1 and ``border_share`` 0.36, 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["border_share", "peak", "region_share", "top_share"]
+__all__ = ["border_share", "peak", "region_share", "resized", "top_share"]
 
 
 def top_share(maps: Tensor, area: float = 0.1) -> Tensor:
@@ -62,8 +61,7 @@ def region_share(maps: Tensor, regions: Tensor) -> Tensor:
         ``(N,)``, from 0 to 1; 0 where nothing is positive.
     """
     positive = maps.clamp(min=0)
-    height, width = maps.shape[1:]
-    cover = F.adaptive_avg_pool2d(regions[:, None].to(maps), (height, width))[:, 0]
+    cover = resized(regions.to(maps), (maps.shape[1], maps.shape[2]))
     return _share((positive * cover).sum((1, 2)), positive.sum((1, 2)))
 
 
@@ -84,6 +82,31 @@ def peak(maps: Tensor) -> tuple[Tensor, Tensor]:
     cell = maps.flatten(1).argmax(1)
     row, column = cell.div(width, rounding_mode="floor"), cell % width
     return (row + 0.5) / height, (column + 0.5) / width
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps with another number of cells: each new cell holds the mean over just the area that it covers.
+
+    Args:
+        maps: Maps ``(N, H, W)``.
+        size: Rows and columns of the result.
+
+    Returns:
+        ``(N, *size)``; the mean of each map stays as it is.
+
+    Example:
+        >>> resized(torch.tensor([[[0.0, 3.0, 6.0]]]), (1, 2))
+        tensor([[[1., 5.]]])
+    """
+    rows, columns = (_overlap(new, old, maps) for new, old in zip(size, maps.shape[1:], strict=True))
+    return rows @ maps @ columns.T
+
+
+def _overlap(new: int, old: int, like: Tensor) -> Tensor:
+    """The share of each of ``new`` cells that each of ``old`` cells covers, ``(new, old)``."""
+    edges = [torch.arange(size + 1, dtype=like.dtype, device=like.device) / size for size in (new, old)]
+    (top, bottom), (start, end) = ((edge[:-1], edge[1:]) for edge in edges)
+    return (torch.minimum(bottom[:, None], end) - torch.maximum(top[:, None], start)).clamp(min=0) * new
 
 
 def _inside(size: int, width: float, like: Tensor) -> Tensor:

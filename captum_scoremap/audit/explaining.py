@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ROLES", "Explained", "explain", "last_layers"]
+__all__ = ["ROLES", "Explained", "explain"]
 
 ROLES = ("predicted", "runner_up", "true")
 """Whose score a map explains. Any contrast is the difference of two of them."""
@@ -42,18 +42,21 @@ def explain(model: nn.Module, layers: Sequence[str], inputs: Tensor, true: Tenso
 
     Returns:
         The score maps.
+
+    Raises:
+        ValueError: If a true label is none of the model's.
     """
     kept: dict[str, Tensor] = {}
     hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, _i, out, name=name: kept.__setitem__(name, out)
-        )
+        model.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
         for name in layers
     ]
     with torch.enable_grad():
         scores = model(inputs.requires_grad_())
     for hook in hooks:
         hook.remove()
+    if int(true.max()) >= scores.shape[1]:
+        raise ValueError(f"labels must be less than {scores.shape[1]}, the model's, got {int(true.max())}.")
     top = scores.detach().topk(2, dim=1).indices
     labels = torch.cat([top, true[:, None]], dim=1)
     maps: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -68,41 +71,3 @@ def explain(model: nn.Module, layers: Sequence[str], inputs: Tensor, true: Tenso
     biases = {name: score - found[:, 0].sum((1, 2)) for name, found in stacked.items()}
     residuals = {name: torch.zeros_like(score) for name in layers}
     return Explained(scores.detach(), labels, stacked, biases, residuals)
-
-
-def last_layers(model: nn.Module, inputs: Tensor, count: int = 3) -> list[str]:
-    """The last layer of each of the coarsest resolutions, in the order of the network.
-
-    Args:
-        model: The network, in eval mode.
-        inputs: One image ``(1, C, H, W)``.
-        count: How many resolutions.
-
-    Returns:
-        Names of the layers.
-
-    Raises:
-        ValueError: If no layer gives a map.
-    """
-    last: dict[tuple[int, int], str] = {}
-
-    def note(name: str, output: object) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
-            last[output.shape[2], output.shape[3]] = name
-
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: note(name, output))
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not last:
-        raise ValueError(
-            f"layers must be named, got none, and {type(model).__name__} has no layer with a map."
-        )
-    return [last[size] for size in sorted(last, key=lambda size: -size[0] * size[1])[-count:]]

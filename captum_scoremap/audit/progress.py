@@ -28,9 +28,7 @@ class Progress:
         self.start = self.last = clock()
         self.first = done
         terminal = show and sys.stderr.isatty()
-        self.bar = (
-            tqdm(total=total, initial=done, unit=" images", desc="audit", smoothing=0.1) if terminal else None
-        )
+        self.bar = tqdm(total=total, initial=done, unit=" images", desc="audit", smoothing=0.1) if terminal else None
 
     def advance(self, count: int) -> None:
         """Note that ``count`` more images are done."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import captum_scoremap
-from captum_scoremap.audit.explaining import last_layers
+from captum_scoremap.audit.analysis import Analysis, analyze
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.progress import Progress
 from captum_scoremap.audit.shards import Shards, write_json
@@ -23,10 +23,12 @@ from captum_scoremap.audit.sources import Source, open_source
 from captum_scoremap.audit.worker import METRICS, Worker
 from captum_scoremap.checks import nearest
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model
+from captum_scoremap.models.layers import main_layers
 
 __all__ = ["Audit", "audit"]
 
 _SETTINGS = "audit.json"
+_RESOLUTIONS = 3  # of the model's layers, the coarsest, are mapped by default
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Audit:
     Attributes:
         folder: Where its results lie.
         settings: What was asked for: model, layers, source and the like.
+        analysis: What there is to say of the whole set.
     """
 
     folder: Path
     settings: Mapping[str, Any]
+    analysis: Analysis
 
     @property
     def images(self) -> pa.Table:
@@ -113,7 +117,7 @@ def audit(
     shards = Shards(Path(out))
     _open_folder(shards, settings, resume)
     _work(worker, shards, progress)
-    return Audit(shards.folder, settings)
+    return Audit(shards.folder, settings, analyze(shards, worker.layers))
 
 
 def _work(worker: Worker, shards: Shards, show: bool) -> None:
@@ -141,25 +145,26 @@ def _as_loaded(model: str | nn.Module | LoadedModel) -> LoadedModel:
     if isinstance(model, nn.Module):
         model = LoadedModel(type(model).__name__, model)
     if not isinstance(model, LoadedModel):
-        raise TypeError(
-            f"model must be a model or the name of one, got {type(model).__name__}. See load_model."
-        )
+        raise TypeError(f"model must be a model or the name of one, got {type(model).__name__}. See load_model.")
     return replace(model, module=copy.deepcopy(model.module).eval())
 
 
 def _check_metrics(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in METRICS:
-            raise ValueError(
-                f"metrics must be of {', '.join(METRICS)}, got {name!r}.{nearest(name, METRICS)}"
-            )
+            raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}.{nearest(name, METRICS)}")
     return tuple(names)
 
 
 def _choose_layers(worker: Worker, layers: Sequence[str] | None) -> tuple[str, ...]:
     """The layers asked for, or those that one image finds."""
     if not layers:
-        return tuple(last_layers(worker.model.module, worker.first_readable().to(worker.device)))
+        found = main_layers(worker.model.module, worker.first_readable().to(worker.device))
+        if not found:
+            raise ValueError(
+                f"layers must be named, got none, and no layer of {worker.model.name} gives a map by itself."
+            )
+        return tuple(found[-_RESOLUTIONS:])
     known = dict(worker.model.module.named_modules())
     for name in layers:
         if not name or name not in known:
@@ -213,9 +218,7 @@ def _open_folder(shards: Shards, settings: Mapping[str, Any], resume: bool) -> N
         raise ValueError(f"out must be a folder, got the file {str(shards.folder)!r}.")
     if not path.exists():
         if shards.folder.exists() and any(not item.name.startswith(".") for item in shards.folder.iterdir()):
-            raise ValueError(
-                f"out must be a new or empty folder, got {str(shards.folder)!r} with other files in it."
-            )
+            raise ValueError(f"out must be a new or empty folder, got {str(shards.folder)!r} with other files in it.")
         write_json(path, settings)
         return
     if not resume:

@@ -34,9 +34,7 @@ _BOX = pa.list_(pa.int32(), 4)
 TABLES: Mapping[str, pa.Schema] = MappingProxyType({
     "views": _schema(
         _INDEX,
-        Column(
-            "format", pa.string(), "media type of the picture: image/jpeg, or image/png where it is small"
-        ),
+        Column("format", pa.string(), "media type of the picture: image/jpeg, or image/png where it is small"),
         Column("view", pa.binary(), "what the model saw: the preprocessed input as a picture"),
     ),
     "maps": _schema(
@@ -95,9 +93,7 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
         Column("true", pa.int32(), "the true label; null where it is not known"),
         Column("true_label", pa.string(), "its name"),
         Column("true_score", pa.float64(), "its score, in logits"),
-        Column(
-            "correct", pa.bool_(), "whether the predicted label is the true one; null where that is not known"
-        ),
+        Column("correct", pa.bool_(), "whether the predicted label is the true one; null where that is not known"),
         Column(
             "crops",
             pa.list_(_BOX),

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from captum_scoremap.audit.schema import COMMIT, TABLES
 
-__all__ = ["Shards", "write_whole"]
+__all__ = ["Shards", "write_json", "write_table", "write_whole"]
 
 
 class Shards:
@@ -56,13 +56,7 @@ class Shards:
                 are.
         """
         for name in TABLES:
-            path = self.path(name, number)
-            with _explained(path.parent, f"shard {number}"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with _whole(path) as temporary:
-                    pq.write_table(
-                        tables[name], temporary, compression="zstd", use_dictionary=_repeating(name)
-                    )
+            write_table(self.path(name, number), tables[name])
 
     def read(self, table: str, number: int) -> pa.Table:
         """One shard of one table."""
@@ -99,14 +93,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file, whole or not at all."""
+    with _explained(path.parent, path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _whole(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a mapping as JSON, whole or not at all."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _repeating(table: str) -> list[str]:
-    """Columns worth a dictionary: text that repeats."""
-    return [field.name for field in TABLES[table] if pa.types.is_string(field.type) and field.name != "name"]
 
 
 @contextmanager

@@ -195,16 +195,12 @@ class DatasetSource(Source):
             item = self.dataset[index]
         except Exception as error:
             raise UnreadableError(f"the data set raised {type(error).__name__}: {error}") from error
-        image, label = (
-            (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
-        )
+        image, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
         if isinstance(image, (tuple, list)):
             image = image[0]
         if isinstance(image, Tensor):
             if image.dim() != 3 or not image.is_floating_point():
-                raise UnreadableError(
-                    f"a tensor {tuple(image.shape)} of {image.dtype}, not (C, H, W) floating point"
-                )
+                raise UnreadableError(f"a tensor {tuple(image.shape)} of {image.dtype}, not (C, H, W) floating point")
         elif isinstance(image, Image.Image):
             image = image.convert("RGB")
         else:
@@ -257,9 +253,7 @@ def open_source(
         if path.is_dir():
             return _folder_source(path, labels, names)
         if not path.exists():
-            raise ValueError(
-                f"source must be a folder or a list of images, got {str(source)!r}, which does not exist."
-            )
+            raise ValueError(f"source must be a folder or a list of images, got {str(source)!r}, which does not exist.")
         if labels is not None:
             raise ValueError("labels must be a column of the list when source is a list. Leave labels out.")
         return _list_source(path, names)
@@ -357,9 +351,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def _column(row: Mapping[str, object], known: Sequence[str], path: Path) -> str:
     found = next((name for name in known if name in row), None)
     if found is None:
-        raise ValueError(
-            f"{path.name} must have a column {' or '.join(known)}, got {', '.join(row)}. Rename one."
-        )
+        raise ValueError(f"{path.name} must have a column {' or '.join(known)}, got {', '.join(row)}. Rename one.")
     return found
 
 
@@ -380,9 +372,7 @@ def _region_picture(region: Region | None, root: Path, size: tuple[int, int]) ->
     if isinstance(region, Path):
         mask = read_picture(root / region)
         if mask.size != size:
-            raise UnreadableError(
-                f"its mask has {mask.size[0]} x {mask.size[1]} pixels, not {size[0]} x {size[1]}"
-            )
+            raise UnreadableError(f"its mask has {mask.size[0]} x {mask.size[1]} pixels, not {size[0]} x {size[1]}")
         return mask
     picture = Image.new("RGB", size)
     x0, y0, x1, y1 = region
@@ -446,9 +436,7 @@ def label_indices(raw: Sequence[int | str | None], names: Sequence[str] | None) 
     return [found[label] for label in raw]
 
 
-def _label_index(
-    label: int | str | None, by_name: Mapping[str, list[int]], names: Sequence[str] | None
-) -> int | None:
+def _label_index(label: int | str | None, by_name: Mapping[str, list[int]], names: Sequence[str] | None) -> int | None:
     if label is None:
         return None
     matches = by_name.get(_folded(str(label)), [])

@@ -105,9 +105,7 @@ class Worker:
                         if item.inputs is not None:
                             return item.inputs[None]
                         reasons.append(f"{self.source.name(index)}: {item.error}")
-        raise ValueError(
-            f"source must hold images that can be read, got {len(reasons)} that cannot: {reasons[0]}."
-        )
+        raise ValueError(f"source must hold images that can be read, got {len(reasons)} that cannot: {reasons[0]}.")
 
     def _read_ahead(self, batches: Iterator[list[int]]) -> Iterator[list[_Prepared]]:
         """Decode in threads while the model computes, never more than a few batches ahead."""
@@ -143,9 +141,7 @@ class Worker:
 
     def _batch(self, batch: Sequence[_Prepared]) -> dict[str, list[dict[str, Any]]]:
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
-        for shape, group in groupby(
-            batch, key=lambda item: None if item.inputs is None else item.inputs.shape
-        ):
+        for shape, group in groupby(batch, key=lambda item: None if item.inputs is None else item.inputs.shape):
             items = list(group)
             found = self._readable(items) if shape else {"images": [self._unreadable(item) for item in items]}
             for name, some in found.items():
@@ -162,9 +158,7 @@ class Worker:
         found = explain(self.model.module, self.layers, on_device, true)
         return {
             "views": [
-                {"index": item.index, "format": item.view[0], "view": item.view[1]}
-                for item in items
-                if item.view
+                {"index": item.index, "format": item.view[0], "view": item.view[1]} for item in items if item.view
             ],
             "maps": self._maps(items, found),
             "layers": self._layers(items, found),
@@ -197,8 +191,7 @@ class Worker:
             numbers: Mapping[str, Tensor] = {
                 "map_sum": total,
                 "bias": bias,
-                "bias_share": bias.abs()
-                / (bias.abs() + total.abs()).clamp(min=torch.finfo(torch.double).tiny),
+                "bias_share": bias.abs() / (bias.abs() + total.abs()).clamp(min=torch.finfo(torch.double).tiny),
                 "residual": found.residuals[layer].double(),
                 "top10_share": top_share(map_),
                 "border_share": border_share(map_),
@@ -270,8 +263,6 @@ def _as_picture(inputs: Tensor, model: LoadedModel) -> Image.Image:
         pixels = pixels.mean(0, keepdim=True)
     low, high = pixels.min(), pixels.max()
     if low < 0 or high > 1:
-        pixels = (
-            model.preprocessing.picture(pixels) if pixels.shape[0] == 3 else (pixels - low) / (high - low)
-        )
+        pixels = model.preprocessing.picture(pixels) if pixels.shape[0] == 3 else (pixels - low) / (high - low)
     picture: Image.Image = to_pil_image(pixels)
     return picture
