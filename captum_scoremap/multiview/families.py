@@ -170,9 +170,7 @@ def _divide_timm(model: Any) -> Parts | None:
         return None
     layers = list(model.get_submodule(owner).named_children())
     behind = layers[[name for name, _ in layers].index("global_pool") + 1 :]
-    flattens = any(
-        isinstance(part, nn.Flatten) or getattr(part, "flatten", None) is True for part in pooling.modules()
-    )
+    flattens = any(isinstance(part, nn.Flatten) or getattr(part, "flatten", None) is True for part in pooling.modules())
     head = [
         ("global_pool", nn.AdaptiveAvgPool2d(1)),
         *([("flat", nn.Flatten())] if flattens else []),
@@ -180,8 +178,6 @@ def _divide_timm(model: Any) -> Parts | None:
     ]
     before = {owner} if owner else {"global_pool", *dict(behind)}
     features: nn.Module = _ForwardFeatures(model, {*before, "pre_logits"})
-    if isinstance(
-        getattr(model, "pre_logits", None), nn.Module
-    ):  # VGG's fully-connected part, as convolutions
+    if isinstance(getattr(model, "pre_logits", None), nn.Module):  # VGG's fully-connected part, as convolutions
         features = _chain([("features", features), ("pre_logits", model.pre_logits)])
     return features, _chain(head)

@@ -26,7 +26,8 @@ class Geometry:
         self.channels = next(first, 3)
         self._sizes: dict[Pair, Pair] = {}
         data = {id(tensor): tensor for tensor in [*features.parameters(), *features.buffers()]}
-        self._features = copy.deepcopy(features, {key: tensor.to("meta") for key, tensor in data.items()})
+        empty = {key: tensor.detach().to("meta") for key, tensor in data.items()}
+        self._features = copy.deepcopy(features, empty)
         self._dtype = next((tensor.dtype for tensor in data.values() if tensor.is_floating_point()), None)
 
     def map_size(self, size: Pair) -> Pair:
@@ -49,8 +50,7 @@ class Geometry:
                 maps = self._features(image)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(
-                f"features must take images of any size, got an error at {size[0]} x {size[1]} pixels: "
-                f"{error}"
+                f"features must take images of any size, got an error at {size[0]} x {size[1]} pixels: {error}"
             ) from error
         return self._sizes.setdefault(size, rows_and_columns(maps))
 
@@ -86,8 +86,7 @@ class Geometry:
         """
         cells = self.map_size((_FAR, _FAR))
         height, width = (
-            max(1, _FAR - self._spare(axis) - (cells[axis] - window[axis]) * self.stride[axis])
-            for axis in (0, 1)
+            max(1, _FAR - self._spare(axis) - (cells[axis] - window[axis]) * self.stride[axis]) for axis in (0, 1)
         )
         return height, width
 
@@ -112,7 +111,5 @@ def rows_and_columns(maps: Tensor) -> Pair:
     """
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-        raise ValueError(
-            f"features must return maps (N, C, H, W), got {got}. Cut the network before its pooling."
-        )
+        raise ValueError(f"features must return maps (N, C, H, W), got {got}. Cut the network before its pooling.")
     return maps.shape[2], maps.shape[3]

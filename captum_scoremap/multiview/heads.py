@@ -96,9 +96,7 @@ class ViewByView(nn.Module):
         windows = views.movedim(1, -1).reshape(images * rows * cols, -1, *self.window)
         scores: Tensor = self.head(windows)
         if scores.ndim != 2:
-            raise ValueError(
-                f"head must return scores (N, K), got {tuple(scores.shape)}. End it with nn.Flatten()."
-            )
+            raise ValueError(f"head must return scores (N, K), got {tuple(scores.shape)}. End it with nn.Flatten().")
         return scores.reshape(images, rows, cols, -1).movedim(-1, 1)
 
 
@@ -141,9 +139,7 @@ class _WayOfAWindow:
         if isinstance(layer, _NEUTRAL):
             return layer
         if isinstance(layer, _ELEMENTWISE):
-            self.stage = (
-                "bent window" if self.stage == "window" else self.stage
-            )  # no longer commutes with a mean
+            self.stage = "bent window" if self.stage == "window" else self.stage  # no longer commutes with a mean
             return layer
         if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
             self.stage = "vector"

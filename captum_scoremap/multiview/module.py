@@ -38,8 +38,7 @@ class MultiView(nn.Module):
         window: Rows and columns of the map that the head takes; one number for a square.
         stride: Cells of the map between neighboring views, down and right; one number for both.
         views: ``"dense"``: all views at the stride. ``"ten-crop"``: the four corners and the center, also of
-            the mirrored image; the layers then see a batch of ``2 N``, the images and after them the mirrored
-            ones.
+            the mirrored image; the layers then see a batch of ``2 N``, every image and its mirrored one.
         view_size: Height and width of a view, in pixels; default is the smallest image with a map as large as
             the window.
 
@@ -190,12 +189,12 @@ class MultiView(nn.Module):
             hint = "Use images[None]." if images.ndim == 3 else "Give a batch of images."
             raise ValueError(f"images must be a batch (N, C, H, W), got {tuple(images.shape)}. {hint}")
         ten = self.views == "ten-crop"
-        maps = self.features(torch.cat([images, images.flip(-1)]) if ten else images)
+        maps = self.features(torch.stack([images, images.flip(-1)], 1).flatten(0, 1) if ten else images)
         cells = rows_and_columns(maps)
         if cells[0] < self.window[0] or cells[1] < self.window[1]:
             raise ValueError(self._too_small((images.shape[2], images.shape[3])))
         scores: Tensor = self.head(self.sliding(maps))
-        return torch.cat(scores.chunk(2), 2) if ten else scores
+        return torch.cat([scores[::2], scores[1::2]], 2) if ten else scores
 
     def probabilities(self, images: Tensor, by: Literal["score", "view"] = "score") -> Tensor:
         """Return the probabilities of the labels; the largest is the predicted label's.
@@ -277,9 +276,9 @@ def _same_scores(multi_view: MultiView, model: nn.Module) -> bool:
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(isinstance(number, int) and number > 0 for number in pair):
-        raise ValueError(f"{name} must be a positive integer or a pair of them, got {value}.")
+        raise ValueError(f"{name} must be a positive integer or a pair of them, got {value!r}.")
     return pair[0], pair[1]
 
 

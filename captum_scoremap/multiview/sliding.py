@@ -40,9 +40,7 @@ class Sliding(nn.Module):
         height, width = self.window
         if self.five:
             positions = five_positions((maps.shape[2], maps.shape[3]), self.window)
-            windows = torch.stack([maps[:, :, y : y + height, x : x + width] for y, x in positions], 2)[
-                :, :, None
-            ]
+            windows = torch.stack([maps[:, :, y : y + height, x : x + width] for y, x in positions], 2)[:, :, None]
         elif self.average:
             return F.avg_pool2d(maps, self.window, self.stride)
         else:
