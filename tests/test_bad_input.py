@@ -83,9 +83,7 @@ def network() -> nn.Module:
 def piecewise_linear() -> nn.Sequential:
     """Without batch norm and dropout, so that it takes an image without a batch dimension in its stride."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(-3), nn.Linear(4, 5)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(-3), nn.Linear(4, 5))
     return model.double().eval()
 
 
@@ -119,9 +117,7 @@ class Arguments:
 ENTRIES: dict[str, Callable[[Arguments], object]] = {
     "ScoreMap": lambda c: ScoreMap(c.model, rules=c.rules).attribute(c.inputs, c.target),
     "LayerScoreMap": lambda c: LayerScoreMap(c.model, c.layer, rules=c.rules).attribute(c.inputs, c.target),
-    "NeuronScoreMap": lambda c: NeuronScoreMap(c.model, c.layer, rules=c.rules).attribute(
-        c.inputs, (0, 0, 0)
-    ),
+    "NeuronScoreMap": lambda c: NeuronScoreMap(c.model, c.layer, rules=c.rules).attribute(c.inputs, 0),
     "linear_form": lambda c: linear_form(c.model, c.inputs, c.target, c.layer, rules=c.rules),
     "bias_terms": lambda c: bias_terms(c.model, c.inputs, c.target, rules=c.rules),
     "freeze": lambda c: freeze(c.model, c.inputs, rules=c.rules),
@@ -131,9 +127,13 @@ WITH_TARGET = ("ScoreMap", "LayerScoreMap", "linear_form", "bias_terms")
 WITH_LAYER = ("LayerScoreMap", "NeuronScoreMap", "linear_form")
 
 
-def first_conv(model: Any) -> nn.Module:
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return layers[0] if layers else nn.Identity()
+def usual_layer(model: Any, entry: str) -> nn.Module:
+    """The first convolution; for neurons the last linear layer."""
+    if not isinstance(model, nn.Module):
+        return nn.Identity()
+    kind = nn.Linear if entry == "NeuronScoreMap" else nn.Conv2d
+    layers = [m for name, m in model.named_modules() if isinstance(m, kind) and name != "unused"]
+    return layers[0] if layers else model
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Bad:
     model: Callable[[], Any] = network
     inputs: Callable[[], Any] = images
     target: Any = 1
-    layer: Callable[[Any], Any] = first_conv
+    layer: Callable[[Any], Any] | None = None
     rules: Any = None
     entries: tuple[str, ...] = field(default=ALL)
 
@@ -293,15 +293,12 @@ BAD = [
         r"rule for 'relu' \(WrongValue\).*value",
         rules={"relu": WrongValue()},
     ),
-    Bad(
-        "rule without a value", TypeError, r"rule for 'relu' \(NoTensor\).*tensor", rules={"relu": NoTensor()}
-    ),
+    Bad("rule without a value", TypeError, r"rule for 'relu' \(NoTensor\).*tensor", rules={"relu": NoTensor()}),
     Bad(
         "operations without a rule",
         UnsupportedOperationError,
         r"(?s)lgamma in 'gamma'.*i0 in 'bessel'.*rules=",
         Exotic,
-        layer=lambda model: model.bessel,
     ),
 ]
 
@@ -318,7 +315,7 @@ CASES = [pytest.param(entry, bad, id=f"{bad.name}-{entry}") for bad in BAD for e
 @pytest.mark.parametrize(("entry", "bad"), CASES)
 def test_bad_input_is_named_and_nothing_is_changed(entry: str, bad: Bad) -> None:
     model, inputs = bad.model(), bad.inputs()
-    layer = bad.layer(model) if isinstance(model, nn.Module) else nn.Identity()
+    layer = bad.layer(model) if bad.layer else usual_layer(model, entry)
     call = Arguments(model, inputs, bad.target, layer, bad.rules)
     watched = model if isinstance(model, nn.Module) else nn.Identity()
     tensors = (inputs,) if isinstance(inputs, Tensor) else ()
@@ -329,7 +326,7 @@ def test_bad_input_is_named_and_nothing_is_changed(entry: str, bad: Bad) -> None
 @pytest.mark.parametrize("entry", ALL)
 def test_inference_mode_is_named(entry: str) -> None:
     model, inputs = network(), images()
-    call = Arguments(model, inputs, 1, first_conv(model), None)
+    call = Arguments(model, inputs, 1, usual_layer(model, entry), None)
     with (
         untouched(model, inputs),
         torch.inference_mode(),
@@ -343,7 +340,7 @@ def test_tensor_made_in_inference_mode_is_named(entry: str) -> None:
     model = network()
     with torch.inference_mode():
         inputs = images()
-    call = Arguments(model, inputs, 1, first_conv(model), None)
+    call = Arguments(model, inputs, 1, usual_layer(model, entry), None)
     with untouched(model), pytest.raises(RuntimeError, match=r"torch\.inference_mode.*clone"):
         ENTRIES[entry](call)
 
@@ -357,7 +354,7 @@ def test_model_that_raises_leaves_nothing_behind(entry: str) -> None:
         raise KeyError("broken head")
 
     model.head.forward = broken
-    call = Arguments(model, inputs, 1, first_conv(model), None)
+    call = Arguments(model, inputs, 1, usual_layer(model, entry), None)
     with untouched(model, inputs), pytest.raises(KeyError, match="broken head"):
         ENTRIES[entry](call)
 
@@ -365,7 +362,7 @@ def test_model_that_raises_leaves_nothing_behind(entry: str) -> None:
 @pytest.mark.parametrize("entry", WITH_TARGET)
 def test_score_behind_softmax_warns(entry: str) -> None:
     model, inputs = nn.Sequential(network(), nn.Softmax(1)).eval(), images()
-    call = Arguments(model, inputs, 1, first_conv(model), None)
+    call = Arguments(model, inputs, 1, usual_layer(model, entry), None)
     with untouched(model, inputs), pytest.warns(UserWarning, match=r"softmax.*logits"):
         ENTRIES[entry](call)
 
@@ -404,7 +401,7 @@ def test_last_call_of_a_layer_that_runs_twice_counts() -> None:
 def test_error_after_success_is_as_clear_as_before() -> None:
     """An attribution object survives an error."""
     model, inputs = network(), images()
-    attribution = LayerScoreMap(model, first_conv(model))
+    attribution = LayerScoreMap(model, model.get_submodule("conv1"))
     before = copy.deepcopy(attribution.attribute(inputs, 1))
     with pytest.raises(ValueError, match=r"inputs must be finite"):
         attribution.attribute(with_value(math.nan), 1)
