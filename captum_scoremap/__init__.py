@@ -36,6 +36,7 @@ from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.freeze import Boundary, FrozenModel, freeze
 from captum_scoremap.linear_form import LinearForm, bias_terms, linear_form
 from captum_scoremap.receptive_field import ReceptiveField, receptive_field
+from captum_scoremap.tokens import token_grid
 
 if TYPE_CHECKING:
     from captum_scoremap import metrics, visualization
@@ -76,6 +77,7 @@ __all__ = [
     "rules",
     "score_map_crops",
     "semantic_patches",
+    "token_grid",
     "visualization",
 ]
 

@@ -15,6 +15,7 @@ __all__ = [
     "check_callable",
     "check_inputs",
     "check_layer",
+    "is_tuple_of_one",
     "nearest",
     "unwrap_parallel",
 ]
@@ -96,11 +97,12 @@ def check_visible(module: object) -> None:
         )
 
 
-def check_inputs(inputs: object) -> tuple[Tensor, ...]:
+def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]:
     """The inputs as a tuple of finite floating-point tensors of one batch size.
 
     Args:
         inputs: Tensor or tuple of tensors, each ``(N, ...)``.
+        indices: Whether int64 will do as well: indices of tokens, where it is not the input itself that is explained.
 
     Returns:
         The tensors.
@@ -122,7 +124,7 @@ def check_inputs(inputs: object) -> tuple[Tensor, ...]:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}.")
         shape = tuple(tensor.shape)
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or (indices and tensor.dtype == torch.int64)):
             raise TypeError(
                 f"inputs must be floating point, got {tensor.dtype}. Convert and normalize them: inputs.float() / 255."
             )
@@ -136,13 +138,19 @@ def check_inputs(inputs: object) -> tuple[Tensor, ...]:
             raise ValueError(f"inputs must hold at least one image, got an empty batch of shape {shape}.")
         if not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(
-                f"inputs must be finite, got {count} values that are NaN or infinite. Replace them first."
-            )
+            raise ValueError(f"inputs must be finite, got {count} values that are NaN or infinite. Replace them first.")
     sizes = {tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor)}
     if len(sizes) > 1:
         raise ValueError(f"all inputs must have the same batch size, got {sorted(sizes)}.")
     return tuple(tensor for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def is_tuple_of_one(inputs: object) -> bool:
+    """Whether a single input came as a tuple: then its result is one too.
+
+    ``sensitivity_max`` hands inputs over as a tuple, and takes a tensor that comes back apart into images.
+    """
+    return isinstance(inputs, tuple) and len(inputs) == 1
 
 
 def check_layer(forward_func: Callable[..., object], layer: object) -> None:
@@ -154,16 +162,12 @@ def check_layer(forward_func: Callable[..., object], layer: object) -> None:
     """
     if isinstance(layer, str):
         names = dict(forward_func.named_modules()) if isinstance(forward_func, nn.Module) else {}
-        hint = (
-            f"model.get_submodule({layer!r})"
-            if layer in names
-            else f"a module of the model.{nearest(layer, names)}"
-        )
+        hint = f"model.get_submodule({layer!r})" if layer in names else f"a module of the model.{nearest(layer, names)}"
         raise TypeError(f"layer must be a module, got the name {layer!r}. Use {hint}")
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a module, got {type(layer).__name__}. Use a module of the model.")
     if isinstance(forward_func, nn.Module) and all(module is not layer for module in forward_func.modules()):
         raise ValueError(
-            f"layer must be part of the model, got a {type(layer).__name__} that {type(forward_func).__name__} does not "
-            "contain. Take it from the very model that is explained."
+            f"layer must be part of the model, got a {type(layer).__name__} that {type(forward_func).__name__} does "
+            "not contain. Take it from the very model that is explained."
         )

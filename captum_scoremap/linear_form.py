@@ -75,7 +75,8 @@ class LinearForm:
         mine, others = list(tensors_in(self.activations)), list(tensors_in(other.activations))
         if [t.shape for t in mine] != [t.shape for t in others] or not all(map(torch.equal, mine, others)):
             raise ValueError(
-                "two linear forms must be of the same layer at the same image to be subtracted; got different activations."
+                "two linear forms must be of the same layer at the same image to be subtracted; got different "
+                "activations."
             )
         if isinstance(self.coefficients, Tensor) and isinstance(other.coefficients, Tensor):
             coefficients: Tensors = self.coefficients - other.coefficients
@@ -165,9 +166,9 @@ def explain(
     anchors = [anchor for one in tapped.values() for anchor in one.anchors]
     if total.requires_grad:
         options = {"allow_unused": True, **(grad_kwargs or {})}
-        gradients = torch.autograd.grad(total, anchors, **options)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(total, anchors, **options)
     else:
-        gradients = (None,) * len(anchors)
+        gradients = tuple(None for _ in anchors)
     by_anchor = {id(anchor): gradient for anchor, gradient in zip(anchors, gradients, strict=True)}
     results, reached = {}, {}
     for site, one in tapped.items():
@@ -224,7 +225,7 @@ def linear_form(
         True
     """
     check_callable(forward_func)
-    tensors = check_inputs(inputs)
+    tensors = check_inputs(inputs, indices=layer is not None)
     site: Site | None = None
     if layer is not None:
         check_layer(forward_func, layer)
@@ -271,9 +272,16 @@ def image_sums(
 ) -> Tensor:
     """The sum of A·Y for each image, (N,).
 
-    ``multiplied`` says that the first argument holds A·Y, summed over channels or not, rather than A.
-
     Layers keep the batch first, or merge it with other dimensions (windows, frames) batch-major.
+
+    Args:
+        coefficients: A; or A·Y, summed over channels or not.
+        activations: Y.
+        score: S, (N,).
+        multiplied: Whether the first argument is A·Y.
+
+    Returns:
+        The sums, (N,).
 
     Raises:
         ValueError: If a tensor's first dimension is no multiple of the batch, so that images cannot be told apart.
@@ -358,7 +366,7 @@ def bias_terms(
 
 
 class _OffsetRecording(Recording):
-    """A recording in which every operation's constant part is scaled by 1 + t; t starts at zero and gets the gradient."""
+    """A recording in which every operation's constant part is scaled by 1 + t, with t = 0 a leaf of the graph."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -371,9 +379,7 @@ class _OffsetRecording(Recording):
         output = super().operate(key, name, rule, call, run)
         if not any(bool(offset.any()) for offset in offsets):
             return output
-        scale = self.offsets.setdefault(
-            self._name_of(key, rule, call), offsets[0].new_zeros((), requires_grad=True)
-        )
+        scale = self.offsets.setdefault(self._name_of(key, rule, call), offsets[0].new_zeros((), requires_grad=True))
         # setitem and its like return nothing: what they return is what they changed
         output = call.input if output is None else output
         values = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
@@ -389,13 +395,8 @@ class _OffsetRecording(Recording):
         in_place = call.keep and call.input is not None
         if in_place and not self.is_live(call.input):
             zeros[id(call.input)] = call.input.clone()
-        at_zero = replace(
-            call, args=substituted(call.args, zeros), kwargs=substituted(dict(call.kwargs), zeros)
-        )
-        if rule.is_affine(call):
-            output = at_zero.run()
-        else:
-            output = rule.apply(at_zero, rule.freeze(call))
+        at_zero = replace(call, args=substituted(call.args, zeros), kwargs=substituted(dict(call.kwargs), zeros))
+        output = at_zero.run() if rule.is_affine(call) else rule.apply(at_zero, rule.freeze(call))
         output = at_zero.input if output is None else output
         return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
@@ -420,22 +421,21 @@ def check_sites(recording: Recording, sites: Mapping[Site, Any], below: Site | N
         name, calls = type(layer).__name__, recording.calls[layer]
         if site not in recording.tapped and below is not None:
             raise ValueError(
-                f"to_layer must lie below the neuron's layer, got a {name} that runs later or never. Name a layer between "
-                "the input and the neuron."
+                f"to_layer must lie below the neuron's layer, got a {name} that runs later or never. Name a layer "
+                "between the input and the neuron."
             )
         if site not in recording.tapped:
             raise ValueError(
-                f"layer must run when the model does, got a {name} that never ran. Name a layer on the way to the score."
+                f"layer must run when the model does, got a {name} that never ran. Name a layer on the way to "
+                "the score."
             )
         if not recording.tapped[site].anchors:
             side = "input" if at_input else "output"
-            raise ValueError(
-                f"layer must have a floating-point {side}, got none at this {name}. Name another layer."
-            )
+            raise ValueError(f"layer must have a floating-point {side}, got none at this {name}. Name another layer.")
         if calls > 1:
             warnings.warn(
-                f"a {name} runs {calls} times; its map is that of its last call, and what the calls before it add to the "
-                "score is part of B.",
+                f"a {name} runs {calls} times; its map is that of its last call, and what the calls before it add to "
+                "the score is part of B.",
                 stacklevel=4,
             )
 
@@ -485,22 +485,23 @@ def select_scores(output: Any, target: Target) -> Tensor:
             raise TypeError(f"target must hold integers, got {target.dtype}.")
         target = int(target) if target.numel() == 1 else target.tolist()
     if isinstance(target, bool) or not isinstance(target, (int, tuple, list)):
-        raise TypeError(
-            f"target must be an int, a tuple, a list or a tensor of integers, got {type(target).__name__}."
-        )
+        raise TypeError(f"target must be an int, a tuple, a list or a tensor of integers, got {type(target).__name__}.")
     if isinstance(target, list):
         if len(target) != count:
             raise ValueError(f"target must have one entry for each of the {count} images, got {len(target)}.")
         rows = [_index(entry, sizes) for entry in target]
-        columns = [
-            torch.tensor([row[axis] for row in rows], device=output.device) for axis in range(len(sizes))
-        ]
-        return output[(torch.arange(count, device=output.device), *columns)]
-    return output[(slice(None), *_index(target, sizes))]
+        columns = [torch.tensor([row[axis] for row in rows], device=output.device) for axis in range(len(sizes))]
+        place: tuple[Any, ...] = (torch.arange(count, device=output.device), *columns)
+    else:
+        place = (slice(None), *_index(target, sizes))
+    return output[place]
 
 
 def _index(entry: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """One target as an index into an image's scores.
+
+    Returns:
+        The index.
 
     Raises:
         TypeError: If it holds something else than integers.

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.freeze import Recording, Reduction, Site
+from captum_scoremap.freeze import Recording, Reduction, Site, Tail
 from captum_scoremap.linear_form import check_sites, select_scores, warn_of_probabilities
 from captum_scoremap.rules import Rule, with_rules
 
 __all__ = ["explain_targets"]
 
 Label = int | tuple[int, ...]
+
+# Images in work at once where the caller names no bound: enough to keep the cores busy, little beside a large model.
+_IMAGES_AT_ONCE = 64
 
 
 def explain_targets(
@@ -29,12 +32,16 @@ def explain_targets(
 ) -> list[Tensor]:
     """The score maps of many labels at every site.
 
+    The score of a label is pushed back through the frozen layers above, one pass for each label; or, at a layer of fewer
+    positions than there are labels, the activation of each position alone is pushed forward through them, one pass for
+    each position: M(x, y) is the change of the scores it makes (Eq. (4) of Yu et al. 2015, read from the other end).
+
     Args:
         forward_func: The model, or a function that calls it.
         inputs: The image.
         targets: Labels, the same for all images; None for every label of an output (N, K).
         sites: Places in the model.
-        reduction: What to make of A and Y there; it must sum over channels, whose place the labels take.
+        reduction: What to make of A and Y there; it sums over channels, whose place the labels take.
         additional: Further arguments.
         rules: Rules to replace or add.
         internal_batch_size: Bound on the images in work at once.
@@ -45,47 +52,81 @@ def explain_targets(
     Raises:
         ValueError: If targets are missing where needed, or out of range, or a layer has several tensors.
     """
-    taps = dict.fromkeys(sites, reduction)
-    recording = Recording(forward_func, with_rules(rules), taps, trusted=with_rules(None))
+    taps, table, trusted = dict.fromkeys(sites, reduction), with_rules(rules), with_rules(None)
+    # one site: its tail is recorded in the same run
+    tails = {site: Tail(forward_func, table, site, reduction, trusted) for site in sites} if len(sites) == 1 else {}
+    recording = tails[sites[0]].recording if tails else Recording(forward_func, table, taps, trusted=trusted)
     with torch.enable_grad():
-        output = recording.record(inputs, additional)
+        output = tails[sites[0]].record(inputs, additional) if tails else recording.record(inputs, additional)
         check_sites(recording, taps)
         warn_of_probabilities(recording, output)
         labels = _labels(output, targets)
         scores = [select_scores(output, label) for label in labels]
     for site in sites:
-        if len(recording.tapped[site].anchors) != 1:
-            count = len(recording.tapped[site].anchors)
-            raise ValueError(
-                f"attribute_targets needs layers with one output tensor, got {count}. Use attribute."
-            )
-    anchors = [recording.tapped[site].anchors[0] for site in sites]
-    count = inputs[0].shape[0]
-    size = max(1, (internal_batch_size or 64) // count)
-    maps: list[list[Tensor]] = [[] for _ in sites]
-    for start in range(0, len(scores), size):
-        chunk = torch.stack(scores[start : start + size])
-        for place, found in enumerate(_backward(chunk, anchors)):
-            # (labels, N, 1, h, w) -> (N, labels, h, w), the labels where the channels were
-            axis = reduction.channel_dim if reduction.channel_dim is not None else 1
-            maps[place].append(torch.cat(found.unbind(0), axis))
-    axis = reduction.channel_dim if reduction.channel_dim is not None else 1
-    return [torch.cat(found, axis) for found in maps]
+        tensors = len(recording.tapped[site].anchors)
+        if tensors != 1:
+            raise ValueError(f"attribute_targets needs layers with one output tensor, got {tensors}. Use attribute.")
+    channels = 1 if reduction.channel_dim is None else reduction.channel_dim
+    images = max(1, (internal_batch_size or _IMAGES_AT_ONCE) // inputs[0].shape[0])
+    forward = {
+        site
+        for site in sites
+        if reduction.multiply and _positions(recording.tapped[site].activations[0], channels) < len(labels)
+    }
+    backward = [site for site in sites if site not in forward]
+    anchors = [recording.tapped[site].anchors[0] for site in backward]
+    found: dict[Site, list[Tensor]] = {site: [] for site in backward}
+    for start in range(0, len(scores) if backward else 0, images):
+        chunk = torch.stack(scores[start : start + images])
+        for site, maps in zip(backward, _pushed_back(chunk, anchors), strict=True):
+            found[site].append(torch.cat(maps.unbind(0), channels))
+    del scores, output, recording, anchors
+
+    def select(value: Any) -> Tensor:
+        every = isinstance(value, Tensor) and targets is None
+        return value if every else torch.stack([select_scores(value, label) for label in labels], 1)
+
+    maps = {site: torch.cat(parts, channels) for site, parts in found.items()}
+    for site in forward:
+        tail = tails.get(site)
+        if tail is None:
+            tail = Tail(forward_func, table, site, reduction, trusted)
+            with torch.no_grad():
+                tail.record(inputs, additional)
+        maps[site] = _pushed_forward(tail, select, channels, images)
+    return [maps[site] for site in sites]
 
 
-def _backward(scores: Tensor, anchors: Sequence[Tensor]) -> list[Tensor]:
+def _pushed_back(scores: Tensor, anchors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of every row of scores (labels, N) in the anchors, (labels, ...) each."""
     if not scores.requires_grad:
         return [anchor.new_zeros((len(scores), *anchor.shape)) for anchor in anchors]
     one_hot = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
     one_hot = one_hot[:, :, None].expand(-1, -1, scores.shape[1])
-    found = torch.autograd.grad(
-        scores, anchors, one_hot, is_grads_batched=True, retain_graph=True, allow_unused=True
-    )
+    found = torch.autograd.grad(scores, anchors, one_hot, is_grads_batched=True, retain_graph=True, allow_unused=True)
     return [
         anchor.new_zeros((len(scores), *anchor.shape)) if gradient is None else gradient.detach()
         for anchor, gradient in zip(anchors, found, strict=True)
     ]
+
+
+def _pushed_forward(tail: Tail, select: Callable[[Any], Tensor], channels: int, positions_at_once: int) -> Tensor:
+    """The scores that each position's activation makes alone, the labels where the channels were."""
+    activations = tail.recording.tapped[tail.site].activations[0]
+    channels %= activations.dim()
+    shape = [size for axis, size in enumerate(activations.shape) if axis not in {0, channels}]
+    count = math.prod(shape)
+    batched = torch.func.vmap(lambda value: select(tail(value)))
+    with torch.no_grad():
+        nothing = select(tail(torch.zeros_like(activations)))
+        parts = []
+        for start in range(0, count, positions_at_once):
+            chosen = torch.arange(start, min(start + positions_at_once, count), device=activations.device)
+            alone = (torch.arange(count, device=activations.device) == chosen[:, None]).reshape(-1, 1, *shape)
+            parts.append(batched(activations * alone.unsqueeze(channels + 1)) - nothing)
+    # (positions, N, K) -> (N, ..., K) -> the labels where the channels were
+    maps = torch.cat(parts).permute(1, 0, 2).reshape(activations.shape[0], *shape, -1)
+    return maps.movedim(-1, channels)
 
 
 def _labels(output: Any, targets: Sequence[Label] | None) -> list[Label]:
@@ -99,6 +140,6 @@ def _labels(output: Any, targets: Sequence[Label] | None) -> list[Label]:
     return list(range(output.shape[1]))
 
 
-def positions(activations: Tensor, channel_dim: int) -> int:
+def _positions(activations: Tensor, channel_dim: int) -> int:
     """How many positions a layer has: its elements per image and channel."""
     return math.prod(activations.shape[1:]) // activations.shape[channel_dim]

@@ -15,15 +15,15 @@ from captum_scoremap.rules import Rule
 __all__ = ["ScoreMap"]
 
 
-class ScoreMap(GradientAttribution):  # type: ignore[misc]  # Captum's bases are untyped
+class ScoreMap(GradientAttribution):
     """Sub-scores A·x of the image x: S = A·x + B, Eq. (3) of Yu et al. 2015 at l = 0.
 
     For piecewise-linear networks this equals Captum's ``InputXGradient``; for others the coefficients A are exact where
     the gradient is not, and B says what the sub-scores leave out.
 
     In ``captum.metrics.infidelity``, use ``multiply_by_inputs=True`` with a ``perturb_func`` decorated by
-    ``infidelity_perturb_func_decorator(multipy_by_inputs=True)`` (sic), and ``False`` with ``False``: sub-scores answer to
-    relative perturbations, coefficients to absolute ones.
+    ``infidelity_perturb_func_decorator(True)``, and ``False`` with ``False``: sub-scores answer to relative
+    perturbations, coefficients to absolute ones.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
@@ -103,9 +103,7 @@ class ScoreMap(GradientAttribution):  # type: ignore[misc]  # Captum's bases are
         if not return_convergence_delta:
             return formatted
         sums = image_sums(results, tensors, found.score, multiplied=self._multiply_by_inputs)
-        return formatted, found.score - sums - bias_at(
-            found.frozen(tensors, additional), None, tensors, select
-        )
+        return formatted, found.score - sums - bias_at(found.frozen(tensors, additional), None, tensors, select)
 
     def has_convergence_delta(self) -> bool:
         """True: S = A·x + B is exact, and the delta checks it."""

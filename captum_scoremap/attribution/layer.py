@@ -8,7 +8,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_inputs, check_layer, is_tuple_of_one, unwrap_parallel
 from captum_scoremap.freeze import Reduction, Site, as_tuple_of_arguments
 from captum_scoremap.linear_form import Target, bias_at, explain, image_sums, select_scores
 from captum_scoremap.rules import Rule
@@ -17,17 +17,22 @@ from captum_scoremap.targets import explain_targets
 __all__ = ["LayerScoreMap"]
 
 
-class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc]  # Captum's bases are untyped
+class LayerScoreMap(LayerAttribution, GradientAttribution):
     """The score map of a layer: M(x, y) = sum over channels of A·Y, Eq. (4) of Yu et al. 2015.
 
     S = A·Y + B holds for the output Y of every layer; the map says what each of its positions adds to the score. With
     ``attr_dim_summation=False`` the sub-scores A·Y themselves are returned, which for piecewise-linear networks are
     those of Captum's ``LayerGradientXActivation``.
 
+    Goes wherever Captum takes a layer method: ``NoiseTunnel``, ``sensitivity_max``, and, with
+    ``multiply_by_inputs=False`` and ``attr_dim_summation=False``, ``TCAV``. ``LLMGradientAttribution`` asks for one of
+    three classes by name; a subclass whose ``SUPPORTED_METHODS`` has this one too takes it, with
+    ``attribute(..., channel_dim=-1)``.
+
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         layer: A module, or a list of modules, for which one run and one backward pass serve. If a module runs more
-            than once, its last call counts.
+            than once, its last call counts. None where it is set later, as TCAV does.
         device_ids: Taken for Captum's sake: a ``DataParallel`` model is explained on the device of its module.
         multiply_by_inputs: Whether to multiply by the activations Y; else the coefficients A are returned.
         rules: Operation to rule, to replace or add some.
@@ -49,16 +54,17 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layer: nn.Module | list[nn.Module],
+        layer: nn.Module | list[nn.Module] | None,
         device_ids: list[int] | None = None,
         multiply_by_inputs: bool = True,
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
         check_callable(forward_func)
-        for one in layer if isinstance(layer, list) else [layer]:
-            check_layer(forward_func, one)
-        LayerAttribution.__init__(self, forward_func, layer, device_ids)
+        if layer is not None:
+            _check_layers(forward_func, layer)
+        # Captum declares a type variable where it means either
+        LayerAttribution.__init__(self, forward_func, layer, device_ids)  # type: ignore[type-var]
         GradientAttribution.__init__(self, forward_func)
         self._multiply_by_inputs = multiply_by_inputs
         self._rules = rules
@@ -79,21 +85,21 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc
         """The score map (or sub-scores) of the layer.
 
         Args:
-            inputs: The image, (N, C, H, W), or a tuple of such inputs.
+            inputs: The image, (N, C, H, W), or a tuple of such inputs; tokens may be int64.
             target: Label of each image, in any of Captum's forms.
             additional_forward_args: Further arguments of ``forward_func``; they are constants.
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
             attr_dim_summation: Whether to sum over channels.
             grad_kwargs: Further arguments of ``torch.autograd.grad``.
-            return_convergence_delta: Whether to return S - (A·Y + B) too, with B from the frozen model with the layer at
-                zero.
+            return_convergence_delta: Whether to return S - (A·Y + B) too, with B from the frozen model with the layer
+                at zero.
             channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
 
         Returns:
             Tensor in logits, (N, 1, h, w) for a layer of (N, C, h, w), or shaped like the layer without summation; a
-            tuple for a layer with several tensors; a list for a list of layers. With the delta a pair of that and a
-            tensor (N,), or a list of them.
+            tuple for a layer with several tensors, and for an input that is a tuple of one, as in ``sensitivity_max``; a
+            list for a list of layers. With the delta a pair of that and a tensor (N,), or a list of them.
 
         Raises:
             TypeError: If an input is not floating point, or a target has no known form.
@@ -101,7 +107,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
-        tensors = check_inputs(inputs)
+        tensors = check_inputs(inputs, indices=True)
         additional = as_tuple_of_arguments(additional_forward_args)
         sites = self._sites(attribute_to_layer_input)
 
@@ -133,7 +139,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc
                 bias = bias_at(found.frozen(tensors, additional), site, tapped.activations, select)
                 deltas.append(found.score - sums - bias)
             results = tuple(map(F.relu, results)) if relu_attributions else results
-            maps.append(results if tapped.is_tuple else results[0])
+            maps.append(results if tapped.is_tuple or is_tuple_of_one(inputs) else results[0])
         return self._formatted(maps, deltas if return_convergence_delta else None)
 
     def attribute_targets(
@@ -162,8 +168,8 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc
             internal_batch_size: Bound on the images in work at once, so on memory; None for a moderate one.
 
         Returns:
-            Tensor in logits, (N, K, h, w) for a layer of (N, C, h, w): the labels take the place of the channels. A list
-            for a list of layers.
+            Tensor in logits, (N, K, h, w) for a layer of (N, C, h, w): the labels take the place of the channels. A
+            list for a list of layers.
 
         Raises:
             TypeError: As :meth:`attribute`.
@@ -171,7 +177,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc
             RuntimeError: As :meth:`attribute`.
             UnsupportedOperationError: As :meth:`attribute`.
         """
-        tensors = check_inputs(inputs)
+        tensors = check_inputs(inputs, indices=True)
         sites = self._sites(attribute_to_layer_input)
         maps = explain_targets(
             unwrap_parallel(self.forward_func),
@@ -197,10 +203,23 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):  # type: ignore[misc
         return self._multiply_by_inputs
 
     def _sites(self, at_input: bool) -> list[Site]:
-        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        layers = _check_layers(self.forward_func, self.layer)
         return [(layer, at_input) for layer in layers]
 
     def _formatted(self, maps: list[Any], deltas: list[Tensor] | None) -> Any:
         if isinstance(self.layer, list):
             return maps if deltas is None else (maps, deltas)
         return maps[0] if deltas is None else (maps[0], deltas[0])
+
+
+def _check_layers(forward_func: Callable[..., Any], layer: object) -> list[nn.Module]:
+    """One layer or several as a list.
+
+    Raises:
+        TypeError: If something in it is not a module.
+        ValueError: If the model does not contain it.
+    """
+    layers = layer if isinstance(layer, list) else [layer]
+    for one in layers:
+        check_layer(forward_func, one)
+    return layers

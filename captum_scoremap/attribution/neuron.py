@@ -7,7 +7,7 @@ from captum.attr import GradientAttribution, NeuronAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_inputs, check_layer, is_tuple_of_one, unwrap_parallel
 from captum_scoremap.freeze import Reduction, Site, as_tuple_of_arguments
 from captum_scoremap.linear_form import bias_at, explain, image_sums
 from captum_scoremap.rules import Rule, tensors_in
@@ -17,7 +17,7 @@ __all__ = ["NeuronScoreMap"]
 Selector = int | tuple[int | slice, ...] | Callable[[Any], Tensor]
 
 
-class NeuronScoreMap(NeuronAttribution, GradientAttribution):  # type: ignore[misc]  # Captum's bases are untyped
+class NeuronScoreMap(NeuronAttribution, GradientAttribution):
     """Sub-scores of a neuron: its activation as A·Y + B with the input, or with the output Y of any lower layer.
 
     "The output of a neuron is a linear combination of the outputs of any lower layer" (Yu et al. 2015, Section 2).
@@ -93,7 +93,7 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):  # type: ignore[mi
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations up to the neuron have no rule; all are listed.
         """
-        tensors = check_inputs(inputs)
+        tensors = check_inputs(inputs, indices=to_layer is not None)
         additional = as_tuple_of_arguments(additional_forward_args)
         neuron: Site = (self.layer, attribute_to_neuron_input)
         site: Site | None = None
@@ -122,13 +122,17 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):  # type: ignore[mi
                 f"{type(self.layer).__name__}. Name a layer between the input and the neuron."
             )
         results, tapped = found.results[site], found.tapped(site)
-        single = isinstance(inputs, Tensor) if site is None else not tapped.is_tuple
+        single = isinstance(inputs, Tensor) if site is None else not (tapped.is_tuple or is_tuple_of_one(inputs))
         formatted = results[0] if single else results
         if not return_convergence_delta:
             return formatted
         sums = image_sums(results, tapped.activations, found.score, multiplied=self._multiply_by_inputs)
         bias = bias_at(found.frozen(tensors, additional), site, tapped.activations, select, neuron)
         return formatted, found.score - sums - bias
+
+    def has_convergence_delta(self) -> bool:
+        """True: the sum A·Y + B is exact, and the delta checks it."""
+        return True
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -137,7 +141,10 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):  # type: ignore[mi
 
 
 def select_neuron(value: Any, selector: Selector) -> Tensor:
-    """The activation (N,) that a selector names in a layer's output.
+    """The activation that a selector names in a layer's output.
+
+    Returns:
+        The activation, (N,).
 
     Raises:
         TypeError: If the selector has no known form, or does not return a tensor.
@@ -166,12 +173,11 @@ def select_neuron(value: Any, selector: Selector) -> Tensor:
         for i, size in zip(index, sizes, strict=True):
             if isinstance(i, int) and not -size <= i < size:
                 raise ValueError(f"neuron_selector must be from 0 to {size - 1}, got {i}.")
-        chosen = tensors[0][(slice(None), *index)]
+        place: tuple[Any, ...] = (slice(None), *index)
+        chosen = tensors[0][place]
         chosen = chosen.flatten(1).sum(1) if chosen.dim() > 1 else chosen
     if chosen.dim() > 1 and chosen[0].numel() == 1:
         chosen = chosen.reshape(-1)
     if chosen.dim() != 1:
-        raise ValueError(
-            f"neuron_selector must select one number for each image, (N,), got {tuple(chosen.shape)}."
-        )
+        raise ValueError(f"neuron_selector must select one number for each image, (N,), got {tuple(chosen.shape)}.")
     return chosen

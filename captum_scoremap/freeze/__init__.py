@@ -4,6 +4,7 @@ from .boundary import Boundary
 from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
 from .recording import Recording, Tapped
 from .run import Site, Tag
+from .tail import Tail
 from .taps import Reduction
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Reduction",
     "Site",
     "Tag",
+    "Tail",
     "Tapped",
     "as_tuple_of_arguments",
     "freeze",

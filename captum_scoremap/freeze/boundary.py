@@ -59,6 +59,15 @@ def nearest_boundary(
     """The nearest boundary for each image of a batch.
 
     Images are moved one at a time, so that whatever flips is due to that one.
+
+    Args:
+        run: Makes a fresh replay.
+        inputs: The image.
+        direction: Its change per unit step.
+        additional: Further arguments.
+
+    Returns:
+        Distances and switches.
     """
     distances: list[float] = []
     switches: list[str] = []

@@ -65,15 +65,11 @@ class FrozenModel:
         }
         for layer, _ in sites:
             if not self._last_calls[layer]:
-                raise ValueError(
-                    f"outputs must name layers that ran, got a {type(layer).__name__} that did not."
-                )
+                raise ValueError(f"outputs must name layers that ran, got a {type(layer).__name__} that did not.")
         given = tuple(as_tuple(inputs))
         shapes, expected = [tuple(t.shape) for t in given], [tuple(t.shape) for t in self._inputs]  # type: ignore[attr-defined]
         if shapes != expected:
-            raise ValueError(
-                f"inputs must be shaped like those the model was frozen at, {expected}; got {shapes}."
-            )
+            raise ValueError(f"inputs must be shaped like those the model was frozen at, {expected}; got {shapes}.")
         return self.replay(given, sites)  # type: ignore[arg-type]
 
     def replay(
@@ -98,6 +94,12 @@ class FrozenModel:
 
     def flipped(self, other: "FrozenModel") -> dict[str, int]:
         """Which switches differ from another frozen model's, and in how many places.
+
+        Args:
+            other: The same model, frozen at another image.
+
+        Returns:
+            Name of the switch to the number of places; empty in the same linear region.
 
         Raises:
             ValueError: If the two are not frozen from the same model at inputs of one shape.
@@ -193,9 +195,7 @@ def as_tuple_of_arguments(additional_forward_args: object) -> tuple[Any, ...]:
     """Further arguments as Captum takes them: a tuple as it is, anything else alone, None as none."""
     if additional_forward_args is None:
         return ()
-    return (
-        additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-    )
+    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
 
 
 def _constant(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

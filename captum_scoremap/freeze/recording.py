@@ -165,9 +165,7 @@ class Recording(Run):
                     f"{where} must return shape {tuple(one.shape)}, as the operation does, got {tuple(other.shape)}."
                 )
             if one.dtype != other.dtype:
-                raise ValueError(
-                    f"{where} must return {one.dtype}, as the operation does, got {other.dtype}."
-                )
+                raise ValueError(f"{where} must return {one.dtype}, as the operation does, got {other.dtype}.")
             if one.is_floating_point():
                 tolerance = 1e3 * torch.finfo(one.dtype).eps
                 error = (one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)

@@ -51,7 +51,11 @@ class Replaying(Run):
             return self._stopped_value
 
     def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
-        """The linear form of the call."""
+        """The linear form of the call.
+
+        Raises:
+            RuntimeError: If the call was not recorded.
+        """
         if rule.is_affine(call):
             return run()
         entry = self._entries.get(key)
@@ -86,9 +90,7 @@ class Replaying(Run):
         substitute: dict[int, Tensor] = {}
         for tensor, new in zip(arriving.values(), replacements, strict=True):
             if tensor.shape != new.shape:
-                raise ValueError(
-                    f"replacement must have shape {tuple(tensor.shape)}, got {tuple(new.shape)}."
-                )
+                raise ValueError(f"replacement must have shape {tuple(tensor.shape)}, got {tuple(new.shape)}.")
             # a copy, for the model may change it in place
             substitute[id(tensor)] = new.clone()
             self.tag(substitute[id(tensor)], self.tag_of(tensor) | Tag.LIVE)

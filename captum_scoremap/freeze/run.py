@@ -95,6 +95,13 @@ class Run(TorchFunctionMode):
     def execute(self, inputs: tuple[Tensor, ...], additional: tuple[Any, ...]) -> Any:
         """Run the model; hooks and mode are gone afterwards, however it ends.
 
+        Args:
+            inputs: Tensors that are live.
+            additional: Further arguments, constant.
+
+        Returns:
+            What the model returns.
+
         Raises:
             UnsupportedOperationError: If operations have no rule.
         """
@@ -157,17 +164,13 @@ class Run(TorchFunctionMode):
             with torch.no_grad():
                 return func(*args, **kwargs)
         constants = {
-            id(tensor): tensor.detach()
-            for tensor in given
-            if tensor.requires_grad and not self.is_live(tensor)
+            id(tensor): tensor.detach() for tensor in given if tensor.requires_grad and not self.is_live(tensor)
         }
         if constants:
             args, kwargs = substituted(args, constants), substituted(kwargs, constants)
         return self._dispatch(func, name, args, kwargs)
 
-    def _dispatch(
-        self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _dispatch(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rules.get(name)
         if rule is None or getattr(function, "__name__", "") == "__set__":
             self._unsupported[name, self.module_name()] = None
@@ -178,9 +181,7 @@ class Run(TorchFunctionMode):
         target = _changed_in_place(function, args, kwargs)
         if target is not None:
             self.about_to_change(target)
-        call = Call(
-            *_out_of_place(function, args, kwargs), self.is_live, self.is_gate, keep=target is not None
-        )
+        call = Call(*_out_of_place(function, args, kwargs), self.is_live, self.is_gate, keep=target is not None)
         key = self._key(name)
         with torch.enable_grad():
             if isinstance(rule, Composite):
@@ -219,11 +220,7 @@ class Run(TorchFunctionMode):
         base = self.module_name()
         if not base:
             base = operation
-        elif (
-            module is None
-            or next(module.children(), None)
-            or not type(module).__module__.startswith("torch.nn.")
-        ):
+        elif module is None or next(module.children(), None) or not type(module).__module__.startswith("torch.nn."):
             base = f"{base}:{operation}"
         self._keys[base] += 1
         return base if self._keys[base] == 1 else f"{base}#{self._keys[base]}"
@@ -258,17 +255,13 @@ class Run(TorchFunctionMode):
             return self.at_site((module, False), output)
 
 
-def _changed_in_place(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tensor | None:
+def _changed_in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The tensor that a call changes, if it changes one."""
     name = getattr(function, "__name__", "")
     if kwargs.get("out") is not None:
         return kwargs["out"]  # type: ignore[no-any-return]
     in_place = (
-        (name.endswith("_") and not name.startswith("__"))
-        or name == "__setitem__"
-        or _is_in_place_operator(name)
+        (name.endswith("_") and not name.startswith("__")) or name == "__setitem__" or _is_in_place_operator(name)
     )
     if (in_place or kwargs.get("inplace")) and args and isinstance(args[0], Tensor):
         return args[0]
@@ -276,9 +269,7 @@ def _changed_in_place(
 
 
 def _is_in_place_operator(name: str) -> bool:
-    return (
-        name.startswith("__i") and name.endswith("__") and name not in {"__invert__", "__int__", "__index__"}
-    )
+    return name.startswith("__i") and name.endswith("__") and name not in {"__invert__", "__int__", "__index__"}
 
 
 def _out_of_place(

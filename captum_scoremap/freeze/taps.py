@@ -30,20 +30,23 @@ class Reduction:
 
     def shape(self, activations: Tensor) -> torch.Size:
         """Shape of the result."""
-        shape = list(activations.shape)
-        if self._sums(activations) and self.channel_dim is not None:
-            shape[self.channel_dim] = 1
+        shape, channels = list(activations.shape), self._channels(activations)
+        if channels is not None:
+            shape[channels] = 1
         return torch.Size(shape)
 
     def __call__(self, coefficients: Tensor, activations: Tensor) -> Tensor:
-        if self._sums(activations) and self.channel_dim is not None:
-            product = coefficients * activations if self.multiply else coefficients
-            # counted from the end, so that a batch of labels in front does no harm
-            return product.sum(self.channel_dim % activations.dim() - activations.dim(), keepdim=True)
-        return coefficients * activations if self.multiply else coefficients
+        """The result, shaped as ``shape`` says."""
+        product = coefficients * activations if self.multiply else coefficients
+        channels = self._channels(activations)
+        return product if channels is None else product.sum(channels, keepdim=True)
 
-    def _sums(self, activations: Tensor) -> bool:
-        return self.channel_dim is not None and -activations.dim() <= self.channel_dim < activations.dim()
+    def _channels(self, activations: Tensor) -> int | None:
+        """The dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
+        dims = activations.dim()
+        if self.channel_dim is None or not -dims <= self.channel_dim < dims:
+            return None
+        return self.channel_dim % dims - dims
 
 
 class Snapshot:
@@ -64,16 +67,14 @@ class Tap(torch.autograd.Function):
     """Y -> Y, with the anchor's gradient the reduction of A and Y."""
 
     @staticmethod
-    def forward(
-        ctx: Any, activations: Tensor, anchor: Tensor, snapshot: Snapshot, reduction: Reduction
-    ) -> Tensor:
+    def forward(ctx: Any, activations: Tensor, anchor: Tensor, snapshot: Snapshot, reduction: Reduction) -> Tensor:
         """Pass Y on, as a tensor of its own that shares its memory and may be changed in place."""
         del anchor
         ctx.snapshot, ctx.reduction = snapshot, reduction
         return activations.data
 
     @staticmethod
-    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         """Hand A on, and its reduction to the anchor."""
         passed = coefficients if ctx.needs_input_grad[0] else None
         return passed, ctx.reduction(coefficients, ctx.snapshot.tensor), None, None

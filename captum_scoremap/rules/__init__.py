@@ -1,8 +1,8 @@
 """One rule per operation: the exact linear form of each at the image.
 
 ``DEFAULT`` is the table a model runs under, ``TANGENT`` the plain local linearization (then A is the ordinary
-gradient). Operations go by the name PyTorch gives them, without the underscores of in-place and operator forms: ``relu``
-stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
+gradient). Operations go by the name PyTorch gives them, without the underscores of in-place and operator forms:
+``relu`` stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
 """
 
 from .activations import Gate, Pieces, Select

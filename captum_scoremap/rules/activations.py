@@ -51,9 +51,7 @@ class Pieces(Rule):
         masks = [compare(call.input, point) for compare, point in comparisons]
         if len(masks) == 1:
             return masks[0]
-        return torch.stack([mask.to(torch.uint8) for mask in torch.broadcast_tensors(*masks)]).sum(
-            0, dtype=torch.uint8
-        )
+        return torch.stack([mask.to(torch.uint8) for mask in torch.broadcast_tensors(*masks)]).sum(0, dtype=torch.uint8)
 
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """Slope * x + offset of the frozen piece."""

@@ -42,9 +42,7 @@ class ScaledDotProductAttention(Rule):
                 scores = scores.masked_fill(future, -torch.inf)
             if attn_mask is not None:
                 scores = (
-                    scores.masked_fill(~attn_mask, -torch.inf)
-                    if attn_mask.dtype == torch.bool
-                    else scores + attn_mask
+                    scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
                 )
             return scores.softmax(-1)
 
@@ -90,9 +88,7 @@ class MultiHeadAttention(Rule):
         bias = given["in_proj_bias"]
         bias = None if bias is None else bias[2 * embedding :]
         weight = (
-            given["v_proj_weight"]
-            if given["use_separate_proj_weight"]
-            else given["in_proj_weight"][2 * embedding :]
+            given["v_proj_weight"] if given["use_separate_proj_weight"] else given["in_proj_weight"][2 * embedding :]
         )
         value = F.linear(value, weight, bias)
         if given["static_v"] is not None:

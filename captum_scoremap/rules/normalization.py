@@ -129,16 +129,13 @@ def rms_norm(
     return scale if weight is None else scale * weight
 
 
-def normalize(
-    input: Tensor, p: float = 2.0, dim: int | tuple[int, ...] = 1, eps: float = 1e-12, **_: Any
-) -> Tensor:
+def normalize(input: Tensor, p: float = 2.0, dim: int | tuple[int, ...] = 1, eps: float = 1e-12, **_: Any) -> Tensor:
     """The scale 1 / max(‖x‖, eps)."""
-    return 1 / torch.linalg.vector_norm(input, p, dim, keepdim=True).clamp_min(eps)
+    norm: Tensor = torch.linalg.vector_norm(input, p, dim, keepdim=True)
+    return norm.clamp_min(eps).reciprocal()
 
 
-def local_response_norm(
-    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-) -> Tensor:
+def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     """The scale (k + alpha * mean of squares over neighboring channels)^-beta."""
     squares = F.pad((input * input).flatten(2)[:, None], (0, 0, size // 2, (size - 1) // 2))
     mean = F.avg_pool2d(squares, (size, 1), stride=1).reshape(input.shape)

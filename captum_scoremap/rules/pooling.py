@@ -38,12 +38,7 @@ class MaxPool(Rule):
     def apply(self, call: Call, state: Tensor) -> Any:
         """The values at the frozen positions."""
         spatial = -self.dimensions
-        output = (
-            call.input
-            .flatten(spatial)
-            .gather(-1, state.flatten(spatial))
-            .unflatten(-1, state.shape[spatial:])
-        )
+        output = call.input.flatten(spatial).gather(-1, state.flatten(spatial)).unflatten(-1, state.shape[spatial:])
         wanted = self.returns_switches or call.kwargs.get("return_indices", False)
         return (output, state) if wanted else output
 
@@ -54,8 +49,8 @@ class MaxPool(Rule):
     def steps_to_boundary(self, call: Call, tangent: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
         """Step at which some other position of a window overtakes the frozen one.
 
-        Each position of the input is compared with the maximum of every window it lies in, window offset by window
-        offset: a window's members are found by pooling the positions themselves.
+        Returns:
+            (members of a window, ..., windows).
         """
         spatial = -self.dimensions
         x, change = call.input.flatten(spatial), tangent(call.input).flatten(spatial)
@@ -80,9 +75,7 @@ class MaxPool(Rule):
             valid = (valid[:, None, :, None] & inside[None, :, None, :]).flatten(2).flatten(0, 1)
         return index.to(call.input.device), valid.to(call.input.device)
 
-    def _windows(
-        self, call: Call, shape: tuple[int, ...], out: tuple[int, ...]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _windows(self, call: Call, shape: tuple[int, ...], out: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         """Per axis the positions (members, windows) and whether they lie inside."""
 
         def fixed(
@@ -106,9 +99,7 @@ class MaxPool(Rule):
                 rows.append((position.clamp(0, shape[axis] - 1), inside))
             return rows
 
-        def adaptive(
-            input: Tensor, output_size: Any, return_indices: bool = False
-        ) -> list[tuple[Tensor, Tensor]]:
+        def adaptive(input: Tensor, output_size: Any, return_indices: bool = False) -> list[tuple[Tensor, Tensor]]:
             rows = []
             for axis, size in enumerate(shape):
                 first = torch.arange(out[axis]) * size // out[axis]
@@ -162,20 +153,14 @@ class Extremum(Rule):
 
     @staticmethod
     def _arguments(call: Call) -> tuple[Any, bool]:
-        def arguments(
-            input: Tensor, dim: Any = None, keepdim: bool = False, axis: Any = None
-        ) -> tuple[Any, bool]:
+        def arguments(input: Tensor, dim: Any = None, keepdim: bool = False, axis: Any = None) -> tuple[Any, bool]:
             return (dim if dim is not None else axis), keepdim
 
         return arguments(*call.args, **call.kwargs)
 
     def _reduced(self, call: Call) -> list[int]:
         dims, rank = self._dims(call), call.input.dim()
-        chosen = (
-            range(rank)
-            if dims is None or dims == ()
-            else (dims if isinstance(dims, (tuple, list)) else (dims,))
-        )
+        chosen = range(rank) if dims is None or dims == () else (dims if isinstance(dims, (tuple, list)) else (dims,))
         return sorted(d % rank for d in chosen)
 
     def _flat(self, call: Call, tensor: Tensor | None = None) -> Tensor:

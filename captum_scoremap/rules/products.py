@@ -121,19 +121,25 @@ class Power(Rule):
     kind = "gate"
 
     def freeze(self, call: Call) -> tuple[Tensor, Tensor | float]:
-        """Slope and offset."""
+        """Slope and offset.
+
+        Returns:
+            The two; the offset is 0 for a gate.
+
+        Raises:
+            TypeError: If the exponent is live.
+        """
         x, exponent = self._parts(call)
         if any(call.is_live(tensor) for tensor in tensors_in(exponent)):
             raise TypeError(
-                "pow must have an exponent that does not depend on the image. Supply a rule for it: rules={'pow': Tangent()}."
+                "pow must have an exponent that does not depend on the image, got one that does. Supply a rule for it: "
+                "rules={'pow': Tangent()}."
             )
         value = torch.pow(x, exponent)
         slope = torch.pow(x, exponent - 1)
         positive = torch.as_tensor(exponent) > 0
         if bool(positive.all()):
-            return torch.where(x == 0, torch.zeros_like(slope), slope) if not _is_one(
-                exponent
-            ) else slope, 0.0
+            return torch.where(x == 0, torch.zeros_like(slope), slope) if not _is_one(exponent) else slope, 0.0
         return slope * exponent, value - slope * exponent * x
 
     def apply(self, call: Call, state: tuple[Tensor, Tensor | float]) -> Tensor:

@@ -132,7 +132,13 @@ class Rule(ABC):
     def steps_to_boundary(self, call: Call, tangent: Callable[[Tensor], Tensor], state: Any) -> Tensor | None:
         """Steps along a direction at which each switch flips, infinite where it never does; None without switches.
 
-        ``tangent`` gives the change of an argument per unit step.
+        Args:
+            call: The call, at the image.
+            tangent: From an argument to its change per unit step.
+            state: What is frozen.
+
+        Returns:
+            The steps, in any shape.
         """
         return None
 
@@ -192,14 +198,15 @@ class EvaluationOnly(Linear):
         self.training = training
 
     def is_affine(self, call: Call) -> bool:
-        """In evaluation mode.
+        """Always, in evaluation mode.
+
+        Returns:
+            True.
 
         Raises:
             ValueError: In training mode.
         """
-        training = (
-            call.args[self.training] if len(call.args) > self.training else call.kwargs.get("training", False)
-        )
+        training = call.args[self.training] if len(call.args) > self.training else call.kwargs.get("training", False)
         if training and (call.kwargs.get("p", 1.0) or len(call.args) > 1):
             raise ValueError(
                 f"{getattr(call.function, '__name__', 'the model')} must run in evaluation mode, with statistics and "
@@ -248,13 +255,10 @@ class Tangent(Rule):
 
         def function(*values: Tensor) -> Any:
             substitute = {id(tensor): value for tensor, value in zip(live, values, strict=True)}
-            return call.function(
-                *substituted(call.args, substitute), **substituted(dict(call.kwargs), substitute)
-            )
+            return call.function(*substituted(call.args, substitute), **substituted(dict(call.kwargs), substitute))
 
         steps = tuple(tensor - point for tensor, point in zip(live, state, strict=True))
-        value, change = torch.func.jvp(function, tuple(state), steps)
-        return _sum(value, change)
+        return _sum(*torch.func.jvp(function, tuple(state), steps)[:2])
 
     @staticmethod
     def _live(call: Call) -> list[Tensor]:

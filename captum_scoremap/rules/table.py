@@ -27,19 +27,28 @@ __all__ = ["DEFAULT", "METADATA", "TANGENT", "operation_name", "with_rules"]
 
 # What asks about a tensor, or makes a new one that does not depend on its values.
 METADATA = frozenset(
-    ["backward_hooks", "base", "is_view", "version", "data_ptr", "device", "dense_dim", "dim", "dim_order", "dtype", "element_size", "empty_like", "full_like", "get_device", "grad", "grad_fn", "has_names", "is_complex", "is_contiguous", "is_conj", "is_cpu", "is_cuda", "is_floating_point", "is_inference", "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_neg", "is_nested", "is_pinned", "is_quantized", "is_signed", "is_sparse", "is_tensor", "is_xla", "is_xpu", "is_same_size", "itemsize", "layout", "len", "name", "names", "nbytes", "ndim", "ndimension", "nelement", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel", "ones_like", "output_nr", "rand_like", "randn_like", "repr", "requires_grad", "result_type", "retain_grad", "retains_grad", "shape", "size", "storage_offset", "stride", "str", "untyped_storage", "volatile", "zeros_like", "can_cast", "cdata", "dir", "format", "hash", "is_set_to", "post_accumulate_grad_hooks", "register_hook", "reversed"]
+    """
+    backward_hooks base is_view version data_ptr device dense_dim dim dim_order dtype element_size empty_like full_like
+    get_device grad grad_fn has_names is_complex is_contiguous is_conj is_cpu is_cuda is_floating_point is_inference
+    is_leaf is_meta is_mkldnn is_mps is_neg is_nested is_pinned is_quantized is_signed is_sparse is_tensor is_xla is_xpu
+    is_same_size itemsize layout len name names nbytes ndim ndimension nelement new_empty new_full new_ones new_tensor
+    new_zeros numel ones_like output_nr rand_like randn_like repr requires_grad result_type retain_grad retains_grad
+    shape size storage_offset stride str untyped_storage volatile zeros_like can_cast cdata dir format hash is_set_to
+    post_accumulate_grad_hooks register_hook reversed
+    """.split()
 )
 
 # Views, copies and casts, which also keep gates; all affine.
 _STRUCTURAL = """
-    add sub rsub radd neg negative positive view reshape view_as reshape_as flatten unflatten permute transpose swapaxes
-    swapdims movedim moveaxis t T mT H mH adjoint squeeze unsqueeze expand expand_as broadcast_to broadcast_tensors
-    repeat tile repeat_interleave contiguous clone to float double half bfloat16 type type_as cpu cuda
-    chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes hsplit vsplit dsplit unbind select narrow
-    getitem index index_select gather take take_along_dim masked_select roll flip fliplr flipud rot90 diagonal diag
-    as_strided unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle stack cat concat concatenate
-    hstack vstack dstack pad constant_pad_nd interpolate upsample where masked_fill atleast_1d atleast_2d atleast_3d ravel squeeze_copy
-    view_copy real imag view_as_real view_as_complex conj resolve_conj resolve_neg block_diag meshgrid
+    add sub rsub radd neg negative positive view reshape view_as reshape_as flatten unflatten permute transpose
+    swapaxes swapdims movedim moveaxis t T mT H mH adjoint squeeze unsqueeze expand expand_as broadcast_to
+    broadcast_tensors repeat tile repeat_interleave contiguous clone to float double half bfloat16 type type_as cpu
+    cuda chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes hsplit vsplit dsplit unbind select
+    narrow getitem index index_select gather take take_along_dim masked_select roll flip fliplr flipud rot90
+    diagonal diag as_strided unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle stack cat
+    concat concatenate hstack vstack dstack pad constant_pad_nd interpolate upsample where masked_fill atleast_1d
+    atleast_2d atleast_3d ravel squeeze_copy view_copy real imag view_as_real view_as_complex conj resolve_conj
+    resolve_neg block_diag meshgrid
 """
 
 _DROPOUT = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout"
@@ -61,9 +70,7 @@ _FROZEN = """
 """
 
 
-def _fixed(
-    *breaks: tuple[Callable[..., Any], float], slopes: tuple[float, ...], offsets: tuple[float, ...]
-) -> Any:
+def _fixed(*breaks: tuple[Callable[..., Any], float], slopes: tuple[float, ...], offsets: tuple[float, ...]) -> Any:
     return lambda *_, **__: Breaks(breaks, slopes, offsets)
 
 
@@ -111,7 +118,7 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
     return first * torch.sigmoid(second)
 
 
-def _softsign(input: Tensor) -> Tensor:
+def _softsign(input: Tensor) -> Any:
     return input / (1 + input.abs())
 
 
@@ -135,7 +142,7 @@ def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 
     return input + value * (tensor1 / tensor2)
 
 
-def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
     first = x1 / torch.linalg.vector_norm(x1, 2, dim, keepdim=True).clamp_min(eps)
     second = x2 / torch.linalg.vector_norm(x2, 2, dim, keepdim=True).clamp_min(eps)
     return (first * second).sum(dim)
@@ -162,10 +169,7 @@ _NONLINEAR: dict[str, Rule] = {
     **{f"max_pool{d}d": MaxPool(d) for d in (1, 2, 3)},
     **{f"max_pool{d}d_with_indices": MaxPool(d, returns_switches=True) for d in (1, 2, 3)},
     **{f"adaptive_max_pool{d}d": MaxPool(d, adaptive=True) for d in (1, 2, 3)},
-    **{
-        f"adaptive_max_pool{d}d_with_indices": MaxPool(d, adaptive=True, returns_switches=True)
-        for d in (1, 2, 3)
-    },
+    **{f"adaptive_max_pool{d}d_with_indices": MaxPool(d, adaptive=True, returns_switches=True) for d in (1, 2, 3)},
     "max": Extremum(torch.argmax, with_position=True),
     "min": Extremum(torch.argmin, with_position=True),
     "amax": Extremum(torch.argmax, with_position=False),
@@ -299,6 +303,13 @@ TANGENT: Mapping[str, Rule] = {
 
 def operation_name(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> str:
     """The name under which the table knows an operation.
+
+    Args:
+        function: What the model called.
+        args: Its arguments: ``max`` of two tensors is another operation than ``max`` of one.
+
+    Returns:
+        The name.
 
     Example:
         >>> import torch
