@@ -10,6 +10,7 @@ import typer
 
 from captum_scoremap import __version__
 from captum_scoremap.cli.explain import explain
+from captum_scoremap.cli.patches import patches
 
 app = typer.Typer(
     name="captum-scoremap",
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(explain)
+app.command()(patches)
 
 
 def _show_version(wanted: bool) -> None:

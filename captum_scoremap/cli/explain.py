@@ -211,7 +211,7 @@ def _output_paths(out: Path, questions: Sequence[_Question]) -> Iterator[Path]:
 
 
 def _answer(
-    network: nn.Module, question: _Question, layers: dict[str, nn.Module | None], progress: "tqdm[None]"
+    network: nn.Module, question: _Question, layers: dict[str, nn.Module | None], progress: "tqdm[Any]"
 ) -> Explanation:
     """The linear form at every layer."""
     score = 0.0

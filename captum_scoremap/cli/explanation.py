@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_scoremap.checks import nearest
 from captum_scoremap.linear_form import linear_form
 from captum_scoremap.models.layers import map_channel_dim
+from captum_scoremap.rules import tensors_in
 
 INPUT = "input"
 # Beyond this, the identity does not hold to rounding, even in 16 bits.
@@ -143,6 +144,8 @@ def layer_numbers(
     form = linear_form(network, inputs, target, layer)
     if contrast is not None:
         form = form - linear_form(network, inputs, contrast, layer)
+    if not isinstance(form.activations, Tensor):
+        raise ValueError(f"layers must give one tensor, got {name}, which gives {len(form.activations)}.")
     size = tuple(form.activations.shape)
     channel_dim = map_channel_dim(size, tuple(inputs.shape))
     if channel_dim is None:
@@ -150,6 +153,8 @@ def layer_numbers(
             f"layers must give maps (N, C, h, w) of more than one cell, got {name}, which gives {size}. "
             "Choose one before the pooling or flattening."
         )
-    score_map = form.score_map(channel_dim).squeeze(channel_dim)[0].detach()
+    (score_map,) = tensors_in(form.score_map(channel_dim))
     residual = float(form.relative_residual)
-    return float(form.score), LayerNumbers(name, size[1:], score_map, float(form.sums), float(form.bias), residual)
+    return float(form.score), LayerNumbers(
+        name, size[1:], score_map.squeeze(channel_dim)[0], float(form.sums), float(form.bias), residual
+    )

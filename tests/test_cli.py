@@ -1,0 +1,267 @@
+"""``captum-scoremap explain``: what it prints, draws and saves, and how it fails."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captum_scoremap import linear_form
+from captum_scoremap.cli import app, main
+from captum_scoremap.cli.options import check_writable, chosen_device
+from captum_scoremap.models import load_model, read_image
+from captum_scoremap.multiview import MultiView
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, as pictures go to the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    """The lines of printed tables by their first cell."""
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+    return {first: rest for first, *rest in cells}
+
+
+def cat_score(label: str, dtype: torch.dtype = torch.float64) -> float:
+    model = load_model(dtype=dtype)
+    with torch.no_grad():
+        scores = model.module(model.preprocessing(read_image("sample:chelsea"))[None].to(dtype))
+    return float(scores[0, model.label_index(label)])
+
+
+def test_main_job(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain"]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""  # no progress bar where the output is no terminal
+    assert re.search(r"^sample:chelsea: (tiger cat|Egyptian cat), S = [\d.]+ logits *$", output, re.MULTILINE)
+    table = rows(output)
+    assert list(table) == ["input", "bn1", "blocks.1", "blocks.2", "blocks.4", "bn2"]
+    assert table["input"][0] == "3 × 224 × 224"
+    for size, total, bias, score, residual in table.values():
+        assert size.count("×") == 2
+        assert float(total) + float(bias) == pytest.approx(float(score), abs=2e-4)
+        assert float(residual) <= 1e-4
+    assert "Picture: score_maps.png" in output
+    with Image.open(folder / "score_maps.png") as picture:
+        assert min(picture.size) >= 500
+
+
+def test_numbers_are_those_of_the_linear_form(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--target", "Egyptian cat", "--layers", "input,blocks.4", "--dtype", "float64", "--no-prepare"]
+    assert main(["explain", *arguments, "--save-maps", "maps.npz"]) == 0
+    model = load_model(dtype=torch.float64)
+    inputs = model.preprocessing(read_image("sample:chelsea"))[None].double()
+    with np.load(folder / "maps.npz") as maps:
+        assert list(maps["0/layers"]) == ["input", "blocks.4"]
+        assert (str(maps["0/image"]), str(maps["0/label"]), int(maps["0/target"])) == (
+            "sample:chelsea",
+            "Egyptian cat",
+            285,
+        )
+        for place, layer in enumerate([None, model.module.blocks[4]]):
+            form = linear_form(model.module, inputs, 285, layer)
+            found = maps[f"0/maps/{maps['0/layers'][place]}"]
+            np.testing.assert_allclose(found, form.score_map()[0, 0].numpy(), rtol=1e-6, atol=1e-8)
+            assert maps["0/totals"][place] == pytest.approx(float(form.sums), rel=1e-10)
+            assert maps["0/biases"][place] == pytest.approx(float(form.bias), rel=1e-10)
+            assert maps["0/score"] == pytest.approx(float(form.score), rel=1e-12)
+        assert maps["0/residuals"].max() <= 1e-12
+
+
+def test_the_prepared_model_gives_the_same(folder: Path) -> None:
+    for name, option in (("fast.npz", "--prepare"), ("plain.npz", "--no-prepare")):
+        assert main(["explain", "-l", "blocks.2,bn2", "--dtype", "float64", option, "--save-maps", name]) == 0
+    with np.load(folder / "fast.npz") as fast, np.load(folder / "plain.npz") as plain:
+        for name in plain.files:
+            if plain[name].dtype.kind == "f" and "residuals" not in name:
+                np.testing.assert_allclose(fast[name], plain[name], rtol=1e-5, atol=1e-7)
+
+
+def test_contrast_is_the_difference_of_two_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "-t", "Egyptian cat", "-c", "lynx", "-l", "bn2", "--dtype", "float64"]) == 0
+    output = capsys.readouterr().out
+    assert "Egyptian cat − lynx" in output
+    _, total, bias, score, _ = rows(output)["bn2"]
+    assert float(score) == pytest.approx(cat_score("Egyptian cat") - cat_score("lynx"), abs=1e-3)
+    assert float(total) + float(bias) == pytest.approx(float(score), abs=2e-4)
+
+
+def test_several_images_and_labels_give_several_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read_image("sample:chelsea").save(folder / "my cat.png")
+    assert main(["explain", "my cat.png", "sample:coffee", "--target", "top:2", "-l", "bn2", "-o", "maps.png"]) == 0
+    pictures = sorted(path.name for path in folder.glob("maps*.png"))
+    assert len(pictures) == 4
+    assert [name.split("_")[1] for name in pictures] == ["1", "2", "3", "4"]
+    assert pictures[0].startswith("maps_1_my_cat_")
+    assert pictures[2] == "maps_3_coffee_espresso.png"
+    assert capsys.readouterr().out.count("Picture: maps_") == 4
+
+
+def test_multi_view_explains_the_whole_image(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--view", "multi", "-t", "285", "-l", "input,features.bn2"]) == 0
+    table = rows(capsys.readouterr().out)
+    assert table["input"][0] == "3 × 256 × 384"
+    model = load_model()
+    with torch.no_grad():
+        scores = MultiView.from_classifier(model.module)(model.preprocessing.whole(read_image("sample:chelsea"))[None])
+    assert float(table["input"][3]) == pytest.approx(float(scores[0, 285]), abs=1e-3)
+
+
+def test_default_layers_of_multi_view_lie_below_the_sliding_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--view", "multi"]) == 0
+    first, *others = rows(capsys.readouterr().out)
+    assert first == "input"
+    assert others
+    assert all(name.startswith("features.") for name in others)
+
+
+def test_a_model_of_the_user(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "zoo_in_this_folder.py").write_text(
+        "from torch.nn import Conv2d, Flatten, Linear, ReLU, Sequential\n"
+        "from captum_scoremap.models import LoadedModel, Preprocessing\n"
+        "def build():\n"
+        "    network = Sequential(Conv2d(3, 4, 3), ReLU(), Flatten(), Linear(4 * 30 * 30, 2))\n"
+        "    return LoadedModel('', network, Preprocessing(32, 32), ('cat', 'dog'))\n"
+    )
+    try:
+        assert main(["explain", "--model", "zoo_in_this_folder:build", "--target", "dog"]) == 0
+    finally:
+        sys.modules.pop("zoo_in_this_folder", None)
+    output = capsys.readouterr().out
+    assert "dog, S = " in output
+    assert list(rows(output)) == ["input", "1"]
+
+
+@pytest.mark.parametrize("suffix", ["pdf", "svg"])
+def test_vector_formats(folder: Path, suffix: str) -> None:
+    assert main(["explain", "-l", "bn2", "-o", f"maps.{suffix}"]) == 0
+    assert (folder / f"maps.{suffix}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png"], "got 'missing.png': no such file"),
+        (["coffee"], "Did you mean 'sample:coffee'?"),
+        (["--model", "alexnet"], "Did you mean 'torchvision:alexnet'?"),
+        (
+            ["--layers", "blocks.9"],
+            "layers must be input or names of modules of the model, got 'blocks.9'. Did you mean",
+        ),
+        (["--layers", "classifier"], "layers must give maps (N, C, h, w) of more than one cell, got classifier"),
+        (["--target", "Egyptian cta"], "Did you mean 'Egyptian cat'"),
+        (["--target", "1000"], "label must be less than 1000, got 1000"),
+        (["--target", "top:0"], "target must be top:1 to top:1000, got 'top:0'"),
+        (["--contrast", "linx"], "Did you mean 'lynx'"),
+        (["--out", "no/such/folder.png"], "output must be a path that can be written, got 'no/such/folder.png'"),
+        (["--out", "maps.jpg"], "--out must end in .png, .pdf, .svg, got 'maps.jpg'"),
+        (["--save-maps", "maps.txt"], "--save-maps must end in .npz, got 'maps.txt'"),
+        (["--save-maps", "no/maps.npz"], "output must be a path that can be written, got 'no/maps.npz'"),
+        (["--device", "quantum"], "device must be one of this machine, got 'quantum'"),
+        (["--weights", "missing.pt"], "got 'missing.pt': no such file"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", *arguments]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("captum-scoremap: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not list(folder.iterdir())
+
+
+def test_models_without_one_score_a_label_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "pixels_in_this_folder.py").write_text(
+        "from torch.nn import Conv2d\ndef build():\n    return Conv2d(3, 2, 3)\n"
+    )
+    try:
+        assert main(["explain", "--model", "pixels_in_this_folder:build"]) == 2
+    finally:
+        sys.modules.pop("pixels_in_this_folder", None)
+    assert "model must give scores (N, K), one per label, got (1, 2, 222, 222)" in capsys.readouterr().err
+
+
+def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--dtype", "int8"]) == 2
+    assert main(["explane"]) == 2
+    assert "explain" in capsys.readouterr().err
+
+
+def test_traceback_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--traceback", "explain", "missing.png"]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in errors
+    assert errors.splitlines()[-1].startswith("captum-scoremap: error: ")
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    # The function explain hides the module of its name.
+    monkeypatch.setattr(sys.modules["captum_scoremap.cli.explain"], "read_image", interrupted)
+    assert main(["explain"]) == 130
+    assert capsys.readouterr().err == "captum-scoremap: interrupted\n"
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "softmax_in_this_folder.py").write_text(
+        "from torch.nn import Conv2d, Flatten, Linear, ReLU, Sequential, Softmax\n"
+        "def build():\n"
+        "    return Sequential(Conv2d(3, 2, 9, 9), ReLU(), Flatten(), Linear(2 * 24 * 24, 2), Softmax(1))\n"
+    )
+    try:
+        assert main(["explain", "--model", "softmax_in_this_folder:build"]) == 0
+    finally:
+        sys.modules.pop("softmax_in_this_folder", None)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("captum-scoremap: warning: ") and "softmax" in line for line in lines)
+    assert all(line.startswith("captum-scoremap: ") for line in lines)
+
+
+def test_a_failing_run_leaves_the_former_picture(folder: Path) -> None:
+    (folder / "score_maps.png").write_bytes(b"former")
+    assert main(["explain", "--target", "nothing of the kind"]) == 2
+    assert (folder / "score_maps.png").read_bytes() == b"former"
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        assert main([name, "--help"]) == 0
+        assert "captum-scoremap" in capsys.readouterr().out
+
+
+def test_help_of_explain_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--help"]) == 0
+    text = capsys.readouterr().out
+    options = "model weights layers target contrast view out save-maps device dtype no-prepare".split()
+    assert all(f"--{option}" in text for option in options)
+
+
+def test_program_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "captum_scoremap", "--version"], capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"captum-scoremap \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_options_shared_by_commands(folder: Path) -> None:
+    assert chosen_device("cpu") == torch.device("cpu")
+    assert chosen_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    check_writable(folder / "new.png")
+    assert not (folder / "new.png").exists()
+    with pytest.raises(ValueError, match=r"output must be a path that can be written, got .*Is a directory"):
+        check_writable(folder)
