@@ -315,6 +315,7 @@ def test_imagenet_labels() -> None:
         ("torchvision:alexnet", ["features.1", "features.4", "features.11", "avgpool"]),
         ("torchvision:resnet18", ["relu", "layer1", "layer2", "layer3", "layer4"]),
         ("torchvision:swin_t", ["features.1", "features.3", "features.5", "permute"]),
+        ("torchvision:vit_b_32", ["conv_proj", *(f"encoder.layers.encoder_layer_{block}" for block in (3, 6, 9))]),
         ("efficientnet_lite0", ["bn1", "blocks.1", "blocks.2", "blocks.4", "bn2"]),
     ],
 )
@@ -339,6 +340,8 @@ def test_main_layers_leave_no_hooks_where_the_model_raises() -> None:
         ((2, 64, 7, 11), 1),
         ((2, 64, 1, 1), None),
         ((2, 64), None),
+        ((2, 197, 64), -1),
+        ((2, 1, 64), None),
         ((1, 64, 8, 12), None),
         ((2, 12, 197, 64), None),
     ],

@@ -65,12 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            # Deprecations inside of other packages are not for the user of a program.
+            warnings.simplefilter("ignore", DeprecationWarning)
             app(args=arguments, prog_name="captum-scoremap")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    except KeyboardInterrupt:
-        print("captum-scoremap: interrupted", file=sys.stderr)
-        return 130
     except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()

@@ -12,6 +12,7 @@ from captum_scoremap.checks import nearest
 from captum_scoremap.linear_form import linear_form
 from captum_scoremap.models.layers import map_channel_dim
 from captum_scoremap.rules import tensors_in
+from captum_scoremap.tokens import token_grid
 
 INPUT = "input"
 # Beyond this, the identity does not hold to rounding, even in 16 bits.
@@ -150,11 +151,12 @@ def layer_numbers(
     channel_dim = map_channel_dim(size, tuple(inputs.shape))
     if channel_dim is None:
         raise ValueError(
-            f"layers must give maps (N, C, h, w) of more than one cell, got {name}, which gives {size}. "
+            f"layers must give maps (N, C, h, w) or tokens (N, T, C), got {name}, which gives {size}. "
             "Choose one before the pooling or flattening."
         )
     (score_map,) = tensors_in(form.score_map(channel_dim))
+    score_map = score_map if channel_dim == 1 else token_grid(score_map)
     residual = float(form.relative_residual)
     return float(form.score), LayerNumbers(
-        name, size[1:], score_map.squeeze(channel_dim)[0], float(form.sums), float(form.bias), residual
+        name, size[1:], score_map[0, 0], float(form.sums), float(form.bias), residual
     )

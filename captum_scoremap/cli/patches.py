@@ -101,9 +101,7 @@ def patches(
 
     * `captum-scoremap patches photos --layer layer3 --model torchvision:resnet50 --labels labels.csv`
     """
-    if out.suffix.lower() not in _PICTURE_FORMATS:
-        raise ValueError(f"--out must end in {', '.join(_PICTURE_FORMATS)}, got {str(out)!r}.")
-    check_writable(out)
+    _check_picture(out)
     loaded = load_model(model, weights, chosen_device(device), dtype.torch)
     network = prepare(loaded.module) if prepare_model else loaded.module
     modules = _modules(network, layers)
@@ -137,10 +135,22 @@ def patches(
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         console.print(_table(found, loaded))
         console.print(f"Picture: {out}", soft_wrap=True)
-    for path, reason in left_out.items():
+    _report(left_out, files)
+
+
+def _check_picture(path: Path) -> None:
+    """Raise unless a picture can be written there."""
+    if path.suffix.lower() not in _PICTURE_FORMATS:
+        raise ValueError(f"--out must end in {', '.join(_PICTURE_FORMATS)}, got {str(path)!r}.")
+    check_writable(path)
+
+
+def _report(left_out: Mapping[Path, ValueError], files: Sequence[Path]) -> None:
+    """List the files that could not be read, and raise if nothing was left."""
+    for reason in left_out.values():
         print(f"captum-scoremap: left out: {reason}", file=sys.stderr)
     if len(left_out) == len(files):
-        raise ValueError(f"FOLDER must hold at least one image that can be read, got {folder!r} with none.")
+        raise ValueError(f"FOLDER must hold an image that can be read, got {len(files)} files of which none can.")
 
 
 def _modules(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -16,18 +16,20 @@ def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int
         image_shape: Shape of the input images, (N, C, H, W).
 
     Returns:
-        1 for (N, C, h, w), -1 for (N, h, w, C), None for an output that is no map: another number of axes, a
-        single cell, or sides quite unlike the image's.
+        1 for (N, C, h, w), -1 for (N, h, w, C) and for tokens, (N, tokens, C). None for an output that is no map:
+        another number of axes, a single cell, or sides quite unlike the image's.
 
     Example:
         >>> images = (1, 3, 224, 224)
         >>> map_channel_dim((1, 96, 56, 56), images), map_channel_dim((1, 56, 56, 96), images)
         (1, -1)
-        >>> map_channel_dim((1, 197, 768), images) is None
-        True
+        >>> map_channel_dim((1, 197, 768), images), map_channel_dim((1, 1000), images)
+        (-1, None)
     """
-    if len(shape) != 4 or shape[0] != image_shape[0]:
+    if len(shape) not in {3, 4} or shape[0] != image_shape[0]:
         return None
+    if len(shape) == 3:
+        return -1 if shape[1] >= 4 else None
     aspect = image_shape[2] / image_shape[3]
     layouts = ((1, shape[2], shape[3]), (-1, shape[1], shape[2]))
     unlikeness, channel_dim, cells = min(
@@ -40,7 +42,7 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     """The last layer of each resolution, in the order in which they run.
 
     Whole stages are preferred to the layers inside them: of all that give maps of one size, the last of those
-    whose names have the fewest parts.
+    whose names have the fewest parts. A transformer that keeps one resolution throughout is cut at its quarters.
 
     Args:
         model: The model; it runs once.
@@ -54,16 +56,13 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
         >>> main_layers(network, torch.randn(1, 3, 10, 10))
         ['1', '2']
     """
-    sizes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     calls: Counter[str] = Counter()
 
     def record(name: str, output: Any) -> None:
         calls[name] += 1
-        shape = tuple(output.shape) if isinstance(output, Tensor) and output.is_floating_point() else ()
-        axis = map_channel_dim(shape, tuple(inputs.shape))
-        if axis is not None:
-            sizes.pop(name, None)
-            sizes[name] = (shape[2], shape[3]) if axis == 1 else (shape[1], shape[2])
+        if isinstance(output, Tensor) and output.is_floating_point():
+            shapes[name] = tuple(output.shape)
 
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
@@ -76,8 +75,22 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    last: dict[tuple[int, int], str] = {}
-    for name, size in sizes.items():
-        if calls[name] == 1 and (size not in last or name.count(".") <= last[size].count(".")):
-            last[size] = name
-    return [name for name in sizes if name in last.values()]
+    layouts = {name: map_channel_dim(shape, tuple(inputs.shape)) for name, shape in shapes.items() if calls[name] == 1}
+    last: dict[tuple[int, ...], str] = {}
+    for name, channel_dim in layouts.items():
+        if channel_dim is not None and len(shapes[name]) == 4:
+            size = shapes[name][2:] if channel_dim == 1 else shapes[name][1:3]
+            if size not in last or name.count(".") <= last[size].count("."):
+                last[size] = name
+    if len(last) > 1:
+        return [name for name in layouts if name in last.values()]
+    return [*last.values(), *_quarters([name for name in layouts if layouts[name] == -1])]
+
+
+def _quarters(token_layers: list[str]) -> list[str]:
+    """The blocks after a quarter, a half and three quarters of the longest row of blocks."""
+    rows: dict[str, list[str]] = {}
+    for name in token_layers:
+        rows.setdefault(name.rpartition(".")[0], []).append(name)
+    blocks = max(rows.values(), key=len, default=[])
+    return [blocks[len(blocks) * quarter // 4] for quarter in (1, 2, 3)] if len(blocks) >= 4 else []
