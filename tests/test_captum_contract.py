@@ -1,0 +1,455 @@
+"""Captum's own layer, neuron and input methods and ours, through the same calls."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from captum import attr as captum
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import LayerScoreMap, NeuronScoreMap, ScoreMap, linear_form
+from tests.configurations import (
+    CONFIGURATIONS,
+    Configuration,
+    Image,
+    InPlace,
+    OneInputUnderTheOther,
+    SeveralTensors,
+    TwoInputs,
+    X,
+    built,
+    randn,
+)
+from tests.state import GlobalState, untouched
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64; sums in another order
+
+# Each of Captum's methods that differentiate; those that perturb have the same bases and arguments.
+INPUT = [
+    captum.Saliency,
+    captum.InputXGradient,
+    captum.IntegratedGradients,
+    captum.DeepLift,
+    captum.GuidedBackprop,
+    captum.Deconvolution,
+    ScoreMap,
+]
+LAYER = [
+    captum.LayerActivation,
+    captum.LayerGradientXActivation,
+    captum.LayerGradCam,
+    captum.LayerConductance,
+    captum.LayerIntegratedGradients,
+    captum.InternalInfluence,
+    captum.LayerDeepLift,
+    LayerScoreMap,
+]
+NEURON = [
+    captum.NeuronGradient,
+    captum.NeuronIntegratedGradients,
+    captum.NeuronConductance,
+    captum.NeuronGuidedBackprop,
+    captum.NeuronDeconvolution,
+    captum.NeuronDeepLift,
+    NeuronScoreMap,
+]
+OURS = (ScoreMap, LayerScoreMap, NeuronScoreMap)
+PER_POSITION = (captum.LayerGradCam, LayerScoreMap)  # summed over channels
+
+# What Captum's methods cannot do and ours can.
+NEEDS_MODULE = ("DeepLift", "GuidedBackprop", "Deconvolution")
+
+
+def refuses(cls: type, case: Configuration) -> str:
+    """Why one of Captum's own methods is not called in a configuration; empty where it is."""
+    name, wrapped = cls.__name__, case.wrap(nn.Identity())
+    if cls in OURS:
+        return ""
+    if name.endswith(NEEDS_MODULE) and not isinstance(wrapped, nn.Module):
+        return "hooks the modules of a model, not of a function"
+    if cls in NEURON and case.layer in {"first", "second"}:
+        return "needs every input to reach the neuron"
+    if name == "LayerIntegratedGradients" and (case.device_ids or isinstance(wrapped, nn.DataParallel)):
+        return "looks for a GPU"
+    return ""
+
+
+def skip_refused(cls: type, case: Configuration) -> None:
+    if isinstance(case.wrap(nn.Identity()), nn.DataParallel) and torch.cuda.is_available():
+        pytest.skip("the wrapper would move the model to the GPU")
+    reason = refuses(cls, case)
+    if reason:
+        pytest.skip(f"{cls.__name__} {reason}")
+
+
+def constructed(cls: type, case: Configuration, explained: Any, layer: nn.Module, **options: Any) -> Any:
+    if cls in INPUT:
+        return cls(explained, **options)
+    if case.device_ids is not None and "device_ids" in inspect.signature(cls).parameters:
+        options["device_ids"] = case.device_ids
+    return cls(explained, layer, **options)
+
+
+def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Captum's methods warn of the gradients and hooks that they set."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args, **kwargs)
+
+    return call
+
+
+def attribute(cls: type, method: Any, case: Configuration, inputs: Any, target: Any, **options: Any) -> Any:
+    """The same call for every class of a family."""
+    options["additional_forward_args"] = case.additional
+    call = method.attribute if cls in OURS else quiet(method.attribute)
+    if cls in NEURON:
+        if cls is captum.NeuronConductance:
+            options["target"] = target
+        selector = 99 if target == "wrong" else case.neuron
+        return call(inputs, selector, attribute_to_neuron_input=case.at_input, **options)
+    if cls in LAYER:
+        options["attribute_to_layer_input"] = case.at_input
+    if cls is not captum.LayerActivation:
+        options["target"] = 99 if target == "wrong" else target
+    return call(inputs, **options)
+
+
+def form(value: Any) -> Any:
+    """Nesting and shapes."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return type(value), [form(one) for one in value]
+
+
+def without_channels(expected: Any) -> Any:
+    if isinstance(expected[0], type):
+        return expected[0], [without_channels(one) for one in expected[1]]
+    return expected[0], 1, *expected[2:]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [one for part in value for one in tensors(part)]
+
+
+each_case = pytest.mark.parametrize("case", CONFIGURATIONS, ids=lambda case: case.name)
+each_class = pytest.mark.parametrize("cls", [*INPUT, *LAYER, *NEURON], ids=lambda cls: cls.__name__)
+
+
+# --- one call for all ------------------------------------------------------------------------------------------------
+
+
+@each_case
+@each_class
+def test_same_call_gives_the_same_form(cls: type, case: Configuration) -> None:
+    skip_refused(cls, case)
+    _, explained, layer, inputs = case.call()
+    result = attribute(cls, constructed(cls, case, explained, layer), case, inputs, case.target)
+    if cls not in LAYER:
+        assert form(result) == form(inputs)
+        return
+    peer = captum.LayerActivation(explained, layer)
+    expected = form(attribute(captum.LayerActivation, peer, case, inputs, case.target))
+    expected = without_channels(expected) if cls in PER_POSITION else expected
+    # sensitivity_max takes a tuple apart into its tensors, and a tensor into its images
+    expected = (tuple, [expected]) if cls is LayerScoreMap and case.is_tuple else expected
+    assert form(result) == expected
+
+
+@each_case
+@pytest.mark.parametrize("cls", OURS)
+def test_ours_leave_no_graph_and_nothing_else_behind(cls: type, case: Configuration) -> None:
+    skip_refused(cls, case)
+    model, explained, layer, inputs = case.call()
+    watched = [tensor.clone().requires_grad_() for tensor in tensors(inputs)]
+    given = watched[0] if isinstance(inputs, Tensor) else tuple(watched)
+    with untouched(model, *watched):
+        result, delta = attribute(
+            cls,
+            constructed(cls, case, explained, layer),
+            case,
+            given,
+            case.target,
+            return_convergence_delta=True,
+        )
+    assert not any(tensor.requires_grad for tensor in (*tensors(result), *tensors(delta)))
+    assert_close(delta, torch.zeros(len(watched[0]), dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+@each_case
+@pytest.mark.parametrize("cls", OURS)
+def test_ours_work_under_no_grad(cls: type, case: Configuration) -> None:
+    skip_refused(cls, case)
+    _, explained, layer, inputs = case.call()
+    method = constructed(cls, case, explained, layer)
+    with torch.no_grad():
+        found = attribute(cls, method, case, inputs, case.target)
+        assert not torch.is_grad_enabled()
+    assert_close(found, attribute(cls, method, case, inputs, case.target), rtol=0, atol=0)
+
+
+# --- equal values ----------------------------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("multiply", [True, False])
+def test_sub_scores_of_a_layer_are_gradient_times_activation(case: Configuration, multiply: bool) -> None:
+    _, explained, layer, inputs = case.call()
+    skip_refused(LayerScoreMap, case)
+    ours, theirs = (
+        constructed(cls, case, explained, layer, multiply_by_inputs=multiply)
+        for cls in (LayerScoreMap, captum.LayerGradientXActivation)
+    )
+    found = attribute(LayerScoreMap, ours, case, inputs, case.target, attr_dim_summation=False)
+    expected = attribute(captum.LayerGradientXActivation, theirs, case, inputs, case.target)
+    assert_close(tensors(found), [one.detach() for one in tensors(expected)], **EXACT)
+    score_map = attribute(LayerScoreMap, ours, case, inputs, case.target)
+    assert_close(tensors(score_map), [one.sum(1, keepdim=True) for one in tensors(found)], **EXACT)
+    positive = attribute(LayerScoreMap, ours, case, inputs, case.target, relu_attributions=True)
+    assert_close(tensors(positive), [one.clamp(min=0) for one in tensors(score_map)], rtol=0, atol=0)
+
+
+@each_case
+def test_sub_scores_of_the_image_are_input_times_gradient(case: Configuration) -> None:
+    _, explained, layer, inputs = case.call()
+    skip_refused(ScoreMap, case)
+    found, expected = (
+        attribute(cls, constructed(cls, case, explained, layer), case, inputs, case.target)
+        for cls in (ScoreMap, captum.InputXGradient)
+    )
+    assert_close(tensors(found), [one.detach() for one in tensors(expected)], **EXACT)
+    coefficients = constructed(ScoreMap, case, explained, layer, multiply_by_inputs=False)
+    found = attribute(ScoreMap, coefficients, case, inputs, case.target)
+    expected = attribute(captum.Saliency, captum.Saliency(explained), case, inputs, case.target, abs=False)
+    assert_close(found, expected, **EXACT)
+
+
+@each_case
+def test_coefficients_of_a_neuron_are_its_gradient(case: Configuration) -> None:
+    skip_refused(captum.NeuronGradient, case)
+    _, explained, layer, inputs = case.call()
+    ours = constructed(NeuronScoreMap, case, explained, layer, multiply_by_inputs=False)
+    theirs = constructed(captum.NeuronGradient, case, explained, layer)
+    found = attribute(NeuronScoreMap, ours, case, inputs, None)
+    assert_close(found, attribute(captum.NeuronGradient, theirs, case, inputs, None), **EXACT)
+
+
+def test_input_that_does_not_reach_a_neuron_adds_nothing() -> None:
+    model, inputs = built(TwoInputs), (X[0], randn(2, 1, 6, 6))
+    first, second = NeuronScoreMap(model, model.second).attribute(inputs, (0, 1, 1))
+    assert not first.any()
+    assert second.any()
+
+
+def test_several_inputs_of_a_layer_are_counted_once() -> None:
+    """Where one input is made of another, the gradient counts its share of the score in both."""
+    model, x = built(OneInputUnderTheOther), X[0]
+    ours = LayerScoreMap(model, model.pair).attribute(x, 1, attribute_to_layer_input=True, attr_dim_summation=False)
+    theirs = captum.LayerGradientXActivation(model, model.pair).attribute(x, 1, attribute_to_layer_input=True)
+    assert_close(ours[0], theirs[0].detach(), **EXACT)
+    form = linear_form(model, x, 1, model.pair, attribute_to_layer_input=True)
+    total = sum(one.flatten(1).sum(1) for one in ours)
+    assert_close(total + form.bias, model(x)[:, 1].detach(), rtol=0, atol=1e-10)
+    again = sum(one.detach().flatten(1).sum(1) for one in theirs)
+    assert_close(again - total, ours[0].flatten(1).sum(1), **EXACT)
+
+
+# --- several layers, further options, all labels, lower layers ------------------------------------------------------
+
+
+def test_layer_that_overwrites_its_input() -> None:
+    model, in_place = built(Image), built(InPlace)
+    for name in ("conv", "relu"):
+        found = LayerScoreMap(in_place, in_place.get_submodule(name)).attribute(X[0], 2)
+        expected = LayerScoreMap(model, model.get_submodule(name)).attribute(X[0], 2)
+        assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_list_of_layers_gives_a_list() -> None:
+    model = built(SeveralTensors)
+    layers = [model.conv, model.pair, model.fc]
+    found = LayerScoreMap(model, layers).attribute(X[0], 1, attr_dim_summation=False)
+    theirs = captum.LayerGradientXActivation(model, layers).attribute(X[0], 1)
+    assert form(found) == form(theirs)
+    assert isinstance(found, list)
+    assert_close(tensors(found), [one.detach() for one in tensors(theirs)], **EXACT)
+    maps, deltas = LayerScoreMap(model, layers).attribute(X[0], 1, return_convergence_delta=True)
+    for layer, one, delta in zip(layers, maps, deltas, strict=True):
+        assert_close(one, LayerScoreMap(model, layer).attribute(X[0], 1), **EXACT)
+        assert_close(delta, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cls", OURS)
+def test_grad_kwargs_reach_autograd(cls: type) -> None:
+    case = CONFIGURATIONS[0]
+    _, explained, layer, inputs = case.call()
+    method = constructed(cls, case, explained, layer)
+    expected = attribute(cls, method, case, inputs, 1)
+    found = attribute(cls, method, case, inputs, 1, grad_kwargs={"create_graph": True})
+    assert found.grad_fn is None
+    assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="no_such_option"):
+        attribute(cls, method, case, inputs, 1, grad_kwargs={"no_such_option": True})
+
+
+@pytest.mark.parametrize("cls", [captum.LayerGradientXActivation, LayerScoreMap])
+def test_layer_may_be_set_after_construction(cls: type) -> None:
+    """As TCAV does."""
+    model = built(Image)
+    method = cls(model, None, multiply_by_inputs=False)
+    method.layer = model.relu
+    expected = cls(model, model.relu, multiply_by_inputs=False).attribute(X[0], 1)
+    assert_close(method.attribute(X[0], 1), expected, rtol=0, atol=0)
+
+
+def test_layer_that_was_never_set_is_named() -> None:
+    with pytest.raises(TypeError, match=r"layer must be a module, got NoneType"):
+        LayerScoreMap(built(Image), None).attribute(X[0], 1)
+
+
+@pytest.mark.parametrize("layer", ["conv", "relu", "pool", "fc"])
+def test_all_labels_equal_one_call_per_label(layer: str) -> None:
+    model = built(Image)
+    method = LayerScoreMap(model, model.get_submodule(layer))
+    each = [method.attribute(X[0], label) for label in range(3)]
+    assert_close(method.attribute_targets(X[0]), torch.cat(each, 1), **EXACT)
+    assert_close(method.attribute_targets(X[0], [2, 0]), torch.cat([each[2], each[0]], 1), **EXACT)
+
+
+SELECTORS = [0, (1, 2, 0), (slice(1, 3), 0, slice(None)), lambda layer: layer[:, 2].sum((1, 2))]
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=["index", "tuple", "slices", "function"])
+@pytest.mark.parametrize("lower", [None, "conv", "relu", "pool"])
+def test_neuron_is_the_sum_over_a_lower_layer_and_a_bias(selector: Any, lower: str | None) -> None:
+    model = built(Image)
+    layer, to_layer = model.fc if selector == 0 else model.relu, lower and model.get_submodule(lower)
+    if to_layer is not None and layer is not model.fc and lower != "conv":
+        pytest.skip("does not lie below")
+    found, delta = NeuronScoreMap(model, layer).attribute(
+        X[0], selector, to_layer=to_layer, return_convergence_delta=True
+    )
+    assert found.shape == (X[0] if to_layer is None else captum.LayerActivation(model, to_layer).attribute(X[0])).shape
+    assert_close(delta, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("to_layer", ["pool", "relu", "fc"])
+def test_layer_that_is_not_below_the_neuron_is_named(to_layer: str) -> None:
+    model = built(Image)
+    with pytest.raises(ValueError, match=r"to_layer must lie below the neuron's layer"):
+        NeuronScoreMap(model, model.conv).attribute(X[0], (0, 0, 0), to_layer=model.get_submodule(to_layer))
+
+
+# --- signatures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (ScoreMap, captum.InputXGradient),
+        (LayerScoreMap, captum.LayerGradCam),
+        (NeuronScoreMap, captum.NeuronGradient),
+        (NeuronScoreMap, captum.NeuronGuidedBackprop),
+    ],
+)
+def test_arguments_begin_with_captums(ours: type, theirs: type) -> None:
+    """Names, order and defaults."""
+    for name in ("__init__", "attribute"):
+        mine, peers = (
+            [(one.name, one.kind, one.default) for one in inspect.signature(getattr(cls, name)).parameters.values()]
+            for cls in (ours, theirs)
+        )
+        peers = [("forward_func" if peer[0] == "model" else peer[0], *peer[1:]) for peer in peers]
+        assert mine[: len(peers)] == peers
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (ScoreMap, captum.InputXGradient),
+        (LayerScoreMap, captum.LayerGradientXActivation),
+        (NeuronScoreMap, captum.NeuronGradient),
+    ],
+)
+def test_same_bases(ours: type, theirs: type) -> None:
+    assert set(theirs.__mro__[1:]) <= set(ours.__mro__)
+    assert ours.attribute.__wrapped__  # type: ignore[attr-defined]  # NoiseTunnel and TCAV call what log_usage wraps
+
+
+def test_properties_say_what_is_returned() -> None:
+    model = built(Image)
+    for multiply in (True, False):
+        for method in (
+            ScoreMap(model, multiply),
+            LayerScoreMap(model, model.relu, None, multiply),
+            NeuronScoreMap(model, model.relu, None, multiply),
+        ):
+            assert method.multiplies_by_inputs is multiply
+            assert method.has_convergence_delta()
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+HOOKED = [case for case in CONFIGURATIONS if case.name in {"int", "two inputs", "several outputs", "layer input"}]
+each_hooked = pytest.mark.parametrize("case", HOOKED, ids=lambda case: case.name)
+
+
+def hooks(model: nn.Module) -> dict[str, list[int]]:
+    return {
+        f"{name} {kind}": list(found)
+        for name, module in model.named_modules()
+        for kind, found in vars(module).items()
+        if kind.endswith("_hooks") and found
+    }
+
+
+@each_hooked
+@each_class
+def test_hooks_are_gone_after_success(cls: type, case: Configuration) -> None:
+    skip_refused(cls, case)
+    model, explained, layer, inputs = case.call()
+    before = GlobalState.now()
+    attribute(cls, constructed(cls, case, explained, layer), case, inputs, case.target)
+    assert not hooks(model)
+    assert GlobalState.now() == before
+
+
+@each_hooked
+@each_class
+def test_hooks_are_gone_after_a_wrong_target(cls: type, case: Configuration) -> None:
+    skip_refused(cls, case)
+    if cls is captum.LayerActivation:
+        pytest.skip("has no target")
+    model, explained, layer, inputs = case.call()
+    before = GlobalState.now()
+    with pytest.raises((AssertionError, IndexError, TypeError, ValueError, RuntimeError)):
+        attribute(cls, constructed(cls, case, explained, layer), case, inputs, "wrong")
+    assert not hooks(model)
+    assert GlobalState.now() == before
+
+
+@each_hooked
+@each_class
+def test_hooks_are_gone_after_a_module_that_raises(cls: type, case: Configuration) -> None:
+    skip_refused(cls, case)
+    model, explained, layer, inputs = case.call()
+
+    def broken(*_: Any, **__: Any) -> Tensor:
+        raise KeyError("broken layer")
+
+    # what lies above a neuron need not run
+    failing = next(model.children()) if cls in NEURON else model.fc
+    failing.forward = broken
+    before = GlobalState.now()
+    with pytest.raises(KeyError, match="broken layer"):
+        attribute(cls, constructed(cls, case, explained, layer), case, inputs, case.target)
+    assert not hooks(model)
+    assert GlobalState.now() == before
