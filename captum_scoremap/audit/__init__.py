@@ -8,6 +8,7 @@
 from captum_scoremap.models.extras import import_extra
 
 import_extra("pyarrow", "audit")
+import_extra("jinja2", "audit")
 
 from captum_scoremap.audit.run import Audit, audit  # noqa: E402  # what it needs is looked for first
 from captum_scoremap.audit.schema import TABLES, describe  # noqa: E402

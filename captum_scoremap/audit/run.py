@@ -18,6 +18,7 @@ import captum_scoremap
 from captum_scoremap.audit.analysis import Analysis, analyze
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.progress import Progress
+from captum_scoremap.audit.report import write_report
 from captum_scoremap.audit.shards import Shards, write_json
 from captum_scoremap.audit.sources import Source, open_source
 from captum_scoremap.audit.worker import METRICS, Worker
@@ -39,11 +40,13 @@ class Audit:
         folder: Where its results lie.
         settings: What was asked for: model, layers, source and the like.
         analysis: What there is to say of the whole set.
+        report: The page to look at.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     analysis: Analysis
+    report: Path
 
     @property
     def images(self) -> pa.Table:
@@ -70,6 +73,7 @@ def audit(
     shard_size: int = 128,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    show_paths: bool = False,
 ) -> Audit:
     """Explain every image of a data set, and keep what was found.
 
@@ -88,6 +92,7 @@ def audit(
         shard_size: Images whose results are written together.
         device: Where the model computes.
         progress: Whether to show how far it is.
+        show_paths: Whether the report may name the files by their full path on this machine.
 
     Returns:
         The audit.
@@ -117,7 +122,9 @@ def audit(
     shards = Shards(Path(out))
     _open_folder(shards, settings, resume)
     _work(worker, shards, progress)
-    return Audit(shards.folder, settings, analyze(shards, worker.layers))
+    analysis = analyze(shards, worker.layers)
+    report = write_report(shards, settings, analysis, opened.path if show_paths else None)
+    return Audit(shards.folder, settings, analysis, report)
 
 
 def _work(worker: Worker, shards: Shards, show: bool) -> None:
