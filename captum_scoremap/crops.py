@@ -17,6 +17,7 @@ from torchvision.ops import box_iou, nms
 __all__ = ["score_map_crops"]
 
 Rule: TypeAlias = Literal["window", "box", "component"]
+Sign: TypeAlias = Literal["positive", "all"]
 
 ROUNDING = 1e-8
 """Share of a map's positive sum below which a box holds nothing but rounding errors."""
@@ -29,6 +30,7 @@ def score_map_crops(
     *,
     rule: Rule | None = None,
     size: int | tuple[int, int] | None = None,
+    sign: Sign | None = None,
     aspect: float | None = None,
     threshold: float | None = None,
     quantile: float | None = None,
@@ -37,7 +39,7 @@ def score_map_crops(
 ) -> Tensor:
     """Find the k regions of an image that a score map points at, best first.
 
-    - ``"window"``: of all windows of one size, the one with the largest sum.
+    - ``"window"``: of all windows of one size, the one with the largest sum of positive sub-scores.
     - ``"box"``: of all rectangles, or all of one aspect, the one with the largest sum above the threshold.
       Sub-scores carry a sign, so it ends by itself where what follows takes from the score.
     - ``"component"``: the frame of the largest connected region above the threshold, as Grad-CAM (0.15 of the
@@ -49,6 +51,7 @@ def score_map_crops(
         k: Regions of each image.
         rule: How regions are found; by default ``"window"`` if a size is given, else ``"box"``.
         size: Rows and columns of a window in pixels, or one number for both.
+        sign: Sub-scores that a window adds up: ``"positive"`` (the default) or ``"all"``.
         aspect: Columns divided by rows of a box; free by default.
         threshold: What a box or component must exceed, as a fraction of the map's maximum; by default 0 for a
             box, 0.15 for a component.
@@ -74,12 +77,13 @@ def score_map_crops(
     if rule is None:
         rule = "box" if size is None else "window"
     _check_map(score_map)
-    _check_options(rule, image_size, k, size, aspect, threshold, quantile, max_overlap)
+    _check_options(rule, image_size, k, size, sign, aspect, threshold, quantile, max_overlap)
     align = False if interpolate_mode == "bilinear" else None
     values = score_map.detach().to("cpu", torch.float64)
     maps = F.interpolate(values, image_size, mode=interpolate_mode, align_corners=align)[:, 0]
     if rule == "window" and size is not None:
-        boxes = _windows(maps, (size, size) if isinstance(size, int) else size, k, max_overlap)
+        counted = maps if sign == "all" else maps.clamp(min=0)
+        boxes = _windows(counted, (size, size) if isinstance(size, int) else size, k, max_overlap)
     else:
         levels = _levels(maps, (0.0 if rule == "box" else 0.15) if threshold is None else threshold, quantile)
         above = maps - levels[:, None, None]
@@ -94,9 +98,7 @@ def _windows(maps: Tensor, size: tuple[int, int], k: int, max_overlap: float) ->
         Boxes ``(N, k, 4)``.
     """
     sums = _window_sums(_integral(maps), *size)
-    y0, x0 = (
-        corner.flatten() for corner in torch.meshgrid(*map(torch.arange, sums.shape[1:]), indexing="ij")
-    )
+    y0, x0 = (corner.flatten() for corner in torch.meshgrid(*map(torch.arange, sums.shape[1:]), indexing="ij"))
     windows = torch.stack([x0, y0, x0 + size[1], y0 + size[0]], dim=1)
     sums = sums.flatten(1)
     chosen: list[Tensor] = []
@@ -141,8 +143,7 @@ def _components(maps: Tensor, k: int, max_overlap: float) -> Tensor:
         labels, _ = ndimage.label(one > 0)
         areas = torch.from_numpy(np.bincount(labels.ravel())[1:])
         boxes = torch.tensor([
-            [columns.start, rows.start, columns.stop, rows.stop]
-            for rows, columns in ndimage.find_objects(labels)
+            [columns.start, rows.start, columns.stop, rows.stop] for rows, columns in ndimage.find_objects(labels)
         ]).reshape(-1, 4)
         frames.append(boxes[nms(boxes.double(), areas.double(), max_overlap)][:k])
     found = torch.tensor([len(boxes) for boxes in frames])
@@ -202,9 +203,7 @@ def _best_rectangle(integral: Tensor) -> tuple[Tensor, Tensor]:
     width = integral.shape[2] - 1
     best, boxes = _nothing(len(integral))
     for top in range(integral.shape[1] - 1):
-        bands = (
-            integral[:, top + 1 :] - integral[:, top : top + 1]
-        )  # sums of the rows from top, by end and column
+        bands = integral[:, top + 1 :] - integral[:, top : top + 1]  # sums of the rows from top, by end and column
         lowest, start = bands[:, :, :-1].cummin(dim=2)
         largest, index = (bands[:, :, 1:] - lowest).flatten(1).max(dim=1)
         x0 = start.flatten(1).gather(1, index[:, None])[:, 0]
@@ -244,9 +243,7 @@ def _check_map(score_map: Tensor) -> None:
             "Sum the channels: sub_scores.sum(dim=1, keepdim=True)."
         )
     if not score_map.isfinite().all():
-        raise ValueError(
-            "score_map must be finite, got NaN or infinite values. Check the model on this image."
-        )
+        raise ValueError("score_map must be finite, got NaN or infinite values. Check the model on this image.")
 
 
 def _check_options(
@@ -254,6 +251,7 @@ def _check_options(
     image_size: Sequence[int],
     k: int,
     size: int | Sequence[int] | None,
+    sign: Sign | None,
     aspect: float | None,
     threshold: float | None,
     quantile: float | None,
@@ -267,16 +265,14 @@ def _check_options(
     if rule not in get_args(Rule):
         raise ValueError(f"rule must be one of {', '.join(map(repr, get_args(Rule)))}, got {rule!r}.")
     used = {
-        "window": {"size"},
+        "window": {"size", "sign"},
         "box": {"aspect", "threshold", "quantile"},
         "component": {"threshold", "quantile"},
     }
-    options = {"size": size, "aspect": aspect, "threshold": threshold, "quantile": quantile}
+    options = {"size": size, "sign": sign, "aspect": aspect, "threshold": threshold, "quantile": quantile}
     for name, value in options.items():
         if value is not None and name not in used[rule]:
-            raise ValueError(
-                f"{name} must be left out for rule {rule!r}, which does not use it, got {value}."
-            )
+            raise ValueError(f"{name} must be left out for rule {rule!r}, which does not use it, got {value}.")
     if len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"image_size must be rows and columns in pixels, got {tuple(image_size)}.")
     if k < 1:
@@ -286,15 +282,13 @@ def _check_options(
             raise ValueError("size must be given for rule 'window', got None. Use rule='box' for any size.")
         rows, columns = (size, size) if isinstance(size, int) else size
         if not (1 <= rows <= image_size[0] and 1 <= columns <= image_size[1]):
-            raise ValueError(
-                f"size must be from 1 to the image's {tuple(image_size)}, got {(rows, columns)}."
-            )
+            raise ValueError(f"size must be from 1 to the image's {tuple(image_size)}, got {(rows, columns)}.")
+    if sign not in {None, *get_args(Sign)}:
+        raise ValueError(f"sign must be 'positive' or 'all', got {sign!r}.")
     if aspect is not None and not 0 < aspect < float("inf"):
         raise ValueError(f"aspect must be a positive number, got {aspect}.")
     if threshold is not None and quantile is not None:
-        raise ValueError(
-            f"threshold must be left out where quantile is given, got {threshold} and {quantile}."
-        )
+        raise ValueError(f"threshold must be left out where quantile is given, got {threshold} and {quantile}.")
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"threshold must be a fraction of the maximum, 0 to 1, got {threshold}.")
     if quantile is not None and not 0 <= quantile < 1:
@@ -302,9 +296,7 @@ def _check_options(
     if not 0 <= max_overlap < 1:
         raise ValueError(f"max_overlap must be an intersection over union, 0 to 1, got {max_overlap}.")
     if max_overlap and rule == "box":
-        raise ValueError(
-            f"max_overlap must be 0 for rule 'box', whose boxes are disjoint, got {max_overlap}."
-        )
+        raise ValueError(f"max_overlap must be 0 for rule 'box', whose boxes are disjoint, got {max_overlap}.")
 
 
 def _check_found(enough: Tensor, k: int, found: int, remedy: str) -> None:

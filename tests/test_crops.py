@@ -45,10 +45,11 @@ def overlap(one: list[int], other: list[int]) -> float:
 
 
 @settings(deadline=None)
-@given(whole_maps, st.data())
-def test_window_equals_brute_force(values: np.ndarray, data: st.DataObject) -> None:
+@given(whole_maps, st.sampled_from([None, "positive", "all"]), st.data())
+def test_window_equals_brute_force(values: np.ndarray, sign: str | None, data: st.DataObject) -> None:
     rows, columns = (data.draw(st.integers(1, side)) for side in values.shape)
-    (box,) = crops(values, size=(rows, columns))
+    (box,) = crops(values, size=(rows, columns), sign=sign)
+    values = values if sign == "all" else values.clip(min=0)
     assert (box[3] - box[1], box[2] - box[0]) == (rows, columns)
     windows = [b for b in all_boxes(*values.shape) if (b[3] - b[1], b[2] - b[0]) == (rows, columns)]
     assert total(values, box) == max(total(values, b) for b in windows)
@@ -68,11 +69,7 @@ def test_box_equals_brute_force(values: np.ndarray) -> None:
 @settings(deadline=None)
 @given(whole_maps.filter(lambda values: values.max() > 0), st.sampled_from([0.5, 1.0, 1.6, 3.0]))
 def test_box_of_one_aspect_equals_brute_force(values: np.ndarray, aspect: float) -> None:
-    fitting = [
-        box
-        for box in all_boxes(*values.shape)
-        if box[2] - box[0] == max(1, round((box[3] - box[1]) * aspect))
-    ]
+    fitting = [box for box in all_boxes(*values.shape) if box[2] - box[0] == max(1, round((box[3] - box[1]) * aspect))]
     best = max((total(values, box) for box in fitting), default=0.0)
     if best <= 0:
         with pytest.raises(ValueError, match="k must be at most 0"):
@@ -101,21 +98,17 @@ def test_further_boxes_are_the_best_disjoint_ones(values: np.ndarray, k: int) ->
 
 @settings(deadline=None)
 @given(whole_maps, st.integers(1, 4), st.sampled_from([0.0, 0.2, 0.5]))
-def test_further_windows_are_the_best_that_overlap_little(
-    values: np.ndarray, k: int, max_overlap: float
-) -> None:
+def test_further_windows_are_the_best_that_overlap_little(values: np.ndarray, k: int, max_overlap: float) -> None:
     size = tuple((side + 1) // 2 for side in values.shape)
     remaining = [b for b in all_boxes(*values.shape) if (b[3] - b[1], b[2] - b[0]) == size]
     try:
         found = crops(values, k, size=size, max_overlap=max_overlap)
     except ValueError as error:
-        found = crops(
-            values, int(str(error).split("at most ")[1].split(",")[0]), size=size, max_overlap=max_overlap
-        )
+        found = crops(values, int(str(error).split("at most ")[1].split(",")[0]), size=size, max_overlap=max_overlap)
         assert not [b for b in remaining if all(overlap(b, other) <= max_overlap for other in found)]
     else:
         for box in found:
-            assert total(values, box) == max(total(values, other) for other in remaining)
+            assert total(values.clip(0), box) == max(total(values.clip(0), other) for other in remaining)
             remaining = [other for other in remaining if overlap(box, other) <= max_overlap]
 
 
@@ -130,7 +123,8 @@ def test_interpolated_float_maps_equal_brute_force(seed: int) -> None:
         every = all_boxes(9, 7)
         assert total(values, box) == pytest.approx(max(total(values, b) for b in every), abs=1e-12)
         fitting = [b for b in every if (b[3] - b[1], b[2] - b[0]) == (4, 3)]
-        assert total(values, window) == pytest.approx(max(total(values, b) for b in fitting), abs=1e-12)
+        best = max(total(values.clip(0), b) for b in fitting)
+        assert total(values.clip(0), window) == pytest.approx(best, abs=1e-12)
 
 
 # Two regions above a fifth of the maximum; the larger is the weaker one. Between 0.15 and 0.2 they touch.
@@ -149,9 +143,7 @@ REGIONS = np.array([
         ({"quantile": 0.8}, [0, 0, 2, 1]),  # more than 3: the fourth largest of 15 values
     ],
 )
-def test_component_is_the_largest_region_above_the_threshold(
-    options: dict[str, float], expected: list[int]
-) -> None:
+def test_component_is_the_largest_region_above_the_threshold(options: dict[str, float], expected: list[int]) -> None:
     assert crops(REGIONS, rule="component", **options) == [expected]
 
 
@@ -166,6 +158,12 @@ def test_components_whose_frames_overlap_give_way() -> None:
     with pytest.raises(ValueError, match="k must be at most 1, got 2: image 0 has no more regions"):
         crops(frame_and_dot, 2, rule="component")
     assert crops(frame_and_dot, 2, rule="component", max_overlap=0.1) == [[0, 0, 5, 5], [2, 2, 3, 3]]
+
+
+def test_window_may_count_what_takes_from_the_score() -> None:
+    values = np.array([[5.0, -9.0, 2.0, 1.0]])
+    assert crops(values, size=(1, 2)) == [[0, 0, 2, 1]]
+    assert crops(values, size=(1, 2), sign="all") == [[2, 0, 4, 1]]
 
 
 def test_threshold_makes_a_box_tighter() -> None:
@@ -232,6 +230,8 @@ def test_bad_score_map(score_map: torch.Tensor, error: type[Exception], message:
         ({"k": 5, "size": 4}, "k must be at most [1-4], got 5: .* smaller size or a larger max_overlap"),
         ({"rule": "best"}, "rule must be one of 'window', 'box', 'component', got 'best'"),
         ({"rule": "window"}, "size must be given for rule 'window'"),
+        ({"size": 4, "sign": "negative"}, "sign must be 'positive' or 'all', got 'negative'"),
+        ({"rule": "box", "sign": "all"}, "sign must be left out for rule 'box'"),
         ({"rule": "box", "size": 4}, "size must be left out for rule 'box'"),
         ({"size": 4, "aspect": 1.0}, "aspect must be left out for rule 'window'"),
         ({"size": 4, "threshold": 0.1}, "threshold must be left out for rule 'window'"),
