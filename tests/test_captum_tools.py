@@ -204,6 +204,7 @@ class MeanDifference(Classifier):
         return self._classes
 
 
+@pytest.mark.filterwarnings("ignore:You are using .torch.load. with .weights_only=False.:FutureWarning")  # PyTorch 2.5
 @pytest.mark.parametrize("at_input", [False, True])
 def test_tcav(tmp_path: Path, at_input: bool) -> None:
     model = built(Image).float()
