@@ -158,6 +158,8 @@ def explain(
     with torch.enable_grad():
         output = recording.record(inputs, additional, reduction if None in sites else None)
         check_sites(recording, taps, stop_at)
+        if stop_at is not None and not recording.calls[stop_at[0]]:
+            raise ValueError(f"layer must run when the model does, got a {type(stop_at[0]).__name__} that never ran.")
         if stop_at is None:
             warn_of_probabilities(recording, output)
         score = select(output)

@@ -151,6 +151,8 @@ def select_neuron(value: Any, selector: Selector) -> Tensor:
         ValueError: If it is out of range, or does not select one number for each image.
     """
     tensors = tuple(tensor for tensor in tensors_in(value) if tensor.is_floating_point())
+    if not tensors:
+        raise ValueError("layer must have a floating-point output, got none. Name another layer.")
     if callable(selector):
         chosen = selector(tensors if len(tensors) > 1 else tensors[0])
         if not isinstance(chosen, Tensor):

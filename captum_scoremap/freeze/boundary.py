@@ -1,5 +1,6 @@
 """How far the linear region reaches in a direction: the first step at which a switch flips."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,10 @@ def nearest_boundary(
             for tensor, change in zip(inputs, direction, strict=True):
                 alone = torch.zeros_like(tensor)
                 alone[image] = change[image]
-                moving.append(forward_ad.make_dual(tensor, alone))
+                with warnings.catch_warnings():
+                    # the first dual number of a process loads a module that scripts, and says so
+                    warnings.simplefilter("ignore", FutureWarning)
+                    moving.append(forward_ad.make_dual(tensor, alone))
             current.replay(tuple(moving), additional)
         distances.append(current.nearest)
         switches.append(current.switch)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from captum_scoremap.rules import Call, Rule, substituted, tensors_in
 
+from .lean import Adjoint, Snapshot, Snapshots, shapes_only
 from .run import Run, Site, StopRun, Tag
-from .taps import Reduction, Snapshot, tap
+from .taps import Reduction, tap
 
 __all__ = ["Entry", "Recording", "Tapped"]
 
@@ -68,7 +69,7 @@ class Recording(Run):
         self._taps = dict(taps or {})
         self._trusted = rules if trusted is None else trusted
         self._stop_at = stop_at
-        self._snapshots: list[Snapshot] = []
+        self._snapshots = Snapshots()
         self._stopped_value: Any = None
 
     def record(
@@ -88,13 +89,10 @@ class Recording(Run):
         copies = [tensor.detach().clone() for tensor in inputs]
         self.input_taps = Tapped((), (), is_tuple=True)
         if at_inputs is not None:
-            taps = [tap(copy, at_inputs) for copy in copies]
-            # the user's own tensors are never changed, so no snapshot needs watching
-            kept = tuple(Snapshot(tensor) for tensor in inputs)
-            for (_, _, snapshot), original in zip(taps, kept, strict=True):
-                snapshot.tensor = original.tensor
-            self.input_taps = Tapped(tuple(anchor for _, anchor, _ in taps), kept, is_tuple=True)
-            copies = [passed for passed, _, _ in taps]
+            snapshots = tuple(Snapshot(tensor) for tensor in inputs)
+            taps = [tap(copy, snapshot, at_inputs) for copy, snapshot in zip(copies, snapshots, strict=True)]
+            self.input_taps = Tapped(tuple(anchor for _, anchor in taps), snapshots, is_tuple=True)
+            copies = [passed for passed, _ in taps]
         try:
             return self.execute(tuple(copies), additional)
         except StopRun:
@@ -103,26 +101,34 @@ class Recording(Run):
 
     def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
         """The value at the image, by an operation whose derivative is the linear form."""
-        if rule.is_affine(call):
+        live = [tensor for tensor in tensors_in((call.args, dict(call.kwargs))) if self.is_live(tensor)]
+        differentiable = any(tensor.requires_grad for tensor in live)
+        affine, in_place = rule.is_affine(call), call.keep
+        if not differentiable and (affine or not self.keep):
             return run()
-        differentiable = any(tensor.requires_grad for tensor in tensors_in((call.args, dict(call.kwargs))))
-        if not self.keep and not differentiable:
-            return run()
-        call = replace(call, keep=self.keep or call.keep)
         state = None
-        if self.keep or not rule.native:
+        if not affine:
+            call = replace(call, keep=self.keep or in_place)
             with torch.no_grad():
                 state = rule.freeze(call)
-        if self.keep:
-            self.entries[key] = Entry(rule, name, self.module_name(), state)
-        if self._trusted.get(name) is not rule:
-            self._verify(name, rule, call, state if state is not None else rule.freeze(call))
-        return run() if rule.native else rule.apply(call, state)
+            if self._trusted.get(name) is not rule:
+                self._verify(name, rule, call, state)
+            if self.keep:
+                self.entries[key] = Entry(rule, name, self.module_name(), state)
+            if not differentiable:
+                return run() if rule.native else rule.apply(call, state)
+        adjoint = rule.adjoint(call, state) if len(live) == 1 else None
+        if adjoint is not None:
+            return Adjoint.apply(live[0], run, adjoint, in_place)
+        if affine or rule.lean:
+            with shapes_only(live):
+                return run()
+        with self._snapshots.guard():
+            return run() if rule.native else rule.apply(call, state)
 
     def about_to_change(self, target: Tensor) -> None:
         """Save the snapshots that share the target's memory."""
-        for snapshot in self._snapshots:
-            snapshot.keep_from(target)
+        self._snapshots.about_to_change(target)
 
     def at_site(self, site: Site, value: Any) -> Any:
         """Tap the site, if it is wanted, and stop there, if it is the last."""
@@ -142,11 +148,11 @@ class Recording(Run):
             if not tensor.is_floating_point() or id(tensor) in passed:
                 continue
             known = self.tag_of(tensor) | Tag.LIVE
-            passed[id(tensor)], anchor, snapshot = tap(tensor, reduction)
+            snapshot = self._snapshots.take(tensor)
+            passed[id(tensor)], anchor = tap(tensor, snapshot, reduction)
             self.tag(passed[id(tensor)], known)
             anchors.append(anchor)
             snapshots.append(snapshot)
-        self._snapshots += snapshots
         is_tuple = isinstance(value, (tuple, list)) and len(value) > 1
         self.tapped[site] = Tapped(tuple(anchors), tuple(snapshots), is_tuple)
         return substituted(value, passed)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "Snapshot", "Tap", "tap"]
+from .lean import Snapshot
+
+__all__ = ["Reduction", "Tap", "tap"]
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,6 @@ class Reduction:
         return self.channel_dim % dims - dims
 
 
-class Snapshot:
-    """A tensor as it is now. It shares memory with the model's until that is about to be changed in place."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
-        self._storage = self.tensor.untyped_storage().data_ptr()
-
-    def keep_from(self, target: Tensor) -> None:
-        """Copy, if ``target``, which is about to change, shares memory with it."""
-        if target.untyped_storage().data_ptr() == self._storage:
-            self.tensor = self.tensor.clone()
-            self._storage = self.tensor.untyped_storage().data_ptr()
-
-
 class Tap(torch.autograd.Function):
     """Y -> Y, with the anchor's gradient the reduction of A and Y."""
 
@@ -80,14 +68,13 @@ class Tap(torch.autograd.Function):
         return passed, ctx.reduction(coefficients, ctx.snapshot.tensor), None, None
 
 
-def tap(activations: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor, Snapshot]:
+def tap(activations: Tensor, snapshot: Snapshot, reduction: Reduction) -> tuple[Tensor, Tensor]:
     """Tap a tensor.
 
     Returns:
-        The tensor to go on with, the anchor, and the tensor as it is now.
+        The tensor to go on with, and the anchor.
     """
-    snapshot = Snapshot(activations)
     anchor = activations.new_zeros(()).expand(reduction.shape(activations)).requires_grad_()
     with torch.enable_grad():
         passed: Tensor = Tap.apply(activations, anchor, snapshot, reduction)
-    return passed, anchor, snapshot
+    return passed, anchor

@@ -64,6 +64,24 @@ class Pieces(Rule):
             output = output + self._choose(breaks.offsets, state, x)
         return output
 
+    def adjoint(self, call: Call, state: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Slope * gradient."""
+        slopes = self._breaks(call).slopes
+        if state.shape != call.input.shape:
+            return None
+        if set(slopes) == {0.0, 1.0} and not any(isinstance(slope, Tensor) for slope in slopes):
+            # a mask of one byte
+            mask = state if state.dtype == torch.bool else self._mask(slopes, state)
+            mask = mask if slopes[-1] == 1.0 or len(slopes) > 2 else ~mask
+            return lambda gradient: gradient * mask.to(gradient.dtype)
+        return lambda gradient: gradient * self._choose(slopes, state, gradient)
+
+    @staticmethod
+    def _mask(slopes: tuple[Number, ...], state: Tensor) -> Tensor:
+        """Where the slope is one."""
+        ones = [state == index for index, slope in enumerate(slopes) if slope == 1.0]
+        return torch.stack(ones).any(0) if len(ones) > 1 else ones[0]
+
     def makes_gate(self, call: Call) -> bool:
         """Where it is one of its own, or its argument is (a clamped norm)."""
         return self.gate or call.only_gates()
@@ -157,6 +175,10 @@ class Gate(Rule):
     def apply(self, call: Call, state: Tensor) -> Any:
         """Gate * x."""
         return call.input * state
+
+    def adjoint(self, call: Call, state: Tensor) -> Callable[[Tensor], Tensor]:
+        """Gate * gradient."""
+        return lambda gradient: gradient * state
 
 
 def _is_zero(value: Number) -> bool:

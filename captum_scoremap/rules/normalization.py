@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rule import Call, Rule
+from .rule import Call, EvaluationOnly, Rule
 
 __all__ = [
+    "BatchNorm",
     "ScaleOnly",
     "Standardize",
     "group_norm_grouping",
@@ -96,6 +97,34 @@ def instance_norm_grouping(
 
 def _per_channel(values: Tensor | None, input: Tensor) -> Tensor | None:
     return None if values is None else values.reshape(-1, *[1] * (input.dim() - 2))
+
+
+class BatchNorm(EvaluationOnly):
+    """Batch norm with its running statistics: affine, (x - mean) / std * weight + bias."""
+
+    def __init__(self) -> None:
+        super().__init__(training=5)
+
+    def adjoint(self, call: Call, state: None) -> Callable[[Tensor], Tensor]:
+        """Weight / std * gradient, channel by channel."""
+
+        def scale(
+            input: Tensor,
+            running_mean: Tensor,
+            running_var: Tensor,
+            weight: Tensor | None = None,
+            bias: Tensor | None = None,
+            training: bool = False,
+            momentum: float = 0.1,
+            eps: float = 1e-5,
+            **_: Any,
+        ) -> Tensor:
+            factor = torch.rsqrt(running_var + eps)
+            factor = factor if weight is None else factor * weight
+            return factor.to(input.dtype).reshape(-1, *[1] * (input.dim() - 2))
+
+        factor = scale(*call.args, **call.kwargs)
+        return lambda gradient: gradient * factor
 
 
 class ScaleOnly(Rule):

@@ -22,6 +22,7 @@ class MaxPool(Rule):
 
     kind = "switch"
     native = True
+    lean = True
 
     def __init__(self, dimensions: int, *, adaptive: bool = False, returns_switches: bool = False) -> None:
         self.dimensions = dimensions

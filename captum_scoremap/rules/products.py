@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .rule import Call, Rule, tensors_in
 
-__all__ = ["Division", "Power", "Product"]
+__all__ = ["Convolution", "Division", "Power", "Product"]
 
 
 class Product(Rule):
@@ -69,6 +69,36 @@ class Product(Rule):
         places: list[tuple[int | str, Any]] = [(i, call.args[i]) for i in positions if i < len(call.args)]
         places += [(name, call.kwargs[name]) for name in self.names if name in call.kwargs]
         return {place: value for place, value in places if isinstance(value, Tensor) and call.is_live(value)}
+
+
+class Convolution(Product):
+    """A convolution, of a batch.
+
+    PyTorch also convolves a single image without a batch dimension; what comes out would then be taken for a batch.
+
+    Args:
+        dimensions: Of the kernel.
+    """
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__((0, 1), ("input", "weight"))
+        self.dimensions = dimensions
+
+    def is_affine(self, call: Call) -> bool:
+        """Where only one factor is live.
+
+        Returns:
+            Whether it is so.
+
+        Raises:
+            ValueError: If there is no batch dimension.
+        """
+        if call.input.dim() == self.dimensions + 1:
+            raise ValueError(
+                f"inputs must have a batch dimension, (N, C, ...); got {tuple(call.input.shape)} at a convolution. "
+                "Use inputs[None]."
+            )
+        return super().is_affine(call)
 
 
 class Division(Rule):

@@ -102,11 +102,13 @@ class Rule(ABC):
         kind: What it freezes, in one word, for reports.
         native: Whether autograd's own derivative of the operation, at the image, already is the linear form, so that
             the operation itself can run there, and in place.
+        lean: Whether autograd, where the operation itself runs, needs no more of its live arguments than their shapes.
         gate: Whether its output is a gate: a constant factor where it meets a live factor in a product.
     """
 
     kind: str = "custom"
     native: bool = False
+    lean: bool = False
     gate: bool = False
 
     @abstractmethod
@@ -120,6 +122,13 @@ class Rule(ABC):
     def is_affine(self, call: Call) -> bool:
         """Whether the operation, as called, is affine in its live arguments already: then it just runs, anywhere."""
         return False
+
+    def adjoint(self, call: Call, state: Any) -> Callable[[Tensor], Tensor] | None:
+        """The backward pass of a call whose first argument alone is live: from the gradient of the output to its own.
+
+        It must hold on to nothing but what is frozen. None leaves the backward pass to autograd.
+        """
+        return None
 
     def makes_gate(self, call: Call) -> bool:
         """Whether the output of this call is a gate."""
@@ -257,8 +266,16 @@ class Tangent(Rule):
             substitute = {id(tensor): value for tensor, value in zip(live, values, strict=True)}
             return call.function(*substituted(call.args, substitute), **substituted(dict(call.kwargs), substitute))
 
-        steps = tuple(tensor - point for tensor, point in zip(live, state, strict=True))
-        return _sum(*torch.func.jvp(function, tuple(state), steps)[:2])
+        def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(tensor for tensor in tensors_in(function(*values)) if tensor.is_floating_point())
+
+        # J·v as the adjoint of u -> Jᵀu, which needs nothing but reverse mode
+        values, transposed = torch.func.vjp(outputs, *state)[:2]
+        derivative = torch.func.vjp(transposed, tuple(map(torch.zeros_like, values)))[1]
+        (changes,) = derivative(tuple(tensor - point for tensor, point in zip(live, state, strict=True)))
+        whole = function(*state)
+        floating = [tensor for tensor in tensors_in(whole) if tensor.is_floating_point()]
+        return substituted(whole, {id(t): v + c for t, v, c in zip(floating, values, changes, strict=True)})
 
     @staticmethod
     def _live(call: Call) -> list[Tensor]:
@@ -295,14 +312,7 @@ def substituted(value: Any, substitute: Mapping[int, Any]) -> Any:
         return substitute.get(id(value), value)
     if isinstance(value, (tuple, list)):
         items = [substituted(item, substitute) for item in value]
-        return items if isinstance(value, list) else tuple(items)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: substituted(item, substitute) for key, item in value.items()}
     return value
-
-
-def _sum(value: Any, change: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value + change if value.is_floating_point() or value.is_complex() else value
-    parts = [_sum(part, step) for part, step in zip(value, change, strict=True)]
-    return type(value)(parts)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .activations import Breaks, Gate, Pieces, Select, SignPieces
 from .attention import MultiHeadAttention, ScaledDotProductAttention
 from .normalization import (
+    BatchNorm,
     ScaleOnly,
     Standardize,
     group_norm_grouping,
@@ -20,7 +21,7 @@ from .normalization import (
     rms_norm,
 )
 from .pooling import Extremum, MaxPool
-from .products import Division, Power, Product
+from .products import Convolution, Division, Power, Product
 from .rule import Composite, EvaluationOnly, Frozen, Identity, Linear, Rule, Tangent
 
 __all__ = ["DEFAULT", "METADATA", "TANGENT", "operation_name", "with_rules"]
@@ -267,8 +268,8 @@ _NONLINEAR: dict[str, Rule] = {
     "baddbmm": Product((1, 2), ("batch1", "batch2")),
     "linear": Product((0, 1), ("input", "weight")),
     "bilinear": Product((0, 1, 2), ("input1", "input2", "weight")),
-    **{f"conv{d}d": Product((0, 1), ("input", "weight")) for d in (1, 2, 3)},
-    **{f"conv_transpose{d}d": Product((0, 1), ("input", "weight")) for d in (1, 2, 3)},
+    **{f"conv{d}d": Convolution(d) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": Convolution(d) for d in (1, 2, 3)},
     "kron": Product(),
     "lerp": Composite(_lerp),
     "addcmul": Composite(_addcmul),
@@ -288,7 +289,7 @@ _LINEAR: dict[str, Rule] = {
     **{name: Linear(keeps_gates=True) for name in _STRUCTURAL.split()},
     **{name: Linear() for name in _AFFINE.split()},
     **{name: Identity() for name in ("detach", "data")},
-    "batch_norm": EvaluationOnly(training=5),
+    "batch_norm": BatchNorm(),
     **{name: EvaluationOnly(training=2, keeps_gates=True) for name in _DROPOUT.split()},
 }
 _CONSTANT: dict[str, Rule] = {name: Frozen() for name in _FROZEN.split()}

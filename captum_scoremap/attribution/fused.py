@@ -1,0 +1,242 @@
+"""FusedScoreMap: one input-sized saliency map from the score maps of several layers."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from captum.attr import GradientAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.freeze import Recording, Reduction, as_tuple_of_arguments
+from captum_scoremap.linear_form import Target, check_sites, select_scores, warn_of_probabilities
+from captum_scoremap.rules import Rule, with_rules
+
+__all__ = ["FusedScoreMap"]
+
+_RESOLUTIONS = 3
+
+
+class FusedScoreMap(GradientAttribution):
+    """One map of the size of the image that says where the evidence for a label is, and against all other labels.
+
+    A late layer's score map knows what is where, but only coarsely; an early one shows detail, but also much that has
+    nothing to do with the label. The fused map takes the detail of all of them and believes it where the last one does:
+
+    1. The score that is explained is the label's log-odds, L = S_c - log sum over the others of exp S_k, whose
+       sigmoid is the label's probability: what also speaks for another label is no evidence for this one.
+    2. R, the detail: the score maps of L of all layers, each divided by its largest absolute value and interpolated
+       to the size of the image, are added.
+    3. G, the belief: as L = sum of M + B is exact, h·w·M(x, y) + B is the log-odds if the last layer, of h x w
+       positions, looked everywhere as it does at (x, y), and G its sigmoid: the probability of the label there.
+    4. The map is R² G where R is positive, and -R² where it is negative.
+    5. Pixels on which the score S_c does not depend (coefficients A of exactly zero) are exactly zero.
+
+    It is a map for looking, pointing and cropping, without unit; for one that adds up to the score take
+    :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, that is
+    taken for the log-odds, as before a sigmoid. It takes one forward and two backward passes, and at the first image
+    of each size one more forward pass that finds the layers.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        layers: Modules with outputs (N, C, h, w), in the order in which they run; None for the last
+            main layer of each of the three coarsest resolutions (main layers: those that the fewest modules enclose).
+        rules: Operation to rule, to replace or add some.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(200, 10)
+        ... ).eval()
+        >>> FusedScoreMap(model).attribute(torch.rand(2, 3, 16, 16), target=7).shape
+        torch.Size([2, 1, 16, 16])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layers: Sequence[nn.Module] | None = None,
+        *,
+        rules: Mapping[Any, Rule] | None = None,
+    ) -> None:
+        check_callable(forward_func)
+        for layer in layers or ():
+            check_layer(forward_func, layer)
+        if layers is not None and not layers:
+            raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
+        super().__init__(forward_func)
+        self._layers = None if layers is None else list(layers)
+        self._rules = rules
+        self._found: dict[torch.Size, list[nn.Module]] = {}
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: object = None,
+    ) -> Any:
+        """The fused map of the image.
+
+        Args:
+            inputs: The image, (N, C, H, W).
+            target: Label of each image, in any of Captum's forms.
+            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+
+        Returns:
+            Tensor (N, 1, H, W), in a tuple if ``inputs`` is one; positive where there is evidence for the label.
+
+        Raises:
+            TypeError: If the input is not floating point, or a target has no known form.
+            ValueError: If the input, the target or a layer is not as it must be, or the model is in training mode.
+            RuntimeError: If ``torch.inference_mode`` is on.
+            UnsupportedOperationError: If operations have no rule; all are listed.
+        """
+        tensors = check_inputs(inputs)
+        if len(tensors) != 1 or tensors[0].dim() != 4:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise ValueError(f"inputs must be one tensor of images, (N, C, H, W), got {shapes}.")
+        image = tensors[0]
+        additional = as_tuple_of_arguments(additional_forward_args)
+        forward_func = unwrap_parallel(self.forward_func)
+        layers = self._layers_for(forward_func, image, additional)
+
+        taps = {(layer, False): Reduction(channel_dim=1) for layer in layers}
+        recording = Recording(forward_func, with_rules(self._rules), taps, trusted=with_rules(None))
+        with torch.enable_grad():
+            output = recording.record(tensors, additional, at_inputs=Reduction(multiply=False))
+            check_sites(recording, taps)
+            warn_of_probabilities(recording, output)
+            score = select_scores(output, target)
+            odds = log_odds(output, target)
+        anchors = [recording.tapped[site].anchors[0] for site in taps]
+        score_maps = _gradients(odds, anchors)
+        (coefficients,) = _gradients(score, recording.input_taps.anchors)
+        fused = fuse(score_maps, odds.detach(), image.shape[-2:])
+        fused = fused * (coefficients != 0).any(dim=1, keepdim=True)
+        return fused if isinstance(inputs, Tensor) else (fused,)
+
+    def _layers_for(
+        self, forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...]
+    ) -> list[nn.Module]:
+        if self._layers is not None:
+            return self._layers
+        size = image.shape[1:]
+        if size not in self._found:
+            self._found[size] = main_layers(forward_func, image, additional)
+        return self._found[size]
+
+
+def log_odds(output: Tensor, target: Target) -> Tensor:
+    """The log-odds of a label: S_c - log sum over all others of exp S_k; its sigmoid is the softmax of S_c.
+
+    Args:
+        output: Scores, (N, K) or (N, K, ...); (N,) or (N, 1) are taken for log-odds.
+        target: Label of each image, in any of Captum's forms.
+
+    Returns:
+        (N,), in logits.
+    """
+    score = select_scores(output, target)
+    if output.dim() == 1 or output.shape[1] == 1:
+        return score
+    with torch.enable_grad():
+        probe = output.detach().requires_grad_()
+        (chosen,) = torch.autograd.grad(select_scores(probe, target).sum(), probe)
+    chosen = chosen.bool()
+    rivals = output.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
+    return score - rivals[chosen.any(dim=1)]
+
+
+def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Tensor:
+    """Fuse the score maps of the log-odds of several layers, as :class:`FusedScoreMap` says.
+
+    Args:
+        score_maps: (N, 1, h, w) each, in logits, the last layer's at the end.
+        odds: Log-odds of the label, (N,), in logits.
+        size: Rows and columns of the image.
+
+    Returns:
+        (N, 1, H, W), without unit.
+    """
+
+    def enlarged(score_map: Tensor) -> Tensor:
+        return F.interpolate(score_map, size=tuple(size), mode="bilinear", align_corners=False)
+
+    last = score_maps[-1]
+    bias = odds[:, None, None, None] - last.sum(dim=(2, 3), keepdim=True)
+    belief = enlarged(last[0, 0].numel() * last + bias).sigmoid()
+    smallest = torch.finfo(last.dtype).tiny
+    detail = sum(enlarged(one / one.abs().amax(dim=(2, 3), keepdim=True).clamp_min(smallest)) for one in score_maps)
+    energy = detail * detail.abs()
+    return torch.where(energy > 0, energy * belief, energy)
+
+
+def main_layers(forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...] = ()) -> list[nn.Module]:
+    """The layers to fuse: at each of the three coarsest resolutions the last module of those that fewest enclose.
+
+    Considered are modules that run once and return one map shaped like the image, (N, C, h, w) of the same aspect, with
+    more than one position. What the fewest modules enclose lies on the main path, not in a branch beside a shortcut.
+
+    Args:
+        forward_func: The model, or a function that calls it.
+        image: (N, C, H, W).
+        additional: Further arguments.
+
+    Returns:
+        Modules in the order in which they end.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    calls: Counter[nn.Module] = Counter()
+    open_modules: list[nn.Module] = []
+    seen: list[tuple[nn.Module, int, tuple[int, int]]] = []
+    height, width = image.shape[-2:]
+
+    def enter(module: nn.Module, arguments: Any) -> None:
+        calls[module] += 1
+        open_modules.append(module)
+
+    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+        open_modules.pop()
+        if not isinstance(output, Tensor) or output.dim() != 4 or len(output) != len(image):
+            return
+        h, w = output.shape[-2:]
+        if h * w > 1 and abs(h * width - w * height) <= max(height, width) and module is not forward_func:
+            seen.append((module, len(open_modules), (h, w)))
+
+    with ExitStack() as stack:
+        for register, hook in (
+            (nn.modules.module.register_module_forward_pre_hook, enter),
+            (nn.modules.module.register_module_forward_hook, leave),
+        ):
+            stack.callback(register(hook).remove)
+        with torch.no_grad():
+            forward_func(image.clone(), *additional)
+    last: dict[tuple[int, int], tuple[int, nn.Module]] = {}
+    for module, depth, resolution in seen:
+        if calls[module] == 1 and (resolution not in last or depth <= last[resolution][0]):
+            last.pop(resolution, None)
+            last[resolution] = depth, module
+    if not last:
+        raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
+    coarsest = sorted(last, key=math.prod)[:_RESOLUTIONS]
+    return [module for resolution, (_, module) in last.items() if resolution in coarsest]
+
+
+def _gradients(scores: Tensor, anchors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the scores in the anchors; zero where they do not depend on one."""
+    if not scores.requires_grad:
+        return [torch.zeros_like(anchor) for anchor in anchors]
+    found = torch.autograd.grad(scores.sum(), anchors, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(anchor) if gradient is None else gradient.detach()
+        for anchor, gradient in zip(anchors, found, strict=True)
+    ]

@@ -1,0 +1,96 @@
+"""A backward pass that keeps masks, switches and shapes, not activations.
+
+The backward pass of a frozen operation is linear, so it needs what is frozen and, of the live arguments, no more than
+their shape. Autograd keeps the arguments themselves, as it must where weights are trained; here they are let go.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Adjoint", "Snapshot", "Snapshots", "shapes_only"]
+
+
+class Adjoint(torch.autograd.Function):
+    """An operation run as it is, with the adjoint of its linear form as its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, run: Callable[[], Tensor], adjoint: Callable[[Tensor], Tensor], in_place: bool
+    ) -> Tensor:
+        """The operation's own value."""
+        ctx.adjoint = adjoint
+        output = run()
+        if in_place:
+            ctx.mark_dirty(input)
+            return input
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The adjoint."""
+        return ctx.adjoint(gradient), None, None, None
+
+
+def shapes_only(live: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Have autograd keep only the shapes of these tensors; whatever it reads of them in the backward pass is void."""
+    places = {(tensor.data_ptr(), tensor.shape) for tensor in live}
+
+    def pack(tensor: Tensor) -> Any:
+        if (tensor.data_ptr(), tensor.shape) not in places:
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        shape, stride, dtype, device = kept
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class Snapshot:
+    """A tensor as it is now. It shares memory with the model's until that is about to be changed in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+    def keep(self) -> None:
+        """Copy, for the memory is about to change."""
+        self.tensor = self.tensor.clone()
+
+
+class Snapshots:
+    """The snapshots in use, found by the memory they share."""
+
+    def __init__(self) -> None:
+        self._by_memory: dict[int, list[weakref.ref[Snapshot]]] = {}
+
+    def take(self, tensor: Tensor) -> Snapshot:
+        """A snapshot of a tensor."""
+        snapshot = Snapshot(tensor)
+        self._by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(snapshot))
+        return snapshot
+
+    def about_to_change(self, target: Tensor) -> None:
+        """Copy the snapshots that share a tensor's memory."""
+        for reference in self._by_memory.pop(target.untyped_storage().data_ptr(), ()):
+            snapshot = reference()
+            if snapshot is not None:
+                snapshot.keep()
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Have autograd keep snapshots, so that later changes in place do no harm."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        return self.take(tensor) if tensor.is_floating_point() else tensor
+
+    @staticmethod
+    def _unpack(kept: Any) -> Tensor:
+        return kept.tensor if isinstance(kept, Snapshot) else kept
