@@ -31,7 +31,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from captum_scoremap import rules
-from captum_scoremap.attribution import LayerScoreMap, NeuronScoreMap, ScoreMap
+from captum_scoremap.attribution import FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.freeze import Boundary, FrozenModel, freeze
 from captum_scoremap.linear_form import LinearForm, bias_terms, linear_form
@@ -60,6 +60,7 @@ _HOME = {
 __all__ = [
     "Boundary",
     "FrozenModel",
+    "FusedScoreMap",
     "LayerScoreMap",
     "LinearForm",
     "MultiView",

@@ -1,7 +1,8 @@
 """Captum's attribution classes for score maps: drop-ins beside Integrated Gradients and Grad-CAM."""
 
+from .fused import FusedScoreMap
 from .image import ScoreMap
 from .layer import LayerScoreMap
 from .neuron import NeuronScoreMap
 
-__all__ = ["LayerScoreMap", "NeuronScoreMap", "ScoreMap"]
+__all__ = ["FusedScoreMap", "LayerScoreMap", "NeuronScoreMap", "ScoreMap"]

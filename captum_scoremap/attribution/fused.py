@@ -173,7 +173,8 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Ten
     bias = odds[:, None, None, None] - last.sum(dim=(2, 3), keepdim=True)
     belief = enlarged(last[0, 0].numel() * last + bias).sigmoid()
     smallest = torch.finfo(last.dtype).tiny
-    detail = sum(enlarged(one / one.abs().amax(dim=(2, 3), keepdim=True).clamp_min(smallest)) for one in score_maps)
+    scaled = [one / one.abs().amax(dim=(2, 3), keepdim=True).clamp_min(smallest) for one in score_maps]
+    detail = torch.stack([enlarged(one) for one in scaled]).sum(dim=0)
     energy = detail * detail.abs()
     return torch.where(energy > 0, energy * belief, energy)
 
