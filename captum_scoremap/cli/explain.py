@@ -132,11 +132,10 @@ def explain(
         check_writable(path)
 
     names = images or [f"{SAMPLE_PREFIX}{SAMPLES[0]}"]
-    pictures = [read_image(name) for name in names]
     place = chosen_device(device)
     loaded = load_model(model, weights, place, dtype.torch)
     preprocess = loaded.preprocessing if view is View.single else loaded.preprocessing.whole
-    batches = [preprocess(picture)[None].to(place, dtype.torch) for picture in pictures]
+    batches = [preprocess(read_image(name))[None].to(place, dtype.torch) for name in names]
     network = prepare(loaded.module, batches[0]) if prepare_model else loaded.module
     if view is View.multi:
         network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
