@@ -48,7 +48,7 @@ class MapStyle:
         alpha_overlay: Opacity of a map over the image, 0 to 1.
         interpolate_mode: How a map is brought to the image's size.
         contours: Fractions of the color limit at which lines are drawn, solid around positive and dashed
-            around negative values; none for no lines.
+            around negative values; none for no lines. Of maps too fine for lines, local means are lined.
         outlier_perc: Percentage of a map's cells that may lie beyond the color scale, and are drawn in the
             color of its end, so that a few extreme cells do not leave the others pale. Of no effect where a
             limit is given.
@@ -81,6 +81,9 @@ class MapStyle:
 
 
 DEFAULT_STYLE = MapStyle()
+
+FINEST_LINED = 28
+"""Cells a side above which contours would fill the map."""
 
 
 class PatchLike(Protocol):
@@ -134,7 +137,8 @@ def visualize_score_map(
     values = _checked_map(score_map)
     picture = None if image is None else _checked_picture(image, mean, std)
     limit = _checked_limit(limit, [values], style)
-    figure, (ax,) = _axes_grid(plt_fig_axis, count=1, columns=1, fig_size=fig_size)
+    shape = values if picture is None else picture
+    figure, (ax,) = _axes_grid(plt_fig_axis, 1, 1, fig_size, shape.shape[0] / shape.shape[1])
     _draw_map(figure, ax, values, picture, limit, style)
     if title is not None:
         ax.set_title(title)
@@ -201,7 +205,7 @@ def visualize_layer_score_maps(
     shared = None
     if limit is not None:
         shared = _checked_limit(None if limit == "shared" else limit, [*values.values()], style)
-    figure, axes = _axes_grid(plt_fig_axis, count=1 + len(values), columns=columns, fig_size=fig_size)
+    figure, axes = _axes_grid(plt_fig_axis, 1 + len(values), columns, fig_size, picture.shape[0] / picture.shape[1])
     _draw_picture(axes[0], picture)
     heading = [] if label is None else [label]
     if score is not None:
@@ -264,7 +268,7 @@ def visualize_crops(
     if len(captions) != len(corners):
         raise ValueError(f"captions must be as many as boxes, {len(corners)}, got {len(captions)}.")
     limit = _checked_limit(limit, [values], style)
-    figure, axes = _axes_grid(plt_fig_axis, count=2 + len(corners), columns=columns, fig_size=fig_size)
+    figure, axes = _axes_grid(plt_fig_axis, 2 + len(corners), columns, fig_size, picture.shape[0] / picture.shape[1])
     _draw_picture(axes[0], picture)
     if title is not None:
         axes[0].set_title(title)
@@ -468,6 +472,7 @@ def _axes_grid(
     count: int,
     columns: int,
     fig_size: tuple[float, float] | None,
+    aspect: float = 1.0,
 ) -> tuple[AnyFigure, list[Axes]]:
     """Make a figure, unless the caller brings one.
 
@@ -485,7 +490,9 @@ def _axes_grid(
     else:
         columns = min(columns, count)
         rows = math.ceil(count / columns)
-        figure = Figure(figsize=fig_size or (3.2 * columns, 3.1 * rows), layout="constrained")
+        if fig_size is None:  # a map of 2.2 inches, its color bar and two lines of title
+            fig_size = (3.2 * columns, (2.2 * aspect + 0.6) * rows)
+        figure = Figure(figsize=fig_size, layout="constrained")
         axes = [figure.add_subplot(rows, columns, 1 + index) for index in range(count)]
     for ax in axes:
         ax.set_xticks([])
@@ -494,7 +501,8 @@ def _axes_grid(
 
 
 def _number(value: float | Tensor) -> str:
-    return f"{torch.as_tensor(value).detach().item():.2f}".replace("-", "−")
+    rounded = round(torch.as_tensor(value).detach().item(), 2) + 0.0  # no minus zero
+    return f"{rounded:.2f}".replace("-", "−")
 
 
 def _draw_picture(ax: Axes, picture: Picture) -> None:
@@ -505,21 +513,20 @@ def _draw_map(
     figure: AnyFigure, ax: Axes, cells: Tensor, picture: Picture | None, limit: float, style: MapStyle
 ) -> None:
     """Draw a map in color, over the picture in grey if there is one."""
-    values = cells
     if picture is not None:
         grey = picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
         ax.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        align = False if style.interpolate_mode == "bilinear" else None
-        size = picture.shape[:2]
-        values = F.interpolate(cells[None, None], size, mode=style.interpolate_mode, align_corners=align)[0, 0]
+    size = cells.shape if picture is None else picture.shape[:2]
+    values = _resized(cells, size, style)
     scale = Normalize(-limit, limit)
     alpha = 1.0 if picture is None else style.alpha_overlay
     ax.imshow(values.numpy(), cmap=style.cmap, norm=scale, alpha=alpha, interpolation="nearest")
-    for sign, linestyle in ((1, "solid"), (-1, "dashed")):
-        levels = sorted(sign * fraction * limit for fraction in style.contours)
-        levels = [level for level in levels if float(values.min()) < level < float(values.max())]
-        if levels and min(values.shape) > 1:
-            ax.contour(values.numpy(), levels=levels, colors="black", linewidths=0.5, linestyles=linestyle)
+    if max(cells.shape) > FINEST_LINED:
+        height, width = (min(side, FINEST_LINED) for side in cells.shape)
+        coarse = F.adaptive_avg_pool2d(cells[None], (height, width))[0]
+        _draw_contours(ax, _resized(coarse, size, style), float(coarse.abs().max()), style)
+    else:
+        _draw_contours(ax, values, limit, style)
     if style.show_colorbar:
         low, high = bool(cells.min() < -limit), bool(cells.max() > limit)
         extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
@@ -527,6 +534,25 @@ def _draw_map(
         bar = figure.colorbar(ScalarMappable(scale, style.cmap), cax=beside, extend=extend[low, high])
         bar.set_ticks([-limit, 0, limit], labels=[f"−{limit:.3g}", "0", f"+{limit:.3g}"])
         bar.set_label(style.unit)
+
+
+def _draw_contours(ax: Axes, values: Tensor, limit: float, style: MapStyle) -> None:
+    """Draw the sign as lines: solid around what adds, dashed around what takes away."""
+    for sign, linestyle in ((1, "solid"), (-1, "dashed")):
+        levels = sorted(sign * fraction * limit for fraction in style.contours)
+        levels = [level for level in levels if float(values.min()) < level < float(values.max())]
+        if levels and min(values.shape) > 1:
+            ax.contour(values.numpy(), levels=levels, colors="black", linewidths=0.5, linestyles=linestyle)
+
+
+def _resized(values: Tensor, size: tuple[int, ...], style: MapStyle) -> Tensor:
+    """Interpolate a map.
+
+    Returns:
+        The map, of the given size.
+    """
+    align = False if style.interpolate_mode == "bilinear" else None
+    return F.interpolate(values[None, None], tuple(size), mode=style.interpolate_mode, align_corners=align)[0, 0]
 
 
 def _draw_box(ax: Axes, box: tuple[int, int, int, int], text: str) -> None:

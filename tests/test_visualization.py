@@ -196,6 +196,22 @@ def test_sign_can_be_read_in_grey(image: Tensor) -> None:
     assert contours(ax) == [(0.25, "solid"), (-0.75, "dashed"), (-0.25, "dashed")]
 
 
+def test_fine_maps_have_lines_around_what_adds_up() -> None:
+    pixels = torch.ones(112, 112)
+    pixels[::2] = -1.0  # by turns: nothing adds up
+    _, ax = visualize_score_map(pixels)
+    assert not contours(ax)
+    pixels[:32] += 0.5
+    _, ax = visualize_score_map(pixels)
+    assert contours(ax) == [(0.125, "solid"), (0.375, "solid")]
+    assert_close(torch.from_numpy(drawn(ax)), pixels)
+
+
+def test_no_minus_zero(image: Tensor) -> None:
+    _, axes = visualize_layer_score_maps({"conv": torch.tensor([[-0.001]])}, image)
+    assert axes[1].get_title() == "conv\nΣ A·Y = 0.00"
+
+
 def test_contours_can_be_left_out(image: Tensor) -> None:
     _, ax = visualize_score_map(bump(8, 0.3, 0.3), image, style=MapStyle(contours=()))
     assert not ax.collections
