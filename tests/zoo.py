@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,39 +205,42 @@ def all_of_torchvision() -> list[Entry]:
     return [*map(torchvision_entry, names), EXTRA["fcn_resnet50"], EXTRA["r3d_18"]]
 
 
-def families_of_timm(size: int = 64) -> list[Entry]:
-    """The model with fewest parameters of every family (module) of timm."""
+SMALL = ("atto", "femto", "pico", "nano", "xxs", "xxtiny", "_xs", "xtiny", "tiny", "mini", "small", "lite", "_s", "_t")
+
+
+def families_of_timm() -> Iterator[Entry]:
+    """A small model of every family (module) of timm, as its name tells."""
     import timm
 
-    entries = []
+    def size(name: str) -> tuple[int, int, str]:
+        return next((i for i, word in enumerate(SMALL) if word in name), len(SMALL)), len(name), name
+
     for family in timm.list_modules():
-        sizes = {}
-        for name in timm.list_models(module=family):
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-                except Exception:  # cannot be built without storage; another of its family can
-                    continue
-        if sizes:
-            entries.append(timm_entry(min(sizes, key=sizes.__getitem__), family, size))
-    return entries
+        names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
+        if names:
+            yield timm_entry(min(names, key=size), family)
 
 
-def timm_entry(name: str, family: str, size: int) -> Entry:
-    """A model of timm, at a small size if it can be told one."""
+def timm_entry(name: str, family: str) -> Entry:
+    """A model of timm, at the smallest of a few image sizes that it takes."""
     import timm
 
-    fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
-    default = timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
-
-    def build() -> nn.Module:
+    def build(**kwargs: int) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: nn.Module = timm.create_model(name)
+            model: nn.Module = timm.create_model(name, **kwargs).eval()
         return model
 
-    return Entry("timm", f"{name} ({family})", build, tuple(default) if fixed else (3, size, size))
+    usual = timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
+    for size in (64, 128, usual[-1]):
+        for kwargs in ({"img_size": size}, {}):
+            try:
+                with torch.no_grad():
+                    build(**kwargs)(torch.zeros(1, 3, size, size))
+            except Exception:  # not of this size, or not told so
+                continue
+            return Entry("timm", f"{name} ({family})", partial(build, **kwargs), (3, size, size))
+    return Entry("timm", f"{name} ({family})", build, tuple(usual))
 
 
 # --- how exact -----------------------------------------------------------------------------------------
@@ -273,7 +277,7 @@ def relative_residual(score: Tensor, product: Tensor, bias: Tensor) -> float:
     return float(((score - (product + bias)).abs() / size).max())
 
 
-def measure(entry: Entry, model: nn.Module, inputs: Tensor, seconds: float = math.inf) -> Row:
+def measure(entry: Entry, model: nn.Module, inputs: Tensor, most: int | None = None) -> Row:
     """The residuals of a model's highest score at an image and at its layers.
 
     A·Y of all layers comes from one run of the package, S from the model itself, and B of each layer from the
@@ -283,7 +287,7 @@ def measure(entry: Entry, model: nn.Module, inputs: Tensor, seconds: float = mat
         entry: what is measured, for the row.
         model: the model in evaluation mode.
         inputs: one image, (1, C, H, W).
-        seconds: time to spend on layers; those that fit in are spread over the model.
+        most: number of layers to look at, spread over the model; None for all.
     """
     with torch.no_grad():
         scores = model(inputs.clone())
@@ -292,12 +296,10 @@ def measure(entry: Entry, model: nn.Module, inputs: Tensor, seconds: float = mat
     form = linear_form(model, inputs, label)
     at_input = relative_residual(score, form.sub_scores.sum()[None], form.bias)
 
-    start = time.monotonic()
     with torch.no_grad():
         difference = (freeze(model, inputs)(inputs) - scores).abs().max() / scores.abs().max()
-    once = time.monotonic() - start
     layers = called_once(model, inputs)
-    names = spread(list(layers), max(int(seconds / once), 1)) if seconds < math.inf else list(layers)
+    names = spread(list(layers), most or len(layers))
     chosen = {name: layers[name] for name in names}
     sub_scores = LayerScoreMap(model, list(chosen.values())).attribute(inputs, label, attr_dim_summation=False)
     biases = at_zero(model, inputs, label, chosen)
@@ -362,12 +364,12 @@ def random_entry(entry: Entry, seed: int = 0, images: int = 1) -> tuple[nn.Modul
     return randomize(model, calibration, generator), calibration[:images].clone()
 
 
-def measured(entries: Iterable[Entry], seconds: float) -> Iterator[Row]:
+def measured(entries: Iterable[Entry], most: int | None = None) -> Iterator[Row]:
     """A row for each entry, whatever happens."""
     for item in entries:
         try:
             model, inputs = random_entry(item)
-            yield measure(item, model, inputs, seconds=seconds)
+            yield measure(item, model, inputs, most)
         except UnsupportedOperationError as error:
             counts: dict[str, str] = {}
             for operation, module in error.operations:
@@ -386,9 +388,9 @@ HEADER = """\
 
 Random weights, biases and norm statistics in float64, one image, the highest score. A residual is
 |S - (A·Y + B)| / (|S| + |A·Y|): S from the model, A·Y from the attribution, B from the frozen model with the
-layer at zero. *Layers* are the modules that run once and give a float tensor: all, or as many as fit in
-{seconds:g} s, spread over the model. *Forward* is the relative difference of the frozen model's scores at the
-image from the model's own. Written by `python -m tests.zoo` (torch {torch}, torchvision {torchvision}{timm}).
+layer at zero. *Layers* are the modules that run once and give a float tensor, of which some, spread over the
+model, were looked at. *Forward* is the relative difference of the frozen model's scores at the image from the
+model's own. Written by `python -m tests.zoo` (torch {torch}, torchvision {torchvision}{timm}).
 
 | model | image | residual at the image | worst at a layer | layers | forward |
 | --- | --- | --- | --- | --- | --- |
@@ -409,25 +411,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", choices=["torchvision", "timm"], nargs="*", default=["torchvision", "timm"])
     parser.add_argument("--models", nargs="*", default=None, help="only those whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=20, help="for the layers of one model (default 20)")
+    parser.add_argument("--layers", type=int, default=None, help="look at so many layers of each model (default all)")
     parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
     options = parser.parse_args(arguments)
-    entries: list[Entry] = []
+    entries: Iterable[Entry] = []
     versions = ""
     if "torchvision" in options.zoo:
-        entries += all_of_torchvision()
+        entries = all_of_torchvision()
     if "timm" in options.zoo:
         import timm
 
         versions = f", timm {timm.__version__}"
-        entries += families_of_timm()
+        entries = itertools.chain(entries, families_of_timm())
     if options.models is not None:
-        entries = [item for item in entries if any(part in item.name for part in options.models)]
-    text = HEADER.format(
-        seconds=options.seconds, torch=torch.__version__, torchvision=torchvision.__version__, timm=versions
-    )
+        entries = (item for item in entries if any(part in item.name for part in options.models))
+    text = HEADER.format(torch=torch.__version__, torchvision=torchvision.__version__, timm=versions)
     print(text, end="")
-    for row in measured(entries, options.seconds):
+    for row in measured(entries, options.layers):
         print(line(row), flush=True)
         text += line(row) + "\n"
         if options.out is not None:
