@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from captum_scoremap import __version__
+from captum_scoremap.cli.audit import audit
+from captum_scoremap.cli.check import check
 from captum_scoremap.cli.explain import explain
 from captum_scoremap.cli.patches import patches
 
@@ -21,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(explain)
+app.command()(audit)
+app.command()(check)
 app.command()(patches)
 
 

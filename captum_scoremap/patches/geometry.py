@@ -112,6 +112,9 @@ def _line(brightness: Tensor, cells: Tensor, length: int) -> Axis:
     place, at = brightness.numpy() * (length - 1) + 0.5, cells.numpy() + 0.5
     if length == 1:
         return 0.0, 0.0
+    between = (place > 0.51) & (place < length - 0.51)  # enlarging repeats the outermost pixels
+    if len(np.unique(at[between])) > 1:
+        place, at = place[between], at[between]
     if len(np.unique(at)) > 1:
         slope, start = np.polyfit(at, place, deg=1)
         if np.abs(slope * at + start - place).max() < _TOLERANCE * length / 255 + abs(slope):

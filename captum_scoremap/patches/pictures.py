@@ -60,7 +60,7 @@ class Example:
 
 def examples(
     images: Iterable[Picture],
-    targets: int | Iterable[int] | None,
+    targets: int | Iterable[int | None] | None,
     preprocess: Preprocess | None,
     on_unreadable: Unreadable | None,
 ) -> Iterator[Example]:

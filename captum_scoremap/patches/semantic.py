@@ -53,7 +53,7 @@ def semantic_patches(
     forward_func: Callable[..., Any],
     layer: nn.Module,
     images: Iterable[Picture],
-    targets: int | Iterable[int] | None = None,
+    targets: int | Iterable[int | None] | None = None,
     by: By = "score_map",
     k: int = 9,
     *,
@@ -76,7 +76,7 @@ def semantic_patches(
         forward_func: The model in evaluation mode, or a function that calls it; gives scores (N, K).
         layer: The layer.
         images: Paths, PIL images, or tensors (C, H, W) as the network takes them; any iterable.
-        targets: Label whose score is explained: one for all images, one for each, or None for the label that
+        targets: Label whose score is explained: one for all images, or one for each; None for the label that
             scores highest. For the patches of a single label, pass its images.
         by: ``"score_map"``: the score map M (SMSM). ``"gradient"``: the largest ``|A|`` of all channels (GSM), the
             saliency of Simonyan et al. 2013. ``"activation"``: the sum of Y over channels, whatever the label.
@@ -91,7 +91,7 @@ def semantic_patches(
         preprocess: From a PIL image to the network's input (C, H, W); may resize, crop, pad and mirror. Needed
             for paths and PIL images.
         batch_size: Images in one pass.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, where there is a terminal.
         on_unreadable: Called with path and reason of a file that is no image, which is then left out; None to
             raise.
 
@@ -116,7 +116,7 @@ def semantic_patches(
     windows: dict[torch.Size, Tensor] = {}
     best: list[tuple[float, int, Patch]] = []  # a heap, the worst first, of equal values the latest
     found = 0
-    pictures = tqdm(images, disable=not progress, unit="image", leave=False)
+    pictures = tqdm(images, disable=None if progress else True, unit="image", leave=False)
     for batch in batches(examples(pictures, targets, preprocess, on_unreadable), batch_size):
         inputs = torch.stack([example.inputs for example in batch]).to(_device(forward_func))
         shape = inputs.shape[1:]
@@ -146,7 +146,7 @@ def semantic_patches(
 
 def _check(
     images: Iterable[Picture],
-    targets: int | Iterable[int] | None,
+    targets: int | Iterable[int | None] | None,
     by: str,
     k: int,
     per_image: int,
@@ -170,7 +170,7 @@ def _check(
     if k > per_image * len(images):
         raise ValueError(
             f"k must be at most {per_image * len(images)}, per_image of each of the {len(images)} images, got {k}. "
-            "Pass more images or raise per_image."
+            "Lower k, pass more images or raise per_image."
         )
     if isinstance(targets, Collection) and len(targets) != len(images):
         raise ValueError(f"targets must be one label for each of the {len(images)} images, got {len(targets)}.")
@@ -209,7 +209,8 @@ def _labels(
     if None not in targets:
         return list(targets)
     with torch.no_grad():
-        return [int(label) for label in forward_func(inputs).argmax(dim=1)]
+        highest = forward_func(inputs).argmax(dim=1).tolist()
+    return [best if target is None else target for target, best in zip(targets, highest, strict=True)]
 
 
 def _values(

@@ -1,0 +1,130 @@
+"""How much of the label do the regions carry that score maps, gradients or activations choose?
+
+    python -m tests.benchmarks.patch_scores --images DIR
+
+DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``; those count that
+EfficientNet-Lite0 classifies with more than 0.8. Of every image each method chooses one square, by the window with
+the largest sum of its map or around its highest cell; the network's probability for the label on the square alone,
+enlarged to one view, is the patch score. Printed are means with their 95% confidence intervals, as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from captum.attr import LayerActivation
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from captum_scoremap import LayerScoreMap, receptive_field
+from captum_scoremap.metrics import input_sized, patch_score, strongest_window
+from captum_scoremap.models import LoadedModel, load_model, prepare, read_image
+
+LAYERS = ("blocks.1", "blocks.2", "blocks.4", "blocks.6", "bn2")
+SIZES = (64, 112, 160)
+RANDOM = 10  # windows of each image
+CONFIDENT = 0.8
+BATCH = 16
+
+
+def confident_images(folder: Path, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
+    """The photographs that the network is sure of, (N, C, H, W), and their labels, (N,)."""
+    with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    inputs = torch.stack([loaded.preprocessing(read_image(folder / row["file"])) for row in rows])
+    target = torch.tensor([int(row["imagenet_index"]) for row in rows])
+    with torch.no_grad():
+        probabilities = torch.cat([loaded.module(batch).softmax(1) for batch in inputs.split(BATCH)])
+    sure = probabilities.gather(1, target[:, None])[:, 0] > CONFIDENT
+    return inputs[sure], target[sure]
+
+
+def layer_maps(model: nn.Module, layer: nn.Module, inputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """What each method ranks the cells of a layer by, (N, 1, h, w)."""
+    score_maps, gradients, activations = [], [], []
+    for batch, labels in zip(inputs.split(BATCH), target.split(BATCH), strict=True):
+        score_maps.append(LayerScoreMap(model, layer).attribute(batch, labels))
+        coefficients = LayerScoreMap(model, layer, multiply_by_inputs=False)
+        gradients.append(coefficients.attribute(batch, labels, attr_dim_summation=False).abs().amax(1, keepdim=True))
+        activations.append(LayerActivation(model, layer).attribute(batch).detach().sum(1, keepdim=True))
+    return {"SMSM": torch.cat(score_maps), "GSM": torch.cat(gradients), "activation": torch.cat(activations)}
+
+
+def highest_cell(maps: Tensor, centers: Tensor, side: int, size: int) -> Tensor:
+    """The window around the highest cell of each map, shifted to lie inside the image, (N, 4)."""
+    center = centers.flatten(0, 1)[maps.flatten(1).argmax(1)]
+    corner = (center - size / 2).round().long().clamp(0, side - size)
+    return torch.cat([corner, corner + size], dim=1)
+
+
+def interval(values: Tensor) -> str:
+    """Mean and half the width of its 95% confidence interval (normal approximation)."""
+    return f"{values.mean():.2f} ± {1.96 * values.std() / math.sqrt(len(values)):.2f}"
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as Markdown."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *[list(row.values()) for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="photographs and labels.csv")
+    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="NAME", help="layers of the network")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="PIXELS", help="sides of the squares")
+    options = parser.parse_args(arguments)
+
+    loaded = load_model()
+    model = prepare(loaded.module)
+    inputs, target = confident_images(options.images, loaded)
+    side = inputs.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+
+    def score(boxes: Tensor) -> Tensor:
+        return patch_score(model, inputs, target, boxes)
+
+    baselines: dict[int, dict[str, Tensor]] = {}
+    for size in options.sizes:
+        corners = torch.randint(side - size + 1, (len(inputs), RANDOM, 2), generator=generator)
+        middle = torch.full((len(inputs), 2), (side - size) // 2)
+        baselines[size] = {
+            "random": score(torch.cat([corners, corners + size], dim=-1)).mean(1),
+            "center": score(torch.cat([middle, middle + size], dim=-1)),
+        }
+
+    rows: dict[str, list[dict[str, str]]] = {"window": [], "cell": []}
+    for name in tqdm(options.layers, unit="layer", leave=False):
+        layer = model.get_submodule(name)
+        maps = layer_maps(model, layer, inputs, target)
+        field = receptive_field(model, layer, (side, side))
+        height, width, _ = field.boxes.shape
+        centers = torch.tensor([[field.center(row, col) for col in range(width)] for row in range(height)])
+        for size in options.sizes:
+            choices = {
+                "window": {m: strongest_window(input_sized(one, side, side), size) for m, one in maps.items()},
+                "cell": {m: highest_cell(one, centers, side, size) for m, one in maps.items()},
+            }
+            for rule, boxes in choices.items():
+                scores = {method: score(chosen) for method, chosen in boxes.items()} | baselines[size]
+                rows[rule].append(
+                    {"layer": f"`{name}`", "pixels": str(size)}
+                    | {method: interval(values) for method, values in scores.items()}
+                    | {"SMSM − GSM": interval(scores["SMSM"] - scores["GSM"])}
+                )
+
+    whole = score(torch.tensor([0, 0, side, side]).expand(len(inputs), 4))
+    print(f"{len(inputs)} images; the score of the whole image is {interval(whole)}.\n")
+    print(f"Window with the largest sum:\n\n{table(rows['window'])}\n")
+    print(f"Window around the highest cell:\n\n{table(rows['cell'])}")
+
+
+if __name__ == "__main__":
+    main()
