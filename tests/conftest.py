@@ -27,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="folder of photographs with a labels.csv; tests that need one are skipped without it",
     )
+    group.addoption(
+        "--browser",
+        default=None,
+        metavar="PATH",
+        help="a Chromium for the tests of the audit's report, which are skipped without it",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -56,8 +56,8 @@ def test_numbers_are_those_of_the_model(tmp_path):
         for layer in ("1", "4"):
             numbers = layers[row["index"], layer]
             values = maps[row["index"], layer, "predicted"]["values"]
-            assert sum(values) == pytest.approx(numbers["map_sum"], abs=1e-4)
-            assert numbers["map_sum"] + numbers["bias"] == pytest.approx(row["score"], abs=1e-4)
+            assert sum(values) == pytest.approx(numbers["sub_scores"], abs=1e-4)
+            assert numbers["sub_scores"] + numbers["bias"] == pytest.approx(row["score"], abs=1e-4)
             assert numbers["residual"] < 1e-4
 
 

@@ -2,14 +2,34 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ROLES", "Explained", "explain"]
+from captum_scoremap.freeze import FrozenModel, Recording, Reduction, Site
+from captum_scoremap.linear_form import bias_at
+from captum_scoremap.models.layers import map_channel_dim
+from captum_scoremap.rules import with_rules
+from captum_scoremap.tokens import token_grid
+
+__all__ = ["ROLES", "Explained", "MapLayer", "explain", "map_layers"]
 
 ROLES = ("predicted", "runner_up", "true")
 """Whose score a map explains. Any contrast is the difference of two of them."""
+
+
+@dataclass(frozen=True)
+class MapLayer:
+    """A layer whose output is laid out over the image.
+
+    Attributes:
+        name: Name of its module.
+        channel_dim: Dimension of the channels: 1 for (N, C, H, W), -1 for (N, H, W, C) and (N, tokens, C).
+    """
+
+    name: str
+    channel_dim: int = 1
 
 
 @dataclass(frozen=True)
@@ -17,57 +37,128 @@ class Explained:
     """Score maps of one batch.
 
     Attributes:
-        scores: Scores of all labels, ``(N, K)``, in logits.
-        labels: Label of each role, ``(N, 3)``, in the order of `ROLES`; -1 where the true label is not known.
-        maps: For each layer the score map of each role, ``(N, 3, H, W)``.
-        biases: For each layer B of the predicted label, ``(N,)``.
-        residuals: For each layer |S − (A·Y + B)| of the predicted label, ``(N,)``.
+        scores: Scores of all labels, (N, K), in logits.
+        labels: Label of each role, (N, 3), in the order of `ROLES`; -1 where the true label is not known.
+        maps: For each layer the score map of each role, (N, 3, H, W), in logits; zero where there is no label.
+        sums: For each layer the sum A·Y of the predicted label, (N,), in logits; that of its map, and of tokens that
+            have no place in the image.
+        biases: For each layer B of the predicted label, (N,), in logits.
+        residuals: For each layer |S − (A·Y + B)| of the predicted label, (N,), in logits.
     """
 
     scores: Tensor
     labels: Tensor
     maps: Mapping[str, Tensor]
+    sums: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
     residuals: Mapping[str, Tensor]
 
 
-def explain(model: nn.Module, layers: Sequence[str], inputs: Tensor, true: Tensor) -> Explained:
-    """Explain one batch.
+def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: Tensor) -> Explained:
+    """Explain one batch: one recorded run, one backward pass for each role, one replay for each layer's B.
 
     Args:
         model: The network, in eval mode.
-        layers: Names of its layers.
-        inputs: Images ``(N, C, H, W)``.
-        true: True labels ``(N,)``, -1 where not known.
+        layers: Its layers to map.
+        inputs: Images (N, C, H, W).
+        true: True labels (N,), -1 where not known.
 
     Returns:
         The score maps.
 
     Raises:
-        ValueError: If a true label is none of the model's.
+        ValueError: If the model does not score labels, or a true label is none of them.
     """
-    kept: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
-        for name in layers
-    ]
+    sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in layers}
+    table = with_rules(None)
+    taps = {site: Reduction(channel_dim=layer.channel_dim) for layer, site in sites.items()}
+    recording = Recording(model, table, taps, keep=True)
     with torch.enable_grad():
-        scores = model(inputs.requires_grad_())
-    for hook in hooks:
-        hook.remove()
+        scores = recording.record((inputs,), ())
+    _check_scores(scores, true)
+    labels = torch.cat([scores.detach().topk(2, dim=1).indices, true[:, None]], dim=1)
+    anchors = [recording.tapped[site].anchors[0] for site in sites.values()]
+    maps: dict[MapLayer, list[Tensor]] = {layer: [] for layer in layers}
+    sums: dict[str, Tensor] = {}
+    for role in range(len(ROLES)):
+        # A role that repeats another, or has no label, needs no pass of its own.
+        wanted = (labels[:, role] >= 0) & (labels[:, :role] != labels[:, role, None]).all(1)
+        chosen = scores.gather(1, labels[:, role, None].clamp(min=0))[:, 0] * wanted
+        if wanted.any():
+            gradients = torch.autograd.grad(chosen.sum(), anchors, retain_graph=True)
+        else:
+            gradients = tuple(torch.zeros_like(anchor) for anchor in anchors)
+        for layer, gradient in zip(layers, gradients, strict=True):
+            maps[layer].append(gradient if layer.channel_dim == 1 else token_grid(gradient))
+            if role == 0:
+                sums[layer.name] = gradient.flatten(1).sum(1)
+    frozen = FrozenModel(model, recording.rules, recording.entries, recording.calls, (inputs,), ())
+    scores = scores.detach()
+
+    def predicted(output: Any) -> Tensor:
+        picked: Tensor = output.gather(1, labels[:, :1])[:, 0]
+        return picked
+
+    score = predicted(scores)
+    biases = {
+        layer.name: bias_at(frozen, site, recording.tapped[site].activations, predicted)
+        for layer, site in sites.items()
+    }
+    return Explained(
+        scores,
+        labels,
+        maps={layer.name: torch.cat(found, 1) for layer, found in maps.items()},
+        sums=sums,
+        biases=biases,
+        residuals={name: (score - (sums[name] + biases[name])).abs() for name in sums},
+    )
+
+
+def map_layers(model: nn.Module, names: Sequence[str], inputs: Tensor) -> tuple[MapLayer, ...]:
+    """Find out how the outputs of layers are laid out.
+
+    Args:
+        model: The network, in eval mode; it runs once.
+        names: Names of its layers.
+        inputs: An image (1, C, H, W).
+
+    Returns:
+        The layers.
+
+    Raises:
+        ValueError: If the output of one is not laid out over the image.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, output: object) -> None:
+        shapes[name] = tuple(output.shape) if isinstance(output, Tensor) else ()
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(_map_layer(name, shapes.get(name), tuple(inputs.shape)) for name in names)
+
+
+def _map_layer(name: str, shape: tuple[int, ...] | None, image_shape: tuple[int, ...]) -> MapLayer:
+    if shape is None:
+        raise ValueError(f"layers must run when the model does, got {name!r}, which does not.")
+    if len(shape) == 3:
+        return MapLayer(name, -1)
+    if len(shape) == 4:
+        return MapLayer(name, map_channel_dim(shape, image_shape) or 1)
+    raise ValueError(f"layers must give maps (N, C, H, W) or tokens (N, tokens, C), got {shape} from {name!r}.")
+
+
+def _check_scores(scores: object, true: Tensor) -> None:
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.shape[1] < 2:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"model must give scores (N, K) of at least two labels, got {got}.")
     if int(true.max()) >= scores.shape[1]:
         raise ValueError(f"labels must be less than {scores.shape[1]}, the model's, got {int(true.max())}.")
-    top = scores.detach().topk(2, dim=1).indices
-    labels = torch.cat([top, true[:, None]], dim=1)
-    maps: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for role in range(3):
-        chosen = labels[:, role].clamp(min=0)
-        picked = scores.gather(1, chosen[:, None]).sum()
-        gradients = torch.autograd.grad(picked, [kept[name] for name in layers], retain_graph=True)
-        for name, gradient in zip(layers, gradients, strict=True):
-            maps[name].append((gradient * kept[name].detach()).sum(1))
-    stacked = {name: torch.stack(found, 1) for name, found in maps.items()}
-    score = scores.detach().gather(1, top[:, :1])[:, 0]
-    biases = {name: score - found[:, 0].sum((1, 2)) for name, found in stacked.items()}
-    residuals = {name: torch.zeros_like(score) for name in layers}
-    return Explained(scores.detach(), labels, stacked, biases, residuals)

@@ -29,7 +29,7 @@ _INDEX = (
     "index", "name", "width", "height", "predicted", "runner_up", "true", "score", "probability", "contrast",
     "crops", "insertion", "deletion",
 )  # fmt: skip
-_NUMBERS = ("map_sum", "bias", "residual", "top10_share", "border_share", "region_share")
+_NUMBERS = ("sub_scores", "bias", "residual", "top10_share", "border_share", "region_share")
 
 
 def write_report(

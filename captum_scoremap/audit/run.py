@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 import captum_scoremap
 from captum_scoremap.audit.analysis import Analysis, analyze
+from captum_scoremap.audit.cluster import on_ray
+from captum_scoremap.audit.explaining import MapLayer, map_layers
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.progress import Progress
 from captum_scoremap.audit.report import write_report
@@ -23,7 +25,7 @@ from captum_scoremap.audit.shards import Shards, write_json
 from captum_scoremap.audit.sources import Source, open_source
 from captum_scoremap.audit.worker import METRICS, Worker
 from captum_scoremap.checks import nearest
-from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model
+from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
 from captum_scoremap.models.layers import main_layers
 
 __all__ = ["Audit", "audit"]
@@ -69,9 +71,12 @@ def audit(
     metrics: Sequence[str] = (),
     limit: int | None = None,
     resume: bool = False,
+    ray: str | None = None,
+    workers: int = 2,
     batch_size: int = 16,
     shard_size: int = 128,
     device: str | torch.device = "cpu",
+    prepare_model: bool = True,
     progress: bool = True,
     show_paths: bool = False,
 ) -> Audit:
@@ -88,9 +93,13 @@ def audit(
         metrics: Further measures of each image: ``"insertion"``, ``"deletion"``.
         limit: Take this many images, evenly spread over the source.
         resume: Go on with what lies in ``out``, made with the same settings.
+        ray: Address of a Ray cluster to compute on: ``"local"``, ``"auto"``, ``"ray://HOST:PORT"``; None computes in
+            this process. The images must have the same path on all its machines.
+        workers: Number of actors on the cluster.
         batch_size: Images that go through the model together.
         shard_size: Images whose results are written together.
         device: Where the model computes.
+        prepare_model: Whether to explain a faster copy of the model, its batch norms folded.
         progress: Whether to show how far it is.
         show_paths: Whether the report may name the files by their full path on this machine.
 
@@ -115,45 +124,50 @@ def audit(
     plan = Plan(len(opened), limit, batch_size, shard_size)
     if plan.count == 0:
         raise ValueError(f"source must hold images, got {opened.title!r} without any.")
-    loaded.module.to(device)
     worker = Worker(opened, plan, loaded, (), _check_metrics(metrics), torch.device(device))
-    worker = replace(worker, layers=_choose_layers(worker, layers))
-    settings = _settings(worker)
+    inputs = worker.first_readable().to(device)
+    original = loaded.module
+    module = prepare(original, inputs.cpu()) if prepare_model else copy.deepcopy(original).eval()
+    module = module.to(device)
+    worker = replace(worker, model=replace(loaded, module=module), layers=_choose_layers(module, layers, inputs))
+    settings = _settings(worker, original, prepare_model)
     shards = Shards(Path(out))
     _open_folder(shards, settings, resume)
-    _work(worker, shards, progress)
-    analysis = analyze(shards, worker.layers)
+    _work(worker, shards, ray, workers, progress)
+    analysis = analyze(shards, settings["layers"])
     report = write_report(shards, settings, analysis, opened.path if show_paths else None)
     return Audit(shards.folder, settings, analysis, report)
 
 
-def _work(worker: Worker, shards: Shards, show: bool) -> None:
+def _work(worker: Worker, shards: Shards, ray: str | None, workers: int, show: bool) -> None:
     """Do the shards that are not done."""
-    done = set(shards.finished())
     plan = worker.plan
-    progress = Progress(plan.count, sum(plan.size(shard) for shard in done), show)
+    done = shards.finished()
+    missing = sorted(set(plan.shards) - set(done))
+    results = _in_process(worker, missing) if ray is None else on_ray(worker, missing, ray, workers)
+    progress = Progress(plan.count, sum(map(plan.size, done)), show)
     try:
-        for shard, tables in _in_process(worker, [shard for shard in plan.shards if shard not in done]):
+        for shard, tables in results:
             shards.write(shard, tables)
             progress.advance(plan.size(shard))
     finally:
         progress.close()
 
 
-def _in_process(worker: Worker, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+def _in_process(worker: Worker, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, pa.Table]]]:
     for number in numbers:
         yield number, worker.tables(number)
 
 
 def _as_loaded(model: str | nn.Module | LoadedModel) -> LoadedModel:
-    """The model with all that belongs to it; a copy in eval mode, so that the user's stays as it is."""
+    """The model with all that belongs to it."""
     if isinstance(model, str):
         return load_model(model)
     if isinstance(model, nn.Module):
         model = LoadedModel(type(model).__name__, model)
     if not isinstance(model, LoadedModel):
         raise TypeError(f"model must be a model or the name of one, got {type(model).__name__}. See load_model.")
-    return replace(model, module=copy.deepcopy(model.module).eval())
+    return model
 
 
 def _check_metrics(names: Sequence[str]) -> tuple[str, ...]:
@@ -163,23 +177,20 @@ def _check_metrics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _choose_layers(worker: Worker, layers: Sequence[str] | None) -> tuple[str, ...]:
-    """The layers asked for, or those that one image finds."""
-    if not layers:
-        found = main_layers(worker.model.module, worker.first_readable().to(worker.device))
-        if not found:
-            raise ValueError(
-                f"layers must be named, got none, and no layer of {worker.model.name} gives a map by itself."
-            )
-        return tuple(found[-_RESOLUTIONS:])
-    known = dict(worker.model.module.named_modules())
-    for name in layers:
+def _choose_layers(module: nn.Module, names: Sequence[str] | None, inputs: Tensor) -> tuple[MapLayer, ...]:
+    """The layers asked for, or the last of each of the coarsest resolutions."""
+    if not names:
+        names = main_layers(module, inputs)[-_RESOLUTIONS:]
+        if not names:
+            raise ValueError(f"layers must be named, got none, and no layer of {type(module).__name__} gives a map.")
+    known = dict(module.named_modules())
+    for name in names:
         if not name or name not in known:
             raise ValueError(f"layers must be named as in the model, got {name!r}.{nearest(name, known)}")
-    return tuple(layers)
+    return map_layers(module, names, inputs)
 
 
-def _settings(worker: Worker) -> dict[str, Any]:
+def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, Any]:
     """What decides the results: two runs with equal settings yield equal tables."""
     plan = worker.plan
     return {
@@ -191,11 +202,12 @@ def _settings(worker: Worker) -> dict[str, Any]:
         },
         "model": {
             "name": worker.model.name,
-            "hash": _weights_hash(worker.model.module),
+            "hash": _weights_hash(original),
+            "prepared": prepared,
             "preprocessing": repr(worker.model.preprocessing),
             "labels": list(worker.model.labels),
         },
-        "layers": list(worker.layers),
+        "layers": [layer.name for layer in worker.layers],
         "metrics": list(worker.metrics),
         "limit": plan.limit,
         "batch_size": plan.batch_size,

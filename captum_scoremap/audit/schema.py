@@ -49,7 +49,11 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
     "layers": _schema(
         _INDEX,
         _LAYER,
-        Column("map_sum", pa.float64(), "sum of the predicted label's score map M = A·Y, in logits"),
+        Column(
+            "sub_scores",
+            pa.float64(),
+            "A·Y: sum of the predicted label's score map, and of tokens off the map, in logits",
+        ),
         Column("bias", pa.float64(), "B: what the layers above add whatever Y is, in logits"),
         Column("bias_share", pa.float64(), "|B| / (|B| + |A·Y|), from 0 to 1"),
         Column("residual", pa.float64(), "|S − (A·Y + B)|: how far the explanation is from exact, in logits"),

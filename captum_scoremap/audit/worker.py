@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from captum_scoremap import metrics
 from captum_scoremap.audit.concentration import border_share, peak, region_share, top_share
-from captum_scoremap.audit.explaining import ROLES, Explained, explain
+from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer, explain
 from captum_scoremap.audit.pictures import UnreadableError, strict_decoding
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.schema import TABLES
@@ -51,7 +51,7 @@ class Worker:
         source: Where the images come from.
         plan: Which of them make which shard and batch.
         model: The model, its preprocessing and its labels.
-        layers: Names of the layers to map, from image to score; the last one is what rankings use.
+        layers: The layers to map, from image to score; the last one is what rankings use.
         metrics: Names of further measures, of `METRICS`; each costs many forward passes an image.
         device: Where the model computes.
         threads: Threads that decode images.
@@ -60,7 +60,7 @@ class Worker:
     source: Source
     plan: Plan
     model: LoadedModel
-    layers: tuple[str, ...]
+    layers: tuple[MapLayer, ...]
     metrics: tuple[str, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
@@ -186,10 +186,10 @@ class Worker:
         rows = []
         for layer, maps in found.maps.items():
             map_ = maps[:, 0].double()
-            total, bias = map_.sum((1, 2)), found.biases[layer].double()
+            total, bias = found.sums[layer].double(), found.biases[layer].double()
             row, column = peak(map_)
             numbers: Mapping[str, Tensor] = {
-                "map_sum": total,
+                "sub_scores": total,
                 "bias": bias,
                 "bias_share": bias.abs() / (bias.abs() + total.abs()).clamp(min=torch.finfo(torch.double).tiny),
                 "residual": found.residuals[layer].double(),
@@ -241,7 +241,7 @@ class Worker:
         return rows
 
     def _measure(self, name: str, found: Explained, inputs: Tensor) -> list[float]:
-        maps = found.maps[self.layers[-1]][:, :1]
+        maps = found.maps[self.layers[-1].name][:, :1]
         curve = METRICS[name](self.model.module, lambda *_: maps, inputs, found.labels[:, 0])
         return [float(value) for value in curve.area]
 

@@ -147,7 +147,7 @@
       ["unusualness", short(image.unusual)], ["insertion", short(image.insertion)], ["deletion", short(image.deletion)],
     ];
     if (layer) {
-      rows.push(["A·Y at this layer", `${short(layer.map_sum)} logits`], ["B", `${short(layer.bias)} logits`],
+      rows.push(["A·Y at this layer", `${short(layer.sub_scores)} logits`], ["B", `${short(layer.bias)} logits`],
         ["residual", short(layer.residual)], ["in the best tenth", percent(layer.top10_share)],
         ["in the border", percent(layer.border_share)], ["in the region", percent(layer.region_share)]);
     }

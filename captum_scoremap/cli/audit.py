@@ -1,0 +1,151 @@
+"""``captum-scoremap audit``: a model over a whole data set, and a page with what it looks at."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from captum_scoremap.cli.options import DeviceOption, ModelOption, PrepareOption, WeightsOption, chosen_device
+from captum_scoremap.models import DEFAULT_MODEL, load_model
+
+if TYPE_CHECKING:
+    from captum_scoremap.audit import Audit
+
+_NAMED = 10  # images that are named for a condition
+
+
+def audit(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images, a list of them (.csv, .parquet), or torchvision:NAME/SPLIT:ROOT.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for results and report.")] = Path(
+        "audit"
+    ),
+    model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = "default",
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="FILE", help="True labels: a .csv or .parquet with columns path and label."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            "-l",
+            metavar="A,B,...",
+            help="Layers to map, from image to score. \\[default: the last of each of the three coarsest resolutions]",
+            show_default=False,
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", metavar="A,B", help="Also insertion, deletion; each takes many passes an image."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Take N images, evenly spread over the source.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the audit that lies in DIR.")] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            metavar="CONDITION",
+            help='Exit with 2 if it holds, and name the images: "residual>1e-3", "border_share>0.5", "accuracy<0.7". '
+            "May be given several times.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Compute on a Ray cluster: local, auto, or ray://HOST:PORT.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", metavar="N", help="Actors on the Ray cluster.", min=1)] = 2,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Images computed together.", min=1)] = 16,
+    shard_size: Annotated[int, typer.Option("--shard-size", metavar="N", help="Images written together.", min=1)] = 128,
+    device: DeviceOption = "auto",
+    prepare_model: PrepareOption = True,
+    show_paths: Annotated[
+        bool, typer.Option("--show-paths", help="Name the files in the report by their full path on this machine.")
+    ] = False,
+) -> None:
+    """Find out what a model looks at over a whole data set, and where it looks at the wrong thing.
+
+    Every image is explained at several layers by the exact sum S = A·Y + B. DIR/report.html shows accuracy, how exact
+    the explanation is, labels that may be recognized by a shortcut (a mark, a border), confused pairs, and every image
+    with its score maps; it needs no server and no network. The numbers are Parquet files beside it. Folders named like
+    the model's labels give the true labels.
+
+    **Examples**
+
+    * `captum-scoremap audit photos/`
+
+    * `captum-scoremap audit photos/ --labels labels.csv --model torchvision:resnet50 --out audit-resnet50`
+
+    * `captum-scoremap audit photos/ --out audit-resnet50 --resume` (after an interruption)
+
+    * `captum-scoremap audit test/ --fail-on "residual>1e-3" --fail-on "accuracy<0.7"` (in a build pipeline)
+    """
+    from captum_scoremap.audit import audit as run
+    from captum_scoremap.audit.conditions import failures, parse_condition
+
+    conditions = [parse_condition(text) for text in fail_on or ()]
+    done = run(
+        source,
+        load_model(model, weights),
+        out=out,
+        labels=labels,
+        layers=layers.split(",") if layers else None,
+        metrics=metrics.split(",") if metrics else (),
+        limit=limit,
+        resume=resume,
+        ray=ray,
+        workers=workers,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        device=chosen_device(device),
+        prepare_model=prepare_model,
+        show_paths=show_paths,
+    )
+    for line in _said(done):
+        typer.echo(line)
+    failed_on = failures(conditions, done.images, done.layers, done.settings["layers"][-1])
+    for failure in failed_on:
+        typer.echo(f"{failure} ({len(failure.images)} images)", err=True)
+        for line in _some(failure.images):
+            typer.echo(line, err=True)
+    if failed_on:
+        sys.exit(2)
+
+
+def _said(done: "Audit") -> Iterator[str]:
+    """What the program says at the end."""
+    summary = done.analysis.summary
+    yield f"{summary['audited']} images audited, {len(summary['failed'])} not."
+    yield from _some([f"{failed['name']}: {failed['error']}" for failed in summary["failed"]])
+    if summary["accuracy"] is not None:
+        yield f"Accuracy: {summary['accuracy']:.1%} of {summary['labeled']} labeled images."
+    for layer in summary["layers"]:
+        if layer["residual_max"] is not None:
+            yield f"Layer {layer['layer']}: largest residual {layer['residual_max']:.1e} logits."
+    first = next(iter(done.analysis.labels), None)
+    if first is not None and first["shortcut"] is not None:
+        yield f"Label most likely recognized by a shortcut: {first['name']} ({first['shortcut']:.2f})."
+    yield f"Report: {done.report}"
+
+
+def _some(names: Sequence[str]) -> Iterator[str]:
+    """The first names, a line each, and how many there are besides."""
+    for name in names[:_NAMED]:
+        yield f"  {name}"
+    if len(names) > _NAMED:
+        yield f"  and {len(names) - _NAMED} more; see the report"
