@@ -440,6 +440,15 @@ class _Double(nn.Module):
         return self.model(x.double())
 
 
+def test_randomization_compares_after_the_layers_asked_for(model: nn.Module, inputs: Tensor, target: Tensor) -> None:
+    every = metrics.parameter_randomization(model, saliency, inputs, target)
+    last = metrics.parameter_randomization(model, saliency, inputs, target, layers=["0"])
+    assert list(last) == ["0"]
+    torch.testing.assert_close(last["0"], every["0"], rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"layers must be names of modules that have reset_parameters, got \['1'\]"):
+        metrics.parameter_randomization(model, saliency, inputs, target, layers=["1"])
+
+
 def test_randomization_leaves_the_generator_of_torch_alone(model: nn.Module, inputs: Tensor, target: Tensor) -> None:
     state = torch.get_rng_state()
     metrics.parameter_randomization(model, saliency, inputs, target)

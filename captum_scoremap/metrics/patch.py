@@ -65,9 +65,7 @@ def patch_score(
             F.interpolate(image[None, :, top:bottom, left:right], size, mode="bicubic", antialias=True)
             for left, top, right, bottom in image_boxes.tolist()
         ]
-        probabilities.append(
-            label_probabilities(forward_func, torch.cat(patches), label.expand(len(patches)))
-        )
+        probabilities.append(label_probabilities(forward_func, torch.cat(patches), label.expand(len(patches))))
     scores = torch.stack(probabilities)
     return scores if boxes.dim() == 3 else scores[:, 0]
 

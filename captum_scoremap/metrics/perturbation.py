@@ -127,9 +127,7 @@ def _curve(
     if not 1 <= steps <= pixels:
         raise ValueError(f"steps must be between 1 and the number of pixels, {pixels}, got {steps}.")
     order = (
-        attribution_maps(attribute, inputs, target)
-        .flatten(start_dim=1)
-        .argsort(dim=1, descending=True, stable=True)
+        attribution_maps(attribute, inputs, target).flatten(start_dim=1).argsort(dim=1, descending=True, stable=True)
     )
     rank = order.argsort(dim=1).view(-1, 1, *inputs.shape[-2:])
     exchanged = torch.linspace(0, pixels, steps + 1).round().long()
@@ -147,9 +145,7 @@ def _in_batches(forward_func: Callable[..., Any], images: Any, label: Tensor, ba
     for image in images:
         batch.append(image)
         if len(batch) == batch_size:
-            probabilities.append(
-                label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch)))
-            )
+            probabilities.append(label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch))))
             batch = []
     if batch:
         probabilities.append(label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch))))

@@ -34,9 +34,7 @@ def mosaics(
     cells = n * n
     available = len(set(target.tolist()))
     if available < cells:
-        raise ValueError(
-            f"inputs must hold at least {cells} different labels for {n} x {n} cells, got {available}."
-        )
+        raise ValueError(f"inputs must hold at least {cells} different labels for {n} x {n} cells, got {available}.")
     chosen = torch.stack([_different_labels(target, cells, generator) for _ in range(count)])
     channels, height, width = inputs.shape[1:]
     grid = inputs[chosen].view(count, n, n, channels, height, width)
@@ -95,9 +93,7 @@ def grid_pointing_game(attribute: Attribution, images: Tensor, labels: Tensor) -
     return torch.stack(shares).view(len(images), cells)
 
 
-def pointing_game(
-    attribute: Attribution, inputs: Tensor, target: Tensor, masks: Tensor, tolerance: int = 0
-) -> Tensor:
+def pointing_game(attribute: Attribution, inputs: Tensor, target: Tensor, masks: Tensor, tolerance: int = 0) -> Tensor:
     """Return whether the highest value of the map lies on the object.
 
     Zhang et al. 2016, *Top-down Neural Attention by Excitation Backprop* (with a tolerance of 15 pixels).

@@ -1,7 +1,7 @@
 """Does the attribution depend on what the network has learned?"""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from scipy.stats import spearmanr
@@ -16,6 +16,7 @@ def parameter_randomization(
     inputs: Tensor,
     target: Tensor,
     seed: int = 0,
+    layers: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return how alike the maps stay while the layers are initialized anew, one after another from the top.
 
@@ -30,6 +31,7 @@ def parameter_randomization(
         inputs: images ``(N, C, H, W)``.
         target: labels ``(N,)``.
         seed: of the new parameters; torch's own generator is left as it is.
+        layers: names of the layers after which to compare; after every one if None. All are randomized.
 
     Returns:
         For each layer, by name, from the top to the bottom: Spearman's rank correlation ``(N,)`` of each map
@@ -37,7 +39,7 @@ def parameter_randomization(
         constant.
 
     Raises:
-        ValueError: if inputs or target have the wrong shape.
+        ValueError: if inputs or target have the wrong shape, or a name is that of no layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(32, 3))
@@ -49,15 +51,16 @@ def parameter_randomization(
     check_images(inputs, target)
     randomized = copy.deepcopy(model)
     trained = attribute(randomized, inputs, target).detach()
-    layers = [
-        (name, module) for name, module in randomized.named_modules() if hasattr(module, "reset_parameters")
-    ]
+    resettable = {name: one for name, one in randomized.named_modules() if hasattr(one, "reset_parameters")}
+    if unknown := set(layers or ()) - set(resettable):
+        raise ValueError(f"layers must be names of modules that have reset_parameters, got {sorted(unknown)}.")
     correlations = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name, layer in reversed(layers):
+        for name, layer in reversed(resettable.items()):
             layer.reset_parameters()
-            correlations[name] = rank_correlation(trained, attribute(randomized, inputs, target))
+            if layers is None or name in layers:
+                correlations[name] = rank_correlation(trained, attribute(randomized, inputs, target))
     return correlations
 
 
@@ -74,8 +77,6 @@ def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
     height, width = one.shape[-2:]
     pairs = zip(input_sized(one, height, width), input_sized(other, height, width), strict=True)
     return torch.tensor([
-        0.0
-        if len(a.unique()) == 1 or len(b.unique()) == 1
-        else float(spearmanr(a.flatten(), b.flatten()).statistic)
+        0.0 if len(a.unique()) == 1 or len(b.unique()) == 1 else float(spearmanr(a.flatten(), b.flatten()).statistic)
         for a, b in ((a.cpu().double(), b.cpu().double()) for a, b in pairs)
     ])

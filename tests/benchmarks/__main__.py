@@ -1,0 +1,23 @@
+"""Run a benchmark: ``python -m tests.benchmarks [NAME] ...``; without a name, the one of speed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+DEFAULT = "speed"
+
+
+def main(arguments: list[str]) -> None:
+    """Hand the arguments to the benchmark that the first of them names."""
+    known = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in known else (DEFAULT, arguments)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        sys.exit(f"NAME must be one of {', '.join(known)}, got {arguments[0]!r}.")
+    sys.argv[0] = f"python -m tests.benchmarks {name}"
+    importlib.import_module(f"tests.benchmarks.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
