@@ -12,14 +12,17 @@ from captum_scoremap.cli import app
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-LINES = [line for language, code in BLOCKS if language == "console" for line in code.splitlines()]
+# "python needs=zennit" marks a block for which a package beyond the extra dev must be installed
+BLOCKS = re.findall(r"^```(\w+)(?: needs=(\w+))?\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [(needs, code) for language, needs, code in BLOCKS if language == "python"]
+LINES = [line for language, _, code in BLOCKS if language == "console" for line in code.splitlines()]
 COMMANDS = [line.rpartition("&& ")[2] for line in LINES if "captum-scoremap " in line.rpartition("&& ")[2]]
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
-def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("needs", "code"), PYTHON)
+def test_python_runs(needs: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if needs:
+        pytest.importorskip(needs)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
