@@ -258,6 +258,24 @@ def test_program_as_a_module() -> None:
     assert re.fullmatch(r"captum-scoremap \d+\.\d+\.\d+\n", done.stdout)
 
 
+def test_program_starts_without_any_extra() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('jinja2', 'pandas', 'pyarrow', 'ray', 'skimage', 'sklearn', 'timm'):\n"
+        "    sys.modules[name] = None  # importing it raises ModuleNotFoundError\n"
+        "from captum_scoremap.cli import main\n"
+        "main(['--help'])\n"
+        "sys.exit(main(['explain', 'sample:chelsea', '--model', 'torchvision:alexnet', '--weights', 'none']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "explain" in done.stdout
+    assert done.returncode == 2
+    (error,) = done.stderr.splitlines()
+    assert (
+        error == 'captum-scoremap: error: skimage is not installed. Do python -m pip install "captum-scoremap[demo]".'
+    )
+
+
 def test_options_shared_by_commands(folder: Path) -> None:
     assert chosen_device("cpu") == torch.device("cpu")
     assert chosen_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from captum_scoremap.audit.sources import FileSource, open_source
 from captum_scoremap.cli.explanation import find_layers
 from captum_scoremap.cli.options import (
     DeviceOption,
@@ -130,7 +129,7 @@ def patches(
         for name, layer in modules.items()
     }
     if len(left_out) < len(files):
-        figure, _ = visualize_patches(found)
+        figure, _ = visualize_patches(found, show_values=False)  # they stand in the table
         figure.canvas.print_figure(out, dpi=150)
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         console.print(_table(found, loaded))
@@ -166,6 +165,9 @@ def _files(
     folder: str, labels: Path | None, label: str | None, loaded: LoadedModel
 ) -> tuple[list[Path], list[int | None]]:
     """Image files and their labels, None where not known; of one label only, if the user named one."""
+    # Only here, as the room of the audit asks for its extra, which no other command needs.
+    from captum_scoremap.audit.sources import FileSource, open_source
+
     source = open_source(folder, labels, loaded.labels or None)
     if not isinstance(source, FileSource):
         raise ValueError(f"FOLDER must be a folder or a list of image files, got {folder!r}.")
