@@ -20,7 +20,7 @@ Rule: TypeAlias = Literal["window", "box", "component"]
 Sign: TypeAlias = Literal["positive", "all"]
 
 ROUNDING = 1e-8
-"""Share of a map's positive sum below which a box holds nothing but rounding errors."""
+"""Share of a map's positive sum below which a region holds nothing but rounding errors."""
 
 
 def score_map_crops(
@@ -82,8 +82,8 @@ def score_map_crops(
     values = score_map.detach().to("cpu", torch.float64)
     maps = F.interpolate(values, image_size, mode=interpolate_mode, align_corners=align)[:, 0]
     if rule == "window" and size is not None:
-        counted = maps if sign == "all" else maps.clamp(min=0)
-        boxes = _windows(counted, (size, size) if isinstance(size, int) else size, k, max_overlap)
+        window = (size, size) if isinstance(size, int) else size
+        boxes = _windows(maps, window, k, sign or "positive", max_overlap)
     else:
         levels = _levels(maps, (0.0 if rule == "box" else 0.15) if threshold is None else threshold, quantile)
         above = maps - levels[:, None, None]
@@ -91,20 +91,25 @@ def score_map_crops(
     return boxes.to(score_map.device)
 
 
-def _windows(maps: Tensor, size: tuple[int, int], k: int, max_overlap: float) -> Tensor:
+def _windows(maps: Tensor, size: tuple[int, int], k: int, sign: Sign, max_overlap: float) -> Tensor:
     """Choose windows of one size one after another, each the best that overlaps none before too much.
 
     Returns:
         Boxes ``(N, k, 4)``.
     """
+    if sign == "positive":
+        maps = maps.clamp(min=0)
     sums = _window_sums(_integral(maps), *size)
     y0, x0 = (corner.flatten() for corner in torch.meshgrid(*map(torch.arange, sums.shape[1:]), indexing="ij"))
     windows = torch.stack([x0, y0, x0 + size[1], y0 + size[0]], dim=1)
     sums = sums.flatten(1)
+    if sign == "positive":
+        nothing = ROUNDING * maps.sum(dim=(1, 2))
+        sums = sums.masked_fill(sums <= nothing[:, None], -torch.inf)
     chosen: list[Tensor] = []
     while True:
         best, index = sums.max(dim=1)
-        _check_found(best > -torch.inf, k, len(chosen), "Use a smaller size or a larger max_overlap.")
+        _check_found(best > -torch.inf, k, len(chosen), "Use sign='all' or a larger max_overlap.")
         chosen.append(windows[index])
         if len(chosen) == k:
             return torch.stack(chosen, dim=1)
@@ -124,7 +129,7 @@ def _disjoint_boxes(maps: Tensor, k: int, aspect: float | None) -> Tensor:
         integral = _integral(maps)
         best, boxes = _best_rectangle(integral) if aspect is None else _best_of_aspect(integral, aspect)
         enough = best > -ROUNDING * forbidding
-        _check_found(enough, k, len(chosen), "Use rule='window', or a lower threshold.")
+        _check_found(enough, k, len(chosen), "Use sign='all' with a size, or a lower threshold.")
         chosen.append(boxes)
         if len(chosen) == k:
             return torch.stack(chosen, dim=1)
@@ -147,7 +152,7 @@ def _components(maps: Tensor, k: int, max_overlap: float) -> Tensor:
         ]).reshape(-1, 4)
         frames.append(boxes[nms(boxes.double(), areas.double(), max_overlap)][:k])
     found = torch.tensor([len(boxes) for boxes in frames])
-    _check_found(found >= k, k, int(found.min()), "Use rule='window', or another threshold.")
+    _check_found(found >= k, k, int(found.min()), "Use sign='all' with a size, or another threshold.")
     return torch.stack(frames)
 
 
