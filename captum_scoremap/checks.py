@@ -149,6 +149,12 @@ def is_tuple_of_one(inputs: object) -> bool:
     """Whether a single input came as a tuple: then its result is one too.
 
     ``sensitivity_max`` hands inputs over as a tuple, and takes a tensor that comes back apart into images.
+
+    Args:
+        inputs: Tensor or tuple of tensors.
+
+    Returns:
+        Whether it is a tuple of one.
     """
     return isinstance(inputs, tuple) and len(inputs) == 1
 

@@ -32,9 +32,10 @@ def explain_targets(
 ) -> list[Tensor]:
     """The score maps of many labels at every site.
 
-    The score of a label is pushed back through the frozen layers above, one pass for each label; or, at a layer of fewer
-    positions than there are labels, the activation of each position alone is pushed forward through them, one pass for
-    each position: M(x, y) is the change of the scores it makes (Eq. (4) of Yu et al. 2015, read from the other end).
+    The score of a label is pushed back through the frozen layers above, one pass for each label; or, at a layer of
+    fewer positions than there are labels, the activation of each position alone is pushed forward through them, one
+    pass for each position: M(x, y) is the change of the scores it makes (Eq. (4) of Yu et al. 2015, read from the
+    other end).
 
     Args:
         forward_func: The model, or a function that calls it.
@@ -78,8 +79,8 @@ def explain_targets(
     found: dict[Site, list[Tensor]] = {site: [] for site in backward}
     for start in range(0, len(scores) if backward else 0, images):
         chunk = torch.stack(scores[start : start + images])
-        for site, maps in zip(backward, _pushed_back(chunk, anchors), strict=True):
-            found[site].append(torch.cat(maps.unbind(0), channels))
+        for site, one in zip(backward, _pushed_back(chunk, anchors), strict=True):
+            found[site].append(torch.cat(one.unbind(0), channels))
     del scores, output, recording, anchors
 
     def select(value: Any) -> Tensor:
@@ -87,7 +88,7 @@ def explain_targets(
         return value if every else torch.stack([select_scores(value, label) for label in labels], 1)
 
     maps = {site: torch.cat(parts, channels) for site, parts in found.items()}
-    for site in forward:
+    for site in sorted(forward, key=sites.index):
         tail = tails.get(site)
         if tail is None:
             tail = Tail(forward_func, table, site, reduction, trusted)

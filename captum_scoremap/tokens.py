@@ -10,8 +10,8 @@ __all__ = ["token_grid"]
 def token_grid(score_map: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     """Lay the tokens of a score map out as an image, so that it plots like any other.
 
-    Class and register tokens, which stand before the patches and have no place in the image, are left out; what they add
-    to the score is the difference of the sums.
+    Class and register tokens, which stand before the patches and have no place in the image, are left out; what they
+    add to the score is the difference of the sums.
 
     Args:
         score_map: Map of a token layer, taken with ``channel_dim=-1``: (N, tokens, K) as in ViT, or (N, h, w, K) as in

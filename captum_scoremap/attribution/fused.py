@@ -13,7 +13,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
-from captum_scoremap.freeze import Recording, Reduction, as_tuple_of_arguments
+from captum_scoremap.freeze import Recording, Reduction, Tapped, as_tuple_of_arguments
 from captum_scoremap.linear_form import Target, check_sites, select_scores, warn_of_probabilities
 from captum_scoremap.rules import Rule, with_rules
 
@@ -115,7 +115,7 @@ class FusedScoreMap(GradientAttribution):
             warn_of_probabilities(recording, output)
             score = select_scores(output, target)
             odds = log_odds(output, target)
-        anchors = [recording.tapped[site].anchors[0] for site in taps]
+        anchors = [_map_anchor(recording.tapped[site], site[0]) for site in taps]
         score_maps = _gradients(odds, anchors)
         (coefficients,) = _gradients(score, recording.input_taps.anchors)
         fused = fuse(score_maps, odds.detach(), image.shape[-2:])
@@ -230,6 +230,15 @@ def main_layers(forward_func: Callable[..., Any], image: Tensor, additional: tup
         raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
     coarsest = sorted(last, key=math.prod)[:_RESOLUTIONS]
     return [module for resolution, (_, module) in last.items() if resolution in coarsest]
+
+
+def _map_anchor(tapped: Tapped, layer: nn.Module) -> Tensor:
+    """The anchor of a layer that returns one map."""
+    shapes = [tuple(anchor.shape) for anchor in tapped.anchors]
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        got = ", ".join(str(tuple(activations.shape)) for activations in tapped.activations)
+        raise ValueError(f"layers must return maps (N, C, h, w), got {got} from a {type(layer).__name__}.")
+    return tapped.anchors[0]
 
 
 def _gradients(scores: Tensor, anchors: Sequence[Tensor]) -> list[Tensor]:

@@ -98,8 +98,8 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
 
         Returns:
             Tensor in logits, (N, 1, h, w) for a layer of (N, C, h, w), or shaped like the layer without summation; a
-            tuple for a layer with several tensors, and for an input that is a tuple of one, as in ``sensitivity_max``; a
-            list for a list of layers. With the delta a pair of that and a tensor (N,), or a list of them.
+            tuple for a layer with several tensors, and for an input that is a tuple of one, as in ``sensitivity_max``;
+            a list for a list of layers. With the delta a pair of that and a tensor (N,), or a list of them.
 
         Raises:
             TypeError: If an input is not floating point, or a target has no known form.
@@ -215,11 +215,14 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
 def _check_layers(forward_func: Callable[..., Any], layer: object) -> list[nn.Module]:
     """One layer or several as a list.
 
+    Returns:
+        The layers.
+
     Raises:
         TypeError: If something in it is not a module.
         ValueError: If the model does not contain it.
     """
-    layers = layer if isinstance(layer, list) else [layer]
+    layers: list[Any] = layer if isinstance(layer, list) else [layer]
     for one in layers:
         check_layer(forward_func, one)
     return layers

@@ -53,6 +53,9 @@ class Replaying(Run):
     def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
         """The linear form of the call.
 
+        Returns:
+            Its output.
+
         Raises:
             RuntimeError: If the call was not recorded.
         """

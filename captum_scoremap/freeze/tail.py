@@ -1,7 +1,8 @@
 """The tail: the frozen model from a layer on, without the cost of what lies below.
 
-Below the layer nothing is computed in a replay: every operation returns zeros shaped like what it returned at the image.
-So what bypasses the layer is not right, but it is the same whatever the layer's output, and drops out of a difference.
+Below the layer nothing is computed in a replay: every operation returns zeros, shaped like what it returned at the
+image. So what bypasses the layer is not right, but it is the same whatever the layer's output, and drops out of a
+difference.
 """
 
 from collections.abc import Callable, Mapping

@@ -126,7 +126,12 @@ class Rule(ABC):
     def adjoint(self, call: Call, state: Any) -> Callable[[Tensor], Tensor] | None:
         """The backward pass of a call whose first argument alone is live: from the gradient of the output to its own.
 
-        It must hold on to nothing but what is frozen. None leaves the backward pass to autograd.
+        Args:
+            call: The call, at the image.
+            state: What is frozen.
+
+        Returns:
+            The function, which must hold on to nothing but what is frozen; None leaves it to autograd.
         """
         return None
 
