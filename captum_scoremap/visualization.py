@@ -420,7 +420,7 @@ def _checked_picture(image: Tensor, mean: Channels | None, std: Channels | None,
     if not pixels.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinite values.")
     low, high = float(pixels.min()), float(pixels.max())
-    if low < -0.05 or high > 1.05:  # a little outside is what resizing overshoots
+    if low < -0.25 or high > 1.25:  # less is what bicubic resizing overshoots
         raise ValueError(
             f"{name} must lie in [0, 1], got values from {low:.2f} to {high:.2f}. "
             "Pass the mean and std with which it was normalized."
@@ -438,7 +438,7 @@ def _by_channel(numbers: Channels, pixels: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: If there are neither one nor C.
     """
-    values = torch.as_tensor(numbers, dtype=torch.float32).reshape(-1, 1, 1)
+    values = torch.as_tensor(numbers, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
     if len(values) not in {1, len(pixels)}:
         raise ValueError(f"{name} must be one number or one per channel ({len(pixels)}), got {numbers}.")
     return values

@@ -130,6 +130,12 @@ def test_image_of_bytes_equals_image_of_fractions(image: Tensor) -> None:
     assert_close(torch.from_numpy(drawn(axes[0])), as_bytes.permute(1, 2, 0) / 255)
 
 
+def test_overshoot_of_resizing_is_clipped(image: Tensor) -> None:
+    _, axes = visualize_layer_score_maps({"conv": torch.ones(2, 2)}, image * 1.4 - 0.2)
+    assert drawn(axes[0]).min() == 0
+    assert drawn(axes[0]).max() == 1
+
+
 def test_grey_image_is_drawn_grey(image: Tensor) -> None:
     _, axes = visualize_layer_score_maps({"conv": torch.ones(2, 2)}, image[:1])
     assert_close(torch.from_numpy(drawn(axes[0])), image[:1].expand(3, -1, -1).permute(1, 2, 0))
