@@ -37,4 +37,5 @@ def token_grid(score_map: Tensor, grid: tuple[int, int] | None = None) -> Tensor
     rows, columns = grid if grid is not None else (math.isqrt(tokens), math.isqrt(tokens))
     if tokens < rows * columns:
         raise ValueError(f"grid must have at most {tokens} patches, one for each token, got {rows} x {columns}.")
-    return score_map[:, tokens - rows * columns :].unflatten(1, (rows, columns)).movedim(-1, 1)
+    patches: Tensor = score_map[:, tokens - rows * columns :].unflatten(1, (rows, columns))
+    return patches.movedim(-1, 1)

@@ -1,0 +1,110 @@
+"""The check of a model: what is linear, what is frozen, what is left over."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_scoremap import linear_form
+from captum_scoremap.cli import main
+from captum_scoremap.exactness import check_exactness
+from captum_scoremap.rules import Call, Rule, Tangent
+
+
+class Small(nn.Module):
+    """A residual network with a class token's worth of odd parts: a norm, a gate, a parameter that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU()
+        self.shift = nn.Parameter(torch.full((1, 4, 1, 1), 0.3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = x + self.act(self.norm(x)) + self.shift
+        return self.head(x.mean((2, 3)))
+
+
+class Strange(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.special.i0e(x) + torch.lgamma(x.abs() + 1))
+
+
+def small() -> nn.Module:
+    """For the command line."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Small()
+
+
+def strange() -> nn.Module:
+    """For the command line."""
+    return Strange()
+
+
+@pytest.fixture
+def inputs(generator: torch.Generator) -> Tensor:
+    return torch.rand(1, 3, 8, 8, dtype=torch.float64, generator=generator)
+
+
+def test_every_layer_of_an_exact_model_is_reported(inputs: Tensor) -> None:
+    model = small().double().eval()
+    found = check_exactness(model, inputs, 1)
+    layers = {layer.layer: layer for layer in found.layers}
+    assert set(layers) == {"input", "conv", "norm", "act", "", "head"}
+    assert found.layers[0].layer == "input"
+    assert layers["act"].operations == {("silu", "gate"): 1}
+    assert layers["conv"].operations == {("conv2d", "linear"): 1}
+    assert [name for name, layer in layers.items() if layer.residual is None] == [""]
+    assert found.is_exact
+    assert found.worst < 1e-12
+
+
+def test_shares_of_the_bias_sum_to_it(inputs: Tensor) -> None:
+    model = small().double().eval()
+    found = check_exactness(model, inputs, 1)
+    expected = float(linear_form(model, inputs, 1).bias)
+    assert sum(layer.bias for layer in found.layers) == pytest.approx(expected, rel=1e-12)
+    assert found.bias == pytest.approx(expected, rel=1e-12)
+
+
+def test_unsupported_operations_are_findings(inputs: Tensor) -> None:
+    found = check_exactness(Strange().double().eval(), inputs, 1)
+    assert {name for layer in found.layers for name in layer.unsupported} == {"special_i0e", "lgamma"}
+    assert not found.is_exact
+    rules = {"special_i0e": Tangent(), "lgamma": Tangent()}
+    assert check_exactness(Strange().double().eval(), inputs, 1, rules=rules).is_exact
+
+
+class Wrong(Rule):
+    """Freezes a value of its own choice, which verification must not let through."""
+
+    def freeze(self, call: Call) -> None:
+        """Nothing."""
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        return call.input * 2
+
+
+def test_a_wrong_rule_is_named(inputs: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"rule for 'silu' \(Wrong\), in module 'act'"):
+        check_exactness(small().double().eval(), inputs, 1, rules={"silu": Wrong()})
+
+
+def test_the_command_line_says_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--model", "tests.test_exactness:small", "--device", "cpu", "--dtype", "float64"]) == 0
+    printed = capsys.readouterr().out
+    assert "silu (gate)" in printed
+    assert "Exact: largest residual" in printed
+
+
+def test_the_command_line_fails_for_what_is_not_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--model", "tests.test_exactness:strange", "--device", "cpu", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["exact"] is False
+    assert found["worst_residual"] is None
+    assert {name for layer in found["layers"] for name in layer["unsupported"]} == {"special_i0e", "lgamma"}
