@@ -1,0 +1,239 @@
+"""FusedScoreMap against its definition written out, and what it promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_scoremap import FusedScoreMap
+from captum_scoremap.attribution.fused import log_odds, main_layers
+from captum_scoremap.metrics import parameter_randomization
+from tests.state import GlobalState
+
+LABELS = 5
+
+
+def with_weights(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.data = (
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / parameter[0].numel() ** 0.5
+        )
+    return model.double().eval()
+
+
+@pytest.fixture
+def model(generator: torch.Generator) -> nn.Sequential:
+    """Piecewise linear, with maps of 16 x 16, 8 x 8 and 4 x 4."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, LABELS),
+    )
+    with_weights(network, generator)
+    return network
+
+
+@pytest.fixture
+def inputs(generator: torch.Generator) -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+
+
+def fused_by_hand(model: nn.Sequential, layers: list[int], image: Tensor, label: int) -> Tensor:
+    """Steps 1 to 5 of the class, one image, with plain autograd: a piecewise-linear network's A is the gradient."""
+    image = image.clone().requires_grad_()
+    value, outputs = image, {}
+    for index, module in enumerate(model):
+        value = outputs[index] = module(value)
+    probability = value.softmax(1)[0, label]
+    odds = (probability / (1 - probability)).log()
+    detail = torch.zeros(image.shape[-2:], dtype=image.dtype)
+    for index in layers:
+        (gradient,) = torch.autograd.grad(odds, outputs[index], retain_graph=True)
+        score_map = (gradient * outputs[index]).sum(1, keepdim=True).detach()
+        detail += F.interpolate(score_map / score_map.abs().max(), image.shape[-2:], mode="bilinear")[0, 0]
+    bias = odds.detach() - score_map.sum()
+    everywhere_alike = score_map * score_map.numel() + bias
+    belief = 1 / (1 + torch.exp(-F.interpolate(everywhere_alike, image.shape[-2:], mode="bilinear")[0, 0]))
+    (coefficients,) = torch.autograd.grad(value[0, label], image)
+    fused = torch.where(detail > 0, detail**2 * belief, -(detail**2))
+    fused[(coefficients[0] == 0).all(0)] = 0
+    return fused
+
+
+@pytest.mark.parametrize("layers", [[1, 4, 6], [4, 6], [6]])
+def test_the_map_is_what_its_definition_says(model: nn.Sequential, inputs: Tensor, layers: list[int]) -> None:
+    target = torch.tensor([3, 0])
+    found = FusedScoreMap(model, [model[index] for index in layers]).attribute(inputs, target=target)
+    assert found.shape == (2, 1, 16, 16)
+    for image, label, fused in zip(inputs, target.tolist(), found[:, 0], strict=True):
+        torch.testing.assert_close(fused, fused_by_hand(model, layers, image[None], label))
+
+
+def test_the_default_is_the_last_layer_of_each_resolution(model: nn.Sequential, inputs: Tensor) -> None:
+    chosen = FusedScoreMap(model, [model[1], model[4], model[6]]).attribute(inputs, target=1)
+    torch.testing.assert_close(FusedScoreMap(model).attribute(inputs, target=1), chosen, rtol=0, atol=0)
+
+
+def test_tuples_in_tuples_out(model: nn.Sequential, inputs: Tensor) -> None:
+    method = FusedScoreMap(model)
+    (fused,) = method.attribute((inputs,), target=1)
+    torch.testing.assert_close(fused, method.attribute(inputs, target=1), rtol=0, atol=0)
+
+
+# --- log-odds ---
+
+
+@pytest.mark.parametrize("target", [2, (2,), torch.tensor(2), torch.tensor([2, 2, 2]), [2, 2, 2], [(2,)] * 3])
+def test_log_odds_are_those_of_the_softmax(target: object, generator: torch.Generator) -> None:
+    scores = torch.randn(3, LABELS, generator=generator, dtype=torch.float64)
+    probability = scores.softmax(1)[:, 2]
+    torch.testing.assert_close(log_odds(scores, target), (probability / (1 - probability)).log())
+
+
+def test_log_odds_of_a_pixel_are_among_the_labels_of_that_pixel(generator: torch.Generator) -> None:
+    scores = torch.randn(3, LABELS, 4, 4, generator=generator, dtype=torch.float64)
+    probability = scores.softmax(1)[:, 2, 1, 3]
+    torch.testing.assert_close(log_odds(scores, (2, 1, 3)), (probability / (1 - probability)).log())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_a_single_score_is_its_own_log_odds(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    scores = torch.randn(shape, generator=generator)
+    torch.testing.assert_close(log_odds(scores, None), scores.reshape(3), rtol=0, atol=0)
+
+
+# --- layers ---
+
+
+class Residual(nn.Module):
+    """Halves the resolution in the middle of its branch, and uses one ReLU twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(6, 6, 1)
+        self.down = nn.Conv2d(6, 6, 3, stride=2, padding=1)
+        self.shortcut = nn.Conv2d(6, 6, 1, stride=2)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.down(self.relu(self.before(x))) + self.shortcut(x))
+
+
+class Network(nn.Module):
+    """Four resolutions, channels-last tokens, and a layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.blocks = nn.ModuleList([Residual(), Residual(), Residual()])
+        self.relu = nn.ReLU()
+        self.tokens = nn.LayerNorm(6)
+        self.head = nn.Linear(6, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        x = self.tokens(x.movedim(1, -1))
+        return self.head(self.relu(x).mean((1, 2)))
+
+
+def test_main_layers_lie_outside_of_branches(inputs: Tensor) -> None:
+    network = Network().double().eval()
+    before = GlobalState.now()
+    assert main_layers(network, inputs.repeat(1, 1, 2, 2)) == list(network.blocks)
+    assert GlobalState.now() == before
+
+
+def test_fewer_resolutions_are_fine(inputs: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, LABELS)).double()
+    assert main_layers(network, inputs) == [network[1]]
+
+
+def test_a_network_without_maps_is_named(inputs: Tensor) -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, LABELS)).double().eval()
+    with pytest.raises(ValueError, match=r"layers must be named for this model, for none of its modules returns a map"):
+        FusedScoreMap(flat).attribute(inputs, target=0)
+
+
+def test_layers_are_looked_for_once_for_each_size(model: nn.Sequential, inputs: Tensor) -> None:
+    calls = []
+    model.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
+    method = FusedScoreMap(model)
+    method.attribute(inputs, target=0)
+    assert len(calls) == 2
+    method.attribute(inputs, target=1)
+    assert len(calls) == 3
+    method.attribute(inputs[..., :8], target=1)
+    assert len(calls) == 5
+
+
+# --- promises ---
+
+
+class Halves(nn.Module):
+    """DiFull (Rao et al. 2022): the score of label 0 sees the left half of the image alone, label 1 the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.joined = nn.Identity()
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = [self.features(half) for half in x.chunk(2, dim=3)]
+        joined = self.joined(torch.cat(halves, dim=3))
+        return torch.cat([self.head(half.mean((2, 3))) for half in joined.chunk(2, dim=3)], dim=1)
+
+
+def test_a_disconnected_cell_gets_exactly_zero(inputs: Tensor, generator: torch.Generator) -> None:
+    network = with_weights(Halves(), generator)
+    for label, seen in ((0, slice(None, 8)), (1, slice(8, None))):
+        fused = FusedScoreMap(network, [network.joined]).attribute(inputs, target=label)
+        outside = fused.clone()
+        outside[..., seen] = 0
+        assert (outside == 0).all()
+        assert (fused[..., seen] > 0).any((1, 2, 3)).all()
+
+
+def test_an_image_without_influence_gives_a_map_of_zeros(inputs: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, LABELS)).double().eval()
+    nn.init.zeros_(network[2].weight)
+    fused = FusedScoreMap(network).attribute(inputs, target=0)
+    torch.testing.assert_close(fused, torch.zeros(2, 1, 16, 16, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_randomizing_the_network_destroys_the_map(model: nn.Sequential, generator: torch.Generator) -> None:
+    images = torch.randn(20, 3, 16, 16, generator=generator, dtype=torch.float64)
+    correlations = parameter_randomization(
+        model,
+        lambda randomized, inputs, target: FusedScoreMap(randomized).attribute(inputs, target=target),
+        images,
+        torch.arange(20) % LABELS,
+        layers=["0"],
+    )
+    assert correlations["0"].mean().abs() < 0.2
+
+
+def test_inputs_must_be_images(model: nn.Sequential, inputs: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"inputs must be one tensor of images, \(N, C, H, W\), got .*, .*"):
+        FusedScoreMap(model).attribute((inputs, inputs), target=0)
+
+
+def test_layers_must_not_be_empty(model: nn.Sequential) -> None:
+    with pytest.raises(ValueError, match=r"layers must name at least one module, got none\. Leave it out"):
+        FusedScoreMap(model, [])
+
+
+def test_a_layer_must_return_a_map(model: nn.Sequential, inputs: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"layers must return maps \(N, C, h, w\), got \(2, 5\) from a Linear"):
+        FusedScoreMap(model, [model[9]]).attribute(inputs, target=0)
