@@ -1,6 +1,8 @@
 """Small data sets for the tests of the audit: digits as files, with every kind of damage where asked for."""
 
 import io
+import os
+import signal
 import struct
 import zlib
 from pathlib import Path
@@ -102,3 +104,17 @@ class Digits(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
+
+
+class FatalDigits(Digits):
+    """Digits of which one, the first time it is read, kills the process that reads it."""
+
+    def __init__(self, start: int, stop: int, fatal: int, grave: Path) -> None:
+        super().__init__(start, stop)
+        self.fatal, self.grave = fatal, grave
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == self.fatal and not self.grave.exists():
+            self.grave.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)

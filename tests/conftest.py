@@ -36,13 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the sweeps over whole model zoos out, unless ``-m`` asks for something."""
+    """Leave out the sweeps over whole model zoos and what starts a cluster, unless ``-m`` asks for something."""
     if config.option.markexpr:
         return
-    sweeps = [item for item in items if item.get_closest_marker("sweep")]
-    if sweeps:
-        config.hook.pytest_deselected(items=sweeps)
-        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    by_hand = [item for item in items if item.get_closest_marker("sweep") or item.get_closest_marker("ray")]
+    if by_hand:
+        config.hook.pytest_deselected(items=by_hand)
+        items[:] = [item for item in items if item not in by_hand]
 
 
 @pytest.fixture(autouse=True)

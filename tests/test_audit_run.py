@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -53,6 +54,11 @@ def test_numbers_are_those_of_the_model(tmp_path):
         assert row["contrast"] == pytest.approx((scores[best[0]] - scores[best[1]]).item(), abs=1e-5)
         assert row["true_label"] == row["name"].partition("/")[0]
         assert row["correct"] == (row["true"] == row["predicted"])
+        last = maps[row["index"], "4", "predicted"]
+        ((x0, y0, x1, y1),) = row["crops"]
+        cells = np.reshape(last["values"], (last["rows"], last["columns"]))
+        step = 32 // last["rows"]
+        assert cells[y0 // step : y1 // step, x0 // step : x1 // step].sum() >= cells.max() > 0
         for layer in ("1", "4"):
             numbers = layers[row["index"], layer]
             values = maps[row["index"], layer, "predicted"]["values"]

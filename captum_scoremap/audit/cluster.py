@@ -45,7 +45,6 @@ def on_ray(
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.max_errored_blocks = 0
         shards = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
         results = shards.map_batches(
             _Actor,
@@ -53,8 +52,6 @@ def on_ray(
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=actors),
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         for row in results.iter_rows():
             yield row["shard"], {name: pa.ipc.open_file(row[name]).read_all() for name in TABLES}

@@ -101,7 +101,7 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
         Column(
             "crops",
             pa.list_(_BOX),
-            "regions worth looking at, x0, y0, x1, y1 in pixels of the input, best first",
+            "the box of the largest sum on the last layer's map: x0, y0, x1, y1, pixels of the input",
         ),
         Column(
             "insertion",

@@ -21,6 +21,7 @@ from captum_scoremap.audit.pictures import UnreadableError, strict_decoding
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.schema import TABLES
 from captum_scoremap.audit.sources import Source
+from captum_scoremap.crops import score_map_crops
 from captum_scoremap.models import LoadedModel
 
 __all__ = ["METRICS", "Worker"]
@@ -211,6 +212,7 @@ class Worker:
     def _images(self, items: Sequence[_Prepared], found: Explained, inputs: Tensor) -> list[dict[str, Any]]:
         scores = found.scores.double()
         probabilities = scores.softmax(1)
+        crops = _crops(found.maps[self.layers[-1].name][:, :1], (inputs.shape[2], inputs.shape[3]))
         measured = {name: self._measure(name, found, inputs) for name in self.metrics}
         rows = []
         for place, item in enumerate(items):
@@ -229,7 +231,7 @@ class Worker:
                 "runner_up_label": self.model.label_name(runner_up),
                 "runner_up_score": runner_up_score,
                 "contrast": score - runner_up_score,
-                "crops": [],
+                "crops": crops[place],
             }
             if true >= 0:
                 row["true"] = true
@@ -244,6 +246,19 @@ class Worker:
         maps = found.maps[self.layers[-1].name][:, :1]
         curve = METRICS[name](self.model.module, lambda *_: maps, inputs, found.labels[:, 0])
         return [float(value) for value in curve.area]
+
+
+def _crops(maps: Tensor, size: tuple[int, int]) -> list[list[list[int]]]:
+    """The box of the largest sum on each map (N, 1, H, W), in pixels; none where nothing is positive."""
+    height, width = maps.shape[2:]
+    positive = maps.flatten(1).amax(1) > 0
+    boxes: list[list[list[int]]] = [[] for _ in maps]
+    if positive.any():
+        cells = score_map_crops(maps[positive], (height, width), interpolate_mode="nearest")
+        scale = cells.new_tensor([size[1] / width, size[0] / height] * 2, dtype=torch.double)
+        for place, found in zip(positive.nonzero()[:, 0].tolist(), cells * scale, strict=True):
+            boxes[place] = found.round().int().tolist()
+    return boxes
 
 
 def encode(picture: Image.Image) -> tuple[str, bytes]:
