@@ -102,7 +102,9 @@ def test_several_images_and_labels_give_several_pictures(folder: Path, capsys: p
     assert [name.split("_")[1] for name in pictures] == ["1", "2", "3", "4"]
     assert pictures[0].startswith("maps_1_my_cat_")
     assert pictures[2] == "maps_3_coffee_espresso.png"
-    assert capsys.readouterr().out.count("Picture: maps_") == 4
+    output = capsys.readouterr().out
+    assert output.count("Picture: maps_") == 4
+    assert "sample:coffee: espresso, S = " in output
 
 
 def test_multi_view_explains_the_whole_image(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -12,10 +11,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers
 from captum_scoremap.cli.options import (
     DeviceOption,
@@ -147,7 +146,7 @@ def explain(
         for label in _targets(target, network, inputs, loaded)
     ]
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = make_console()
     arrays: dict[str, Any] = {}
     outputs = list(_output_paths(out, questions))
     with tqdm(total=len(questions) * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
