@@ -266,3 +266,20 @@ def test_norms_without_statistics_and_watched_layers_are_left() -> None:
 def test_prepare_takes_modules_only() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         prepare(lambda x: x)
+
+
+def test_a_model_of_several_arguments_is_recorded_on_a_tuple() -> None:
+    class TwoImages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.norm(self.conv(left if float(left.sum()) > float(right.sum()) else right))
+
+    model = TwoImages().double().eval()
+    randomize_norms(model)
+    pair = torch.ones(1, 3, 5, 5, dtype=torch.float64), torch.zeros(1, 3, 5, 5, dtype=torch.float64)
+    prepared = prepare(model, pair)
+    assert isinstance(prepared.norm, nn.Identity)
+    torch.testing.assert_close(prepared(*pair), model(*pair), rtol=1e-12, atol=1e-12)
