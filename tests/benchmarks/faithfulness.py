@@ -47,7 +47,7 @@ DRAWN = ("grid 2 x 2", "grid 3 x 3", "gap", "patch")
 
 
 def sure_images(folder: Path, network: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network, ready for explaining, and the photographs that it is sure of, with their labels."""
+    """The network, ready for explaining, and the photographs that it is sure of, shuffled, with their labels."""
     loaded = load_model(network)
     model = prepare(loaded.module)
     with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
@@ -56,8 +56,9 @@ def sure_images(folder: Path, network: str) -> tuple[nn.Module, Tensor, Tensor]:
     target = torch.tensor([int(row["imagenet_index"]) for row in rows])
     with torch.no_grad():
         probabilities = torch.cat([model(batch).softmax(1) for batch in inputs.split(8)])
-    sure = probabilities.gather(1, target[:, None])[:, 0] > SURE
-    return model, inputs[sure], target[sure]
+    sure = (probabilities.gather(1, target[:, None])[:, 0] > SURE).nonzero()[:, 0]
+    shuffled = sure[torch.randperm(len(sure), generator=torch.Generator().manual_seed(0))]
+    return model, inputs[shuffled], target[shuffled]
 
 
 class Remembered:
@@ -105,14 +106,13 @@ def measure(name: str, model: nn.Module, inputs: Tensor, target: Tensor, options
     attribute = method(model)
     remembered = Remembered(attribute)
     values: Values = {"cost": [cost(model, attribute, inputs[:1], target[:1])]}
-    chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[: options.count]
-    few, labels = inputs[chosen], target[chosen]
+    few, labels = inputs[: options.count], target[: options.count]
     inserted = metrics.insertion(model, remembered, few, labels, steps=options.steps).area
     deleted = metrics.deletion(model, remembered, few, labels, steps=options.steps).area
     values |= {"insertion": inserted.tolist(), "deletion": deleted.tolist(), "gap": (inserted - deleted).tolist()}
-    maps = remembered(inputs, target)[:, 0]
-    boxes = metrics.strongest_window(maps, inputs.shape[-1] // 2)
-    values["patch"] = metrics.patch_score(model, inputs, target, boxes).tolist()
+    many, their_labels = inputs[: options.patches], target[: options.patches]
+    boxes = metrics.strongest_window(remembered(many, their_labels)[:, 0], inputs.shape[-1] // 2)
+    values["patch"] = metrics.patch_score(model, many, their_labels, boxes).tolist()
     for n, count in zip((2, 3), options.mosaics, strict=True):
         pictures, cells = metrics.mosaics(inputs, target, n, count, torch.Generator().manual_seed(n))
         values[f"grid {n} x {n}"] = metrics.grid_pointing_game(attribute, pictures, cells).flatten().tolist()
@@ -124,6 +124,14 @@ def measure(name: str, model: nn.Module, inputs: Tensor, target: Tensor, options
         )
     values["randomized"] = correlations[bottom].tolist()
     return values
+
+
+def on_the_same(results: dict[str, Values]) -> dict[str, Values]:
+    """What all methods were measured on: the first values of each metric, as many as every method has."""
+    shortest = {column: min((len(values[column]) for values in results.values()), default=0) for column in COLUMNS}
+    return {
+        name: {column: values[column][: shortest[column]] for column in COLUMNS} for name, values in results.items()
+    }
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -182,7 +190,8 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
 def stored(folder: Path, network: str) -> dict[str, Values]:
     """What the folder holds of a network, in the order of the methods."""
     paths = {name: folder / network / f"{_file_name(name)}.json" for name in METHODS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    return on_the_same(found)
 
 
 def _file_name(name: str) -> str:
@@ -197,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS, help="default: both")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--count", type=int, default=64, help="images for insertion and deletion (default 64)")
+    parser.add_argument("--patches", type=int, default=64, help="images for patch scores (default 64)")
     parser.add_argument("--steps", type=int, default=32, help="steps of insertion and deletion (default 32)")
     parser.add_argument(
         "--mosaics", type=int, nargs=2, default=(50, 20), metavar="N", help="mosaics of 2 x 2 and 3 x 3 (default 50 20)"
