@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from captum_scoremap import LayerScoreMap, NeuronScoreMap, ScoreMap
+from captum_scoremap import FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap
 from tests.configurations import Image, SeveralTensors, TwoInputs, built, randn
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64; sums in another order
@@ -77,6 +77,12 @@ def test_noise_tunnel(ours: Any, theirs: Any, options: Any, nt_type: str, batch:
         )
     assert found[0].grad_fn is None
     assert_close(found[0], expected[0].detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_noise_tunnel_of_a_fused_map() -> None:
+    method = FusedScoreMap(built(Image))
+    found = captum.NoiseTunnel(method).attribute(images(), nt_samples=3, stdevs=1e-6, target=[0, 2, 1])
+    assert_close(found, method.attribute(images(), [0, 2, 1]), rtol=1e-3, atol=1e-3)
 
 
 def test_noise_tunnel_with_several_inputs_and_arguments() -> None:
@@ -144,6 +150,7 @@ METHODS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
         lambda model: LayerScoreMap(model, model.relu),
         {"target": torch.tensor([2, 0, 1]), "attr_dim_summation": False},
     ),
+    "fused": (lambda model: FusedScoreMap(model, [model.conv, model.pool]), {"target": [2, 0, 1]}),
     "neuron": (lambda model: NeuronScoreMap(model, model.relu), {"neuron_selector": (slice(None), 2, 0)}),
     "neuron, lower layer": (
         lambda model: NeuronScoreMap(model, model.relu),
@@ -159,7 +166,7 @@ def test_sensitivity_max(name: str, count: int) -> None:
     model, (make, options) = built(Image), METHODS[name]
     method, inputs = make(model), images(count)
     options = {key: model.conv if key == "to_layer" else value for key, value in options.items()}
-    if isinstance(options.get("target"), Tensor):
+    if not isinstance(options.get("target", 0), int):
         options["target"] = options["target"][:count]
     direct = [method.attribute(one, **options).flatten(1) for one in (inputs, moved(inputs))]
     expected = (direct[1] - direct[0]).norm(dim=1) / direct[0].norm(dim=1)

@@ -245,7 +245,8 @@ def _gradients(scores: Tensor, anchors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the scores in the anchors; zero where they do not depend on one."""
     if not scores.requires_grad:
         return [torch.zeros_like(anchor) for anchor in anchors]
-    found = torch.autograd.grad(scores.sum(), anchors, retain_graph=True, allow_unused=True)
+    ones = torch.ones_like(scores)  # not scores.sum(), which has no graph where the caller is under torch.no_grad
+    found = torch.autograd.grad(scores, anchors, ones, retain_graph=True, allow_unused=True)
     return [
         torch.zeros_like(anchor) if gradient is None else gradient.detach()
         for anchor, gradient in zip(anchors, found, strict=True)
