@@ -7,10 +7,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelOption, WeightsOption, chosen_device
 from captum_scoremap.exactness import Exactness, LayerExactness, check_exactness
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, load_model, read_image
@@ -76,7 +76,7 @@ def check(
     if as_json:
         print(json.dumps(_as_json(found, loaded.name, loaded.label_name(label)), indent=2))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console = make_console()
         console.print(_table(found, f"{loaded.name}, {loaded.label_name(label)}"))
         console.print(_verdict(found))
     if not found.is_exact:
