@@ -20,7 +20,7 @@ Rule: TypeAlias = Literal["window", "box", "component"]
 Sign: TypeAlias = Literal["positive", "all"]
 
 ROUNDING = 1e-8
-"""Share of a map's positive sum below which a region holds nothing but rounding errors."""
+"""Share of a map's sum of magnitudes below which a region holds nothing but rounding errors."""
 
 
 def score_map_crops(
@@ -40,8 +40,8 @@ def score_map_crops(
     """Find the k regions of an image that a score map points at, best first.
 
     - ``"window"``: of all windows of one size, the one with the largest sum of positive sub-scores.
-    - ``"box"``: of all rectangles, or all of one aspect, the one with the largest sum above the threshold.
-      Sub-scores carry a sign, so it ends by itself where what follows takes from the score.
+    - ``"box"``: of all rectangles, or all of one aspect, the one whose sum most exceeds what an area of its size
+      has on average; or, with a threshold, the one with the largest sum above the threshold.
     - ``"component"``: the frame of the largest connected region above the threshold, as Grad-CAM (0.15 of the
       maximum), CAM (0.2 of the maximum) and Simonyan et al. 2013 (the quantile 0.95) locate objects.
 
@@ -53,8 +53,8 @@ def score_map_crops(
         size: Rows and columns of a window in pixels, or one number for both.
         sign: Sub-scores that a window adds up: ``"positive"`` (the default) or ``"all"``.
         aspect: Columns divided by rows of a box; free by default.
-        threshold: What a box or component must exceed, as a fraction of the map's maximum; by default 0 for a
-            box, 0.15 for a component.
+        threshold: What a box or component must exceed, as a fraction of the map's maximum; by default the map's
+            mean, if that is positive, for a box, and 0.15 for a component.
         quantile: The same as a quantile of the map's values, 0 to 1.
         max_overlap: Intersection over union above which a window or component gives way to a better one.
             Boxes are disjoint.
@@ -85,9 +85,9 @@ def score_map_crops(
         window = (size, size) if isinstance(size, int) else size
         boxes = _windows(maps, window, k, sign or "positive", max_overlap)
     else:
-        levels = _levels(maps, (0.0 if rule == "box" else 0.15) if threshold is None else threshold, quantile)
-        above = maps - levels[:, None, None]
-        boxes = _disjoint_boxes(above, k, aspect) if rule == "box" else _components(above, k, max_overlap)
+        above = maps - _levels(maps, rule, threshold, quantile)[:, None, None]
+        nothing = ROUNDING * maps.abs().sum(dim=(1, 2))
+        boxes = _disjoint_boxes(above, nothing, k, aspect) if rule == "box" else _components(above, k, max_overlap)
     return boxes.to(score_map.device)
 
 
@@ -116,20 +116,19 @@ def _windows(maps: Tensor, size: tuple[int, int], k: int, sign: Sign, max_overla
         sums = sums.masked_fill(box_iou(chosen[-1].double(), windows.double()) > max_overlap, -torch.inf)
 
 
-def _disjoint_boxes(maps: Tensor, k: int, aspect: float | None) -> Tensor:
+def _disjoint_boxes(maps: Tensor, nothing: Tensor, k: int, aspect: float | None) -> Tensor:
     """Choose boxes one after another, each the best that is disjoint from those before.
 
     Returns:
         Boxes ``(N, k, 4)``.
     """
     maps = maps.clone()
-    forbidding = -1.0 - maps.clamp(min=0).sum(dim=(1, 2))  # one such pixel spoils any rectangle
+    forbidding = -2 * maps.clamp(min=0).sum(dim=(1, 2))  # one such pixel spoils any rectangle
     chosen: list[Tensor] = []
     while True:
         integral = _integral(maps)
         best, boxes = _best_rectangle(integral) if aspect is None else _best_of_aspect(integral, aspect)
-        enough = best > -ROUNDING * forbidding
-        _check_found(enough, k, len(chosen), "Use sign='all' with a size, or a lower threshold.")
+        _check_found(best > nothing, k, len(chosen), "Use sign='all' with a size, or a lower threshold.")
         chosen.append(boxes)
         if len(chosen) == k:
             return torch.stack(chosen, dim=1)
@@ -227,10 +226,17 @@ def _better(best: Tensor, boxes: Tensor, other: Tensor, other_boxes: Tensor) -> 
     return torch.where(wins, other, best), torch.where(wins[:, None], other_boxes, boxes)
 
 
-def _levels(maps: Tensor, threshold: float, quantile: float | None) -> Tensor:
-    if quantile is None:
-        return maps.amax(dim=(1, 2)) * threshold
-    return torch.from_numpy(np.quantile(maps.flatten(1).numpy(), quantile, axis=1))
+def _levels(maps: Tensor, rule: Rule, threshold: float | None, quantile: float | None) -> Tensor:
+    """Choose what a box or component must exceed.
+
+    Returns:
+        Logits, ``(N,)``.
+    """
+    if quantile is not None:
+        return torch.from_numpy(np.quantile(maps.flatten(1).numpy(), quantile, axis=1))
+    if threshold is None and rule == "box":
+        return maps.mean(dim=(1, 2)).clamp(min=0)
+    return maps.amax(dim=(1, 2)) * (0.15 if threshold is None else threshold)
 
 
 def _check_map(score_map: Tensor) -> None:

@@ -70,36 +70,41 @@ def test_window_equals_brute_force(values: np.ndarray, sign: str | None, data: s
         assert total(counted, box) == best
 
 
+def above(values: np.ndarray, threshold: float | None) -> np.ndarray:
+    return values - (max(values.mean(), 0) if threshold is None else threshold * values.max())
+
+
 @settings(deadline=None)
-@given(whole_maps)
-def test_box_equals_brute_force(values: np.ndarray) -> None:
-    best = max(total(values, box) for box in all_boxes(*values.shape))
-    if best <= 0:
+@given(whole_maps, st.sampled_from([None, 0.0, 0.5]))
+def test_box_equals_brute_force(values: np.ndarray, threshold: float | None) -> None:
+    counted = above(values, threshold)
+    best = max(total(counted, box) for box in all_boxes(*values.shape))
+    if best < 1e-9:
         with pytest.raises(ValueError, match=r"k must be at most 0, got 1: image 0 has no more regions"):
-            crops(values)
+            crops(values, threshold=threshold)
     else:
-        assert total(values, crops(values)[0]) == best
+        assert total(counted, crops(values, threshold=threshold)[0]) == pytest.approx(best, abs=1e-9)
 
 
 @settings(deadline=None)
-@given(whole_maps.filter(lambda values: values.max() > 0), st.sampled_from([0.5, 1.0, 1.6, 3.0]))
+@given(whole_maps, st.sampled_from([0.5, 1.0, 1.6, 3.0]))
 def test_box_of_one_aspect_equals_brute_force(values: np.ndarray, aspect: float) -> None:
     fitting = [box for box in all_boxes(*values.shape) if box[2] - box[0] == max(1, round((box[3] - box[1]) * aspect))]
     best = max((total(values, box) for box in fitting), default=0.0)
     if best <= 0:
         with pytest.raises(ValueError, match="k must be at most 0"):
-            crops(values, aspect=aspect)
+            crops(values, aspect=aspect, threshold=0.0)
     else:
-        (box,) = crops(values, aspect=aspect)
+        (box,) = crops(values, aspect=aspect, threshold=0.0)
         assert box in fitting
         assert total(values, box) == best
 
 
 @settings(deadline=None)
-@given(whole_maps.filter(lambda values: values.max() > 0), st.integers(2, 4))
+@given(whole_maps, st.integers(2, 4))
 def test_further_boxes_are_the_best_disjoint_ones(values: np.ndarray, k: int) -> None:
     remaining = all_boxes(*values.shape)
-    for box in most_crops(values, k):
+    for box in most_crops(values, k, threshold=0.0):
         assert total(values, box) == max(total(values, other) for other in remaining)
         remaining = [other for other in remaining if overlap(box, other) == 0]
         k -= 1
@@ -124,7 +129,7 @@ def test_further_windows_are_the_best_that_overlap_little(values: np.ndarray, k:
 def test_interpolated_float_maps_equal_brute_force(seed: int) -> None:
     score_map = torch.randn(3, 1, 3, 4, generator=torch.Generator().manual_seed(seed))
     maps = torch.nn.functional.interpolate(score_map.double(), (9, 7), mode="bilinear")[:, 0].numpy()
-    boxes = score_map_crops(score_map, (9, 7))[:, 0].tolist()
+    boxes = score_map_crops(score_map, (9, 7), threshold=0.0)[:, 0].tolist()
     windows = score_map_crops(score_map, (9, 7), size=(4, 3))[:, 0].tolist()
     for values, box, window in zip(maps, boxes, windows, strict=True):
         every = all_boxes(9, 7)
@@ -175,7 +180,8 @@ def test_window_may_count_what_takes_from_the_score() -> None:
 
 def test_threshold_makes_a_box_tighter() -> None:
     values = np.array([[1.0, 1.0, 10.0, 1.0]])
-    assert crops(values) == [[0, 0, 4, 1]]
+    assert crops(values, threshold=0.0) == [[0, 0, 4, 1]]
+    assert crops(values) == [[2, 0, 3, 1]]
     assert crops(values, threshold=0.2) == [[2, 0, 3, 1]]
     assert crops(values, quantile=0.5) == [[2, 0, 3, 1]]
 
@@ -187,6 +193,14 @@ def test_a_batch_equals_its_images(options: dict[str, object]) -> None:
     parts = [score_map_crops(one[None], (13, 17), **options) for one in score_map]
     assert whole.dtype == torch.long
     assert_close(whole, torch.cat(parts))
+
+
+def test_scale_does_not_matter() -> None:
+    score_map = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for options in ({"size": 3}, {}, {"aspect": 1.0}, {"rule": "component"}):
+        boxes = [score_map_crops(score_map * scale, (8, 8), **options) for scale in (1.0, 2.0**-60, 2.0**60)]
+        assert_close(boxes[1], boxes[0])
+        assert_close(boxes[2], boxes[0])
 
 
 def test_leaves_the_score_map_as_it_was() -> None:
@@ -208,9 +222,11 @@ def test_a_map_that_adds_nothing_has_regions_of_both_signs_only(value: float) ->
 def test_rounding_errors_are_no_box() -> None:
     score_map = torch.zeros(1, 1, 7, 7)
     score_map[0, 0, 2, 3] = 1 / 3
-    for size in (None, 32):
+    for options in ({"threshold": 0.0}, {"size": 32}):
         with pytest.raises(ValueError, match="k must be at most 1, got 2"):
-            score_map_crops(score_map, (96, 96), 2, size=size)
+            score_map_crops(score_map, (96, 96), 2, **options)
+    with pytest.raises(ValueError, match=r"k must be at most 0, got 1: .* a lower threshold"):
+        score_map_crops(torch.full((1, 1, 7, 7), 1 / 3), (96, 96))  # nowhere more than on average
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ DEFAULT = "positive part"
 
 REGIONS: dict[str, dict[str, Any]] = {
     "box": {},
+    "box, threshold 0": {"threshold": 0.0},
     "box, threshold 0.15": {"threshold": 0.15},
     "box, threshold 0.3": {"threshold": 0.3},
     "box, square": {"aspect": 1.0},
