@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.freeze import FrozenModel, Recording, Reduction, Site
-from captum_scoremap.linear_form import bias_at
+from captum_scoremap.audit.biases import RecordingFromSites
+from captum_scoremap.freeze import Reduction, Site
 from captum_scoremap.models.layers import map_channel_dim
-from captum_scoremap.rules import with_rules
 from captum_scoremap.tokens import token_grid
 
 __all__ = ["ROLES", "Explained", "MapLayer", "explain", "map_layers"]
@@ -70,9 +69,8 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
         ValueError: If the model does not score labels, or a true label is none of them.
     """
     sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in layers}
-    table = with_rules(None)
     taps = {site: Reduction(channel_dim=layer.channel_dim) for layer, site in sites.items()}
-    recording = Recording(model, table, taps, keep=True)
+    recording = RecordingFromSites(model, taps)
     with torch.enable_grad():
         scores = recording.record((inputs,), ())
     _check_scores(scores, true)
@@ -92,7 +90,6 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
             maps[layer].append(gradient if layer.channel_dim == 1 else token_grid(gradient))
             if role == 0:
                 sums[layer.name] = gradient.flatten(1).sum(1)
-    frozen = FrozenModel(model, recording.rules, recording.entries, recording.calls, (inputs,), ())
     scores = scores.detach()
 
     def predicted(output: Any) -> Tensor:
@@ -100,10 +97,7 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
         return picked
 
     score = predicted(scores)
-    biases = {
-        layer.name: bias_at(frozen, site, recording.tapped[site].activations, predicted)
-        for layer, site in sites.items()
-    }
+    biases = {layer.name: recording.bias(site, inputs, predicted) for layer, site in sites.items()}
     return Explained(
         scores,
         labels,
