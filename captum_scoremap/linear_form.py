@@ -385,7 +385,9 @@ class _OffsetRecording(Recording):
         # setitem and its like return nothing: what they return is what they changed
         output = call.input if output is None else output
         values = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        return substituted(output, {id(v): v + scale * o for v, o in zip(values, offsets, strict=True)})
+        # guarded as every operation is, so that a checkpoint in the model has nothing to recompute
+        with self._snapshots.guard():
+            return substituted(output, {id(v): v + scale * o for v, o in zip(values, offsets, strict=True)})
 
     def _at_zero(self, rule: Rule, call: Call) -> list[Tensor]:
         """The floating-point outputs of the frozen operation where every live argument is zero."""

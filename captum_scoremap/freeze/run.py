@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from captum_scoremap.checks import UnsupportedOperationError, check_visible
-from captum_scoremap.rules import METADATA, Call, Composite, Rule, operation_name, substituted, tensors_in
+from captum_scoremap.rules import METADATA, Call, Composite, Frozen, Rule, operation_name, substituted, tensors_in
 
 __all__ = ["Run", "Site", "StopRun", "Tag", "root_module"]
 
@@ -154,7 +154,7 @@ class Run(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = operation_name(func, args)
+        name = operation_name(func, args, kwargs)
         if name in METADATA:
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
@@ -193,7 +193,7 @@ class Run(TorchFunctionMode):
             output = self.operate(key, name, rule, call, lambda: function(*args, **kwargs))
             if target is not None and output is not None and output is not target:
                 output = self._keep_in(target, output)
-        if rule.kind != "value":
+        if not isinstance(rule, Frozen):
             tag = Tag.LIVE | (Tag.GATE if gate else Tag(0))
             if name in {"softmax", "log_softmax", "sigmoid", "logsigmoid"}:
                 tag |= Tag.PROBABILITY

@@ -10,7 +10,7 @@ from .attention import MultiHeadAttention, ScaledDotProductAttention
 from .normalization import ScaleOnly, Standardize
 from .pooling import Extremum, MaxPool
 from .products import Division, Power, Product
-from .rule import Call, Composite, Frozen, Linear, Rule, Tangent, substituted, tensors_in
+from .rule import Call, Comparison, Composite, FirstOnly, Frozen, Linear, Rule, Tangent, substituted, tensors_in
 from .table import DEFAULT, METADATA, TANGENT, operation_name, with_rules
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "METADATA",
     "TANGENT",
     "Call",
+    "Comparison",
     "Composite",
     "Division",
     "Extremum",
+    "FirstOnly",
     "Frozen",
     "Gate",
     "Linear",

@@ -15,8 +15,10 @@ from torch import Tensor
 
 __all__ = [
     "Call",
+    "Comparison",
     "Composite",
     "EvaluationOnly",
+    "FirstOnly",
     "Frozen",
     "Identity",
     "Linear",
@@ -236,7 +238,9 @@ class Frozen(Rule):
 
     def freeze(self, call: Call) -> Any:
         """The value."""
-        return call.run()
+        # detached, for torch warns of a number taken from a tensor that requires gradients
+        constants = {id(tensor): tensor.detach() for tensor in tensors_in((call.args, dict(call.kwargs)))}
+        return call.function(*substituted(call.args, constants), **substituted(dict(call.kwargs), constants))
 
     def apply(self, call: Call, state: Any) -> Any:
         """The value, whatever the arguments."""
@@ -245,6 +249,51 @@ class Frozen(Rule):
     def switch(self, state: Any) -> Tensor | None:
         """The value, where it is a mask or an index."""
         return state if isinstance(state, Tensor) and not state.is_floating_point() else None
+
+
+class Comparison(Frozen):
+    """A comparison of two values: a mask that flips where they are equal.
+
+    Args:
+        other: What the first is compared with where the operation has one argument.
+    """
+
+    def __init__(self, other: float | None = None) -> None:
+        self.other = other
+
+    def steps_to_boundary(self, call: Call, tangent: Callable[[Tensor], Tensor], state: Any) -> Tensor:
+        """Step at which the two are equal."""
+
+        def pair(input: Any, other: Any = self.other) -> tuple[Any, Any]:
+            return input, other
+
+        values = pair(*call.args, **call.kwargs)
+        changes = [tangent(value) if isinstance(value, Tensor) else 0.0 for value in values]
+        return (values[1] - values[0]) / (changes[0] - changes[1])  # type: ignore[no-any-return]
+
+
+class FirstOnly(Rule):
+    """An operation linear in its first argument, with whatever else is live frozen: where to sample."""
+
+    kind = "places"
+
+    def is_affine(self, call: Call) -> bool:
+        """Where nothing else is live."""
+        return not self._rest(call)
+
+    def freeze(self, call: Call) -> list[Tensor]:
+        """The other live arguments."""
+        return [call.frozen(tensor) for tensor in self._rest(call)]
+
+    def apply(self, call: Call, state: list[Tensor]) -> Any:
+        """The operation with the others as they were."""
+        values = {id(tensor): value for tensor, value in zip(self._rest(call), state, strict=True)}
+        return call.function(*substituted(call.args, values), **substituted(dict(call.kwargs), values))
+
+    @staticmethod
+    def _rest(call: Call) -> list[Tensor]:
+        given = tensors_in((call.args, dict(call.kwargs)))
+        return [tensor for tensor in given if tensor is not call.input and call.is_live(tensor)]
 
 
 class Tangent(Rule):

@@ -22,7 +22,7 @@ from .normalization import (
 )
 from .pooling import Extremum, MaxPool
 from .products import Convolution, Division, Power, Product
-from .rule import Composite, EvaluationOnly, Frozen, Identity, Linear, Rule, Tangent
+from .rule import Comparison, Composite, EvaluationOnly, FirstOnly, Frozen, Identity, Linear, Rule, Tangent
 
 __all__ = ["DEFAULT", "METADATA", "TANGENT", "operation_name", "with_rules"]
 
@@ -56,18 +56,19 @@ _DROPOUT = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout 
 
 _AFFINE = """
     mean sum nansum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    cumsum diff trapezoid fold max_unpool1d max_unpool2d max_unpool3d grid_sample affine_grid
-    setitem index_add index_copy index_fill index_put scatter scatter_add slice_scatter select_scatter
-    diagonal_scatter masked_scatter copy fill zero tril triu trace embedding
-    fft ifft rfft irfft hfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift
+    cumsum diff trapezoid fold max_unpool1d max_unpool2d max_unpool3d affine_grid setitem index_add index_copy
+    index_fill index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter copy fill
+    zero tril triu trace embedding fft ifft rfft irfft hfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift
+    ifftshift
 """
 
+_COMPARISONS = "eq ne lt le gt ge not_equal less less_equal greater greater_equal"
+
 _FROZEN = """
-    eq ne lt le gt ge equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or
-    logical_not logical_xor all any and or xor invert bitwise_and bitwise_or bitwise_xor bitwise_not not_equal less
-    less_equal greater greater_equal argmax argmin argsort nonzero count_nonzero searchsorted bucketize bincount unique
-    round floor ceil trunc fix sign sgn signbit floor_divide floordiv bool int long short byte item is_nonzero
-    one_hot histc
+    equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or logical_not
+    logical_xor all any and or xor invert bitwise_and bitwise_or bitwise_xor bitwise_not argmax argmin argsort
+    nonzero count_nonzero searchsorted bucketize bincount unique round floor ceil trunc fix floor_divide floordiv
+    bool int long short byte item is_nonzero one_hot histc
 """
 
 
@@ -177,6 +178,8 @@ _NONLINEAR: dict[str, Rule] = {
     "amin": Extremum(torch.argmin, with_position=False),
     "maximum": Select(operator.ge),
     "minimum": Select(operator.le),
+    "fmax": Select(operator.ge),
+    "fmin": Select(operator.le),
     # f(0) = 0: the gate f(x)/x
     "gelu": Gate(0.5),
     "silu": Gate(0.5),
@@ -289,10 +292,15 @@ _LINEAR: dict[str, Rule] = {
     **{name: Linear(keeps_gates=True) for name in _STRUCTURAL.split()},
     **{name: Linear() for name in _AFFINE.split()},
     **{name: Identity() for name in ("detach", "data")},
+    "grid_sample": FirstOnly(),
     "batch_norm": BatchNorm(),
     **{name: EvaluationOnly(training=2, keeps_gates=True) for name in _DROPOUT.split()},
 }
-_CONSTANT: dict[str, Rule] = {name: Frozen() for name in _FROZEN.split()}
+_CONSTANT: dict[str, Rule] = {
+    **{name: Frozen() for name in _FROZEN.split()},
+    **{name: Comparison() for name in _COMPARISONS.split()},
+    **{name: Comparison(0.0) for name in ("sign", "sgn", "signbit")},
+}
 
 DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT}
 
@@ -302,12 +310,15 @@ TANGENT: Mapping[str, Rule] = {
 }
 
 
-def operation_name(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> str:
+def operation_name(
+    function: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> str:
     """The name under which the table knows an operation.
 
     Args:
         function: What the model called.
         args: Its arguments: ``max`` of two tensors is another operation than ``max`` of one.
+        kwargs: Its keyword arguments.
 
     Returns:
         The name.
@@ -320,12 +331,14 @@ def operation_name(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> 
     name = getattr(function, "__name__", type(function).__name__)
     if name in {"__get__", "__set__", "__delete__"}:
         name = getattr(function, "__self__").__name__  # noqa: B009 - method wrappers have it, their type does not say so
-    name = name.removeprefix("aten::").split(".")[0]
+    if name in {"__bool__", "__int__", "__index__", "__float__", "__complex__"}:
+        return "item"
+    name = name.removeprefix("aten::").removeprefix("fft_").split(".")[0]
     if name.startswith("__i") and name.endswith("__") and name not in {"__invert__", "__int__", "__index__"}:
         name = "__" + name[3:]
     if name not in {"T", "H"}:
         name = name.strip("_")
-    if name in {"max", "min"} and len(args) > 1 and isinstance(args[1], Tensor):
+    if name in {"max", "min"} and isinstance(args[1] if len(args) > 1 else (kwargs or {}).get("other"), Tensor):
         return f"{name}imum"
     return name
 
