@@ -1,11 +1,12 @@
 """How much faster are all views of an image at once than one crop after the other, and how different?
 
-    python -m tests.benchmarks.multiview speed
-    python -m tests.benchmarks.multiview padding [--images DIR]
+    python -m tests.benchmarks multiview speed
+    python -m tests.benchmarks multiview padding [--images DIR]
 
-``speed`` times random-weight AlexNet and VGG-16 on large images, all views at the stride of the last pooling layer.
-Every repetition of every way is a process of its own, in turn; printed are medians, and the peak of memory above
-what the process held with the model loaded. ``padding`` compares the scores of views inside photographs with the
+``speed`` measures random-weight AlexNet and VGG-16 on large images, all views at the stride of the last pooling layer.
+Every repetition of every way is a process of its own, in turn. Printed are medians of the time that the process
+computed (CPU time, which other programs on the machine hardly change), and the peak of its memory above what it held
+before; Linux only. ``padding`` compares the scores of views inside photographs with the
 scores of EfficientNet-Lite0 on the same views cropped, where its padded convolutions see zeros at the border; it takes
 the photographs of scikit-image and scikit-learn, or those of a folder.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,52 +36,54 @@ ONE_PASS = 0  # crops at a time; no crops
 WAYS = {ONE_PASS: "all views in one pass", 1: "crop by crop", 16: "16 crops at a time"}
 
 
-def crop_scores(model: torch.nn.Module, multi_view: MultiView, image: Tensor, batch: int) -> Tensor:
-    """Mean score of all views, each cut out and scored by the plain model."""
-    boxes = multi_view.view_boxes(*image.shape[2:]).tolist()
-    crops = [image[:, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
-    scores = [model(torch.cat(crops[start : start + batch])) for start in range(0, len(crops), batch)]
-    return torch.cat(scores).mean(0, keepdim=True)
+def score_crops(model: torch.nn.Module, crops: Sequence[Tensor], batch: int) -> Tensor:
+    """Scores of crops by the plain model, so many at a time."""
+    return torch.cat([model(torch.cat(crops[start : start + batch])) for start in range(0, len(crops), batch)])
 
 
-def peak() -> float:
-    """Largest memory this process has held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory(key: str) -> float:
+    """VmRSS, what this process holds, or VmHWM, the most it has held, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def measure(name: str, height: int, width: int, batch: int, threads: int) -> None:
+def measure(name: str, height: int, width: int, batch: int, threads: int, most: int) -> None:
     """Print one repetition of one way, as JSON."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     multi_view = MultiView.from_classifier(model)
     image = torch.randn(1, 3, height, width)
+    boxes = multi_view.view_boxes(height, width).tolist()
+    crops = [image[:, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes[:most]]
     with torch.inference_mode():
         model(image[:, :, :224, :224])
-        loaded, start = peak(), time.perf_counter()
-        scores = multi_view(image) if batch == ONE_PASS else crop_scores(model, multi_view, image, batch)
-        seconds = time.perf_counter() - start
-    views = len(multi_view.view_boxes(height, width))
-    print(json.dumps({"seconds": seconds, "memory": peak() - loaded, "views": views, "score": float(scores.mean())}))
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+        held, start = memory("VmRSS"), time.process_time()
+        multi_view(image) if batch == ONE_PASS else score_crops(model, crops, batch)
+        seconds = time.process_time() - start
+    seconds *= 1 if batch == ONE_PASS else len(boxes) / len(crops)
+    print(json.dumps({"seconds": seconds, "memory": memory("VmHWM") - held, "views": len(boxes)}))
 
 
-def speed(repetitions: int, threads: int, only: Sequence[str]) -> None:
-    print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}, median of {repetitions}\n")
-    print("| network | image | views | way | seconds | ratio | memory beyond the model, MiB |")
+def speed(repetitions: int, threads: int, only: Sequence[str], most: int) -> None:
+    setting = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
+    print(f"{setting}, median of {repetitions}, times of {most} crops scaled to all\n")
+    print("| network | image | views | way | CPU seconds | ratio | memory beyond the model, MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in only:
         for height, width in SIZES:
             found: dict[int, list[dict[str, float]]] = {batch: [] for batch in WAYS}
             for _ in range(repetitions):
                 for batch, runs in found.items():
-                    runs.append(child("measure", name, height, width, batch, threads))
+                    runs.append(child("measure", name, height, width, batch, threads, most))
             one = statistics.median(run["seconds"] for run in found[ONE_PASS])
             for batch, runs in found.items():
                 seconds = statistics.median(run["seconds"] for run in runs)
-                memory = statistics.median(run["memory"] for run in runs)
+                grown = statistics.median(run["memory"] for run in runs)
                 views = int(runs[0]["views"])
                 row = f"| {name} | {height} x {width} | {views} | {WAYS[batch]} | {seconds:.2f} | "
-                print(f"{row}{seconds / one:.1f} | {memory:.0f} |", flush=True)
+                print(f"{row}{seconds / one:.1f} | {grown:.0f} |", flush=True)
 
 
 def child(*arguments: object) -> dict[str, float]:
@@ -124,21 +126,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     timed = commands.add_parser("speed", help="time and memory, against cropping every view")
     timed.add_argument("--repetitions", type=int, default=3, metavar="N", help="default 3")
-    timed.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: all")
+    timed.add_argument("--threads", type=int, default=1, metavar="N", help="default 1")
+    timed.add_argument("--crops", type=int, default=64, metavar="N", help="compute so many, scale to all (default 64)")
     timed.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     padded = commands.add_parser("padding", help="scores of views inside an image, against those of their crops")
     padded.add_argument("--images", type=Path, metavar="DIR", help="photographs; default: those of scikit-image")
     once = commands.add_parser("measure", help="one repetition, as JSON")
     once.add_argument("model", choices=MODELS)
-    for name in ("height", "width", "batch", "threads"):
+    for name in ("height", "width", "batch", "threads", "crops"):
         once.add_argument(name, type=int)
     options = parser.parse_args(arguments)
     if options.command == "speed":
-        speed(options.repetitions, options.threads, options.models)
+        speed(options.repetitions, options.threads, options.models, options.crops)
     elif options.command == "padding":
         padding(options.images)
     else:
-        measure(options.model, options.height, options.width, options.batch, options.threads)
+        measure(options.model, options.height, options.width, options.batch, options.threads, options.crops)
 
 
 if __name__ == "__main__":
