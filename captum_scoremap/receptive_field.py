@@ -364,6 +364,15 @@ def _move(op: _Operation) -> Any:
     return op.func(*tree_map(reach, op.args), **tree_map(reach, op.kwargs))
 
 
+def _restride(op: _Operation) -> Any:
+    """``as_strided``: in place it serves global pooling to keep channels last in memory, and moves no element."""
+    if not op.in_place:
+        return _move(op)
+    if tuple(op["size"]) != tuple(op["self"].shape):
+        raise _NoRuleError("as_strided_")
+    return op["self"]
+
+
 def _join(op: _Operation) -> Tensor:
     """``cat`` and ``stack``: as `_move`, with constants among the parts."""
     parts = [
@@ -493,8 +502,32 @@ def _adaptive_pool(op: _Operation) -> Tensor:
 
 def _pad(op: _Operation) -> Tensor:
     """Padding with a constant."""
-    pad = op["pad"]
+    pad = op.get("pad") or op["padding"]
     return op.kind.pad(op["self"], list(zip(pad[-2::-2], pad[::-2], strict=True)))
+
+
+def _mirror(op: _Operation) -> Any:
+    """Padding with pixels of the image: needed at its border only."""
+    return _pad(op) if op.kind is _EndlessReach else _move(op)
+
+
+def _patchify(op: _Operation) -> Tensor:
+    """``unfold``: windows side by side."""
+    reach = op.kind.pad(op["self"], [(p, p) for p in op["padding"]])
+    return F.unfold(reach, op["kernel_size"], op["dilation"], 0, op["stride"])
+
+
+def _overlay(op: _Operation) -> Tensor:
+    """``fold``: windows put in their places, where they overlap as a sum."""
+    height, width = op["output_size"]
+    (above, left), options = op["padding"], (op["kernel_size"], op["dilation"], 0, op["stride"])
+    rows, cols = height + 2 * above, width + 2 * left
+    places = F.unfold(torch.arange(float(rows * cols)).view(1, 1, rows, cols), *options).long()
+    kernel = places.shape[1]
+    windows = op["self"].unflatten(1, (-1, kernel)).flatten(2)
+    reach = windows.new_full((*windows.shape[:2], rows * cols), NOTHING)
+    reach = reach.scatter_reduce(2, places.flatten().to(windows.device).expand_as(windows), windows, "amax")
+    return reach.unflatten(2, (rows, cols))[..., above : above + height, left : left + width]
 
 
 def _resample(op: _Operation) -> Tensor:
@@ -537,9 +570,9 @@ def _layer_norm(op: _Operation) -> Tensor:
 RULES: dict[str, Rule] = {
     name: rule
     for rule, names in {
-        _move: "_unsafe_view channel_shuffle flip gather index index_select native_channel_shuffle "
-        "pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d repeat replication_pad1d "
-        "replication_pad2d roll upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d",
+        _move: "_unsafe_view channel_shuffle flip gather index index_select native_channel_shuffle pixel_shuffle "
+        "pixel_unshuffle repeat roll upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d",
+        _restride: "as_strided",
         _join: "cat stack",
         _constant: "bernoulli empty_like fill full_like new_empty new_full new_ones new_zeros ones_like "
         "rand_like randn_like zero zeros_like",
@@ -555,6 +588,9 @@ RULES: dict[str, Rule] = {
         _pool: "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices",
         _adaptive_pool: "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d",
         _pad: "constant_pad_nd",
+        _mirror: "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
+        _patchify: "im2col",
+        _overlay: "col2im",
         _resample: "_upsample_bicubic2d_aa _upsample_bilinear2d_aa upsample_bicubic2d upsample_bilinear2d",
         _batch_norm: "_native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm native_batch_norm",
         _group_norm: "native_group_norm",

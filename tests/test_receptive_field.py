@@ -149,7 +149,18 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
         Call(lambda x: x.permute(0, 2, 3, 1)),
         nn.LayerNorm(4),
     ],
+    "channels last in memory": lambda: [
+        conv(3, 4, 3),
+        Call(lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+        nn.AdaptiveAvgPool2d(1),
+    ],
     "features": lambda: [conv(3, 4, 3, stride=2), nn.Flatten(), nn.Linear(4 * 8 * 6, 5)],
+    "unfolded": lambda: [
+        nn.Unfold(3, dilation=2, padding=2, stride=2),
+        nn.GELU(),
+        nn.Fold((15, 14), 3, dilation=2, padding=(3, 2), stride=2),
+        nn.MaxPool2d(2),
+    ],
     "only padding": lambda: [conv(3, 4, 1, padding=2), nn.GELU()],
 }
 
@@ -234,6 +245,14 @@ def test_center_of_cells_that_all_see_everything_is_spread_evenly() -> None:
     field = receptive_field(model, model, (8, 12))
     assert field.stride == (0, 0)
     assert field.center(0, 5) == (11.0, 1.0)
+
+
+def test_padding_with_pixels_of_the_image_leaves_stride_and_size() -> None:
+    blurred = nn.Sequential(
+        nn.ReflectionPad2d((2, 1, 2, 1)), conv(3, 3, 4, stride=2), nn.ReplicationPad2d(1), conv(3, 3, 3)
+    )
+    field = receptive_field(blurred, blurred, (20, 20))
+    assert (field.size, field.stride, field.offset) == ((8, 8), (2, 2), (-4, -4))
 
 
 def test_a_layer_that_runs_twice_counts_as_its_last_run() -> None:
