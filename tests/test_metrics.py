@@ -216,6 +216,7 @@ def test_baselines(inputs: Tensor, target: Tensor) -> None:
     [
         ({"steps": 0}, r"steps must be between 1 and the number of pixels, 64, got 0"),
         ({"steps": 65}, r"got 65"),
+        ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
         ({"baseline": "grey"}, r'baseline must be "blur", "mean", "zero" or a tensor, got \'grey\''),
     ],
 )

@@ -1,7 +1,8 @@
 """Insertion and deletion: does the score follow the pixels that the map ranks first?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def insertion(
         The curve of each image.
 
     Raises:
-        ValueError: if inputs, target, baseline or steps are none of the above.
+        ValueError: if inputs, target, baseline, steps or batch_size are none of the above.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
@@ -98,7 +99,7 @@ def deletion(
         The curve of each image.
 
     Raises:
-        ValueError: if inputs, target, baseline or steps are none of the above.
+        ValueError: if inputs, target, baseline, steps or batch_size are none of the above.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
@@ -126,9 +127,10 @@ def _curve(
     pixels = inputs.shape[-2] * inputs.shape[-1]
     if not 1 <= steps <= pixels:
         raise ValueError(f"steps must be between 1 and the number of pixels, {pixels}, got {steps}.")
-    order = (
-        attribution_maps(attribute, inputs, target).flatten(start_dim=1).argsort(dim=1, descending=True, stable=True)
-    )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    maps = attribution_maps(attribute, inputs, target)
+    order = maps.flatten(start_dim=1).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1).view(-1, 1, *inputs.shape[-2:])
     exchanged = torch.linspace(0, pixels, steps + 1).round().long()
     background = _background(inputs, baseline)
@@ -140,14 +142,9 @@ def _curve(
     return PerturbationCurve((exchanged / pixels).to(inputs), torch.stack(probabilities))
 
 
-def _in_batches(forward_func: Callable[..., Any], images: Any, label: Tensor, batch_size: int) -> Tensor:
-    probabilities, batch = [], []
-    for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
-            probabilities.append(label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch))))
-            batch = []
-    if batch:
+def _in_batches(forward_func: Callable[..., Any], images: Iterator[Tensor], label: Tensor, batch_size: int) -> Tensor:
+    probabilities = []
+    while batch := list(islice(images, batch_size)):
         probabilities.append(label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch))))
     return torch.cat(probabilities)
 
