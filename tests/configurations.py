@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,12 @@ def randn(*shape: int, seed: int = 4) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def parallel_on_cpu(model: nn.Module) -> nn.DataParallel[nn.Module]:
+    """The wrapper as it is where there is no GPU."""
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        return nn.DataParallel(model)
+
+
 # --- the table of configurations -----------------------------------------------------------------------------------
 
 
@@ -193,8 +200,8 @@ CONFIGURATIONS = [
     ),
     Configuration("function", Image, X, "relu", wrap=lambda model: lambda x: model(2 * x) - 1),
     Configuration("method", Image, X, "conv", wrap=lambda model: model.forward),
-    Configuration("DataParallel", Image, X, "relu", wrap=nn.DataParallel),
-    Configuration("DataParallel, device_ids", Image, X, "conv", LIST, wrap=nn.DataParallel, device_ids=[0]),
+    Configuration("DataParallel", Image, X, "relu", wrap=parallel_on_cpu),
+    Configuration("DataParallel, device_ids", Image, X, "conv", LIST, wrap=parallel_on_cpu, device_ids=[0]),
     Configuration("device_ids", Image, X, "relu", device_ids=[0]),
     Configuration("slice of neurons", Image, X, "relu", neuron=(slice(0, 2), 1, slice(None))),
     Configuration("selector", Image, X, "relu", neuron=lambda layer: layer[:, 1].mean((1, 2))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -62,30 +62,28 @@ NEURON = [
 OURS = (ScoreMap, LayerScoreMap, NeuronScoreMap)
 PER_POSITION = (captum.LayerGradCam, LayerScoreMap)  # summed over channels
 
-# What Captum's methods cannot do and ours can.
-NEEDS_MODULE = ("DeepLift", "GuidedBackprop", "Deconvolution")
 
-
-def refuses(cls: type, case: Configuration) -> str:
-    """Why one of Captum's own methods is not called in a configuration; empty where it is."""
+def refuses(cls: type, case: Configuration) -> bool:
+    """Whether one of Captum's own methods cannot be called like this. Ours always can."""
     name, wrapped = cls.__name__, case.wrap(nn.Identity())
     if cls in OURS:
-        return ""
-    if name.endswith(NEEDS_MODULE) and not isinstance(wrapped, nn.Module):
-        return "hooks the modules of a model, not of a function"
-    if cls in NEURON and case.layer in {"first", "second"}:
-        return "needs every input to reach the neuron"
-    if name == "LayerIntegratedGradients" and (case.device_ids or isinstance(wrapped, nn.DataParallel)):
-        return "looks for a GPU"
-    return ""
+        return False
+    hooks_modules_only = name.endswith(("DeepLift", "GuidedBackprop", "Deconvolution"))
+    needs_every_input_at_the_neuron = cls in NEURON
+    looks_for_a_gpu = name == "LayerIntegratedGradients"
+    return (
+        (hooks_modules_only and not isinstance(wrapped, nn.Module))
+        or (needs_every_input_at_the_neuron and case.layer in {"first", "second"})
+        or (looks_for_a_gpu and (case.device_ids is not None or isinstance(wrapped, nn.DataParallel)))
+    )
 
 
-def skip_refused(cls: type, case: Configuration) -> None:
-    if isinstance(case.wrap(nn.Identity()), nn.DataParallel) and torch.cuda.is_available():
-        pytest.skip("the wrapper would move the model to the GPU")
-    reason = refuses(cls, case)
-    if reason:
-        pytest.skip(f"{cls.__name__} {reason}")
+def each(classes: Sequence[type], cases: Sequence[Configuration] = CONFIGURATIONS) -> pytest.MarkDecorator:
+    """Every class in every configuration in which it can be called."""
+    pairs = [(cls, case) for cls in classes for case in cases if not refuses(cls, case)]
+    return pytest.mark.parametrize(
+        ("cls", "case"), [pytest.param(cls, case, id=f"{cls.__name__}-{case.name}") for cls, case in pairs]
+    )
 
 
 def constructed(cls: type, case: Configuration, explained: Any, layer: nn.Module, **options: Any) -> Any:
@@ -113,7 +111,7 @@ def attribute(cls: type, method: Any, case: Configuration, inputs: Any, target: 
     call = method.attribute if cls in OURS else quiet(method.attribute)
     if cls in NEURON:
         if cls is captum.NeuronConductance:
-            options["target"] = target
+            options["target"] = case.target
         selector = 99 if target == "wrong" else case.neuron
         return call(inputs, selector, attribute_to_neuron_input=case.at_input, **options)
     if cls in LAYER:
@@ -141,16 +139,13 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 each_case = pytest.mark.parametrize("case", CONFIGURATIONS, ids=lambda case: case.name)
-each_class = pytest.mark.parametrize("cls", [*INPUT, *LAYER, *NEURON], ids=lambda cls: cls.__name__)
 
 
 # --- one call for all ------------------------------------------------------------------------------------------------
 
 
-@each_case
-@each_class
+@each([*INPUT, *LAYER, *NEURON])
 def test_same_call_gives_the_same_form(cls: type, case: Configuration) -> None:
-    skip_refused(cls, case)
     _, explained, layer, inputs = case.call()
     result = attribute(cls, constructed(cls, case, explained, layer), case, inputs, case.target)
     if cls not in LAYER:
@@ -164,10 +159,8 @@ def test_same_call_gives_the_same_form(cls: type, case: Configuration) -> None:
     assert form(result) == expected
 
 
-@each_case
-@pytest.mark.parametrize("cls", OURS)
+@each(OURS)
 def test_ours_leave_no_graph_and_nothing_else_behind(cls: type, case: Configuration) -> None:
-    skip_refused(cls, case)
     model, explained, layer, inputs = case.call()
     watched = [tensor.clone().requires_grad_() for tensor in tensors(inputs)]
     given = watched[0] if isinstance(inputs, Tensor) else tuple(watched)
@@ -184,10 +177,8 @@ def test_ours_leave_no_graph_and_nothing_else_behind(cls: type, case: Configurat
     assert_close(delta, torch.zeros(len(watched[0]), dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-@each_case
-@pytest.mark.parametrize("cls", OURS)
+@each(OURS)
 def test_ours_work_under_no_grad(cls: type, case: Configuration) -> None:
-    skip_refused(cls, case)
     _, explained, layer, inputs = case.call()
     method = constructed(cls, case, explained, layer)
     with torch.no_grad():
@@ -203,7 +194,6 @@ def test_ours_work_under_no_grad(cls: type, case: Configuration) -> None:
 @pytest.mark.parametrize("multiply", [True, False])
 def test_sub_scores_of_a_layer_are_gradient_times_activation(case: Configuration, multiply: bool) -> None:
     _, explained, layer, inputs = case.call()
-    skip_refused(LayerScoreMap, case)
     ours, theirs = (
         constructed(cls, case, explained, layer, multiply_by_inputs=multiply)
         for cls in (LayerScoreMap, captum.LayerGradientXActivation)
@@ -220,7 +210,6 @@ def test_sub_scores_of_a_layer_are_gradient_times_activation(case: Configuration
 @each_case
 def test_sub_scores_of_the_image_are_input_times_gradient(case: Configuration) -> None:
     _, explained, layer, inputs = case.call()
-    skip_refused(ScoreMap, case)
     found, expected = (
         attribute(cls, constructed(cls, case, explained, layer), case, inputs, case.target)
         for cls in (ScoreMap, captum.InputXGradient)
@@ -232,14 +221,13 @@ def test_sub_scores_of_the_image_are_input_times_gradient(case: Configuration) -
     assert_close(found, expected, **EXACT)
 
 
-@each_case
-def test_coefficients_of_a_neuron_are_its_gradient(case: Configuration) -> None:
-    skip_refused(captum.NeuronGradient, case)
+@each([captum.NeuronGradient])
+def test_coefficients_of_a_neuron_are_its_gradient(cls: type, case: Configuration) -> None:
     _, explained, layer, inputs = case.call()
     ours = constructed(NeuronScoreMap, case, explained, layer, multiply_by_inputs=False)
-    theirs = constructed(captum.NeuronGradient, case, explained, layer)
+    theirs = constructed(cls, case, explained, layer)
     found = attribute(NeuronScoreMap, ours, case, inputs, None)
-    assert_close(found, attribute(captum.NeuronGradient, theirs, case, inputs, None), **EXACT)
+    assert_close(found, attribute(cls, theirs, case, inputs, None), **EXACT)
 
 
 def test_input_that_does_not_reach_a_neuron_adds_nothing() -> None:
@@ -324,16 +312,22 @@ def test_all_labels_equal_one_call_per_label(layer: str) -> None:
     assert_close(method.attribute_targets(X[0], [2, 0]), torch.cat([each[2], each[0]], 1), **EXACT)
 
 
-SELECTORS = [0, (1, 2, 0), (slice(1, 3), 0, slice(None)), lambda layer: layer[:, 2].sum((1, 2))]
+SELECTORS = {
+    "tuple": (1, 1, 0),
+    "negative": (-1, 0, -1),
+    "slices": (slice(1, 3), 0, slice(None)),
+    "function": lambda layer: layer[:, 2].sum((1, 2)),
+}
+NEURONS = [
+    *(("fc", selector, lower) for selector in (0, -1) for lower in (None, "conv", "relu", "pool")),
+    *(("pool", selector, lower) for selector in SELECTORS.values() for lower in (None, "conv", "relu")),
+]
 
 
-@pytest.mark.parametrize("selector", SELECTORS, ids=["index", "tuple", "slices", "function"])
-@pytest.mark.parametrize("lower", [None, "conv", "relu", "pool"])
-def test_neuron_is_the_sum_over_a_lower_layer_and_a_bias(selector: Any, lower: str | None) -> None:
+@pytest.mark.parametrize(("upper", "selector", "lower"), NEURONS)
+def test_neuron_is_the_sum_over_a_lower_layer_and_a_bias(upper: str, selector: Any, lower: str | None) -> None:
     model = built(Image)
-    layer, to_layer = model.fc if selector == 0 else model.relu, lower and model.get_submodule(lower)
-    if to_layer is not None and layer is not model.fc and lower != "conv":
-        pytest.skip("does not lie below")
+    layer, to_layer = model.get_submodule(upper), lower and model.get_submodule(lower)
     found, delta = NeuronScoreMap(model, layer).attribute(
         X[0], selector, to_layer=to_layer, return_convergence_delta=True
     )
@@ -346,6 +340,16 @@ def test_layer_that_is_not_below_the_neuron_is_named(to_layer: str) -> None:
     model = built(Image)
     with pytest.raises(ValueError, match=r"to_layer must lie below the neuron's layer"):
         NeuronScoreMap(model, model.conv).attribute(X[0], (0, 0, 0), to_layer=model.get_submodule(to_layer))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device_ids", [None, [0]])
+def test_data_parallel_on_gpus(device_ids: list[int] | None) -> None:
+    model = built(SeveralTensors).cuda()
+    parallel, x = nn.DataParallel(model), X[0].cuda()
+    found = LayerScoreMap(parallel, model.pair, device_ids).attribute(x, [0, 2], attr_dim_summation=False)
+    theirs = captum.LayerGradientXActivation(parallel, model.pair, device_ids).attribute(x, [0, 2])
+    assert_close(tensors(found), [one.detach() for one in tensors(theirs)], rtol=1e-10, atol=1e-10)
 
 
 # --- signatures ------------------------------------------------------------------------------------------------------
@@ -399,7 +403,7 @@ def test_properties_say_what_is_returned() -> None:
 # --- hooks -----------------------------------------------------------------------------------------------------------
 
 HOOKED = [case for case in CONFIGURATIONS if case.name in {"int", "two inputs", "several outputs", "layer input"}]
-each_hooked = pytest.mark.parametrize("case", HOOKED, ids=lambda case: case.name)
+WITH_TARGET = [cls for cls in (*INPUT, *LAYER, *NEURON) if cls is not captum.LayerActivation]
 
 
 def hooks(model: nn.Module) -> dict[str, list[int]]:
@@ -411,10 +415,8 @@ def hooks(model: nn.Module) -> dict[str, list[int]]:
     }
 
 
-@each_hooked
-@each_class
+@each([*INPUT, *LAYER, *NEURON], HOOKED)
 def test_hooks_are_gone_after_success(cls: type, case: Configuration) -> None:
-    skip_refused(cls, case)
     model, explained, layer, inputs = case.call()
     before = GlobalState.now()
     attribute(cls, constructed(cls, case, explained, layer), case, inputs, case.target)
@@ -422,24 +424,19 @@ def test_hooks_are_gone_after_success(cls: type, case: Configuration) -> None:
     assert GlobalState.now() == before
 
 
-@each_hooked
-@each_class
+@each(WITH_TARGET, HOOKED)
 def test_hooks_are_gone_after_a_wrong_target(cls: type, case: Configuration) -> None:
-    skip_refused(cls, case)
-    if cls is captum.LayerActivation:
-        pytest.skip("has no target")
     model, explained, layer, inputs = case.call()
     before = GlobalState.now()
-    with pytest.raises((AssertionError, IndexError, TypeError, ValueError, RuntimeError)):
+    wrong = r"(target|neuron_selector) must" if cls in OURS else None
+    with pytest.raises(ValueError if cls in OURS else (AssertionError, IndexError), match=wrong):
         attribute(cls, constructed(cls, case, explained, layer), case, inputs, "wrong")
     assert not hooks(model)
     assert GlobalState.now() == before
 
 
-@each_hooked
-@each_class
+@each([*INPUT, *LAYER, *NEURON], HOOKED)
 def test_hooks_are_gone_after_a_module_that_raises(cls: type, case: Configuration) -> None:
-    skip_refused(cls, case)
     model, explained, layer, inputs = case.call()
 
     def broken(*_: Any, **__: Any) -> Tensor:
