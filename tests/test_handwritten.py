@@ -476,3 +476,74 @@ def test_what_has_no_rule_is_named(name: str, generator: torch.Generator) -> Non
     inputs = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
     with untouched(model, inputs), pytest.raises(UnsupportedOperationError, match=name):
         linear_form(model, inputs, 1)
+
+
+def small() -> nn.Sequential:
+    """With an operation in place and switches."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    return nn.Sequential(*layers).double().eval()
+
+
+class OwnTensor(Tensor):
+    """What data libraries hand on, such as torchvision's ``Image``."""
+
+
+def own_tensors(model: nn.Module, inputs: Tensor) -> Tensor:
+    return inputs.as_subclass(OwnTensor)
+
+
+def constant_parameters(model: nn.Module, inputs: Tensor) -> Tensor:
+    model.requires_grad_(False)
+    return inputs
+
+
+def gradients_from_training(model: nn.Module, inputs: Tensor) -> Tensor:
+    model(inputs).sum().backward()
+    return inputs
+
+
+def part_of_a_graph(model: nn.Module, inputs: Tensor) -> Tensor:
+    return inputs.requires_grad_() * 1
+
+
+def channels_last(model: nn.Module, inputs: Tensor) -> Tensor:
+    return inputs.contiguous(memory_format=torch.channels_last)
+
+
+def hooks_of_the_user(model: nn.Module, inputs: Tensor) -> Tensor:
+    model[1].register_forward_hook(lambda _module, _arguments, output: 2 * output)
+    model[2].register_forward_pre_hook(lambda _module, arguments: (arguments[0] - 0.1,))
+    return inputs
+
+
+def backward_hooks_of_the_user(model: nn.Module, inputs: Tensor) -> Tensor:
+    model[2].register_full_backward_hook(lambda _module, _given, _received: None)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        own_tensors,
+        constant_parameters,
+        gradients_from_training,
+        part_of_a_graph,
+        channels_last,
+        hooks_of_the_user,
+        backward_hooks_of_the_user,
+    ],
+    ids=lambda prepare: prepare.__name__,
+)
+def test_identity_holds_however_model_and_image_come(
+    prepare: Callable[[nn.Module, Tensor], Tensor], generator: torch.Generator
+) -> None:
+    model = small()
+    inputs = prepare(model, torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64))
+    with torch.no_grad():
+        scores = model(inputs.clone()).as_subclass(Tensor)[:, 1]
+    with untouched(model, inputs):
+        forms = [linear_form(model, inputs, 1, layer) for layer in (None, model[0], model[1], model[2])]
+    for form in forms:
+        assert not form.sub_scores.requires_grad
+        assert_close(form.sub_scores.flatten(1).sum(1) + form.bias, scores, rtol=1e-12, atol=1e-12)
