@@ -354,17 +354,25 @@ def bias_terms(
     if not names or not score.requires_grad:
         return {}
     # one row per image: the derivative of its score in the scale of each offset
-    rows = torch.autograd.grad(
-        score,
-        [recording.offsets[name] for name in names],
-        torch.eye(len(score), dtype=score.dtype, device=score.device),
-        is_grads_batched=True,
-        allow_unused=True,
-    )
+    images = torch.eye(len(score), dtype=score.dtype, device=score.device)
+    rows = batched_gradients(score, [recording.offsets[name] for name in names], images)
     shares: dict[str, Tensor] = {}
     for name, row in zip(names, rows, strict=True):
         shares[name] = torch.zeros_like(score) if row is None else row.detach().to(score.dtype)
     return shares
+
+
+def batched_gradients(
+    outputs: Tensor, inputs: Sequence[Tensor], directions: Tensor, *, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Gradients for several directions of the outputs at once, (directions, ...) each; None where there is none."""
+    with warnings.catch_warnings():
+        # that some operation runs direction by direction is no news to the user
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            outputs, inputs, directions, is_grads_batched=True, retain_graph=retain_graph, allow_unused=True
+        )
+    return found
 
 
 class _OffsetRecording(Recording):

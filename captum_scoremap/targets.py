@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.freeze import Recording, Reduction, Site, Tail
-from captum_scoremap.linear_form import check_sites, select_scores, warn_of_probabilities
+from captum_scoremap.linear_form import batched_gradients, check_sites, select_scores, warn_of_probabilities
 from captum_scoremap.rules import Rule, with_rules
 
 __all__ = ["explain_targets"]
@@ -104,7 +104,7 @@ def _pushed_back(scores: Tensor, anchors: Sequence[Tensor]) -> list[Tensor]:
         return [anchor.new_zeros((len(scores), *anchor.shape)) for anchor in anchors]
     one_hot = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
     one_hot = one_hot[:, :, None].expand(-1, -1, scores.shape[1])
-    found = torch.autograd.grad(scores, anchors, one_hot, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    found = batched_gradients(scores, anchors, one_hot, retain_graph=True)
     return [
         anchor.new_zeros((len(scores), *anchor.shape)) if gradient is None else gradient.detach()
         for anchor, gradient in zip(anchors, found, strict=True)
