@@ -25,7 +25,7 @@ for row, (name, label) in zip(rows, PHOTOGRAPHS.items(), strict=True):
     size = tuple(image.shape[1:])
     boxes = torch.cat([
         score_map_crops(score_map, size, 2, size=96, max_overlap=0.1)[0],
-        score_map_crops(score_map, size, threshold=0.3)[0],
+        score_map_crops(score_map, size)[0],
     ])
     captions = ["1: best window", "2: the next", "3: best box"]
     visualize_crops(
