@@ -8,7 +8,10 @@
   const images = columns.index.map((_, row) =>
     Object.fromEntries(Object.entries(columns).map(([name, values]) => [name, values[row]])));
   const rowOf = new Map(images.map((image, row) => [image.index, row]));
-  const short = (value) => (value === null || value === undefined ? "–" : Number(Number(value).toPrecision(3)).toString());
+  const short = (value) => {
+    if (value === null || value === undefined) return "–";
+    return value && Math.abs(value) < 1e-3 ? value.toExponential(1) : Number(value.toPrecision(3)).toString();
+  };
   const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)} %`);
   const labelName = (label) => labels[label] ?? `label ${label}`;
   const verdict = (image) => (image.true === null ? "" : image.true === image.predicted ? "right" : "wrong");
