@@ -235,7 +235,8 @@ def overlay(op: Operation) -> Tensor:
     windows: Tensor = op["self"].unflatten(1, (-1, kernel)).flatten(2)
     reach = windows.new_full((*windows.shape[:2], rows * cols), NOTHING)
     reach = reach.scatter_reduce(2, places.flatten().to(windows.device).expand_as(windows), windows, "amax")
-    return reach.unflatten(2, (rows, cols))[..., above : above + height, left : left + width]
+    grid: Tensor = reach.unflatten(2, (rows, cols))
+    return grid[..., above : above + height, left : left + width]
 
 
 @rule("_upsample_bicubic2d_aa _upsample_bilinear2d_aa upsample_bicubic2d upsample_bilinear2d")
