@@ -1,7 +1,8 @@
 """Eq. (2)-(3) as objects: the score of a label as A·Y + B with the outputs Y of any layer."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -362,13 +363,19 @@ def bias_terms(
     return shares
 
 
+@contextmanager
+def quiet_batching() -> Iterator[None]:
+    """No word of operations that batch one by one: that is no news to the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
+
+
 def batched_gradients(
     outputs: Tensor, inputs: Sequence[Tensor], directions: Tensor, *, retain_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
     """Gradients for several directions of the outputs at once, (directions, ...) each; None where there is none."""
-    with warnings.catch_warnings():
-        # that some operation runs direction by direction is no news to the user
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+    with quiet_batching():
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
             outputs, inputs, directions, is_grads_batched=True, retain_graph=retain_graph, allow_unused=True
         )

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.freeze import Recording, Reduction, Site, Tail
-from captum_scoremap.linear_form import batched_gradients, check_sites, select_scores, warn_of_probabilities
+from captum_scoremap.linear_form import (
+    batched_gradients,
+    check_sites,
+    quiet_batching,
+    select_scores,
+    warn_of_probabilities,
+)
 from captum_scoremap.rules import Rule, with_rules
 
 __all__ = ["explain_targets"]
@@ -118,7 +124,7 @@ def _pushed_forward(tail: Tail, select: Callable[[Any], Tensor], channels: int, 
     shape = [size for axis, size in enumerate(activations.shape) if axis not in {0, channels}]
     count = math.prod(shape)
     batched = torch.func.vmap(lambda value: select(tail(value)))
-    with torch.no_grad():
+    with torch.no_grad(), quiet_batching():
         nothing = select(tail(torch.zeros_like(activations)))
         parts = []
         for start in range(0, count, positions_at_once):
