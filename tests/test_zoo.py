@@ -23,6 +23,7 @@ from tests.zoo import (
     at_zero,
     entry,
     families_of_timm,
+    in_single_precision,
     measure,
     measured,
     random_entry,
@@ -58,11 +59,11 @@ def test_identity_holds_for_all_of_torchvision(item: Entry) -> None:
 
 @pytest.mark.sweep
 def test_families_of_timm_are_exact_or_say_what_is_unsupported() -> None:
-    wrong = [
-        f"{row.entry}: {row.problem or max(row.at_input, row.at_layers)}"
-        for row in measured(families_of_timm(), most=24)
-        if not row.problem.startswith("unsupported") and not max(row.at_input, row.at_layers) <= 1e-9
-    ]
+    wrong = []
+    for row in measured(families_of_timm(), most=24):
+        tolerance = 1e-5 if in_single_precision(row.entry) else 1e-9
+        if not row.problem.startswith("unsupported") and not max(row.at_input, row.at_layers) <= tolerance:
+            wrong.append(row)
     assert not wrong
 
 

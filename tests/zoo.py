@@ -223,6 +223,11 @@ def families_of_timm() -> Iterator[Entry]:
             yield timm_entry(min(names, key=size), family)
 
 
+def in_single_precision(entry: Entry) -> bool:
+    """Whether the model casts to float32 inside: its residuals are those of float32."""
+    return entry.zoo == "timm" and entry.name.endswith("(efficientvit_mit)")
+
+
 def timm_entry(name: str, family: str) -> Entry:
     """A model of timm, at the smallest of a few image sizes that it takes."""
     import timm
@@ -392,7 +397,9 @@ Random weights, biases and norm statistics in float64, one image, the highest sc
 |S - (A·Y + B)| / (|S| + |A·Y|): S from the model, A·Y from the attribution, B from the frozen model with the
 layer at zero. *Layers* are the modules that run once and give a float tensor, of which some, spread over the
 model, were looked at. *Forward* is the relative difference of the frozen model's scores at the image from the
-model's own. Written by `python -m tests.zoo` (torch {torch}, torchvision {torchvision}{timm}).
+model's own. Models marked * compute a part in float32, whatever they are given.
+
+Written by `python -m tests.zoo` with torch {torch}, torchvision {torchvision}{timm}.
 
 | model | image | residual at the image | worst at a layer | layers | forward |
 | --- | --- | --- | --- | --- | --- |
@@ -401,10 +408,11 @@ model's own. Written by `python -m tests.zoo` (torch {torch}, torchvision {torch
 
 def line(row: Row) -> str:
     size = "×".join(str(n) for n in row.entry.shape[1:])
+    name = f"{row.entry}{'*' if in_single_precision(row.entry) else ''}"
     if row.problem:
-        return f"| {row.entry} | {size} | {row.problem} | | | |"
+        return f"| {name} | {size} | {row.problem} | | | |"
     return (
-        f"| {row.entry} | {size} | {row.at_input:.0e} | {row.at_layers:.0e} "
+        f"| {name} | {size} | {row.at_input:.0e} | {row.at_layers:.0e} "
         f"| {row.checked} of {row.layers} | {row.forward:.0e} |"
     )
 
