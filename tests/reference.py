@@ -129,9 +129,7 @@ def identity(y: Array) -> Affine:
 
 def diagonal(factor: Array, offset: Array | float = 0.0) -> Affine:
     """Every element with a factor (and offset) of its own: R_l of Eq. (2)."""
-    return Affine(
-        np.diag(factor.ravel()), np.broadcast_to(offset, factor.shape).ravel().astype(float), factor.shape
-    )
+    return Affine(np.diag(factor.ravel()), np.broadcast_to(offset, factor.shape).ravel().astype(float), factor.shape)
 
 
 def select(y: Array, sources: Indices, fill: float = 0.0) -> Affine:
@@ -194,9 +192,7 @@ def convolution(
     """F_l of a convolution over any number of axes; weight (out, in / groups, *kernel)."""
     outputs, kernel = len(weight), weight.shape[2:]
     inside = y.shape[1:]
-    size = [
-        (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(inside, kernel, strict=True)
-    ]
+    size = [(n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(inside, kernel, strict=True)]
     shape = (outputs, *size)
     matrix = np.zeros((math.prod(shape), y.size))
     for row, (out, *at) in enumerate(np.ndindex(*shape)):
@@ -239,16 +235,12 @@ def transposed_convolution(
     return Affine(matrix, np.repeat(offset, math.prod(size)), shape)
 
 
-def batch_norm(
-    y: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float = 1e-5
-) -> Affine:
+def batch_norm(y: Array, mean: Array, variance: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Affine:
     """In evaluation mode, channel by channel: weight (y - mean) / sqrt(variance + eps) + bias."""
     column = (-1, *[1] * (y.ndim - 1))
     scale = weight / np.sqrt(variance + eps)
     shift = bias - scale * mean
-    return diagonal(
-        np.broadcast_to(scale.reshape(column), y.shape), np.broadcast_to(shift.reshape(column), y.shape)
-    )
+    return diagonal(np.broadcast_to(scale.reshape(column), y.shape), np.broadcast_to(shift.reshape(column), y.shape))
 
 
 def windows(
@@ -272,9 +264,7 @@ def windows(
 def adaptive_windows(y: Array, size: Sequence[int]) -> Iterator[tuple[list[int], int]]:
     """Windows from floor(i n / size) to ceil((i + 1) n / size) along every axis."""
     for channel, *at in np.ndindex(y.shape[0], *size):
-        axes = [
-            range(a * n // s, -((a + 1) * n // -s)) for a, n, s in zip(at, y.shape[1:], size, strict=True)
-        ]
+        axes = [range(a * n // s, -((a + 1) * n // -s)) for a, n, s in zip(at, y.shape[1:], size, strict=True)]
         inside = [int(np.ravel_multi_index((channel, *p), y.shape)) for p in itertools.product(*axes)]
         yield inside, len(inside)
 
@@ -319,9 +309,7 @@ def resize_axis(n: int, size: int, mode: str, align_corners: bool = False) -> Ar
 
 def interpolate(y: Array, size: Sequence[int], mode: str, align_corners: bool = False) -> Affine:
     """Separable interpolation of the spatial axes."""
-    return per_axis(
-        y, {axis: resize_axis(y.shape[axis], s, mode, align_corners) for axis, s in enumerate(size, 1)}
-    )
+    return per_axis(y, {axis: resize_axis(y.shape[axis], s, mode, align_corners) for axis, s in enumerate(size, 1)})
 
 
 # --- frozen at the image: masks and switches ----------------------------------------------------------------
@@ -479,9 +467,7 @@ def weighted(weights: Array, values: Affine) -> Affine:
     """Frozen attention weights (L, T) times values (T, D)."""
     shape = (len(weights), values.shape[1])
     return values.then(
-        Affine(
-            np.kron(weights, np.eye(shape[1])), np.zeros(math.prod(shape)), shape
-        )  # the weights are constants
+        Affine(np.kron(weights, np.eye(shape[1])), np.zeros(math.prod(shape)), shape)  # the weights are constants
     )
 
 
@@ -516,12 +502,6 @@ def multi_head_attention(
         for h in range(heads)
     ]
     stacked = concat(*parts)  # heads one below the other, (heads * L, D / heads)
-    order = (
-        np
-        .arange(stacked.matrix.shape[0])
-        .reshape(heads, length, each)
-        .transpose(1, 0, 2)
-        .reshape(length, width)
-    )
+    order = np.arange(stacked.matrix.shape[0]).reshape(heads, length, each).transpose(1, 0, 2).reshape(length, width)
     merged = stacked.then(select(stacked(y), order))
     return merged.then(linear(merged(y), out_weight, out_bias))

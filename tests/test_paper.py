@@ -243,9 +243,7 @@ def matrices(module: nn.Module) -> Operation:
     match module:
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             settings = (module.stride[0], int(module.padding[0]), module.dilation[0], module.groups)
-            return lambda y: reference.convolution(
-                y, weights(module, "weight"), weights(module, "bias"), *settings
-            )
+            return lambda y: reference.convolution(y, weights(module, "weight"), weights(module, "bias"), *settings)
         case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
             moves = (module.stride[0], int(module.padding[0]), module.output_padding[0], module.dilation[0])
             return lambda y: reference.transposed_convolution(
@@ -275,9 +273,7 @@ def matrices(module: nn.Module) -> Operation:
 
             return max_pool
         case nn.AvgPool1d() | nn.AvgPool2d() | nn.AvgPool3d():
-            kernel, stride, padding = (
-                np.ravel(s)[0] for s in (module.kernel_size, module.stride, module.padding)
-            )
+            kernel, stride, padding = (np.ravel(s)[0] for s in (module.kernel_size, module.stride, module.padding))
 
             def average_pool(y: NDArray[np.float64]) -> reference.Affine:
                 size = pooled_size(y, kernel, stride, padding)
@@ -290,9 +286,7 @@ def matrices(module: nn.Module) -> Operation:
             raise NotImplementedError(type(module))
 
 
-def pooled_size(
-    y: NDArray[np.float64], kernel: int, stride: int, padding: int, dilation: int = 1
-) -> list[int]:
+def pooled_size(y: NDArray[np.float64], kernel: int, stride: int, padding: int, dilation: int = 1) -> list[int]:
     return [(n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in y.shape[1:]]
 
 
