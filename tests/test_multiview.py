@@ -364,6 +364,12 @@ def test_a_module_reached_by_two_names_keeps_its_weights() -> None:
     torch.testing.assert_close(shared.weight.detach(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(alexnet: nn.Module, dtype: torch.dtype) -> None:
+    multi_view = MultiView.from_classifier(copy.deepcopy(alexnet).to(dtype))
+    assert multi_view(torch.zeros(1, 3, 224, 256, dtype=dtype)).dtype == dtype
+
+
 def test_a_model_in_training_stays_so(alexnet: nn.Module) -> None:
     model = copy.deepcopy(alexnet).train()
     model.features[3].eval()
@@ -503,6 +509,7 @@ def small(**options: Any) -> MultiView:
             ValueError,
             "images must be at least one view large, 5 x 5 pixels, got 4 x 9. Enlarge them",
         ),
+        (lambda: small()(torch.zeros(1, 1, 2, 9)), ValueError, "at least one view large, 5 x 5 pixels, got 2 x 9"),
         (lambda: small().view_boxes(4, 9), ValueError, "at least one view large, 5 x 5 pixels, got 4 x 9"),
         (
             lambda: small(window=30)(torch.zeros(1, 1, 20, 20)),
