@@ -56,17 +56,19 @@ def fused_by_hand(model: nn.Sequential, layers: list[int], image: Tensor, label:
     probability = value.softmax(1)[0, label]
     odds = (probability / (1 - probability)).log()
     detail = torch.zeros(image.shape[-2:], dtype=image.dtype)
+    connected = torch.ones(image.shape[-2:], dtype=torch.bool)
     for index in layers:
         (gradient,) = torch.autograd.grad(odds, outputs[index], retain_graph=True)
         score_map = (gradient * outputs[index]).sum(1, keepdim=True).detach()
         detail += F.interpolate(score_map / score_map.abs().max(), image.shape[-2:], mode="bilinear")[0, 0]
+        (gradient,) = torch.autograd.grad(value[0, label], outputs[index], retain_graph=True)
+        adds = (gradient * outputs[index]).sum(1)[0] != 0
+        rows, columns = (image.shape[axis] // adds.shape[axis - 2] for axis in (2, 3))
+        connected &= adds.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     bias = odds.detach() - score_map.sum()
     everywhere_alike = score_map * score_map.numel() + bias
     belief = 1 / (1 + torch.exp(-F.interpolate(everywhere_alike, image.shape[-2:], mode="bilinear")[0, 0]))
-    (coefficients,) = torch.autograd.grad(value[0, label], image)
-    fused = torch.where(detail > 0, detail**2 * belief, -(detail**2))
-    fused[(coefficients[0] == 0).all(0)] = 0
-    return fused
+    return torch.where(detail > 0, detail**2 * belief, -(detail**2)) * connected
 
 
 @pytest.mark.parametrize("layers", [[1, 4, 6], [4, 6], [6]])

@@ -35,12 +35,13 @@ class FusedScoreMap(GradientAttribution):
     3. G, the belief: as L = sum of M + B is exact, h·w·M(x, y) + B is the log-odds if the last layer, of h x w
        positions, looked everywhere as it does at (x, y), and G its sigmoid: the probability of the label there.
     4. The map is R² G where R is positive, and -R² where it is negative.
-    5. Pixels on which the score S_c does not depend (coefficients A of exactly zero) are exactly zero.
+    5. Cells of a layer that add nothing at all to the label's own score S_c, whose score map is exactly zero there, are
+       exactly zero: what the label does not see is no evidence for it, whatever it says against others.
 
     It is a map for looking, pointing and cropping, without unit; for one that adds up to the score take
     :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, that is
-    taken for the log-odds, as before a sigmoid. It takes one forward and two backward passes, and at the first image
-    of each size one more forward pass that finds the layers.
+    taken for the log-odds, as before a sigmoid. It takes one forward and two backward passes, which end at the first
+    of the layers, and at the first image of each size one more forward pass that finds the layers.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
@@ -110,16 +111,15 @@ class FusedScoreMap(GradientAttribution):
         taps = {(layer, False): Reduction(channel_dim=1) for layer in layers}
         recording = Recording(forward_func, with_rules(self._rules), taps, trusted=with_rules(None))
         with torch.enable_grad():
-            output = recording.record(tensors, additional, at_inputs=Reduction(multiply=False))
+            output = recording.record(tensors, additional)
             check_sites(recording, taps)
             warn_of_probabilities(recording, output)
             score = select_scores(output, target)
             odds = log_odds(output, target)
         anchors = [_map_anchor(recording.tapped[site], site[0]) for site in taps]
-        score_maps = _gradients(odds, anchors)
-        (coefficients,) = _gradients(score, recording.input_taps.anchors)
-        fused = fuse(score_maps, odds.detach(), image.shape[-2:])
-        fused = fused * (coefficients != 0).any(dim=1, keepdim=True)
+        fused = fuse(_gradients(odds, anchors), odds.detach(), image.shape[-2:])
+        for score_map in _gradients(score, anchors):
+            fused = fused * F.interpolate((score_map != 0).to(fused), size=image.shape[-2:], mode="nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
     def _layers_for(
