@@ -43,10 +43,13 @@ class Network:
 
 def heads(channels: int, window: tuple[int, int]) -> dict[str, Callable[[], nn.Sequential]]:
     """Heads of every kind: on the window's values, on its mean, on its mean as a map, and unknown."""
-    values = channels * window[0] * window[1]
+    values, act = channels * window[0] * window[1], nn.Tanh()
     return {
         "fully-connected": lambda: nn.Sequential(
             nn.Flatten(), nn.Dropout(), nn.Linear(values, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, LABELS)
+        ),
+        "one activation twice": lambda: nn.Sequential(
+            nn.Flatten(), act, nn.Linear(values, 4), act, nn.Linear(4, 4), act, nn.Linear(4, LABELS)
         ),
         "resized": lambda: nn.Sequential(
             nn.AdaptiveAvgPool2d(window), nn.Tanh(), nn.Flatten(), nn.Linear(values, LABELS)

@@ -59,10 +59,15 @@ def _chain(layers: Iterable[_Named]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
+def _children(model: nn.Module) -> list[_Named]:
+    """Return all layers of a module, also those that it holds twice."""
+    return [(name, layer) for name, layer in model._modules.items() if layer is not None]
+
+
 def _layers(model: nn.Module, name: str) -> list[_Named]:
     """Return the layers of a sequence, or the one layer that a user has put in its place."""
     layer = model.get_submodule(name)
-    return list(layer.named_children()) if isinstance(layer, nn.Sequential) else [(name, layer)]
+    return _children(layer) if isinstance(layer, nn.Sequential) else [(name, layer)]
 
 
 def _pooled(pooling: nn.Module, *layers: _Named) -> nn.Sequential:
@@ -97,7 +102,7 @@ def _staged(stages: str) -> Callable[[Any], Parts]:
 
 def _densenet(model: Any) -> Parts:
     """As `_averaged`, with a ReLU that ``forward`` calls as a function."""
-    features = _chain([*model.features.named_children(), ("relu", nn.ReLU())])
+    features = _chain([*_children(model.features), ("relu", nn.ReLU())])
     return features, _pooled(nn.AdaptiveAvgPool2d(1), *_layers(model, "classifier"))
 
 
@@ -154,7 +159,7 @@ class _ForwardFeatures(_Function):
 
     def __init__(self, model: Any, head: set[str]) -> None:
         super().__init__(model.forward_features)
-        for name, layer in model.named_children():
+        for name, layer in _children(model):
             if name not in head:
                 self.add_module(name, layer)
 
@@ -168,7 +173,7 @@ def _divide_timm(model: Any) -> Parts | None:
     pooling = model.get_submodule(poolings[0])
     if getattr(pooling, "pool_type", None) not in {"avg", "fast", "fastavg"}:
         return None
-    layers = list(model.get_submodule(owner).named_children())
+    layers = _children(model.get_submodule(owner))
     behind = layers[[name for name, _ in layers].index("global_pool") + 1 :]
     flattens = any(isinstance(part, nn.Flatten) or getattr(part, "flatten", None) is True for part in pooling.modules())
     head = [

@@ -134,7 +134,9 @@ class _WayOfAWindow:
     def through(self, layer: nn.Module) -> nn.Module:
         """Return the form of `layer` for all views."""
         if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
-            children = OrderedDict((name, self.through(child)) for name, child in layer.named_children())
+            children = OrderedDict(
+                (name, self.through(child)) for name, child in layer._modules.items() if child is not None
+            )
             return _trained_as(layer, nn.Sequential(children))
         if isinstance(layer, _NEUTRAL):
             return layer
