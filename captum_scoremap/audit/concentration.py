@@ -95,8 +95,8 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
         ``(N, *size)``; the mean of each map stays as it is.
 
     Example:
-        >>> resized(torch.tensor([[[0.0, 3.0, 6.0]]]), (1, 2))
-        tensor([[[1., 5.]]])
+        >>> resized(torch.tensor([[[0.0, 3.0, 6.0]]]), (1, 2)).round().tolist()
+        [[[1.0, 5.0]]]
     """
     rows, columns = (_overlap(new, old, maps) for new, old in zip(size, maps.shape[1:], strict=True))
     return rows @ maps @ columns.T
