@@ -3,9 +3,10 @@
     python -m tests.benchmarks.patch_scores --images DIR
 
 DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``; those count that
-EfficientNet-Lite0 classifies with more than 0.8. Of every image each method chooses one square, by the window with
-the largest sum of its map or around its highest cell; the network's probability for the label on the square alone,
-enlarged to one view, is the patch score. Printed are means with their 95% confidence intervals, as Markdown.
+EfficientNet-Lite0 classifies with more than 0.8. Of every image each method chooses one square: around the highest
+cell of its map, as ``semantic_patches`` does, or the window over which its map has the largest sum, of both signs or of
+the positive part alone. The network's probability for the label on the square alone, enlarged to one view, is the patch
+score. Printed are means with their 95% confidence intervals, as Markdown.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def highest_cell(maps: Tensor, centers: Tensor, side: int, size: int) -> Tensor:
 
 def interval(values: Tensor) -> str:
     """Mean and half the width of its 95% confidence interval (normal approximation)."""
-    return f"{values.mean():.2f} ± {1.96 * values.std() / math.sqrt(len(values)):.2f}"
+    return f"{values.mean():.2f} ± {1.96 * values.std() / math.sqrt(len(values)):.2f}".replace("-", "−")
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -91,16 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def score(boxes: Tensor) -> Tensor:
         return patch_score(model, inputs, target, boxes)
 
-    baselines: dict[int, dict[str, Tensor]] = {}
+    baselines = []
     for size in options.sizes:
         corners = torch.randint(side - size + 1, (len(inputs), RANDOM, 2), generator=generator)
         middle = torch.full((len(inputs), 2), (side - size) // 2)
-        baselines[size] = {
-            "random": score(torch.cat([corners, corners + size], dim=-1)).mean(1),
-            "center": score(torch.cat([middle, middle + size], dim=-1)),
-        }
+        random = score(torch.cat([corners, corners + size], dim=-1)).mean(1)
+        center = score(torch.cat([middle, middle + size], dim=-1))
+        baselines.append({"pixels": str(size), "random": interval(random), "center": interval(center)})
 
-    rows: dict[str, list[dict[str, str]]] = {"window": [], "cell": []}
+    rows = []
     for name in tqdm(options.layers, unit="layer", leave=False):
         layer = model.get_submodule(name)
         maps = layer_maps(model, layer, inputs, target)
@@ -108,22 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         height, width, _ = field.boxes.shape
         centers = torch.tensor([[field.center(row, col) for col in range(width)] for row in range(height)])
         for size in options.sizes:
-            choices = {
-                "window": {m: strongest_window(input_sized(one, side, side), size) for m, one in maps.items()},
-                "cell": {m: highest_cell(one, centers, side, size) for m, one in maps.items()},
+            cell = {method: score(highest_cell(one, centers, side, size)) for method, one in maps.items()}
+            summed = maps | {"SMSM, positive part": maps["SMSM"].clamp(min=0)}
+            window = {
+                method: score(strongest_window(input_sized(one, side, side), size)) for method, one in summed.items()
             }
-            for rule, boxes in choices.items():
-                scores = {method: score(chosen) for method, chosen in boxes.items()} | baselines[size]
-                rows[rule].append(
-                    {"layer": f"`{name}`", "pixels": str(size)}
-                    | {method: interval(values) for method, values in scores.items()}
-                    | {"SMSM − GSM": interval(scores["SMSM"] - scores["GSM"])}
-                )
-
+            rows.append(
+                {"layer": f"`{name}`", "pixels": str(size)}
+                | {f"cell: {method}": interval(values) for method, values in cell.items()}
+                | {"cell: SMSM − GSM": interval(cell["SMSM"] - cell["GSM"])}
+                | {f"window: {method}": interval(values) for method, values in window.items()}
+                | {"window: SMSM, positive part − GSM": interval(window["SMSM, positive part"] - window["GSM"])}
+            )
     whole = score(torch.tensor([0, 0, side, side]).expand(len(inputs), 4))
     print(f"{len(inputs)} images; the score of the whole image is {interval(whole)}.\n")
-    print(f"Window with the largest sum:\n\n{table(rows['window'])}\n")
-    print(f"Window around the highest cell:\n\n{table(rows['cell'])}")
+    print(f"{table(baselines)}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
