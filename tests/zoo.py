@@ -74,6 +74,8 @@ def randomize(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> n
                 parameter.copy_(0.3 * noise(parameter))
             elif name.endswith("weight") and parameter.dim() == 1:
                 parameter.copy_(1 + 0.3 * noise(parameter))
+            elif parameter.numel() > MANY:
+                parameter.copy_(0.3 * noise(parameter))  # not filled before, see Unfilled
             else:
                 parameter.add_(0.3 * noise(parameter))
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -332,15 +334,20 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
     copies = inputs.repeat(together, *[1] * (inputs.dim() - 1))
     keep = torch.ones(len(layers), together, dtype=inputs.dtype)
 
-    def scaled_by(row: Tensor) -> Callable[..., Tensor]:
+    alone: dict[str, Tensor] = {}
+
+    def scaled_by(row: Tensor, name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
+            if len(output) % together:
+                alone[name] = torch.zeros_like(output)  # no images, but a table of positions, say
+                return output
             own = row.repeat_interleave(len(output) // together)  # windows and frames are batch-major
             return output * own.view(-1, *[1] * (output.dim() - 1))
 
         return hook
 
-    handles = [layer.register_forward_hook(scaled_by(keep[i])) for i, layer in enumerate(layers.values())]
-    biases = []
+    handles = [layer.register_forward_hook(scaled_by(keep[i], name)) for i, (name, layer) in enumerate(layers.items())]
+    biases: list[Tensor] = []
     try:
         with torch.no_grad():
             frozen = freeze(model, copies)
@@ -352,7 +359,11 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
     finally:
         for handle in handles:
             handle.remove()
-    return dict(zip(layers, biases, strict=True))
+    found = dict(zip(layers, biases, strict=True))
+    with torch.no_grad():
+        for name, zeros in alone.items():
+            found[name] = freeze(model, inputs)(inputs, {layers[name]: zeros})[:, label]
+    return found
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
