@@ -86,7 +86,13 @@ def copy(op: Operation) -> Tensor:
     return source.reach if isinstance(source, Reach) else torch.tensor(NOTHING)
 
 
-@rule(POINTWISE, "_prelu_kernel _to_copy hardswish log_sigmoid_forward native_dropout")
+@rule(
+    POINTWISE,
+    "_prelu_kernel _to_copy hardswish log_sigmoid_forward native_dropout",
+    # pointwise too, but not yet tagged so in PyTorch 2.5
+    "celu elu hardshrink hardsigmoid hardtanh isfinite ldexp leaky_relu mish rad2deg relu6 selu softplus softshrink",
+    "threshold",
+)
 def maximum(op: Operation) -> Tensor:
     """Element by element, with broadcasting."""
     tensors = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Tensor)]
