@@ -517,9 +517,12 @@ def hooks_of_the_user(model: nn.Module, inputs: Tensor) -> Tensor:
     return inputs
 
 
-def backward_hooks_of_the_user(model: nn.Module, inputs: Tensor) -> Tensor:
+def test_full_backward_hooks_of_the_user_are_an_error(generator: torch.Generator) -> None:
+    model = small()
     model[2].register_full_backward_hook(lambda _module, _given, _received: None)
-    return inputs
+    inputs = torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
+    with untouched(model, inputs), pytest.raises(ValueError, match="must have no full backward hooks, got one at '2'"):
+        linear_form(model, inputs, 1, model[0])
 
 
 @pytest.mark.parametrize(
@@ -531,7 +534,6 @@ def backward_hooks_of_the_user(model: nn.Module, inputs: Tensor) -> Tensor:
         part_of_a_graph,
         channels_last,
         hooks_of_the_user,
-        backward_hooks_of_the_user,
     ],
     ids=lambda prepare: prepare.__name__,
 )

@@ -323,12 +323,12 @@ def test_draws_into_axes_of_the_caller(image: Tensor) -> None:
 
 
 def test_leaves_pyplot_alone(image: Tensor) -> None:
-    settings = dict(mpl.rcParams)
+    settings, figures = dict(mpl.rcParams), plt.get_fignums()
     visualize_score_map(torch.ones(2, 2), image)
     visualize_layer_score_maps({"conv": torch.ones(2, 2)}, image)
     visualize_crops(image, torch.ones(2, 2), torch.tensor([[0, 0, 8, 8]]))
     visualize_patches({"conv": {"SMSM": patches(1)}})
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == figures
     assert dict(mpl.rcParams) == settings
 
 

@@ -242,6 +242,11 @@ class Run(TorchFunctionMode):
                 f"the model must be in evaluation mode, got {self._names[module] or type(module).__name__!r} "
                 f"({type(module).__name__}) in training mode. Call model.eval()."
             )
+        if module._backward_pre_hooks or (module._backward_hooks and module._is_full_backward_hook):
+            raise ValueError(
+                f"the model must have no full backward hooks, got one at {self._names[module] or type(module).__name__!r}: "
+                "autograd hands its tensors on unseen. Remove it first (the handle's remove())."
+            )
         self._stack.append(module)
         self.calls[module] += 1
         with torch._C.DisableTorchFunction():
