@@ -244,8 +244,8 @@ class Run(TorchFunctionMode):
             )
         if module._backward_pre_hooks or (module._backward_hooks and module._is_full_backward_hook):
             raise ValueError(
-                f"the model must have no full backward hooks, got one at {self._names[module] or type(module).__name__!r}: "
-                "autograd hands its tensors on unseen. Remove it first (the handle's remove())."
+                "the model must have no full backward hooks, which hand tensors on unseen; got one at "
+                f"{self._names[module] or type(module).__name__!r}. Remove it first (the handle's remove())."
             )
         self._stack.append(module)
         self.calls[module] += 1
