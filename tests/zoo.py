@@ -334,12 +334,12 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
     copies = inputs.repeat(together, *[1] * (inputs.dim() - 1))
     keep = torch.ones(len(layers), together, dtype=inputs.dtype)
 
-    alone: dict[str, Tensor] = {}
+    alone: set[str] = set()
 
     def scaled_by(row: Tensor, name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
             if len(output) % together:
-                alone[name] = torch.zeros_like(output)  # no images, but a table of positions, say
+                alone.add(name)  # no images, but a table of positions, say
                 return output
             own = row.repeat_interleave(len(output) // together)  # windows and frames are batch-major
             return output * own.view(-1, *[1] * (output.dim() - 1))
@@ -360,10 +360,7 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
         for handle in handles:
             handle.remove()
     found = dict(zip(layers, biases, strict=True))
-    with torch.no_grad():
-        for name, zeros in alone.items():
-            found[name] = freeze(model, inputs)(inputs, {layers[name]: zeros})[:, label]
-    return found
+    return found | {name: linear_form(model, inputs, label, layers[name]).bias for name in alone}
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
