@@ -523,7 +523,7 @@ def test_full_backward_hooks_of_the_user_are_an_error(generator: torch.Generator
     inputs = torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
     with (
         untouched(model, inputs),
-        pytest.raises(ValueError, match="must have no full backward hooks, .* got one at '2'"),
+        pytest.raises(ValueError, match=r"must have no full backward hooks, .* got one at '2'"),
     ):
         linear_form(model, inputs, 1, model[0])
 
