@@ -285,3 +285,12 @@ def test_options_shared_by_commands(folder: Path) -> None:
     assert not (folder / "new.png").exists()
     with pytest.raises(ValueError, match=r"output must be a path that can be written, got .*Is a directory"):
         check_writable(folder)
+
+
+def test_multi_view_says_that_a_small_image_is_enlarged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = tmp_path / "small.png"
+    Image.new("RGB", (90, 60), (200, 120, 40)).save(small)
+    out = tmp_path / "maps.png"
+    assert main(["explain", str(small), "--view", "multi", "--layers", "features.blocks.6", "--out", str(out)]) == 0
+    assert "90 x 60 pixels are less than one view (224); enlarged." in capsys.readouterr().out
+    assert out.stat().st_size > 0

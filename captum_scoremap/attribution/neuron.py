@@ -73,7 +73,7 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
             neuron_selector: Index of the neuron in the layer's output without its batch dimension: an int, a tuple of
-                ints and slices (whose neurons are summed), or a function from the layer's output to (N,).
+                ints and slices (whose neurons are summed), or a function, linear, from the layer's output to (N,).
             additional_forward_args: Further arguments of ``forward_func``; they are constants.
             attribute_to_neuron_input: Whether the neuron is one of the layer's input.
             to_layer: The lower layer whose output Y is; None for the input.

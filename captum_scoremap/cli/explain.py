@@ -134,7 +134,15 @@ def explain(
     place = chosen_device(device)
     loaded = load_model(model, weights, place, dtype.torch)
     preprocess = loaded.preprocessing if view is View.single else loaded.preprocessing.whole
-    batches = [preprocess(read_image(name))[None].to(place, dtype.torch) for name in names]
+    console = make_console()
+    batches = []
+    for name in names:
+        picture = read_image(name)
+        if view is View.multi and min(picture.size) < loaded.preprocessing.crop:
+            size = " x ".join(map(str, picture.size))
+            view_size = loaded.preprocessing.crop
+            console.print(f"{name}: {size} pixels are less than one view ({view_size}); enlarged.", soft_wrap=True)
+        batches.append(preprocess(picture)[None].to(place, dtype.torch))
     network = prepare(loaded.module, batches[0]) if prepare_model else loaded.module
     if view is View.multi:
         network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
@@ -146,7 +154,6 @@ def explain(
         for label in _targets(target, network, inputs, loaded)
     ]
 
-    console = make_console()
     arrays: dict[str, Any] = {}
     outputs = list(_output_paths(out, questions))
     with tqdm(total=len(questions) * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
