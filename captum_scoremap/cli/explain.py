@@ -138,9 +138,9 @@ def explain(
     batches = []
     for name in names:
         picture = read_image(name)
-        if view is View.multi and min(picture.size) < loaded.preprocessing.crop:
+        view_size = loaded.preprocessing.crop
+        if view is View.multi and view_size is not None and min(picture.size) < view_size:
             size = " x ".join(map(str, picture.size))
-            view_size = loaded.preprocessing.crop
             console.print(f"{name}: {size} pixels are less than one view ({view_size}); enlarged.", soft_wrap=True)
         batches.append(preprocess(picture)[None].to(place, dtype.torch))
     network = prepare(loaded.module, batches[0]) if prepare_model else loaded.module
