@@ -17,12 +17,14 @@ from tqdm import tqdm
 from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers
 from captum_scoremap.cli.options import (
+    PICTURE_FORMATS,
     DeviceOption,
     DType,
     DTypeOption,
     ModelOption,
     PrepareOption,
     WeightsOption,
+    check_suffix,
     check_writable,
     chosen_device,
 )
@@ -31,8 +33,6 @@ from captum_scoremap.models.images import SAMPLE_PREFIX
 from captum_scoremap.models.layers import main_layers
 from captum_scoremap.multiview import MultiView
 from captum_scoremap.visualization import visualize_layer_score_maps
-
-_PICTURE_FORMATS = (".png", ".pdf", ".svg")
 
 
 class View(str, Enum):
@@ -124,9 +124,9 @@ def explain(
 
     * `captum-scoremap explain photo.jpg --model my_package.models:build --weights weights.pt`
     """
-    _check_suffix("out", out, _PICTURE_FORMATS)
+    check_suffix("out", out, PICTURE_FORMATS)
     if save_maps:
-        _check_suffix("save-maps", save_maps, (".npz",))
+        check_suffix("save-maps", save_maps, (".npz",))
     for path in filter(None, (out, save_maps)):
         check_writable(path)
 
@@ -167,12 +167,6 @@ def explain(
     if save_maps:
         np.savez_compressed(save_maps, **arrays)
         console.print(f"Maps: {save_maps}", soft_wrap=True)
-
-
-def _check_suffix(option: str, path: Path, known: Sequence[str]) -> None:
-    """Raise unless the name of a file says a format that can be written."""
-    if path.suffix.lower() not in known:
-        raise ValueError(f"--{option} must end in {', '.join(known)}, got {str(path)!r}.")
 
 
 def _default_layers(network: nn.Module, inputs: Tensor) -> list[str]:

@@ -1,5 +1,6 @@
 """Options that several sub-commands take, with one meaning everywhere."""
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,9 @@ DeviceOption = Annotated[
     str,
     typer.Option("--device", metavar="D", help="auto (a CUDA GPU if there is one), cpu, cuda:1, mps, ..."),
 ]
+
+
+PICTURE_FORMATS = (".png", ".pdf", ".svg")
 
 
 class DType(str, Enum):
@@ -82,6 +86,21 @@ def chosen_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one of this machine, got {name!r}: {reason}") from error
     return device
+
+
+def check_suffix(option: str, path: Path, known: Sequence[str]) -> None:
+    """Raise unless the name of a file says a format that can be written.
+
+    Args:
+        option: The option that named the file.
+        path: The file.
+        known: Suffixes of the formats.
+
+    Raises:
+        ValueError: It ends in none of them.
+    """
+    if path.suffix.lower() not in known:
+        raise ValueError(f"--{option} must end in {', '.join(known)}, got {str(path)!r}.")
 
 
 def check_writable(path: Path) -> None:

@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.explanation import find_layers
 from captum_scoremap.cli.options import (
+    PICTURE_FORMATS,
     DeviceOption,
     DType,
     DTypeOption,
     ModelOption,
     PrepareOption,
     WeightsOption,
+    check_suffix,
     check_writable,
     chosen_device,
 )
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
 from captum_scoremap.patches import Patch, semantic_patches
 from captum_scoremap.visualization import visualize_patches
-
-_PICTURE_FORMATS = (".png", ".pdf", ".svg")
 
 
 class Ranking(str, Enum):
@@ -131,7 +131,7 @@ def patches(
     if len(left_out) < len(files):
         figure, _ = visualize_patches(found, show_values=False)  # they stand in the table
         figure.canvas.print_figure(out, dpi=150)
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console = make_console()
         console.print(_table(found, loaded))
         console.print(f"Picture: {out}", soft_wrap=True)
     _report(left_out, files)
@@ -139,8 +139,7 @@ def patches(
 
 def _check_picture(path: Path) -> None:
     """Raise unless a picture can be written there."""
-    if path.suffix.lower() not in _PICTURE_FORMATS:
-        raise ValueError(f"--out must end in {', '.join(_PICTURE_FORMATS)}, got {str(path)!r}.")
+    check_suffix("out", path, PICTURE_FORMATS)
     check_writable(path)
 
 
