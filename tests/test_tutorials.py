@@ -1,0 +1,85 @@
+"""Tutorials run, are stored as they run, and show a reader nothing but what they mean to show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+from tests.tutorials import FOLDER, SOURCES, execute, noise, notebook_from, source_from
+
+REBUILD = "Run python -m tests.tutorials."
+LARGEST = 1_500_000
+MACHINE = {
+    "path": r"(?<![\w.:/<])/(?:[\w.-]+/)+[\w.-]*|\b[A-Z]:\\|site-packages",
+    "address": r"\b0x[0-9a-f]{6,}",
+    "traceback": r"Traceback \(most recent call last\)",
+}
+
+each_tutorial = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+
+
+def stored(source: Path) -> NotebookNode:
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=nbformat.NO_CONVERT)
+
+
+def texts(cell: NotebookNode) -> list[str]:
+    """All that a cell shows but pictures."""
+    found = []
+    for output in cell.get("outputs", ()):
+        found.append(output.get("text", ""))
+        found += [value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
+    return found
+
+
+def kinds(notebook: NotebookNode) -> list[list[str]]:
+    """What every cell shows, by kind: printed text, results, pictures."""
+    return [
+        sorted(kind for output in cell.get("outputs", ()) for kind in output.get("data", [output.output_type]))
+        for cell in notebook.cells
+    ]
+
+
+@each_tutorial
+def test_runs_without_a_warning(source: Path) -> None:
+    notebook = notebook_from(source)
+    execute(notebook)
+    assert list(noise(notebook)) == []
+    assert kinds(notebook) == kinds(stored(source)), REBUILD
+
+
+@each_tutorial
+def test_source_and_notebook_are_equal(source: Path) -> None:
+    notebook = stored(source)
+    forward = [(cell.cell_type, cell.source) for cell in notebook_from(source).cells]
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == forward, REBUILD
+    assert source_from(notebook) == source.read_text(encoding="utf-8"), REBUILD
+    assert notebook.metadata == notebook_from(source).metadata, REBUILD
+
+
+@each_tutorial
+def test_notebook_is_executed_in_order_and_clean(source: Path) -> None:
+    notebook = stored(source)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), REBUILD
+    assert list(noise(notebook)) == []
+    for what, pattern in MACHINE.items():
+        found = [text for cell in notebook.cells for text in (cell.source, *texts(cell)) if re.search(pattern, text)]
+        assert found == [], f"{source.name} shows a {what} of one machine"
+    assert source.with_suffix(".ipynb").stat().st_size < LARGEST
+
+
+@each_tutorial
+def test_links_lead_somewhere(source: Path) -> None:
+    prose = "\n".join(cell.source for cell in notebook_from(source).cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not target.startswith("https://"):
+            assert (FOLDER / target.partition("#")[0]).exists(), target
+
+
+def test_every_notebook_has_its_source() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {source.stem for source in SOURCES}
