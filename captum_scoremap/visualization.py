@@ -9,6 +9,7 @@ sign is drawn a second time as contours, solid around what adds and dashed aroun
 in grey and for readers who cannot tell the colors apart.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -352,6 +353,15 @@ def visualize_patches(
     return figure, axes
 
 
+class _Shown(Figure):
+    """A figure that a notebook shows as it is: of others it prints the name, until pyplot has drawn something."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png", bbox_inches="tight")
+        return png.getvalue()
+
+
 def _checked_map(score_map: Tensor, name: str = "score_map") -> Tensor:
     """Bring a map to one form.
 
@@ -492,7 +502,7 @@ def _axes_grid(
         rows = math.ceil(count / columns)
         if fig_size is None:  # a map of 2.2 inches, its color bar and two lines of title
             fig_size = (3.2 * columns, (2.2 * aspect + 0.6) * rows)
-        figure = Figure(figsize=fig_size, layout="constrained")
+        figure = _Shown(figsize=fig_size, layout="constrained")
         axes = [figure.add_subplot(rows, columns, 1 + index) for index in range(count)]
     for ax in axes:
         ax.set_xticks([])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from captum.attr import LayerAttribution
 from captum.attr import visualization as captum_visualization
+from IPython.core.formatters import PNGFormatter
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.contour import ContourSet
@@ -336,6 +337,13 @@ def test_leaves_pyplot_alone(image: Tensor) -> None:
     visualize_patches({"conv": {"SMSM": patches(1)}})
     assert plt.get_fignums() == figures
     assert dict(mpl.rcParams) == settings
+
+
+def test_notebooks_show_figures_as_they_are(image: Tensor) -> None:
+    figure, _ = visualize_score_map(bump(7, 0.3, 0.3), image)
+    png = PNGFormatter()(figure)
+    assert png.startswith(b"\x89PNG")
+    assert plt.get_fignums() == []
 
 
 @pytest.mark.parametrize("method", ["heat_map", "blended_heat_map", "masked_image", "alpha_scaling"])

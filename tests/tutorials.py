@@ -23,6 +23,7 @@ SECONDS = 120
 """Time that a cell may take."""
 
 OPTIONS = (
+    "--matplotlib=inline",
     # Photographs are a fifth as large as in PNG; only stored notebooks have them so, a reader's own run is as usual.
     "--InlineBackend.figure_formats=jpeg",
     "--InlineBackend.print_figure_kwargs={'bbox_inches': 'tight', 'pil_kwargs': {'quality': 90}}",
