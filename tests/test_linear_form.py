@@ -111,6 +111,27 @@ def test_tangent_is_the_gradient(image: Tensor) -> None:
     torch.testing.assert_close(one_rule.residual, torch.zeros(2, dtype=torch.float64), **EXACT)
 
 
+def test_tangent_of_attention_needs_no_kernel_that_can_be_derived_twice() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return self.head(nn.functional.scaled_dot_product_attention(x, x, x).mean(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, tokens = Tokens().eval(), torch.randn(2, 5, 8)
+    form = linear_form(model, tokens, 2, rules=TANGENT)
+    x = tokens.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x)[:, 2].sum(), x)
+    torch.testing.assert_close(form.coefficients, gradient)
+    torch.testing.assert_close(form.residual, torch.zeros(2), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("tokens", "grid", "shape"), [(17, None, (4, 4)), (16, None, (4, 4)), (13, (3, 4), (3, 4))])
 def test_tokens_are_laid_out_row_by_row(tokens: int, grid: tuple[int, int] | None, shape: tuple[int, int]) -> None:
     score_map = torch.arange(2.0 * tokens).reshape(2, tokens, 1)

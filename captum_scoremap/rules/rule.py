@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
     "Call",
@@ -323,9 +324,11 @@ class Tangent(Rule):
         def outputs(*values: Tensor) -> tuple[Tensor, ...]:
             return tuple(tensor for tensor in tensors_in(function(*values)) if tensor.is_floating_point())
 
-        # J·v as the adjoint of u -> Jᵀu, which needs nothing but reverse mode
-        values, transposed = torch.func.vjp(outputs, *state)[:2]
-        derivative = torch.func.vjp(transposed, tuple(map(torch.zeros_like, values)))[1]
+        # J·v as the adjoint of u -> Jᵀu, which needs nothing but reverse mode; of the kernels of attention only the
+        # plain one can be derived twice
+        with sdpa_kernel(SDPBackend.MATH):
+            values, transposed = torch.func.vjp(outputs, *state)[:2]
+            derivative = torch.func.vjp(transposed, tuple(map(torch.zeros_like, values)))[1]
         (changes,) = derivative(tuple(tensor - point for tensor, point in zip(live, state, strict=True)))
         whole = function(*state)
         floating = [tensor for tensor in tensors_in(whole) if tensor.is_floating_point()]
