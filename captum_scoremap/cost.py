@@ -24,8 +24,18 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["Job", "PeakMemory", "Spread", "in_own_process", "interleaved", "peak_memory", "setting"]
+__all__ = [
+    "Job",
+    "PeakMemory",
+    "Spread",
+    "forward_backward",
+    "in_own_process",
+    "interleaved",
+    "peak_memory",
+    "setting",
+]
 
 Job = Callable[[], object]
 Returned = TypeVar("Returned")
@@ -68,6 +78,26 @@ class Spread:
 
     def __format__(self, spec: str) -> str:
         return f"{self.median:{spec}} ({self.low:{spec}}-{self.high:{spec}})"
+
+
+def forward_backward(model: nn.Module, inputs: Tensor, label: int) -> Tensor:
+    """The plain pass that explanations are compared with: the score's gradient, of the model as it comes.
+
+    Args:
+        model: The model, (N, K) scores.
+        inputs: Images, (N, C, H, W).
+        label: Whose score.
+
+    Returns:
+        The gradient in the images, (N, C, H, W), in logits per unit of input.
+
+    Example:
+        >>> forward_backward(nn.Linear(4, 2), torch.zeros(3, 4), 1).shape
+        torch.Size([3, 4])
+    """
+    images = inputs.clone().requires_grad_()
+    scores: Tensor = model(images)
+    return torch.autograd.grad(scores[:, label].sum(), images)[0]
 
 
 def interleaved(

@@ -10,6 +10,7 @@ import typer
 
 from captum_scoremap import __version__
 from captum_scoremap.cli.audit import audit
+from captum_scoremap.cli.bench import bench
 from captum_scoremap.cli.check import check
 from captum_scoremap.cli.explain import explain
 from captum_scoremap.cli.patches import patches
@@ -26,6 +27,7 @@ app.command()(explain)
 app.command()(audit)
 app.command()(check)
 app.command()(patches)
+app.command()(bench)
 
 
 def _show_version(wanted: bool) -> None:

@@ -38,23 +38,19 @@ def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int
     return -channel_dim if cells > 1 and unlikeness < math.log(1.5) else None
 
 
-def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
-    """The last layer of each resolution, in the order in which they run.
-
-    Whole stages are preferred to the layers inside them: of all that give maps of one size, the last of those
-    whose names have the fewest parts. A transformer that keeps one resolution throughout is cut at its quarters.
+def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of the outputs of all modules that run once and give one floating-point tensor.
 
     Args:
         model: The model; it runs once.
         inputs: Images, (N, C, H, W).
 
     Returns:
-        Names of layers that run once and give maps of more than one cell.
+        Name to shape, in the order in which they end.
 
     Example:
-        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-        >>> main_layers(network, torch.randn(1, 3, 10, 10))
-        ['1', '2']
+        >>> layer_shapes(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), torch.randn(1, 3, 10, 10))
+        {'0': (1, 4, 8, 8), '1': (1, 256)}
     """
     shapes: dict[str, tuple[int, ...]] = {}
     calls: Counter[str] = Counter()
@@ -75,7 +71,29 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    layouts = {name: map_channel_dim(shape, tuple(inputs.shape)) for name, shape in shapes.items() if calls[name] == 1}
+    return {name: shape for name, shape in shapes.items() if calls[name] == 1}
+
+
+def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
+    """The last layer of each resolution, in the order in which they run.
+
+    Whole stages are preferred to the layers inside them: of all that give maps of one size, the last of those
+    whose names have the fewest parts. A transformer that keeps one resolution throughout is cut at its quarters.
+
+    Args:
+        model: The model; it runs once.
+        inputs: Images, (N, C, H, W).
+
+    Returns:
+        Names of layers that run once and give maps of more than one cell.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+        >>> main_layers(network, torch.randn(1, 3, 10, 10))
+        ['1', '2']
+    """
+    shapes = layer_shapes(model, inputs)
+    layouts = {name: map_channel_dim(shape, tuple(inputs.shape)) for name, shape in shapes.items()}
     last: dict[tuple[int, ...], str] = {}
     for name, channel_dim in layouts.items():
         if channel_dim is not None and len(shapes[name]) == 4:

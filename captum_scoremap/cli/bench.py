@@ -1,0 +1,258 @@
+"""``captum-scoremap bench``: what explaining costs with a model of one's own, beside a plain pass."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from captum_scoremap.attribution import LayerScoreMap, ScoreMap
+from captum_scoremap.cli.console import make_console
+from captum_scoremap.cli.explanation import find_layers
+from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelOption, WeightsOption, chosen_device
+from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
+from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
+from captum_scoremap.models.layers import layer_shapes, main_layers, map_channel_dim
+
+LABEL = 0
+PLAIN = "forward and backward"
+PREPARED = ", prepared"
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is explained.
+
+    Attributes:
+        model: The network.
+        inputs: Images, (N, C, H, W).
+        layers: Name of each layer and the dimension of its channels.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    layers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to come by the subject, in whichever process.
+
+    Attributes:
+        model: Name of the model.
+        weights: Its weights.
+        layers: Names of layers; none for the main ones.
+        batch: Number of images.
+        device: Where to compute.
+        dtype: In which type.
+    """
+
+    model: str
+    weights: str
+    layers: tuple[str, ...]
+    batch: int
+    device: str
+    dtype: torch.dtype
+
+    def subject(self) -> _Subject:
+        loaded = load_model(self.model, self.weights, self.device, self.dtype)
+        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        image = loaded.preprocessing(Image.fromarray(noise))[None].to(self.device, self.dtype)
+        layers = _layouts(loaded.module, image, self.layers)
+        return _Subject(loaded.module, image.repeat(self.batch, 1, 1, 1), layers)
+
+
+def _inference(subject: _Subject) -> Job:
+    def job() -> object:
+        with torch.no_grad():
+            return subject.model(subject.inputs)
+
+    return job
+
+
+def _plain(subject: _Subject) -> Job:
+    return partial(forward_backward, subject.model, subject.inputs, LABEL)
+
+
+def _input_map(subject: _Subject) -> Job:
+    return partial(ScoreMap(subject.model).attribute, subject.inputs, LABEL)
+
+
+def _layer_maps(subject: _Subject) -> Job:
+    # One pass serves all layers whose channels lie in the same dimension.
+    methods = {
+        channel_dim: LayerScoreMap(
+            subject.model,
+            [subject.model.get_submodule(name) for name, own in subject.layers.items() if own == channel_dim],
+        )
+        for channel_dim in set(subject.layers.values())
+    }
+    return lambda: [
+        method.attribute(subject.inputs, LABEL, channel_dim=channel_dim) for channel_dim, method in methods.items()
+    ]
+
+
+def _all_labels(subject: _Subject) -> Job:
+    name, channel_dim = list(subject.layers.items())[-1]
+    method = LayerScoreMap(subject.model, subject.model.get_submodule(name))
+    return partial(method.attribute_targets, subject.inputs, channel_dim=channel_dim)
+
+
+_EXPLAINING: dict[str, Callable[[_Subject], Job]] = {
+    "one map at the input": _input_map,
+    "maps of all layers": _layer_maps,
+    "all labels, last layer": _all_labels,
+}
+_WORK = {"inference": _inference, PLAIN: _plain, **_EXPLAINING}
+
+
+def bench(
+    model: ModelOption = DEFAULT_MODEL,
+    weights: WeightsOption = "default",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            "-l",
+            metavar="A,B,...",
+            help="Names of layers, from image to score. \\[default: the last layer of each resolution]",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images computed together.", min=1)] = 8,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", help="Readings of each job, which take turns.", min=1)
+    ] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = DType.float32,
+    prepare_model: Annotated[
+        bool,
+        typer.Option(
+            "--prepare/--no-prepare",
+            help="Measure a faster copy of the model, too, its batch norms folded; or the model as it is alone.",
+        ),
+    ] = True,
+) -> None:
+    """Measure what explaining costs with a model, beside a plain forward and backward pass.
+
+    Time: all jobs take turns, and ratios are taken within each round; printed are medians and, in brackets, the range.
+    Memory: the peak beyond the loaded model, of each job in a process of its own. The images are noise.
+
+    **Examples**
+
+    * `captum-scoremap bench --model torchvision:resnet50 --weights none`
+
+    * `captum-scoremap bench --model my_package.models:build --batch 1 --rounds 20 --json`
+    """
+    place = chosen_device(device)
+    recipe = _Recipe(model, weights, tuple(layers.split(",")) if layers else (), batch, str(place), dtype.torch)
+    subject = recipe.subject()
+    jobs = {name: work(subject) for name, work in _WORK.items()}
+    if prepare_model:
+        prepared = _prepared(subject)
+        jobs |= {name + PREPARED: work(prepared) for name, work in _EXPLAINING.items()}
+    bar = partial(tqdm, delay=1.0, disable=None, leave=False)
+    seconds = interleaved(jobs, rounds, place, progress=partial(bar, unit="round"))
+    jobs.clear()  # they hold what they have made
+    peaks = {
+        name: peak_memory(partial(_alone, name, recipe), partial(_warm_up, name, str(place), dtype.torch), place)
+        for name in bar(seconds, unit="process")
+    }
+    about = {
+        "model": model,
+        "images": " × ".join(map(str, subject.inputs.shape)),
+        "dtype": dtype.value,
+        "rounds": rounds,
+        "layers": list(subject.layers),
+        **setting(place),
+    }
+    rows = [_row(name, seconds, peaks) for name in seconds]
+    if as_json:
+        print(json.dumps({**about, "jobs": rows}, indent=2))
+        return
+    console = make_console()
+    console.print(_table(rows))
+    for name, value in about.items():
+        console.print(f"{name}: {', '.join(value) if isinstance(value, list) else value}", soft_wrap=True)
+
+
+def _layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, int]:
+    """Layers to explain, and the dimension of their channels."""
+    with torch.no_grad():
+        scores = model(image)
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"model must give scores (N, K), one per label, got {got}.")
+    found = find_layers(model, names or main_layers(model, image))
+    if not found or None in found.values():
+        raise ValueError(f"layers must be modules that give maps, got {', '.join(found) or 'none'}. Name some.")
+    shapes = layer_shapes(model, image)
+    layouts = {}
+    for name in found:
+        channel_dim = map_channel_dim(shapes.get(name, ()), tuple(image.shape))
+        if channel_dim is None:
+            got = shapes.get(name, "no tensor, or several")
+            raise ValueError(f"layers must give maps (N, C, h, w) or tokens (N, T, C), got {name}, which gives {got}.")
+        layouts[name] = channel_dim
+    return layouts
+
+
+def _prepared(subject: _Subject) -> _Subject:
+    return replace(subject, model=prepare(subject.model, subject.inputs[:1]))
+
+
+def _named(name: str, subject: _Subject) -> Job:
+    """The job of this name."""
+    if name.endswith(PREPARED):
+        return _WORK[name.removesuffix(PREPARED)](_prepared(subject))
+    return _WORK[name](subject)
+
+
+def _alone(name: str, recipe: _Recipe) -> Job:
+    """The job in a process of its own, in which the model has run before, so that its libraries are loaded."""
+    warnings.simplefilter("ignore")  # they have been shown
+    return _named(name, recipe.subject())
+
+
+def _warm_up(name: str, device: str, dtype: torch.dtype) -> None:
+    """Do the job once on a small network, so that what it imports is there."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 2)).to(device, dtype)
+    _named(name, _Subject(network.eval(), torch.zeros(1, 3, 8, 8, device=device, dtype=dtype), {"1": 1}))()
+
+
+def _row(name: str, seconds: Mapping[str, list[float]], peaks: Mapping[str, int | None]) -> dict[str, Any]:
+    """The cost of one job, as JSON has it."""
+    peak, plain = peaks[name], peaks[PLAIN]
+    return {
+        "job": name,
+        "seconds": seconds[name],
+        "of_plain": asdict(Spread.ratio(seconds[name], seconds[PLAIN])),
+        "peak_bytes": peak,
+        "peak_of_plain": peak / plain if peak is not None and plain else None,
+    }
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table()
+    table.add_column("job", overflow="fold")
+    for heading in ("ms", "of plain", "peak, MiB", "of plain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["job"],
+            f"{Spread.of([1000 * value for value in row['seconds']]):.1f}",
+            f"{Spread(**row['of_plain']):.2f}",
+            "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+            "" if row["peak_of_plain"] is None else f"{row['peak_of_plain']:.2f}",
+        )
+    return table
