@@ -90,7 +90,7 @@ def check_visible(module: object) -> None:
             "forward_func must be a model whose operations can be seen, got a compiled one. "
             "Use the model as it was before torch.compile (model._orig_mod)."
         )
-    if hasattr(module, "_torchdynamo_orig_callable"):
+    if "_torchdynamo_orig_callable" in getattr(module, "__dict__", ()):
         raise TypeError(
             "forward_func must be a function whose operations can be seen, got a compiled one. "
             "Use the function as it was before torch.compile."
@@ -136,7 +136,8 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
             raise ValueError(f"inputs must have a batch dimension, (N, ...); got {shape}. Use inputs[None].")
         if tensor.numel() == 0:
             raise ValueError(f"inputs must hold at least one image, got an empty batch of shape {shape}.")
-        if not torch.isfinite(tensor).all():
+        # a finite sum is the fast proof; a sum may also overflow
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"inputs must be finite, got {count} values that are NaN or infinite. Replace them first.")
     sizes = {tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor)}

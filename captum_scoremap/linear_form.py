@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
 from captum_scoremap.freeze import FrozenModel, Recording, Reduction, Site, Tag, Tapped, as_tuple_of_arguments
-from captum_scoremap.rules import Call, Rule, substituted, tensors_in, with_rules
+from captum_scoremap.rules import Call, Frozen, Rule, substituted, tensors_in, with_rules
 
 __all__ = ["Explanation", "LinearForm", "bias_terms", "explain", "linear_form", "select_scores"]
 
@@ -386,11 +386,20 @@ class _OffsetRecording(Recording):
     """A recording in which every operation's constant part is scaled by 1 + t, with t = 0 a leaf of the graph."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self.offsets: dict[str, Tensor] = {}
+        self._parameter_names: dict[int, str] = {}
+        super().__init__(*args, **kwargs)
+
+    def name_modules(self, root: nn.Module) -> None:
+        """Learn the names of parameters, too."""
+        super().name_modules(root)
+        for name, parameter in root.named_parameters():
+            self._parameter_names.setdefault(parameter.untyped_storage().data_ptr(), name)
 
     def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
         """The value, plus t times the operation's output at zero."""
+        if isinstance(rule, Frozen):  # a constant to those that read it, whose offset it becomes
+            return super().operate(key, name, rule, call, run)
         with torch.no_grad():
             offsets = self._at_zero(rule, call)
         output = super().operate(key, name, rule, call, run)
@@ -407,14 +416,14 @@ class _OffsetRecording(Recording):
     def _at_zero(self, rule: Rule, call: Call) -> list[Tensor]:
         """The floating-point outputs of the frozen operation where every live argument is zero."""
         zeros: dict[int, Tensor] = {}
-        for tensor in tensors_in((call.args, dict(call.kwargs))):
-            if self.is_live(tensor):
-                zeros[id(tensor)] = torch.zeros_like(tensor)
-                self.tag(zeros[id(tensor)], self.tag_of(tensor))
-        in_place = call.keep and call.input is not None
-        if in_place and not self.is_live(call.input):
+        for tensor in call.live:
+            zeros[id(tensor)] = torch.zeros_like(tensor)
+            self.tag(zeros[id(tensor)], self.tag_of(tensor))
+        live = tuple(zeros[id(tensor)] for tensor in call.live)
+        if call.in_place and not self.is_live(call.input):
             zeros[id(call.input)] = call.input.clone()
-        at_zero = replace(call, args=substituted(call.args, zeros), kwargs=substituted(dict(call.kwargs), zeros))
+        args, kwargs = substituted(call.args, zeros), substituted(dict(call.kwargs), zeros)
+        at_zero = replace(call, args=args, kwargs=kwargs, live=live)
         output = at_zero.run() if rule.is_affine(call) else rule.apply(at_zero, rule.freeze(call))
         output = at_zero.input if output is None else output
         return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
@@ -422,8 +431,8 @@ class _OffsetRecording(Recording):
     def _name_of(self, key: str, rule: Rule, call: Call) -> str:
         """The call's name, or that of the parameter it adds or puts beside live tensors: a token, an embedding."""
         if getattr(rule, "keeps_gates", False):
-            for tensor in tensors_in((call.args, dict(call.kwargs))):
-                name = self.parameter_names.get(tensor.untyped_storage().data_ptr())
+            for tensor in tensors_in((call.args, call.kwargs)):
+                name = self._parameter_names.get(tensor.untyped_storage().data_ptr())
                 if name is not None and not self.is_live(tensor):
                     return name
         return key

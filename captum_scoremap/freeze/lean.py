@@ -12,46 +12,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Adjoint", "Snapshot", "Snapshots", "shapes_only"]
+__all__ = ["Adjoint", "Placeholders", "Snapshot", "Snapshots"]
 
 
 class Adjoint(torch.autograd.Function):
-    """An operation run as it is, with the adjoint of its linear form as its backward pass."""
+    """An operation run as it is, with the adjoint of its linear form as its backward pass.
+
+    ``run`` gives the output and the adjoint.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, run: Callable[[], Tensor], adjoint: Callable[[Tensor], Tensor], in_place: bool
+        ctx: Any, input: Tensor, run: Callable[[], tuple[Tensor, Callable[[Tensor], Tensor]]], in_place: bool
     ) -> Tensor:
         """The operation's own value."""
-        ctx.adjoint = adjoint
-        output = run()
-        if in_place:
-            ctx.mark_dirty(input)
-            return input
-        return output
+        output, ctx.adjoint = run()
+        if not in_place:
+            return output
+        ctx.mark_dirty(input)
+        return input if output is input else input.copy_(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """The adjoint."""
-        return ctx.adjoint(gradient), None, None, None
+        return ctx.adjoint(gradient), None, None
 
 
-def shapes_only(live: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """Have autograd keep only the shapes of these tensors; whatever it reads of them in the backward pass is void."""
-    places = {(tensor.data_ptr(), tensor.shape) for tensor in live}
+class Placeholders:
+    """Tensors of given shapes that hold nothing, in one stretch of memory that is never touched."""
 
-    def pack(tensor: Tensor) -> Any:
-        if (tensor.data_ptr(), tensor.shape) not in places:
-            return tensor
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        shape, stride, dtype, device = kept
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    def instead_of(self, live: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Have autograd keep only the shapes of these tensors; what it reads of them in the backward pass is void."""
+        places = {(tensor.data_ptr(), tensor.shape) for tensor in live}
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        def pack(tensor: Tensor) -> Any:
+            if (tensor.data_ptr(), tensor.shape) not in places:
+                return tensor
+            return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+        def unpack(kept: Any) -> Tensor:
+            return kept if isinstance(kept, Tensor) else self._placeholder(*kept)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _placeholder(
+        self, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+        memory = self._memory.get((dtype, device))
+        if memory is None or memory.numel() < size:
+            memory = self._memory[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+        return memory.as_strided(shape, stride)
 
 
 class Snapshot:

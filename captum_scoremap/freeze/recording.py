@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_scoremap.rules import Call, Rule, substituted, tensors_in
 
-from .lean import Adjoint, Snapshot, Snapshots, shapes_only
+from .lean import Adjoint, Placeholders, Snapshot, Snapshots
 from .run import Run, Site, StopRun, Tag
 from .taps import Reduction, tap
 
@@ -70,6 +70,7 @@ class Recording(Run):
         self._trusted = rules if trusted is None else trusted
         self._stop_at = stop_at
         self._snapshots = Snapshots()
+        self._placeholders = Placeholders()
         self._stopped_value: Any = None
 
     def record(
@@ -101,30 +102,34 @@ class Recording(Run):
 
     def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
         """The value at the image, by an operation whose derivative is the linear form."""
-        live = [tensor for tensor in tensors_in((call.args, dict(call.kwargs))) if self.is_live(tensor)]
-        differentiable = any(tensor.requires_grad for tensor in live)
-        affine, in_place = rule.is_affine(call), call.keep
+        live, differentiable = call.live, torch.is_grad_enabled()
+        affine = rule.is_affine(call)
         if not differentiable and (affine or not self.keep):
             return run()
-        state = None
-        if not affine:
-            call = replace(call, keep=self.keep or in_place)
-            with torch.no_grad():
-                state = rule.freeze(call)
-            if self._trusted.get(name) is not rule:
-                self._verify(name, rule, call, state)
+        if not affine and self._trusted.get(name) is not rule:
+            self._verify(name, rule, call)
+        if self.keep:
+            call = replace(call, keep=True)
+
+        def frozen() -> tuple[Any, Any]:
+            if affine:
+                return run(), None
+            output, state = rule.record(call, run)
             if self.keep:
                 self.entries[key] = Entry(rule, name, self.module_name(), state)
-            if not differentiable:
-                return run() if rule.native else rule.apply(call, state)
-        adjoint = rule.adjoint(call, state) if len(live) == 1 else None
-        if adjoint is not None:
-            return Adjoint.apply(live[0], run, adjoint, in_place)
-        if affine or rule.lean:
-            with shapes_only(live):
-                return run()
-        with self._snapshots.guard():
-            return run() if rule.native else rule.apply(call, state)
+            return output, state
+
+        if not differentiable:
+            return frozen()[0]
+        if len(live) == 1 and rule.has_adjoint(call):
+
+            def run_for_adjoint() -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+                output, state = frozen()
+                return output, rule.adjoint(call, state)
+
+            return Adjoint.apply(live[0], run_for_adjoint, call.in_place)
+        with self._placeholders.instead_of(live) if affine or rule.lean else self._snapshots.guard():
+            return frozen()[0]
 
     def about_to_change(self, target: Tensor) -> None:
         """Save the snapshots that share the target's memory."""
@@ -157,10 +162,10 @@ class Recording(Run):
         self.tapped[site] = Tapped(tuple(anchors), tuple(snapshots), is_tuple)
         return substituted(value, passed)
 
-    def _verify(self, name: str, rule: Rule, call: Call, state: Any) -> None:
+    def _verify(self, name: str, rule: Rule, call: Call) -> None:
         """Raise unless a user's rule returns at the image what the operation returns."""
         with torch.no_grad():
-            expected, frozen = call.run(), rule.apply(call, state)
+            expected, frozen = call.run(), rule.apply(call, rule.freeze(call))
         pairs = list(zip(tensors_in(expected), tensors_in(frozen), strict=False))
         where = f"rule for {name!r} ({type(rule).__name__}), in module {self.module_name()!r},"
         if not pairs and isinstance(expected, Tensor):

@@ -7,9 +7,10 @@ depends on the image. Operations on tensors that are not live (on parameters, po
 
 import functools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from enum import IntFlag
 from typing import Any
 
@@ -17,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from captum_scoremap.checks import UnsupportedOperationError, check_visible
-from captum_scoremap.rules import METADATA, Call, Composite, Frozen, Rule, operation_name, substituted, tensors_in
+from captum_scoremap.rules import METADATA, Call, Composite, Frozen, Rule, operation_name, tensors_in
 
 __all__ = ["Run", "Site", "StopRun", "Tag", "root_module"]
 
@@ -37,6 +37,11 @@ class Tag(IntFlag):
     LIVE = 1
     GATE = 2
     PROBABILITY = 4
+
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
+_NOTHING = Tag(0)
+_LIVE_GATE = Tag.LIVE | Tag.GATE
 
 
 class StopRun(BaseException):
@@ -66,21 +71,24 @@ class Run(TorchFunctionMode):
         self.forward_func = forward_func
         self.rules = rules
         self.calls: Counter[nn.Module] = Counter()
-        self.parameter_names: dict[int, str] = {}
-        self._tags: Any = WeakIdKeyDictionary()
-        self._keys: Counter[str] = Counter()
+        self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self._keys: dict[str, int] = {}
+        self._bases: dict[tuple[nn.Module | None, str], str] = {}
         self._stack: list[nn.Module] = []
         self._names: dict[nn.Module, str] = {}
         self._unsupported: dict[tuple[str, str], None] = {}
         self._thread = 0
         root = root_module(forward_func)
         if root is not None:
-            self._name_modules(root)
+            self.name_modules(root)
 
     # -- what a subclass decides
 
     def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
-        """The output of a call; ``run`` runs the operation just as the model called it, in place where it did."""
+        """The output of a call; ``run`` runs the operation just as the model called it, in place where it did.
+
+        Gradients are enabled where a live argument requires one.
+        """
         raise NotImplementedError
 
     def at_site(self, site: Site, value: Any) -> Any:
@@ -131,18 +139,20 @@ class Run(TorchFunctionMode):
 
     def tag(self, tensor: Tensor, tag: Tag) -> None:
         """Say what is known of a tensor."""
-        self._tags[tensor] = tag
+        self._tags[id(tensor)] = weakref.ref(tensor), tag
 
     def tag_of(self, tensor: Tensor) -> Tag:
         """What is known of a tensor; a view knows what its base does."""
-        tag = self._tags.get(tensor)
-        if tag is None and tensor._base is not None:
-            tag = self._tags.get(tensor._base)
-        return Tag(0) if tag is None else tag
+        known = self._tags.get(id(tensor))
+        # the entry of a tensor that is gone may stand where another one is now
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        base = tensor._base
+        return _NOTHING if base is None else self.tag_of(base)
 
     def is_live(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the image."""
-        return bool(self.tag_of(tensor))
+        return self.tag_of(tensor) is not _NOTHING
 
     def is_gate(self, tensor: Tensor) -> bool:
         """Whether a tensor acts as a constant factor in a product."""
@@ -157,20 +167,23 @@ class Run(TorchFunctionMode):
         name = operation_name(func, args, kwargs)
         if name in METADATA:
             return func(*args, **kwargs)
-        given = list(tensors_in((args, kwargs)))
-        if not any(self.is_live(tensor) for tensor in given):
-            if not given:
-                return func(*args, **kwargs)
-            with torch.no_grad():
-                return func(*args, **kwargs)
-        constants = {
-            id(tensor): tensor.detach() for tensor in given if tensor.requires_grad and not self.is_live(tensor)
-        }
-        if constants:
-            args, kwargs = substituted(args, constants), substituted(kwargs, constants)
-        return self._dispatch(func, name, args, kwargs)
+        given = tensors_in((args, kwargs))
+        live = tuple(filter(self.is_live, given))
+        if live:
+            return self._dispatch(func, name, args, kwargs, live)
+        if not given:
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            return func(*args, **kwargs)
 
-    def _dispatch(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _dispatch(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        live: tuple[Tensor, ...],
+    ) -> Any:
         rule = self.rules.get(name)
         if rule is None or getattr(function, "__name__", "") == "__set__":
             self._unsupported[name, self.module_name()] = None
@@ -181,9 +194,11 @@ class Run(TorchFunctionMode):
         target = _changed_in_place(function, args, kwargs)
         if target is not None:
             self.about_to_change(target)
-        call = Call(*_out_of_place(function, args, kwargs), self.is_live, self.is_gate, keep=target is not None)
+        call = Call(*_out_of_place(function, args, kwargs), live, self.is_gate, in_place=target is not None)
         key = self._key(name)
-        with torch.enable_grad():
+        # gradients flow where a live tensor asks for them, whatever the parameters and the model say
+        differentiable = any(tensor.requires_grad for tensor in live)
+        with _AS_IT_IS if torch.is_grad_enabled() == differentiable else torch.set_grad_enabled(differentiable):
             if isinstance(rule, Composite):
                 with self:
                     output = rule.apply(call, None)
@@ -194,10 +209,10 @@ class Run(TorchFunctionMode):
             if target is not None and output is not None and output is not target:
                 output = self._keep_in(target, output)
         if not isinstance(rule, Frozen):
-            tag = Tag.LIVE | (Tag.GATE if gate else Tag(0))
-            if name in {"softmax", "log_softmax", "sigmoid", "logsigmoid"}:
+            tag = _LIVE_GATE if gate else Tag.LIVE
+            if name in {"softmax", "log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"}:
                 tag |= Tag.PROBABILITY
-            for tensor in tensors_in((output, target)):
+            for tensor in (output,) if isinstance(output, Tensor) else tensors_in((output, target)):
                 if tensor.is_floating_point() or tensor.is_complex():
                     self.tag(tensor, tag)
             if target is not None and target._base is not None:
@@ -217,26 +232,28 @@ class Run(TorchFunctionMode):
     def _key(self, operation: str) -> str:
         """The name of this call: its module, its operation where the module is not that operation, a running number."""
         module = self._stack[-1] if self._stack else None
-        base = self.module_name()
-        if not base:
-            base = operation
-        elif module is None or next(module.children(), None) or not type(module).__module__.startswith("torch.nn."):
-            base = f"{base}:{operation}"
-        self._keys[base] += 1
-        return base if self._keys[base] == 1 else f"{base}#{self._keys[base]}"
+        base = self._bases.get((module, operation))
+        if base is None:
+            base = self.module_name()
+            if not base:
+                base = operation
+            elif module is None or next(module.children(), None) or not type(module).__module__.startswith("torch.nn."):
+                base = f"{base}:{operation}"
+            self._bases[module, operation] = base
+        number = self._keys[base] = self._keys.get(base, 0) + 1
+        return base if number == 1 else f"{base}#{number}"
 
-    def _name_modules(self, root: nn.Module) -> None:
+    def name_modules(self, root: nn.Module) -> None:
+        """Learn the names of a module and all below it, before any of them runs."""
         for name, module in root.named_modules():
             self._names.setdefault(module, name)
-        for name, parameter in root.named_parameters():
-            self.parameter_names.setdefault(parameter.untyped_storage().data_ptr(), name)
 
     def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if threading.get_ident() != self._thread:
             return None
         check_visible(module)
         if module not in self._names:
-            self._name_modules(module)
+            self.name_modules(module)
         if module.training and isinstance(module, _TRAINED_BY_CHANCE):
             raise ValueError(
                 f"the model must be in evaluation mode, got {self._names[module] or type(module).__name__!r} "
@@ -262,15 +279,17 @@ class Run(TorchFunctionMode):
 
 def _changed_in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The tensor that a call changes, if it changes one."""
-    name = getattr(function, "__name__", "")
     if kwargs.get("out") is not None:
         return kwargs["out"]  # type: ignore[no-any-return]
-    in_place = (
-        (name.endswith("_") and not name.startswith("__")) or name == "__setitem__" or _is_in_place_operator(name)
-    )
-    if (in_place or kwargs.get("inplace")) and args and isinstance(args[0], Tensor):
+    if (_is_in_place(function) or kwargs.get("inplace")) and args and isinstance(args[0], Tensor):
         return args[0]
     return None
+
+
+@functools.cache
+def _is_in_place(function: Callable[..., Any]) -> bool:
+    name = getattr(function, "__name__", "")
+    return (name.endswith("_") and not name.startswith("__")) or name == "__setitem__" or _is_in_place_operator(name)
 
 
 def _is_in_place_operator(name: str) -> bool:
@@ -278,14 +297,19 @@ def _is_in_place_operator(name: str) -> bool:
 
 
 def _out_of_place(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The same call, leaving its arguments as they are; the function itself where it has no such form."""
-    kwargs = {key: value for key, value in kwargs.items() if key not in {"out", "inplace"}}
+    if kwargs:
+        kwargs = {key: value for key, value in kwargs.items() if key not in {"out", "inplace"}}
+    return _plain_form(function), args, kwargs
+
+
+@functools.cache
+def _plain_form(function: Callable[..., Any]) -> Callable[..., Any]:
     name = getattr(function, "__name__", "")
     if _is_in_place_operator(name):
-        function = getattr(torch.Tensor, f"__{name[3:]}")
-    elif name.endswith("_") and not name.startswith("_"):
-        plain = [getattr(owner, name[:-1]) for owner in _OUT_OF_PLACE if hasattr(owner, name[:-1])]
-        function = plain[0] if plain else function
-    return function, args, kwargs
+        return getattr(torch.Tensor, f"__{name[3:]}")  # type: ignore[no-any-return]
+    if name.endswith("_") and not name.startswith("_"):
+        return next((getattr(owner, name[:-1]) for owner in _OUT_OF_PLACE if hasattr(owner, name[:-1])), function)
+    return function

@@ -96,9 +96,9 @@ class _ReplayingFrom(Replaying):
     def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
         if key not in self._skipped:
             return super().operate(key, name, rule, call, run)
-        if call.keep:  # in place: what it changes is a placeholder already
+        if call.in_place:  # what it changes is a placeholder already
             return call.input
         shapes = self._skipped[key]
-        device = next(tensors_in(call.args)).device
+        device = tensors_in(call.args)[0].device
         zeros = {id(t): torch.zeros(t.shape, dtype=t.dtype, device=device) for t in tensors_in(shapes) if t.is_meta}
         return substituted(shapes, zeros)

@@ -1,5 +1,6 @@
 """Elementwise nonlinear operations: piecewise linear ones, and gates."""
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import Call, Rule
+from .rule import Call, Rule, tensors_in
 
-__all__ = ["Breaks", "Gate", "Pieces", "Select", "SignPieces"]
+__all__ = ["Breaks", "Clamp", "Gate", "Pieces", "Select", "SignPieces"]
 
 Number = float | Tensor
 
@@ -56,31 +57,24 @@ class Pieces(Rule):
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """Slope * x + offset of the frozen piece."""
         x, breaks = call.input, self._breaks(call)
-        if len(breaks.slopes) == 2 and _is_zero(breaks.slopes[0]) and _is_one(breaks.slopes[1]):
-            output = x * state
-        else:
-            output = x * self._choose(breaks.slopes, state, x)
+        output = x * _chosen(breaks.slopes, state, x)
         if any(not _is_zero(offset) for offset in breaks.offsets):
-            output = output + self._choose(breaks.offsets, state, x)
+            output = output + _chosen(breaks.offsets, state, x)
         return output
 
-    def adjoint(self, call: Call, state: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """Slope * gradient."""
-        slopes = self._breaks(call).slopes
-        if state.shape != call.input.shape:
-            return None
-        if set(slopes) == {0.0, 1.0} and not any(isinstance(slope, Tensor) for slope in slopes):
-            # a mask of one byte
-            mask = state if state.dtype == torch.bool else self._mask(slopes, state)
-            mask = mask if slopes[-1] == 1.0 or len(slopes) > 2 else ~mask
-            return lambda gradient: gradient * mask.to(gradient.dtype)
-        return lambda gradient: gradient * self._choose(slopes, state, gradient)
+    def has_adjoint(self, call: Call) -> bool:
+        """Where no break or slope is a tensor larger than the argument."""
+        if len(tensors_in((call.args, call.kwargs))) == 1:
+            return True
+        breaks, shape = self._breaks(call), call.input.shape
+        points = [point for _, point in breaks.comparisons]
+        others = [tensor.shape for tensor in tensors_in((points, breaks.slopes))]
+        return bool(torch.broadcast_shapes(shape, *others) == shape)
 
-    @staticmethod
-    def _mask(slopes: tuple[Number, ...], state: Tensor) -> Tensor:
-        """Where the slope is one."""
-        ones = [state == index for index, slope in enumerate(slopes) if slope == 1.0]
-        return torch.stack(ones).any(0) if len(ones) > 1 else ones[0]
+    def adjoint(self, call: Call, state: Tensor) -> Callable[[Tensor], Tensor]:
+        """Slope * gradient; what is kept is the mask, of one byte."""
+        slopes = self._breaks(call).slopes
+        return lambda gradient: _times(gradient, _chosen(slopes, state, gradient))
 
     def makes_gate(self, call: Call) -> bool:
         """Where it is one of its own, or its argument is (a clamped norm)."""
@@ -99,13 +93,24 @@ class Pieces(Rule):
     def _breaks(self, call: Call) -> Breaks:
         return self.breaks(*call.args, **call.kwargs)
 
-    @staticmethod
-    def _choose(values: tuple[Number, ...], state: Tensor, like: Tensor) -> Tensor:
-        chosen = torch.as_tensor(values[0], dtype=like.dtype, device=like.device)
-        for index, value in enumerate(values[1:], start=1):
-            here = state if state.dtype == torch.bool else state == index
-            chosen = torch.where(here, torch.as_tensor(value, dtype=like.dtype, device=like.device), chosen)
-        return chosen
+
+class Clamp(Pieces):
+    """ReLU, ReLU6, hardtanh: the identity between a lower and an upper bound, which are numbers.
+
+    Its mask shows in its output, which is at a bound exactly where the argument is at it or beyond; reading it there
+    takes a fraction of the time of a comparison.
+    """
+
+    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+        """The output, and the piece that each element of it is on."""
+        (_, lower), *upper = self._breaks(call).comparisons
+        output: Tensor = run()
+        with torch.no_grad():
+            inside = _differs(output, lower)
+            if not upper:
+                return output, inside
+            below = _differs(output, upper[0][1])
+            return output, inside.view(torch.uint8) + below.logical_not_().view(torch.uint8)
 
 
 class SignPieces(Pieces):
@@ -168,13 +173,26 @@ class Gate(Rule):
 
     def freeze(self, call: Call) -> Tensor:
         """The gate f(x)/x."""
-        x = call.input
-        value = call.run()
-        return torch.where(x == 0, self.slope, value / x)
+        return self._gate(call.input, call.run())
+
+    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+        """The output, and its gate."""
+        value: Tensor = call.run() if call.in_place else run()
+        with torch.no_grad():
+            gate = self._gate(call.input, value)
+            return value, gate
+
+    def _gate(self, x: Tensor, value: Tensor) -> Tensor:
+        # 0/0 is where the limit goes
+        return (value / x).nan_to_num_(self.slope, torch.inf, -torch.inf)
 
     def apply(self, call: Call, state: Tensor) -> Any:
         """Gate * x."""
         return call.input * state
+
+    def has_adjoint(self, call: Call) -> bool:
+        """Always."""
+        return True
 
     def adjoint(self, call: Call, state: Tensor) -> Callable[[Tensor], Tensor]:
         """Gate * gradient."""
@@ -185,5 +203,44 @@ def _is_zero(value: Number) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def _is_one(value: Number) -> bool:
-    return not isinstance(value, Tensor) and value == 1
+def _differs(x: Tensor, value: Number) -> Tensor:
+    """Where x is not exactly the value: ``x != value``, but vectorized on a CPU."""
+    return (x if _is_zero(value) else x - value).bool()
+
+
+def _chosen(values: tuple[Number, ...], state: Tensor, like: Tensor) -> Tensor:
+    """The value of each element's piece, as a fresh tensor of the type of ``like``."""
+    terms = [(piece, value) for piece, value in enumerate(values) if not _is_zero(value)]
+    if not terms:
+        return torch.zeros((), dtype=like.dtype, device=like.device)
+    total: Any = None
+    for piece, value in terms:
+        here = _is_piece(state, piece, len(values))
+        if isinstance(value, Tensor) or not math.isfinite(value):
+            term = torch.where(here.bool(), torch.as_tensor(value).to(like), 0.0)
+        else:
+            term = here.to(like.dtype) if value == 1 else here.to(like.dtype) * value
+        total = term if total is None else total + term
+    return total  # type: ignore[no-any-return]
+
+
+def _is_piece(state: Tensor, piece: int, pieces: int) -> Tensor:
+    """1 where an element is on a piece, else 0, as bytes, which convert to other types fast."""
+    if state.dtype == torch.bool:
+        return (state if piece else ~state).view(torch.uint8)
+    if pieces == 3 and piece != 0:
+        return state & 1 if piece == 1 else state >> 1
+    return (state == piece).view(torch.uint8)
+
+
+def _times(gradient: Tensor, slope: Tensor) -> Tensor:
+    """Their product, in the memory of the slope, which is fresh; several labels at once need memory of their own."""
+    functorch = torch._C._functorch
+    if (
+        functorch.is_batchedtensor(gradient)
+        or functorch.is_legacy_batchedtensor(gradient)
+        or slope.shape != gradient.shape
+        or slope.dtype != gradient.dtype
+    ):
+        return gradient * slope
+    return slope.mul_(gradient)

@@ -105,6 +105,10 @@ class BatchNorm(EvaluationOnly):
     def __init__(self) -> None:
         super().__init__(training=5)
 
+    def has_adjoint(self, call: Call) -> bool:
+        """Always: one product, where autograd's own also asks for the statistics' share."""
+        return True
+
     def adjoint(self, call: Call, state: None) -> Callable[[Tensor], Tensor]:
         """Weight / std * gradient, channel by channel."""
 
@@ -119,8 +123,8 @@ class BatchNorm(EvaluationOnly):
             eps: float = 1e-5,
             **_: Any,
         ) -> Tensor:
-            factor = torch.rsqrt(running_var + eps)
-            factor = factor if weight is None else factor * weight
+            factor = (running_var + eps).rsqrt_()
+            factor = factor if weight is None else factor.mul_(weight.detach())
             return factor.to(input.dtype).reshape(-1, *[1] * (input.dim() - 2))
 
         factor = scale(*call.args, **call.kwargs)

@@ -31,17 +31,18 @@ class MaxPool(Rule):
 
     def freeze(self, call: Call) -> Tensor:
         """Flat position of each window's maximum in the input's trailing dimensions."""
-        kind = "adaptive_max_pool" if self.adaptive else "max_pool"
-        pool: Callable[..., tuple[Tensor, Tensor]] = getattr(F, f"{kind}{self.dimensions}d_with_indices")
-        args, kwargs = call.args, {k: v for k, v in call.kwargs.items() if k != "return_indices"}
-        return pool(*args, **kwargs)[1]
+        return self._pool(call)[1]
+
+    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Any, Tensor]:
+        """Pool once for both."""
+        output, switches = self._pool(call)
+        return ((output, switches) if self._wants_switches(call) else output), switches
 
     def apply(self, call: Call, state: Tensor) -> Any:
         """The values at the frozen positions."""
         spatial = -self.dimensions
         output = call.input.flatten(spatial).gather(-1, state.flatten(spatial)).unflatten(-1, state.shape[spatial:])
-        wanted = self.returns_switches or call.kwargs.get("return_indices", False)
-        return (output, state) if wanted else output
+        return (output, state) if self._wants_switches(call) else output
 
     def switch(self, state: Tensor) -> Tensor:
         """The positions."""
@@ -63,6 +64,14 @@ class MaxPool(Rule):
             step = (winner - x.gather(-1, where)) / (change.gather(-1, where) - speed)
             steps.append(torch.where(inside & (where != state.flatten(spatial)), step, torch.inf))
         return torch.stack(steps)
+
+    def _pool(self, call: Call) -> tuple[Tensor, Tensor]:
+        kind = "adaptive_max_pool" if self.adaptive else "max_pool"
+        pool: Callable[..., tuple[Tensor, Tensor]] = getattr(F, f"{kind}{self.dimensions}d_with_indices")
+        return pool(*call.args, **{k: v for k, v in call.kwargs.items() if k != "return_indices"})
+
+    def _wants_switches(self, call: Call) -> bool:
+        return self.returns_switches or bool(call.kwargs.get("return_indices", False))
 
     def _members(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
         """For each window its member positions, (members, windows), and which of them exist."""

@@ -41,7 +41,7 @@ class Product(Rule):
 
     def is_affine(self, call: Call) -> bool:
         """Where only one factor is live."""
-        return len(self._live(call)) < 2
+        return len(call.live) < 2 or len(self._live(call)) < 2
 
     def freeze(self, call: Call) -> dict[int | str, Tensor]:
         """Values of the live factors."""

@@ -6,8 +6,8 @@ returns what the operation returns; anywhere else it is affine.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,16 +30,27 @@ __all__ = [
 ]
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
+
+def tensors_in(value: object) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+    found: list[Tensor] = []
+    _collect((value,), found)
+    return found
+
+
+def _collect(items: Iterable[object], found: list[Tensor]) -> None:
+    # no generator, and numbers first: this runs for every operation of a model
+    for item in items:
+        if type(item) in _NUMBERS:
+            continue
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            _collect(item, found)
+        elif isinstance(item, dict):
+            _collect(item.values(), found)
 
 
 @dataclass(frozen=True)
@@ -48,18 +59,20 @@ class Call:
 
     Attributes:
         function: What the model called, in its out-of-place form.
-        args: Positional arguments; tensors that do not depend on the image are detached.
-        kwargs: Keyword arguments, likewise.
-        is_live: Whether a tensor depends on the image.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        live: The arguments that depend on the image, in order; one that is given twice stands here twice.
         is_gate: Whether a live tensor acts as a constant factor in a product (a sigmoid, attention weights, 1/norm).
-        keep: Whether what is frozen outlives the call, so that it must not share memory with the arguments.
+        in_place: Whether the model has the first argument changed in place.
+        keep: Whether what is frozen outlives the call.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    is_live: Callable[[Tensor], bool]
+    live: tuple[Tensor, ...]
     is_gate: Callable[[Tensor], bool]
+    in_place: bool = False
     keep: bool = False
 
     @property
@@ -75,18 +88,17 @@ class Call:
         """What the operation itself returns."""
         return self.function(*self.args, **self.kwargs)
 
-    def with_arguments(self, *args: Any) -> "Call":
-        """The same call with other positional arguments."""
-        return replace(self, args=args)
+    def is_live(self, tensor: Tensor) -> bool:
+        """Whether an argument depends on the image."""
+        return any(tensor is one for one in self.live)
 
     def only_gates(self) -> bool:
         """Whether every live argument is a gate."""
-        live = [tensor for tensor in tensors_in((self.args, dict(self.kwargs))) if self.is_live(tensor)]
-        return all(self.is_gate(tensor) for tensor in live)
+        return all(map(self.is_gate, self.live))
 
     def frozen(self, tensor: Tensor) -> Tensor:
-        """The value of a live tensor at the image, as a constant."""
-        return tensor.detach().clone() if self.keep else tensor.detach()
+        """The value of a live tensor at the image, as a constant that shares no memory with what may change."""
+        return tensor.detach().clone() if self.keep or self.in_place else tensor.detach()
 
 
 class Rule(ABC):
@@ -126,7 +138,25 @@ class Rule(ABC):
         """Whether the operation, as called, is affine in its live arguments already: then it just runs, anywhere."""
         return False
 
-    def adjoint(self, call: Call, state: Any) -> Callable[[Tensor], Tensor] | None:
+    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Any, Any]:
+        """The output at the image and what is frozen there, together, as one may come cheaper with the other.
+
+        Args:
+            call: The call, at the image.
+            run: Runs the operation as the model called it, in place where it did.
+
+        Returns:
+            The output and the state.
+        """
+        with torch.no_grad():
+            state = self.freeze(call)
+        return (run() if self.native else self.apply(call, state)), state
+
+    def has_adjoint(self, call: Call) -> bool:
+        """Whether :meth:`adjoint` knows the backward pass of this call; else it is left to autograd."""
+        return False
+
+    def adjoint(self, call: Call, state: Any) -> Callable[[Tensor], Tensor]:
         """The backward pass of a call whose first argument alone is live: from the gradient of the output to its own.
 
         Args:
@@ -134,9 +164,12 @@ class Rule(ABC):
             state: What is frozen.
 
         Returns:
-            The function, which must hold on to nothing but what is frozen; None leaves it to autograd.
+            The function, which must hold on to nothing but what is frozen, and leave its argument as it is.
+
+        Raises:
+            NotImplementedError: By a rule that has none.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} has no adjoint of its own.")
 
     def makes_gate(self, call: Call) -> bool:
         """Whether the output of this call is a gate."""
@@ -240,7 +273,7 @@ class Frozen(Rule):
     def freeze(self, call: Call) -> Any:
         """The value."""
         # detached, for torch warns of a number taken from a tensor that requires gradients
-        constants = {id(tensor): tensor.detach() for tensor in tensors_in((call.args, dict(call.kwargs)))}
+        constants = {id(tensor): tensor.detach() for tensor in tensors_in((call.args, call.kwargs))}
         return call.function(*substituted(call.args, constants), **substituted(dict(call.kwargs), constants))
 
     def apply(self, call: Call, state: Any) -> Any:
@@ -293,8 +326,7 @@ class FirstOnly(Rule):
 
     @staticmethod
     def _rest(call: Call) -> list[Tensor]:
-        given = tensors_in((call.args, dict(call.kwargs)))
-        return [tensor for tensor in given if tensor is not call.input and call.is_live(tensor)]
+        return [tensor for tensor in call.live if tensor is not call.input]
 
 
 class Tangent(Rule):
@@ -336,11 +368,7 @@ class Tangent(Rule):
 
     @staticmethod
     def _live(call: Call) -> list[Tensor]:
-        unique: dict[int, Tensor] = {}
-        for tensor in tensors_in((call.args, dict(call.kwargs))):
-            if call.is_live(tensor):
-                unique[id(tensor)] = tensor
-        return list(unique.values())
+        return list({id(tensor): tensor for tensor in call.live}.values())
 
 
 class Composite(Rule):

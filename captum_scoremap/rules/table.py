@@ -1,5 +1,6 @@
 """The table: which operation has which rule."""
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Breaks, Gate, Pieces, Select, SignPieces
+from .activations import Breaks, Clamp, Gate, Pieces, Select, SignPieces
 from .attention import MultiHeadAttention, ScaledDotProductAttention
 from .normalization import (
     BatchNorm,
@@ -152,12 +153,12 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 
 _NONLINEAR: dict[str, Rule] = {
     # piecewise linear: the mask
-    "relu": Pieces(_fixed((operator.gt, 0.0), slopes=(0.0, 1.0), offsets=(0.0, 0.0))),
-    "relu6": Pieces(lambda input, inplace=False: _hardtanh(input, 0.0, 6.0)),
+    "relu": Clamp(_fixed((operator.gt, 0.0), slopes=(0.0, 1.0), offsets=(0.0, 0.0))),
+    "relu6": Clamp(lambda input, inplace=False: _hardtanh(input, 0.0, 6.0)),
     "leaky_relu": Pieces(_leaky_relu),
     "prelu": Pieces(_prelu),
     "rrelu": Pieces(_rrelu),
-    "hardtanh": Pieces(_hardtanh),
+    "hardtanh": Clamp(_hardtanh),
     "threshold": Pieces(_threshold),
     "hardshrink": Pieces(_hardshrink),
     "softshrink": Pieces(_softshrink),
@@ -234,6 +235,7 @@ _NONLINEAR: dict[str, Rule] = {
     # no gates and f(0) != 0: the tangent with its offset
     "softplus": Tangent(),
     "logsigmoid": Tangent(),
+    "log_sigmoid": Tangent(),
     "log_softmax": Tangent(),
     "logsumexp": Tangent(),
     "log": Tangent(),
@@ -328,6 +330,14 @@ def operation_name(
         >>> operation_name(torch.Tensor.relu_), operation_name(torch.Tensor.__iadd__)
         ('relu', 'add')
     """
+    name = _plain_name(function)
+    if name in {"max", "min"} and isinstance(args[1] if len(args) > 1 else (kwargs or {}).get("other"), Tensor):
+        return f"{name}imum"
+    return name
+
+
+@functools.cache
+def _plain_name(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     if name in {"__get__", "__set__", "__delete__"}:
         name = getattr(function, "__self__").__name__  # noqa: B009 - method wrappers have it, their type does not say so
@@ -336,11 +346,7 @@ def operation_name(
     name = name.removeprefix("aten::").removeprefix("fft_").split(".")[0]
     if name.startswith("__i") and name.endswith("__") and name not in {"__invert__", "__int__", "__index__"}:
         name = "__" + name[3:]
-    if name not in {"T", "H"}:
-        name = name.strip("_")
-    if name in {"max", "min"} and isinstance(args[1] if len(args) > 1 else (kwargs or {}).get("other"), Tensor):
-        return f"{name}imum"
-    return name
+    return name if name in {"T", "H"} else name.strip("_")
 
 
 def with_rules(rules: Mapping[Any, Rule] | None) -> Mapping[str, Rule]:
