@@ -1,0 +1,109 @@
+"""``captum-scoremap bench``: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_scoremap.cli import main
+from captum_scoremap.models import LoadedModel, Preprocessing
+
+AS_IT_IS = ["inference", "forward and backward", "one map at the input", "maps of all layers", "all labels, last layer"]
+PREPARED = [f"{name}, prepared" for name in AS_IT_IS[2:]]
+
+
+class Tokens(nn.Module):
+    """Rows and columns of channels, as tokens, last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+def small() -> LoadedModel:
+    layers = OrderedDict(
+        conv=nn.Conv2d(3, 4, 3, padding=1),
+        norm=nn.BatchNorm2d(4),
+        relu=nn.ReLU(),
+        pool=nn.MaxPool2d(4),
+        tokens=Tokens(),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(4 * 16, 3),
+    )
+    return LoadedModel("", nn.Sequential(layers), Preprocessing(16, 16))
+
+
+def pixels() -> nn.Module:
+    return nn.Conv2d(3, 2, 3)
+
+
+MODEL = ["--model", "tests.test_cli_bench:small", "--batch", "2", "--rounds", "1", "--device", "cpu"]
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *MODEL]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""  # no progress bar where the output is no terminal
+    rows = [line.strip("│").split("│") for line in output.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == [*AS_IT_IS, *PREPARED]
+    assert rows[1][2].strip() == "1.00 (1.00-1.00)"
+    assert "layers: relu, pool" in output
+    assert "images: 2 × 3 × 16 × 16" in output
+    assert f"threads: {torch.get_num_threads()}" in output
+
+
+def test_json_of_the_model_as_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # each in its own process is tested with the table; here with a figure that is known
+    monkeypatch.setattr("captum_scoremap.cli.bench.peak_memory", lambda *_: 2**20)
+    layers = ["--layers", "pool,tokens", "--dtype", "float64"]
+    assert main(["bench", *MODEL, "--no-prepare", "--json", *layers, "--rounds", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [job["job"] for job in found["jobs"]] == AS_IT_IS
+    assert found["layers"] == ["pool", "tokens"]
+    assert (found["dtype"], found["rounds"], found["model"]) == ("float64", 3, "tests.test_cli_bench:small")
+    for job in found["jobs"]:
+        assert len(job["seconds"]) == 3
+        assert job["of_plain"]["low"] <= job["of_plain"]["median"] <= job["of_plain"]["high"]
+        assert (job["peak_bytes"], job["peak_of_plain"]) == (2**20, 1.0)
+
+
+def test_memory_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captum_scoremap.cli.bench.peak_memory", lambda *_: None)
+    assert main(["bench", *MODEL, "--no-prepare"]) == 0
+    assert capsys.readouterr().out.count("unknown") == len(AS_IT_IS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "pols"], "layers must be input or names of modules of the model, got 'pols'. Did you mean"),
+        (["--layers", "fc"], "layers must give maps (N, C, h, w) or tokens (N, T, C), got fc, which gives (1, 3)"),
+        (["--layers", "input,pool"], "layers must be modules that give maps, got input, pool"),
+        (["--model", "tests.test_cli_bench:pixels"], "model must give scores (N, K), one per label, got (1, 2, 222"),
+        (["--model", "alexnet"], "Did you mean 'torchvision:alexnet'?"),
+        (["--device", "quantum"], "device must be one of this machine, got 'quantum'"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *MODEL, *arguments]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("captum-scoremap: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize("option", ["--batch", "--rounds"])
+def test_numbers_start_at_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", option, "0"]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    options = "model weights layers batch rounds json device dtype no-prepare".split()
+    assert all(f"--{option}" in text for option in options)
