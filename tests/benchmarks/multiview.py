@@ -5,20 +5,17 @@
 
 ``speed`` measures random-weight AlexNet and VGG-16 on large images, all views at the stride of the last pooling layer.
 Every repetition of every way is a process of its own, in turn. Printed are medians of the time that the process
-computed (CPU time, which other programs on the machine hardly change), and the peak of its memory above what it held
-before; Linux only. ``padding`` compares the scores of views inside photographs with the
-scores of EfficientNet-Lite0 on the same views cropped, where its padded convolutions see zeros at the border; it takes
-the photographs of scikit-image and scikit-learn, or those of a folder.
+computed (CPU time, which other programs on the machine hardly change), and of the peak of its memory above what it held
+before; Linux only. ``padding`` compares the scores of views inside photographs with the scores of EfficientNet-Lite0 on
+the same views cropped, where its padded convolutions see zeros at the border; it takes the photographs of scikit-image
+and scikit-learn, or those of a folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +25,7 @@ from torch import Tensor
 from torchvision import models
 
 from captum_scoremap import MultiView
+from captum_scoremap.cost import PeakMemory, in_own_process, setting
 from captum_scoremap.models import SAMPLES, load_model, read_image
 
 SIZES = ((512, 512), (768, 1024))
@@ -41,15 +39,8 @@ def score_crops(model: torch.nn.Module, crops: Sequence[Tensor], batch: int) -> 
     return torch.cat([model(torch.cat(crops[start : start + batch])) for start in range(0, len(crops), batch)])
 
 
-def memory(key: str) -> float:
-    """VmRSS, what this process holds, or VmHWM, the most it has held, in MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
-
-def measure(name: str, height: int, width: int, batch: int, threads: int, most: int) -> None:
-    """Print one repetition of one way, as JSON."""
-    torch.set_num_threads(threads)
+def measure(name: str, height: int, width: int, batch: int, most: int) -> dict[str, float]:
+    """CPU seconds, bytes and views of one repetition of one way, in this process."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     multi_view = MultiView.from_classifier(model)
@@ -58,17 +49,18 @@ def measure(name: str, height: int, width: int, batch: int, threads: int, most: 
     crops = [image[:, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes[:most]]
     with torch.inference_mode():
         model(image[:, :, :224, :224])
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
-        held, start = memory("VmRSS"), time.process_time()
-        multi_view(image) if batch == ONE_PASS else score_crops(model, crops, batch)
-        seconds = time.process_time() - start
+        with PeakMemory() as peak:
+            start = time.process_time()
+            multi_view(image) if batch == ONE_PASS else score_crops(model, crops, batch)
+            seconds = time.process_time() - start
     seconds *= 1 if batch == ONE_PASS else len(boxes) / len(crops)
-    print(json.dumps({"seconds": seconds, "memory": memory("VmHWM") - held, "views": len(boxes)}))
+    return {"seconds": seconds, "memory": math.nan if peak.bytes is None else peak.bytes, "views": len(boxes)}
 
 
 def speed(repetitions: int, threads: int, only: Sequence[str], most: int) -> None:
-    setting = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
-    print(f"{setting}, median of {repetitions}, times of {most} crops scaled to all\n")
+    torch.set_num_threads(threads)
+    where = ", ".join(f"{name}: {value}" for name, value in setting(packages=["torch"]).items())
+    print(f"{where}; median of {repetitions}, times of {most} crops scaled to all\n")
     print("| network | image | views | way | CPU seconds | ratio | memory beyond the model, MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in only:
@@ -76,21 +68,14 @@ def speed(repetitions: int, threads: int, only: Sequence[str], most: int) -> Non
             found: dict[int, list[dict[str, float]]] = {batch: [] for batch in WAYS}
             for _ in range(repetitions):
                 for batch, runs in found.items():
-                    runs.append(child("measure", name, height, width, batch, threads, most))
+                    runs.append(in_own_process(measure, name, height, width, batch, most))
             one = statistics.median(run["seconds"] for run in found[ONE_PASS])
             for batch, runs in found.items():
                 seconds = statistics.median(run["seconds"] for run in runs)
-                grown = statistics.median(run["memory"] for run in runs)
+                grown = statistics.median(run["memory"] for run in runs) / 2**20
                 views = int(runs[0]["views"])
                 row = f"| {name} | {height} x {width} | {views} | {WAYS[batch]} | {seconds:.2f} | "
                 print(f"{row}{seconds / one:.1f} | {grown:.0f} |", flush=True)
-
-
-def child(*arguments: object) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.benchmarks.multiview", *map(str, arguments)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
 
 
 def padding(folder: Path | None) -> None:
@@ -131,17 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timed.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     padded = commands.add_parser("padding", help="scores of views inside an image, against those of their crops")
     padded.add_argument("--images", type=Path, metavar="DIR", help="photographs; default: those of scikit-image")
-    once = commands.add_parser("measure", help="one repetition, as JSON")
-    once.add_argument("model", choices=MODELS)
-    for name in ("height", "width", "batch", "threads", "crops"):
-        once.add_argument(name, type=int)
     options = parser.parse_args(arguments)
     if options.command == "speed":
         speed(options.repetitions, options.threads, options.models, options.crops)
-    elif options.command == "padding":
-        padding(options.images)
     else:
-        measure(options.model, options.height, options.width, options.batch, options.threads, options.crops)
+        padding(options.images)
 
 
 if __name__ == "__main__":
