@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -13,6 +14,7 @@ from captum_scoremap.cli import main
 from captum_scoremap.models import LoadedModel, Preprocessing
 
 AS_IT_IS = ["inference", "forward and backward", "one map at the input", "maps of all layers", "all labels, last layer"]
+MODULE = sys.modules["captum_scoremap.cli.bench"]  # the function hides the module of its name
 PREPARED = [f"{name}, prepared" for name in AS_IT_IS[2:]]
 
 
@@ -57,7 +59,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_of_the_model_as_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # each in its own process is tested with the table; here with a figure that is known
-    monkeypatch.setattr("captum_scoremap.cli.bench.peak_memory", lambda *_: 2**20)
+    monkeypatch.setattr(MODULE, "peak_memory", lambda *_: 2**20)
     layers = ["--layers", "pool,tokens", "--dtype", "float64"]
     assert main(["bench", *MODEL, "--no-prepare", "--json", *layers, "--rounds", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -71,7 +73,7 @@ def test_json_of_the_model_as_it_is(capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_memory_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captum_scoremap.cli.bench.peak_memory", lambda *_: None)
+    monkeypatch.setattr(MODULE, "peak_memory", lambda *_: None)
     assert main(["bench", *MODEL, "--no-prepare"]) == 0
     assert capsys.readouterr().out.count("unknown") == len(AS_IT_IS)
 
