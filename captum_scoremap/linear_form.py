@@ -143,7 +143,7 @@ def explain(
         reduction: What to make of A and Y there.
         additional: Further arguments.
         rules: Rules to replace or add.
-        keep: Whether to keep what is frozen, for :meth:`Explanation.frozen`.
+        keep: Whether to keep what is frozen, for :meth:`Explanation.frozen`, and the activations of the sites.
         stop_at: A site after which the run ends; its value is the output.
         grad_kwargs: Further arguments of ``torch.autograd.grad``.
 
@@ -155,7 +155,8 @@ def explain(
     """
     table, trusted = with_rules(rules), with_rules(None)
     taps = {site: reduction for site in sites if site is not None}
-    recording = Recording(forward_func, table, taps, keep=keep, trusted=trusted, stop_at=stop_at)
+    once = not keep and not grad_kwargs
+    recording = Recording(forward_func, table, taps, keep=keep, trusted=trusted, stop_at=stop_at, once=once)
     with torch.enable_grad():
         output = recording.record(inputs, additional, reduction if None in sites else None)
         check_sites(recording, taps, stop_at)

@@ -49,9 +49,11 @@ class RecordingFromSites(Recording):
         self._outputs[site] = _Remembered(passed)
         return passed
 
-    def about_to_change(self, target: Tensor) -> None:
-        """Save the values that share the target's memory."""
-        super().about_to_change(target)
+    def about_to_run(self, rule: Rule, live: tuple[Tensor, ...], target: Tensor | None) -> None:
+        """Save the values that share memory with what changes."""
+        super().about_to_run(rule, live, target)
+        if target is None:
+            return
         address = target.untyped_storage().data_ptr()
         for kept in self._before.values():
             for key, value in kept.items():
@@ -88,7 +90,7 @@ class _ReplayingFrom(Replaying):
         if key not in self._before:
             return super().operate(key, name, rule, call, run)
         # In place, what it changes is what it has become.
-        return call.input if call.keep else _stand_in(self._before[key])
+        return call.input if call.in_place else _stand_in(self._before[key])
 
     def at_site(self, site: Site, value: Any) -> Any:
         return super().at_site(site, _stand_in(self._before[site]) if site in self._before else value)

@@ -69,10 +69,21 @@ class Placeholders:
 
 
 class Snapshot:
-    """A tensor as it is now. It shares memory with the model's until that is about to be changed in place."""
+    """A tensor as it is now. It shares memory with the model's until that is about to be changed in place.
 
-    def __init__(self, tensor: Tensor) -> None:
+    Args:
+        tensor: The tensor.
+        for_products: Whether it is wanted for products with its coefficients only.
+    """
+
+    def __init__(self, tensor: Tensor, *, for_products: bool = False) -> None:
         self.tensor = tensor.detach()
+        self.for_products = for_products
+        self.is_read = False
+
+    def release(self) -> None:
+        """Let go of the values; the shape stays."""
+        self.tensor = torch.empty_like(self.tensor, device="meta")
 
     def keep(self) -> None:
         """Copy, for the memory is about to change."""
@@ -85,18 +96,39 @@ class Snapshots:
     def __init__(self) -> None:
         self._by_memory: dict[int, list[weakref.ref[Snapshot]]] = {}
 
-    def take(self, tensor: Tensor) -> Snapshot:
+    def take(self, tensor: Tensor, *, for_products: bool = False) -> Snapshot:
         """A snapshot of a tensor."""
-        snapshot = Snapshot(tensor)
+        snapshot = Snapshot(tensor, for_products=for_products)
         self._by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(snapshot))
         return snapshot
 
-    def about_to_change(self, target: Tensor) -> None:
-        """Copy the snapshots that share a tensor's memory."""
-        for reference in self._by_memory.pop(target.untyped_storage().data_ptr(), ()):
+    def about_to_read(self, tensor: Tensor) -> None:
+        """Note that an operation depends on the values that the snapshots of a tensor's memory hold now."""
+        for reference in self._by_memory.get(tensor.untyped_storage().data_ptr(), ()):
             snapshot = reference()
             if snapshot is not None:
+                snapshot.is_read = True
+
+    def about_to_change(self, target: Tensor, *, but_where_closed: bool = False) -> None:
+        """Copy the snapshots that share a tensor's memory.
+
+        Args:
+            target: The tensor that changes in place.
+            but_where_closed: Whether only elements change that the operation gives no coefficient, as behind a ReLU.
+                Where nothing else has read them, products with their coefficients are zero whatever they are.
+        """
+        memory = target.untyped_storage().data_ptr()
+        spared = []
+        for reference in self._by_memory.pop(memory, ()):
+            snapshot = reference()
+            if snapshot is None:
+                continue
+            if but_where_closed and snapshot.for_products and not snapshot.is_read:
+                spared.append(reference)
+            else:
                 snapshot.keep()
+        if spared:
+            self._by_memory[memory] = spared
 
     def guard(self) -> AbstractContextManager[None]:
         """Have autograd keep snapshots, so that later changes in place do no harm."""

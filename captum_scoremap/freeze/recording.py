@@ -50,6 +50,8 @@ class Recording(Run):
         keep: Whether to keep what is frozen, for replay.
         trusted: Rules that are known to return what their operation does; others are verified at each call.
         stop_at: A site after which the run ends, where nothing above is of interest.
+        once: Whether one backward pass is all that follows: what it has used is let go as it goes by, the activations
+            of :class:`Tapped` included.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Recording(Run):
         keep: bool = False,
         trusted: Mapping[str, Rule] | None = None,
         stop_at: Site | None = None,
+        once: bool = False,
     ) -> None:
         super().__init__(forward_func, rules)
         self.keep = keep
+        self.once = once
         self.entries: dict[str, Entry] = {}
         self.tapped: dict[Site, Tapped] = {}
         self._taps = dict(taps or {})
@@ -131,9 +135,14 @@ class Recording(Run):
         with self._placeholders.instead_of(live) if affine or rule.lean else self._snapshots.guard():
             return frozen()[0]
 
-    def about_to_change(self, target: Tensor) -> None:
-        """Save the snapshots that share the target's memory."""
-        self._snapshots.about_to_change(target)
+    def about_to_run(self, rule: Rule, live: tuple[Tensor, ...], target: Tensor | None) -> None:
+        """Save the snapshots that share memory with what changes."""
+        if target is not None:
+            alone = len(live) == 1 and live[0] is target
+            self._snapshots.about_to_change(target, but_where_closed=alone and rule.passes_or_closes)
+        for tensor in live:
+            if tensor is not target:
+                self._snapshots.about_to_read(tensor)
 
     def at_site(self, site: Site, value: Any) -> Any:
         """Tap the site, if it is wanted, and stop there, if it is the last."""
@@ -153,8 +162,8 @@ class Recording(Run):
             if not tensor.is_floating_point() or id(tensor) in passed:
                 continue
             known = self.tag_of(tensor) | Tag.LIVE
-            snapshot = self._snapshots.take(tensor)
-            passed[id(tensor)], anchor = tap(tensor, snapshot, reduction)
+            snapshot = self._snapshots.take(tensor, for_products=self.once and reduction.multiply)
+            passed[id(tensor)], anchor = tap(tensor, snapshot, reduction, once=self.once)
             self.tag(passed[id(tensor)], known)
             anchors.append(anchor)
             snapshots.append(snapshot)

@@ -95,8 +95,8 @@ class Run(TorchFunctionMode):
         """What goes on from here in place of a module's input (a tuple) or output; the value itself by default."""
         return value
 
-    def about_to_change(self, target: Tensor) -> None:
-        """Called before a tensor is changed in place."""
+    def about_to_run(self, rule: Rule, live: tuple[Tensor, ...], target: Tensor | None) -> None:
+        """Called before an operation, with its live arguments and the tensor that it changes in place, if any."""
 
     # -- running
 
@@ -192,8 +192,7 @@ class Run(TorchFunctionMode):
                 self.tag(tensor, Tag.LIVE)
             return output
         target = _changed_in_place(function, args, kwargs)
-        if target is not None:
-            self.about_to_change(target)
+        self.about_to_run(rule, live, target)
         call = Call(*_out_of_place(function, args, kwargs), live, self.is_gate, in_place=target is not None)
         key = self._key(name)
         # gradients flow where a live tensor asks for them, whatever the parameters and the model say

@@ -17,6 +17,10 @@ from .lean import Snapshot
 __all__ = ["Reduction", "Tap", "tap"]
 
 
+# Bytes from which products are taken image by image: fresh memory of that size costs more than the arithmetic.
+_LARGE = 16 * 2**20
+
+
 @dataclass(frozen=True)
 class Reduction:
     """What to make of coefficients A and activations Y.
@@ -39,9 +43,16 @@ class Reduction:
 
     def __call__(self, coefficients: Tensor, activations: Tensor) -> Tensor:
         """The result, shaped as ``shape`` says."""
-        product = coefficients * activations if self.multiply else coefficients
         channels = self._channels(activations)
-        return product if channels is None else product.sum(channels, keepdim=True)
+        if channels is None:
+            return coefficients * activations if self.multiply else coefficients
+        if not self.multiply:
+            return coefficients.sum(channels, keepdim=True)
+        size = activations.numel() * activations.element_size()
+        if size < _LARGE or len(activations) == 1 or channels == -activations.dim():
+            return (coefficients * activations).sum(channels, keepdim=True)
+        pairs = zip(coefficients, activations, strict=True)
+        return torch.stack([(a * y).sum(channels, keepdim=True) for a, y in pairs])
 
     def _channels(self, activations: Tensor) -> int | None:
         """The dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
@@ -55,26 +66,37 @@ class Tap(torch.autograd.Function):
     """Y -> Y, with the anchor's gradient the reduction of A and Y."""
 
     @staticmethod
-    def forward(ctx: Any, activations: Tensor, anchor: Tensor, snapshot: Snapshot, reduction: Reduction) -> Tensor:
+    def forward(
+        ctx: Any, activations: Tensor, anchor: Tensor, snapshot: Snapshot, reduction: Reduction, once: bool
+    ) -> Tensor:
         """Pass Y on, as a tensor of its own that shares its memory and may be changed in place."""
         del anchor
-        ctx.snapshot, ctx.reduction = snapshot, reduction
+        ctx.snapshot, ctx.reduction, ctx.once = snapshot, reduction, once
         return activations.data
 
     @staticmethod
-    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         """Hand A on, and its reduction to the anchor."""
         passed = coefficients if ctx.needs_input_grad[0] else None
-        return passed, ctx.reduction(coefficients, ctx.snapshot.tensor), None, None
+        result = ctx.reduction(coefficients, ctx.snapshot.tensor)
+        if ctx.once:
+            ctx.snapshot.release()
+        return passed, result, None, None, None
 
 
-def tap(activations: Tensor, snapshot: Snapshot, reduction: Reduction) -> tuple[Tensor, Tensor]:
+def tap(activations: Tensor, snapshot: Snapshot, reduction: Reduction, *, once: bool = False) -> tuple[Tensor, Tensor]:
     """Tap a tensor.
+
+    Args:
+        activations: Y.
+        snapshot: Its values as they are now.
+        reduction: What to make of A and Y.
+        once: Whether the backward pass runs once, so that Y can be let go as it goes by.
 
     Returns:
         The tensor to go on with, and the anchor.
     """
     anchor = activations.new_zeros(()).expand(reduction.shape(activations)).requires_grad_()
     with torch.enable_grad():
-        passed: Tensor = Tap.apply(activations, anchor, snapshot, reduction)
+        passed: Tensor = Tap.apply(activations, anchor, snapshot, reduction, once)
     return passed, anchor

@@ -101,15 +101,19 @@ class Clamp(Pieces):
     takes a fraction of the time of a comparison.
     """
 
+    passes_or_closes = True
+
     def record(self, call: Call, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-        """The output, and the piece that each element of it is on."""
+        """The output, and the piece that each element of it is on; the mask alone where that is all that is asked."""
         (_, lower), *upper = self._breaks(call).comparisons
         output: Tensor = run()
         with torch.no_grad():
-            inside = _differs(output, lower)
             if not upper:
-                return output, inside
-            below = _differs(output, upper[0][1])
+                return output, _differs(output, lower)
+            if not call.keep and lower == 0:
+                # its own values as gradients: zero at the bounds, and inside the values, which are not
+                return output, torch.ops.aten.hardtanh_backward(output, output, lower, upper[0][1]).bool()
+            inside, below = _differs(output, lower), _differs(output, upper[0][1])
             return output, inside.view(torch.uint8) + below.logical_not_().view(torch.uint8)
 
 

@@ -119,12 +119,14 @@ class Rule(ABC):
             the operation itself can run there, and in place.
         lean: Whether autograd, where the operation itself runs, needs no more of its live arguments than their shapes.
         gate: Whether its output is a gate: a constant factor where it meets a live factor in a product.
+        passes_or_closes: Whether each element comes out either unchanged or with a coefficient of zero.
     """
 
     kind: str = "custom"
     native: bool = False
     lean: bool = False
     gate: bool = False
+    passes_or_closes: bool = False
 
     @abstractmethod
     def freeze(self, call: Call) -> Any:
