@@ -125,7 +125,8 @@ def run(cases: Iterable[Case], goals: Sequence[Goal], rounds: int, device: str, 
             print(*table(case, measured[case]), sep="\n", flush=True)
     judged = [judge(goal, measured[goal.case]) for goal in goals if goal.case in measured]
     reached = [row for row in judged if row is not None]
-    print("", *goals_table(reached), sep="\n")
+    if reached:
+        print("", *goals_table(reached), sep="\n")
     rows = [
         {"case": case.title, "kind": case.kind, "model": case.model, "batch": case.batch, "costs": costs}
         for case, costs in measured.items()
