@@ -68,7 +68,8 @@ def explain_targets(
         check_sites(recording, taps)
         warn_of_probabilities(recording, output)
         labels = _labels(output, targets)
-        scores = [select_scores(output, label) for label in labels]
+        for label in labels[:1] if targets is None else labels:
+            select_scores(output, label)  # names what is wrong before any work is done
     for site in sites:
         tensors = len(recording.tapped[site].anchors)
         if tensors != 1:
@@ -83,11 +84,12 @@ def explain_targets(
     backward = [site for site in sites if site not in forward]
     anchors = [recording.tapped[site].anchors[0] for site in backward]
     found: dict[Site, list[Tensor]] = {site: [] for site in backward}
-    for start in range(0, len(scores) if backward else 0, images):
-        chunk = torch.stack(scores[start : start + images])
+    for start in range(0, len(labels) if backward else 0, images):
+        with torch.enable_grad():
+            chunk = torch.stack([select_scores(output, label) for label in labels[start : start + images]])
         for site, one in zip(backward, _pushed_back(chunk, anchors), strict=True):
             found[site].append(torch.cat(one.unbind(0), channels))
-    del scores, output, recording, anchors
+    del output, recording, anchors
 
     def select(value: Any) -> Tensor:
         every = isinstance(value, Tensor) and targets is None
@@ -125,14 +127,15 @@ def _pushed_forward(tail: Tail, select: Callable[[Any], Tensor], channels: int, 
     count = math.prod(shape)
     batched = torch.func.vmap(lambda value: select(tail(value)))
     with torch.no_grad(), quiet_batching():
-        nothing = select(tail(torch.zeros_like(activations)))
         parts = []
-        for start in range(0, count, positions_at_once):
-            chosen = torch.arange(start, min(start + positions_at_once, count), device=activations.device)
+        # one more than there are positions: there, nothing is left of the activations
+        for start in range(0, count + 1, positions_at_once):
+            chosen = torch.arange(start, min(start + positions_at_once, count + 1), device=activations.device)
             alone = (torch.arange(count, device=activations.device) == chosen[:, None]).reshape(-1, 1, *shape)
-            parts.append(batched(activations * alone.unsqueeze(channels + 1)) - nothing)
+            parts.append(batched(activations * alone.unsqueeze(channels + 1)))
+        scores = torch.cat(parts)
     # (positions, N, K) -> (N, ..., K) -> the labels where the channels were
-    maps = torch.cat(parts).permute(1, 0, 2).reshape(activations.shape[0], *shape, -1)
+    maps = (scores[:-1] - scores[-1]).permute(1, 0, 2).reshape(activations.shape[0], *shape, -1)
     return maps.movedim(-1, channels)
 
 
