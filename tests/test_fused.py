@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_scoremap import FusedScoreMap
-from captum_scoremap.attribution.fused import log_odds, main_layers
+from captum_scoremap.attribution.fused import log_odds
 from captum_scoremap.metrics import parameter_randomization
+from captum_scoremap.models.layers import main_modules
 from tests.state import GlobalState
 
 LABELS = 5
@@ -152,13 +153,14 @@ class Network(nn.Module):
 def test_main_layers_lie_outside_of_branches(inputs: Tensor) -> None:
     network = Network().double().eval()
     before = GlobalState.now()
-    assert main_layers(network, inputs.repeat(1, 1, 2, 2)) == list(network.blocks)
+    found = main_modules(network, inputs.repeat(1, 1, 2, 2), channels_first=True)
+    assert found == [network.stem, *network.blocks]
     assert GlobalState.now() == before
 
 
 def test_fewer_resolutions_are_fine(inputs: Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, LABELS)).double()
-    assert main_layers(network, inputs) == [network[1]]
+    assert main_modules(network, inputs, channels_first=True) == [network[1]]
 
 
 def test_a_network_without_maps_is_named(inputs: Tensor) -> None:

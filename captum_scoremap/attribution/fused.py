@@ -1,9 +1,6 @@
 """FusedScoreMap: one input-sized saliency map from the score maps of several layers."""
 
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,8 +15,6 @@ from captum_scoremap.linear_form import Target, check_sites, select_scores, warn
 from captum_scoremap.rules import Rule, with_rules
 
 __all__ = ["FusedScoreMap"]
-
-_RESOLUTIONS = 3
 
 
 class FusedScoreMap(GradientAttribution):
@@ -45,8 +40,8 @@ class FusedScoreMap(GradientAttribution):
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
-        layers: Modules with outputs (N, C, h, w), in the order in which they run; None for the last
-            main layer of each of the three coarsest resolutions (main layers: those that the fewest modules enclose).
+        layers: Modules with outputs (N, C, h, w), in the order in which they run; None for the last main layer of each
+            resolution (main layers: those that the fewest modules enclose).
         rules: Operation to rule, to replace or add some.
 
     Example:
@@ -129,7 +124,11 @@ class FusedScoreMap(GradientAttribution):
             return self._layers
         size = image.shape[1:]
         if size not in self._found:
-            self._found[size] = main_layers(forward_func, image, additional)
+            from captum_scoremap.models.layers import main_modules  # here, for the models bring torchvision along
+
+            self._found[size] = main_modules(forward_func, image, additional, channels_first=True)
+        if not self._found[size]:
+            raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
         return self._found[size]
 
 
@@ -177,59 +176,6 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Ten
     detail = torch.stack([enlarged(one) for one in scaled]).sum(dim=0)
     energy = detail * detail.abs()
     return torch.where(energy > 0, energy * belief, energy)
-
-
-def main_layers(forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...] = ()) -> list[nn.Module]:
-    """The layers to fuse: at each of the three coarsest resolutions the last module of those that fewest enclose.
-
-    Considered are modules that run once and return one map shaped like the image, (N, C, h, w) of the same aspect, with
-    more than one position. What the fewest modules enclose lies on the main path, not in a branch beside a shortcut.
-
-    Args:
-        forward_func: The model, or a function that calls it.
-        image: (N, C, H, W).
-        additional: Further arguments.
-
-    Returns:
-        Modules in the order in which they end.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    calls: Counter[nn.Module] = Counter()
-    open_modules: list[nn.Module] = []
-    seen: list[tuple[nn.Module, int, tuple[int, int]]] = []
-    height, width = image.shape[-2:]
-
-    def enter(module: nn.Module, arguments: Any) -> None:
-        calls[module] += 1
-        open_modules.append(module)
-
-    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        open_modules.pop()
-        if not isinstance(output, Tensor) or output.dim() != 4 or len(output) != len(image):
-            return
-        h, w = output.shape[-2:]
-        if h * w > 1 and abs(h * width - w * height) <= max(height, width) and module is not forward_func:
-            seen.append((module, len(open_modules), (h, w)))
-
-    with ExitStack() as stack:
-        for register, hook in (
-            (nn.modules.module.register_module_forward_pre_hook, enter),
-            (nn.modules.module.register_module_forward_hook, leave),
-        ):
-            stack.callback(register(hook).remove)
-        with torch.no_grad():
-            forward_func(image.clone(), *additional)
-    last: dict[tuple[int, int], tuple[int, nn.Module]] = {}
-    for module, depth, resolution in seen:
-        if calls[module] == 1 and (resolution not in last or depth <= last[resolution][0]):
-            last.pop(resolution, None)
-            last[resolution] = depth, module
-    if not last:
-        raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
-    coarsest = sorted(last, key=math.prod)[:_RESOLUTIONS]
-    return [module for resolution, (_, module) in last.items() if resolution in coarsest]
 
 
 def _map_anchor(tapped: Tapped, layer: nn.Module) -> Tensor:

@@ -2,10 +2,14 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 
 def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int | None:
@@ -74,35 +78,100 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]
     return {name: shape for name, shape in shapes.items() if calls[name] == 1}
 
 
-def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
-    """The last layer of each resolution, in the order in which they run.
+def main_modules(
+    forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...] = (), *, channels_first: bool = False
+) -> list[nn.Module]:
+    """The last module of each resolution on the main path, in the order in which they run.
 
-    Whole stages are preferred to the layers inside them: of all that give maps of one size, the last of those
-    whose names have the fewest parts. A transformer that keeps one resolution throughout is cut at its quarters.
+    Of all modules that run once and return maps of one size, those count that the fewest modules enclose, and of them
+    the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut.
+
+    Args:
+        forward_func: The model, or a function that calls it; it runs once.
+        inputs: Images, (N, C, H, W).
+        additional: Further arguments.
+        channels_first: Whether only outputs (N, C, h, w) count, not (N, h, w, C).
+
+    Returns:
+        Modules whose outputs are maps of more than one cell, at most one for each resolution; empty if there are none.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+        >>> main_modules(network, torch.randn(1, 3, 10, 10)) == [network[1], network[2]]
+        True
+    """
+    return _last_of_each_resolution(_run(forward_func, inputs, additional), inputs, channels_first=channels_first)
+
+
+def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
+    """The names of the main modules; a transformer that keeps one resolution throughout is cut at its quarters.
 
     Args:
         model: The model; it runs once.
         inputs: Images, (N, C, H, W).
 
     Returns:
-        Names of layers that run once and give maps of more than one cell.
+        Names of layers that run once and give maps of more than one cell, in the order in which they run.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
         >>> main_layers(network, torch.randn(1, 3, 10, 10))
         ['1', '2']
     """
-    shapes = layer_shapes(model, inputs)
-    layouts = {name: map_channel_dim(shape, tuple(inputs.shape)) for name, shape in shapes.items()}
-    last: dict[tuple[int, ...], str] = {}
-    for name, channel_dim in layouts.items():
-        if channel_dim is not None and len(shapes[name]) == 4:
-            size = shapes[name][2:] if channel_dim == 1 else shapes[name][1:3]
-            if size not in last or name.count(".") <= last[size].count("."):
-                last[size] = name
+    names = {module: name for name, module in model.named_modules()}
+    outputs = _run(model, inputs, ())
+    last = [names[module] for module in _last_of_each_resolution(outputs, inputs)]
     if len(last) > 1:
-        return [name for name in layouts if name in last.values()]
-    return [*last.values(), *_quarters([name for name in layouts if layouts[name] == -1])]
+        return last
+    tokens = [names[one.module] for one in outputs if map_channel_dim(one.shape, tuple(inputs.shape)) == -1]
+    return [*last, *_quarters(tokens)]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a module returned, and how many modules enclose it."""
+
+    module: nn.Module
+    depth: int
+    shape: tuple[int, ...]
+
+
+def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...]) -> list[_Output]:
+    """Outputs of the modules that run once and return a tensor, in the order in which they end."""
+    calls: Counter[nn.Module] = Counter()
+    enclosing: list[nn.Module] = []
+    outputs: list[_Output] = []
+
+    def enter(module: nn.Module, arguments: Any) -> None:
+        calls[module] += 1
+        enclosing.append(module)
+
+    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+        enclosing.pop()
+        if module is not forward_func and isinstance(output, Tensor) and output.is_floating_point():
+            outputs.append(_Output(module, len(enclosing), tuple(output.shape)))
+
+    with ExitStack() as stack:
+        # hooks on all modules: those inside a plain function cannot be named beforehand
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        stack.callback(register_module_forward_hook(leave).remove)
+        with torch.no_grad():
+            forward_func(inputs.clone(), *additional)
+    return [output for output in outputs if calls[output.module] == 1]
+
+
+def _last_of_each_resolution(
+    outputs: Sequence[_Output], inputs: Tensor, *, channels_first: bool = False
+) -> list[nn.Module]:
+    last: dict[tuple[int, ...], _Output] = {}
+    for output in outputs:
+        channel_dim = map_channel_dim(output.shape, tuple(inputs.shape)) if len(output.shape) == 4 else None
+        if channel_dim is None or (channels_first and channel_dim != 1):
+            continue
+        size = output.shape[2:] if channel_dim == 1 else output.shape[1:3]
+        if size not in last or output.depth <= last[size].depth:
+            last[size] = output
+    return [output.module for output in outputs if output in last.values()]
 
 
 def _quarters(token_layers: list[str]) -> list[str]:
