@@ -21,7 +21,8 @@ class FusedScoreMap(GradientAttribution):
     """One map of the size of the image that says where the evidence for a label is, and against all other labels.
 
     A late layer's score map knows what is where, but only coarsely; an early one shows detail, but also much that has
-    nothing to do with the label. The fused map takes the detail of all of them and believes it where the last one does:
+    nothing to do with the label. The fused map takes the detail of all resolutions, as each finer one says better which
+    pixels of an object count, and believes it where the last one does:
 
     1. The score that is explained is the label's log-odds, L = S_c - log sum over the others of exp S_k, whose
        sigmoid is the label's probability: what also speaks for another label is no evidence for this one.

@@ -5,7 +5,8 @@
 DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``; those count to which the
 network gives their label a probability of more than one half. Every method's values are written to RESULTS as soon as
 it is done, and what is there already is not measured again; then the table is printed and drawn, with everything that
-RESULTS holds. Means are given with their 95% confidence intervals.
+RESULTS holds. Means are given with their 95% confidence intervals. Slow methods may be measured on fewer images: they
+are the first ones of the same order, and the fused map is compared with each method on those that both have seen.
 """
 
 from __future__ import annotations
@@ -114,6 +115,9 @@ def measure(name: str, model: nn.Module, inputs: Tensor, target: Tensor, options
     boxes = metrics.strongest_window(remembered(many, their_labels)[:, 0], inputs.shape[-1] // 2)
     values["patch"] = metrics.patch_score(model, many, their_labels, boxes).tolist()
     for n, count in zip((2, 3), options.mosaics, strict=True):
+        if not count:
+            values[f"grid {n} x {n}"] = []
+            continue
         pictures, cells = metrics.mosaics(inputs, target, n, count, torch.Generator().manual_seed(n))
         values[f"grid {n} x {n}"] = metrics.grid_pointing_game(attribute, pictures, cells).flatten().tolist()
     bottom = next(layer for layer, one in model.named_modules() if hasattr(one, "reset_parameters"))
@@ -126,12 +130,19 @@ def measure(name: str, model: nn.Module, inputs: Tensor, target: Tensor, options
     return values
 
 
-def on_the_same(results: dict[str, Values]) -> dict[str, Values]:
-    """What all methods were measured on: the first values of each metric, as many as every method has."""
-    shortest = {column: min((len(values[column]) for values in results.values()), default=0) for column in COLUMNS}
-    return {
-        name: {column: values[column][: shortest[column]] for column in COLUMNS} for name, values in results.items()
-    }
+def leads(results: dict[str, Values], first: str = "FusedScoreMap") -> str:
+    """By how much the first method is ahead of each other one, image by image, on what both were measured; Markdown."""
+    lines = ["| " + first + " is ahead of | " + " | ".join(COLUMNS[column][0].rstrip(" ↑") for column in DRAWN) + " |"]
+    lines.append("|---" * (len(DRAWN) + 1) + "|")
+    for name, values in results.items():
+        if name == first:
+            continue
+        cells = []
+        for column in DRAWN:
+            pairs = zip(results[first][column], values[column], strict=False)  # the same images, if not as many
+            cells.append(_cell([ours - theirs for ours, theirs in pairs], COLUMNS[column][1]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -140,10 +151,17 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(sample.mean()), float(1.96 * sample.std() / math.sqrt(len(sample))) if len(sample) > 1 else 0.0
 
 
+def _cell(values: Sequence[float], digits: int) -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "") if values else "-"
+
+
 def table(results: dict[str, Values]) -> str:
     """Methods as rows, metrics as columns, best mean of each column in bold; Markdown."""
     best = {
-        column: (min if "↓" in title else max)(mean_and_interval(values[column])[0] for values in results.values())
+        column: (min if "↓" in title else max)(
+            mean_and_interval(values[column])[0] for values in results.values() if values[column]
+        )
         for column, (title, _) in COLUMNS.items()
         if "↑" in title or "↓" in title
     }
@@ -154,10 +172,9 @@ def table(results: dict[str, Values]) -> str:
     for name, values in sorted(results.items(), key=lambda item: -mean_and_interval(item[1]["gap"])[0]):
         cells = []
         for column, (_, digits) in COLUMNS.items():
-            mean, half = mean_and_interval(values[column])
-            number = f"{mean:.{digits}f}"
-            number = f"**{number}**" if best.get(column) == mean else number
-            cells.append(number + (f" ± {half:.{digits}f}" if half else ""))
+            number, *interval = _cell(values[column], digits).split(" ", maxsplit=1)
+            is_best = values[column] and best.get(column) == mean_and_interval(values[column])[0]
+            cells.append(" ".join([f"**{number}**" if is_best else number, *interval]))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -171,7 +188,7 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
     panels = figure.subplots(1, len(DRAWN), sharey=True)
     for panel, column in zip(panels, DRAWN, strict=True):
         for place, network in enumerate(networks):
-            known = [name for name in names if name in results[network]]
+            known = [name for name in names if name in results[network] and results[network][name][column]]
             means, halves = zip(*(mean_and_interval(results[network][name][column]) for name in known), strict=True)
             rows = [names.index(name) + 0.3 * (place - (len(networks) - 1) / 2) for name in known]
             style = {"fmt": "os"[place], "color": ("#0072b2", "#d55e00")[place], "markersize": 4}
@@ -190,8 +207,7 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
 def stored(folder: Path, network: str) -> dict[str, Values]:
     """What the folder holds of a network, in the order of the methods."""
     paths = {name: folder / network / f"{_file_name(name)}.json" for name in METHODS}
-    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
-    return on_the_same(found)
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
 def _file_name(name: str) -> str:
@@ -209,7 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patches", type=int, default=64, help="images for patch scores (default 64)")
     parser.add_argument("--steps", type=int, default=32, help="steps of insertion and deletion (default 32)")
     parser.add_argument(
-        "--mosaics", type=int, nargs=2, default=(50, 20), metavar="N", help="mosaics of 2 x 2 and 3 x 3 (default 50 20)"
+        "--mosaics",
+        type=int,
+        nargs=2,
+        default=(50, 20),
+        metavar="N",
+        help="mosaics of 2 x 2 and 3 x 3 (default 50 20; 0: none)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results here")
     options = parser.parse_args(arguments)
@@ -226,11 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path.write_text(json.dumps(values), encoding="utf-8")
     results = {network: found for network in options.networks if (found := stored(options.out, network))}
     for network, found in results.items():
-        counts = {
-            column: len(next(iter(found.values()))[column]) for column in ("gap", "patch", "grid 2 x 2", "grid 3 x 3")
-        }
-        print(f"\n{network} ({counts['gap']} images for insertion and deletion, {counts['patch']} for patches, ")
-        print(f"{counts['grid 2 x 2']} and {counts['grid 3 x 3']} maps of mosaics)\n\n{table(found)}")
+        print(f"\n{network}: values of each method\n")
+        for name, values in found.items():
+            print(f"{name}: " + ", ".join(f"{column} {len(values[column])}" for column in DRAWN))
+        print(f"\n{table(found)}")
+        if "FusedScoreMap" in found:
+            print(f"\n{leads(found)}")
     if options.plot is not None:
         plot(results, options.plot)
 
