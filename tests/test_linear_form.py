@@ -146,3 +146,20 @@ def test_a_grid_larger_than_the_tokens_is_an_error() -> None:
         token_grid(torch.zeros(1, 9, 1), (4, 4))
     with pytest.raises(ValueError, match=r"score_map must be \(N, tokens, K\) or \(N, h, w, K\), got \(3, 3\)"):
         token_grid(torch.zeros(3, 3))
+
+
+def test_a_layer_that_does_not_depend_on_the_image_cannot_be_replaced_in_a_frozen_model() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Linear(2, 4)
+            self.position = nn.Parameter(torch.ones(1, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.relu(self.table(self.position))
+
+    model, inputs = Positions().double().eval(), torch.ones(1, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="layers whose output depends on the image, got a Linear whose output does"):
+        freeze(model, inputs)(inputs, {model.table: torch.zeros(1, 4, dtype=torch.float64)})
+    form = linear_form(model, inputs, 0, model.table)
+    torch.testing.assert_close(form.sums + form.bias, form.score)

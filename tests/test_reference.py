@@ -291,6 +291,12 @@ CASES = [
         lambda x: F.instance_norm(x, weight=tensor(COLUMN), bias=tensor(BIAS), eps=1e-3),
         lambda y: reference.group_norm(y, 4, COLUMN, BIAS, 1e-3),
     ),
+    Case(
+        "instance_norm by running statistics",
+        (4, 3, 2),
+        lambda x: F.instance_norm(x, *map(tensor, (MEAN, VARIANCE, SCALE, BIAS)), use_input_stats=False, eps=1e-3),
+        lambda y: reference.batch_norm(y, MEAN, VARIANCE, SCALE, BIAS, 1e-3),
+    ),
     Case("normalize", (4, 3), lambda x: F.normalize(x, dim=1), lambda y: reference.normalize(y, 0)),
     Case(
         "local_response_norm",

@@ -41,6 +41,7 @@ class Replaying(Run):
         self._replacements = dict(replacements or {})
         self._stop_at = stop_at
         self._stopped_value: Any = None
+        self._constant: str | None = None
 
     def replay(self, inputs: tuple[Tensor, ...], additional: tuple[Any, ...]) -> Any:
         """The output of the frozen model, or the value at ``stop_at``."""
@@ -58,10 +59,16 @@ class Replaying(Run):
 
         Raises:
             RuntimeError: If the call was not recorded.
+            ValueError: If that is because a layer was replaced that does not depend on the image.
         """
         if rule.is_affine(call):
             return run()
         entry = self._entries.get(key)
+        if entry is None and self._constant is not None:
+            raise ValueError(
+                f"outputs must name layers whose output depends on the image, got a {self._constant} whose output does "
+                "not: at this image it is a constant. Use linear_form, which sees it as a variable."
+            )
         if entry is None or entry.operation != name:
             raise RuntimeError(
                 f"the model must run as it did when it was frozen, got a call of {name!r} at {key!r} that was not "
@@ -78,6 +85,8 @@ class Replaying(Run):
         module = site[0]
         if self.calls[module] == self._last_calls[module]:
             if site in self._replacements:
+                if not any(map(self.is_live, tensors_in(value))):
+                    self._constant = type(module).__name__
                 value = self._replace(value, self._replacements[site])
             if site == self._stop_at:
                 self._stopped_value = value

@@ -11,7 +11,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from enum import IntFlag
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ _OUT_OF_PLACE = (torch.Tensor, torch, F, torch._C._nn)
 Site = tuple[nn.Module, bool]
 
 
-class Tag(IntFlag):
-    """What is known of a live tensor."""
+class Tag:
+    """What is known of a live tensor, as bits of a number: flags of the library take their time."""
 
     LIVE = 1
     GATE = 2
@@ -40,8 +39,7 @@ class Tag(IntFlag):
 
 
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()
-_NOTHING = Tag(0)
-_LIVE_GATE = Tag.LIVE | Tag.GATE
+_NOTHING = 0
 
 
 class StopRun(BaseException):
@@ -71,7 +69,7 @@ class Run(TorchFunctionMode):
         self.forward_func = forward_func
         self.rules = rules
         self.calls: Counter[nn.Module] = Counter()
-        self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self._tags: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._keys: dict[str, int] = {}
         self._bases: dict[tuple[nn.Module | None, str], str] = {}
         self._stack: list[nn.Module] = []
@@ -137,11 +135,11 @@ class Run(TorchFunctionMode):
 
     # -- live tensors
 
-    def tag(self, tensor: Tensor, tag: Tag) -> None:
+    def tag(self, tensor: Tensor, tag: int) -> None:
         """Say what is known of a tensor."""
         self._tags[id(tensor)] = weakref.ref(tensor), tag
 
-    def tag_of(self, tensor: Tensor) -> Tag:
+    def tag_of(self, tensor: Tensor) -> int:
         """What is known of a tensor; a view knows what its base does."""
         known = self._tags.get(id(tensor))
         # the entry of a tensor that is gone may stand where another one is now
@@ -152,7 +150,7 @@ class Run(TorchFunctionMode):
 
     def is_live(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the image."""
-        return self.tag_of(tensor) is not _NOTHING
+        return self.tag_of(tensor) != _NOTHING
 
     def is_gate(self, tensor: Tensor) -> bool:
         """Whether a tensor acts as a constant factor in a product."""
@@ -208,7 +206,7 @@ class Run(TorchFunctionMode):
             if target is not None and output is not None and output is not target:
                 output = self._keep_in(target, output)
         if not isinstance(rule, Frozen):
-            tag = _LIVE_GATE if gate else Tag.LIVE
+            tag = Tag.LIVE | Tag.GATE if gate else Tag.LIVE
             if name in {"softmax", "log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"}:
                 tag |= Tag.PROBABILITY
             for tensor in (output,) if isinstance(output, Tensor) else tensors_in((output, target)):

@@ -11,10 +11,10 @@ from .rule import Call, EvaluationOnly, Rule
 
 __all__ = [
     "BatchNorm",
+    "InstanceNorm",
     "ScaleOnly",
     "Standardize",
     "group_norm_grouping",
-    "instance_norm_grouping",
     "layer_norm_grouping",
     "local_response_norm",
     "normalize",
@@ -41,9 +41,10 @@ class Standardize(Rule):
     def freeze(self, call: Call) -> Tensor:
         """1/std, eps included."""
         shape, count, eps, _, _ = self.grouping(*call.args, **call.kwargs)
-        dims = tuple(range(-count, 0))
-        variance = call.input.reshape(tuple(shape)).var(dims, unbiased=False, keepdim=True)
-        return torch.rsqrt(variance + eps)
+        grouped = call.input.reshape(tuple(shape))
+        # the kernel of layer_norm has it by the way, many times as fast as a variance
+        scale: Tensor = torch.native_layer_norm(grouped, grouped.shape[-count:], None, None, eps)[2]
+        return scale.to(grouped.dtype)
 
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """(x - mean) * frozen scale * weight + bias."""
@@ -53,6 +54,27 @@ class Standardize(Rule):
         output = ((grouped - grouped.mean(tuple(range(-count, 0)), keepdim=True)) * state).reshape(x.shape)
         output = output if weight is None else output * weight
         return output if bias is None else output + bias
+
+    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+        """The operation's own output, which takes one pass, and the scale."""
+        with torch.no_grad():
+            return run(), self.freeze(call)
+
+    def has_adjoint(self, call: Call) -> bool:
+        """Always."""
+        return True
+
+    def adjoint(self, call: Call, state: Tensor) -> Callable[[Tensor], Tensor]:
+        """Frozen scale * (weight * gradient, its mean subtracted): to subtract the mean is its own adjoint."""
+        shape, count, _, weight, _ = self.grouping(*call.args, **call.kwargs)
+        whole, dims = call.input.shape, tuple(range(-count, 0))
+        weight = None if weight is None else weight.detach()
+
+        def backward(gradient: Tensor) -> Tensor:
+            grouped = (gradient if weight is None else gradient * weight).reshape(tuple(shape))
+            return ((grouped - grouped.mean(dims, keepdim=True)) * state).reshape(whole)
+
+        return backward
 
 
 def layer_norm_grouping(
@@ -97,6 +119,34 @@ def instance_norm_grouping(
 
 def _per_channel(values: Tensor | None, input: Tensor) -> Tensor | None:
     return None if values is None else values.reshape(-1, *[1] * (input.dim() - 2))
+
+
+class InstanceNorm(Standardize):
+    """Instance norm; affine where it goes by running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(instance_norm_grouping)
+
+    def is_affine(self, call: Call) -> bool:
+        """Where it does not use the statistics of the image."""
+
+        def uses_image(
+            input: Tensor,
+            running_mean: Tensor | None = None,
+            running_var: Tensor | None = None,
+            weight: Tensor | None = None,
+            bias: Tensor | None = None,
+            use_input_stats: bool = True,
+            *_: Any,
+            **__: Any,
+        ) -> bool:
+            return use_input_stats
+
+        return not uses_image(*call.args, **call.kwargs)
+
+    def has_adjoint(self, call: Call) -> bool:
+        """Where it is not affine."""
+        return not self.is_affine(call)
 
 
 class BatchNorm(EvaluationOnly):
@@ -150,6 +200,14 @@ class ScaleOnly(Rule):
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """Frozen scale * x."""
         return call.input * state
+
+    def has_adjoint(self, call: Call) -> bool:
+        """Always."""
+        return True
+
+    def adjoint(self, call: Call, state: Tensor) -> Callable[[Tensor], Tensor]:
+        """Frozen scale * gradient."""
+        return lambda gradient: gradient * state
 
 
 def rms_norm(

@@ -12,10 +12,10 @@ from .activations import Breaks, Clamp, Gate, Pieces, Select, SignPieces
 from .attention import MultiHeadAttention, ScaledDotProductAttention
 from .normalization import (
     BatchNorm,
+    InstanceNorm,
     ScaleOnly,
     Standardize,
     group_norm_grouping,
-    instance_norm_grouping,
     layer_norm_grouping,
     local_response_norm,
     normalize,
@@ -217,7 +217,7 @@ _NONLINEAR: dict[str, Rule] = {
     # scales
     "layer_norm": Standardize(layer_norm_grouping),
     "group_norm": Standardize(group_norm_grouping),
-    "instance_norm": Standardize(instance_norm_grouping),
+    "instance_norm": InstanceNorm(),
     "rms_norm": ScaleOnly(rms_norm),
     "normalize": ScaleOnly(normalize),
     "local_response_norm": ScaleOnly(local_response_norm),
