@@ -12,8 +12,8 @@
 #
 # once the right factor of each nonlinear operation is **frozen**: held at the value it has for this image, as if it
 # were a constant. (S is the score of a label, its logit; Y the output of a layer; A its coefficients, B whatever is
-# left. The products A·Y, summed over channels, are the layer's **score map**. Tutorials 1 and 2 introduce all of
-# them.)
+# left. The products A·Y, summed over channels, are the layer's **score map**. Tutorials [1](01_getting_started.ipynb)
+# and [2](02_linear_form.ipynb) introduce them all.)
 #
 # Which factor is the right one? That is a choice, and this tutorial is about it: what is frozen and why, how much the
 # choice matters, how to make another one, and what happens where there is none.
@@ -234,8 +234,9 @@ plt.show()
 #   part of B.
 # - Then, block by block, the evidence moves from the patches into the class token. That is what attention is for
 #   here.
-# - After the last block only the class token is read: the patches' share is exactly zero. **A map of a transformer's
-#   last block is empty**, and that is no fault of the method. For a picture, take an early layer.
+# - After the last block only the class token is read: the patches' share is exactly zero. **Where a transformer reads
+#   its class token alone, the map of its last block is empty**, and that is no fault of the method. For a picture,
+#   take an early layer. (Transformers that average all their tokens have maps at every block.)
 
 # %%
 last = LayerScoreMap(vit, vit.blocks[-1]).attribute(shown, named, channel_dim=-1)
@@ -298,7 +299,8 @@ for name, layer in stages.items():
 # With tangents almost the whole score is B: the sum is exact and says nothing. The culprit is the layer norm. Its
 # output does not change if its input is doubled, so its derivative along its own input is zero; a gradient times the
 # input of the norm **adds up to zero for every image there is**, whatever the picture of it may look like. Let us
-# check that at the last block, whose output goes straight into a norm.
+# check that at the last block, whose output goes straight into a norm. (At `norm` itself both agree: only a linear
+# layer follows.)
 
 # %%
 tangent = linear_form(vit, shown, named, vit.blocks[-1], rules=TANGENT)
@@ -427,11 +429,11 @@ assert (channels_weights == 0).all()
 # ## What is my model made of?
 #
 # `check_exactness` answers for every module: what runs there, what is frozen of it, whether the sum is exact at its
-# output, and how much its biases add to B. One block of the small network:
+# output, and how many logits of B its biases bring in. One block of the small network:
 
 # %%
 found = check_exactness(cnn, shown[:1], int(named[0]))
-print(f"{'module':24s} {'operations':28s} {'residual':>9s} {'share of B':>11s}")
+print(f"{'module':24s} {'operations':28s} {'residual':>9s} {'part of B':>11s}")
 for one in found.layers:
     if one.layer.startswith("2."):
         operations = ", ".join(name + ("" if kind == "linear" else f" ({kind})") for name, kind in one.operations)

@@ -10,7 +10,7 @@
 # which labels are recognized *by the same place in all their images*, a place that no other label uses? In this
 # tutorial we plant a shortcut, let a network learn it, and let the audit find it.
 #
-# It needs `pip install ".[audit]"`.
+# It needs the extra `audit`, which `pip install ".[tutorials]"` brings along. No download is needed.
 
 # %%
 import tempfile
@@ -186,8 +186,8 @@ plt.show()
 
 # %% [markdown]
 # The mean maps of the five most suspicious labels, 4 × 4 cells, most suspicious first; the numbers at the bars are
-# shares of the label's positive score. The first has its score in the upper left corner, where no stroke of any digit
-# is. Those of the others are spread over places where strokes are.
+# shares of the label's positive score. The first has its score in the upper left corner, where strokes hardly ever
+# are. Those of the others are spread over the places of strokes.
 #
 # The audit of the honest network, for comparison. There is always a first in a ranking; what matters is by how much.
 
