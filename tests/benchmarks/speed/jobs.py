@@ -130,8 +130,8 @@ def captum_input(subject: Subject) -> Job:
 
 def zennit_input(subject: Subject) -> Job:
     zennit = {name: importlib.import_module(f"zennit.{name}") for name in ("attribution", "composites", "torchvision")}
-    canonizers = [getattr(zennit["torchvision"], name)() for name in ("ResNetCanonizer", "VGGCanonizer")]
-    composite = zennit["composites"].EpsilonPlusFlat(canonizers=canonizers)
+    # merges batch norms wherever they follow a convolution, and splits relevance at shortcuts where there are some
+    composite = zennit["composites"].EpsilonPlusFlat(canonizers=[zennit["torchvision"].ResNetCanonizer()])
     one_hot = torch.eye(ALL_LABELS, device=subject.device)[[LABEL] * subject.batch]
 
     def job() -> Tensor:
