@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, freeze
 from captum_scoremap.freeze import Recording, Reduction
+from captum_scoremap.freeze.lean import Placeholders
 from captum_scoremap.rules import with_rules
 from tests.layers import called_once
 from tests.zoo import PIECEWISE_LINEAR, SMOOTH, entry, random_entry, spread
@@ -145,6 +146,19 @@ def test_activations_go_as_the_backward_pass_goes_by(generator: torch.Generator)
     torch.autograd.grad(score, tapped.anchors)
     assert tapped.activations[0].is_meta
     assert tapped.activations[0].shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("size", [8, 300])
+def test_switches_are_kept_in_few_bytes(size: int, generator: torch.Generator) -> None:
+    """Positions in planes of up to 2¹⁵ elements fit into two bytes, in larger ones into four."""
+    inputs = torch.randn(1, 1, size, size, generator=generator, requires_grad=True)
+    with Placeholders().instead_of([inputs]):
+        output = F.max_pool2d(inputs, 2)
+    kept = output.grad_fn._raw_saved_result1.data._tensor
+    assert kept.dtype == (torch.int16 if size == 8 else torch.int32)
+    (found,) = torch.autograd.grad(output.sum(), inputs)
+    (expected,) = torch.autograd.grad(F.max_pool2d(inputs, 2).sum(), inputs)
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_large_maps_are_summed_image_by_image(generator: torch.Generator) -> None:

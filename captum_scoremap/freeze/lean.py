@@ -38,6 +38,23 @@ class Adjoint(torch.autograd.Function):
         return ctx.adjoint(gradient), None, None
 
 
+class _Positions:
+    """Indices in as few bytes as they need: those of a pooling window mostly fit into two of their eight."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        low, high = (int(bound) for bound in tensor.aminmax())
+        kinds = (torch.int16, torch.int32, torch.int64)
+        self._tensor = tensor.to(next(kind for kind in kinds if _fits(low, kind) and _fits(high, kind)))
+
+    def unpacked(self) -> Tensor:
+        """The indices."""
+        return self._tensor.long()
+
+
+def _fits(value: int, kind: torch.dtype) -> bool:
+    return torch.iinfo(kind).min <= value <= torch.iinfo(kind).max
+
+
 class Placeholders:
     """Tensors of given shapes that hold nothing, in one stretch of memory that is never touched."""
 
@@ -45,16 +62,27 @@ class Placeholders:
         self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def instead_of(self, live: Iterable[Tensor]) -> AbstractContextManager[None]:
-        """Have autograd keep only the shapes of these tensors; what it reads of them in the backward pass is void."""
+        """Have autograd keep only the shapes of these tensors; what it reads of them in the backward pass is void.
+
+        Indices that it keeps (the switches of a pooling) are packed.
+
+        Args:
+            live: The tensors.
+
+        Returns:
+            A context in which to run the operation.
+        """
         places = {(tensor.data_ptr(), tensor.shape) for tensor in live}
 
         def pack(tensor: Tensor) -> Any:
             if (tensor.data_ptr(), tensor.shape) not in places:
-                return tensor
+                return _Positions(tensor) if tensor.dtype == torch.int64 and tensor.numel() else tensor
             return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
         def unpack(kept: Any) -> Tensor:
-            return kept if isinstance(kept, Tensor) else self._placeholder(*kept)
+            if isinstance(kept, Tensor):
+                return kept
+            return kept.unpacked() if isinstance(kept, _Positions) else self._placeholder(*kept)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
