@@ -58,10 +58,13 @@ def fused_by_hand(model: nn.Sequential, layers: list[int], image: Tensor, label:
     odds = (probability / (1 - probability)).log()
     detail = torch.zeros(image.shape[-2:], dtype=image.dtype)
     connected = torch.ones(image.shape[-2:], dtype=torch.bool)
-    for index in layers:
+    outputs[-1] = image
+    for index in (-1, *layers):
         (gradient,) = torch.autograd.grad(odds, outputs[index], retain_graph=True)
         score_map = (gradient * outputs[index]).sum(1, keepdim=True).detach()
         detail += F.interpolate(score_map / score_map.abs().max(), image.shape[-2:], mode="bilinear")[0, 0]
+        if index < 0:
+            continue
         (gradient,) = torch.autograd.grad(value[0, label], outputs[index], retain_graph=True)
         adds = (gradient * outputs[index]).sum(1)[0] != 0
         rows, columns = (image.shape[axis] // adds.shape[axis - 2] for axis in (2, 3))

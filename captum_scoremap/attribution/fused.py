@@ -26,8 +26,8 @@ class FusedScoreMap(GradientAttribution):
 
     1. The score that is explained is the label's log-odds, L = S_c - log sum over the others of exp S_k, whose
        sigmoid is the label's probability: what also speaks for another label is no evidence for this one.
-    2. R, the detail: the score maps of L of all layers, each divided by its largest absolute value and interpolated
-       to the size of the image, are added.
+    2. R, the detail: the score maps of L of the image itself and of all layers, each divided by its largest absolute
+       value and interpolated to the size of the image, are added.
     3. G, the belief: as L = sum of M + B is exact, h·w·M(x, y) + B is the log-odds if the last layer, of h x w
        positions, looked everywhere as it does at (x, y), and G its sigmoid: the probability of the label there.
     4. The map is R² G where R is positive, and -R² where it is negative.
@@ -36,8 +36,8 @@ class FusedScoreMap(GradientAttribution):
 
     It is a map for looking, pointing and cropping, without unit; for one that adds up to the score take
     :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, that is
-    taken for the log-odds, as before a sigmoid. It takes one forward and two backward passes, which end at the first
-    of the layers, and at the first image of each size one more forward pass that finds the layers.
+    taken for the log-odds, as before a sigmoid. It takes one forward and two backward passes, of which the second ends at
+    the first of the layers, and at the first image of each size one more forward pass that finds the layers.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
@@ -107,13 +107,13 @@ class FusedScoreMap(GradientAttribution):
         taps = {(layer, False): Reduction(channel_dim=1) for layer in layers}
         recording = Recording(forward_func, with_rules(self._rules), taps, trusted=with_rules(None))
         with torch.enable_grad():
-            output = recording.record(tensors, additional)
+            output = recording.record(tensors, additional, Reduction(channel_dim=1))
             check_sites(recording, taps)
             warn_of_probabilities(recording, output)
             score = select_scores(output, target)
             odds = log_odds(output, target)
         anchors = [_map_anchor(recording.tapped[site], site[0]) for site in taps]
-        fused = fuse(_gradients(odds, anchors), odds.detach(), image.shape[-2:])
+        fused = fuse(_gradients(odds, [*recording.input_taps.anchors, *anchors]), odds.detach(), image.shape[-2:])
         for score_map in _gradients(score, anchors):
             fused = fused * F.interpolate((score_map != 0).to(fused), size=image.shape[-2:], mode="nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
