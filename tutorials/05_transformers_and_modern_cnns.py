@@ -312,8 +312,11 @@ assert tangent.sums.abs().max() < 1e-3
 # the eight patches (of 64) with the highest values and see how far the score falls. Beside them two maps that know
 # nothing about the network: chance, and the patches with the most ink.
 
-
 # %%
+with torch.no_grad():
+    untouched = vit(shown).gather(1, named[:, None]).mean().item()
+
+
 def score_without(maps: torch.Tensor, count: int = 8) -> float:
     """Mean score after the cells with the highest values were painted over in the color of the paper."""
     highest = maps.flatten(1).topk(count, dim=1).indices
@@ -323,8 +326,6 @@ def score_without(maps: torch.Tensor, count: int = 8) -> float:
         return vit(wiped).gather(1, named[:, None]).mean().item()
 
 
-with torch.no_grad():
-    untouched = vit(shown).gather(1, named[:, None]).mean().item()
 fallen = {
     "chance": score_without(torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))),
     "most ink": score_without(F.avg_pool2d(shown, 4)),
@@ -372,8 +373,10 @@ print(f"B is {gate.bias.item():.4f} by gates and {tangent.bias.item():.4f} by ta
 # channel and returns a sigmoid for each, by which the channel is multiplied. Here is a small network with both,
 # trained on the same digits.
 
-
 # %%
+torch.manual_seed(0)
+
+
 class Inverted(nn.Module):
     """Widen, filter each channel, weigh the channels (SE), narrow; beside a shortcut."""
 
@@ -391,7 +394,6 @@ class Inverted(nn.Module):
         return x + self.narrow(self.se(self.filter(self.widen(x))))
 
 
-torch.manual_seed(0)
 cnn = train(
     nn.Sequential(
         nn.Conv2d(1, 16, 4, stride=4),
@@ -462,8 +464,10 @@ assert found.is_exact
 # As an example, a SiLU that is treated like a ReLU: where x is positive it passes as it is, elsewhere nothing does,
 # and what is then missing from the true value is a constant.
 
-
 # %%
+ways = {"default": None, "tangent": {"silu": Tangent()}}
+
+
 class LikeReLU(Rule):
     kind = "mask and rest"
 
@@ -477,8 +481,9 @@ class LikeReLU(Rule):
         return mask * call.input + rest
 
 
-for name, rule in {"default": None, "tangent": {"silu": Tangent()}, "like a ReLU": {"silu": LikeReLU()}}.items():
-    form = linear_form(cnn, shown, named, cnn[1], rules=rule)
+ways["like a ReLU"] = {"silu": LikeReLU()}
+for name, rules in ways.items():
+    form = linear_form(cnn, shown, named, cnn[1], rules=rules)
     print(
         f"{name:12s} share of B {share_of_b(form):5.1%}, largest relative residual {form.relative_residual.max():.0e}"
     )
@@ -488,8 +493,10 @@ for name, rule in {"default": None, "tangent": {"silu": Tangent()}, "like a ReLU
 # Three exact forms of the same scores: exactness alone does not single one out. But it catches mistakes. A rule whose
 # output at the image is not that of the operation is refused, by name:
 
-
 # %%
+operation = F.silu  # the function itself serves as its name, too
+
+
 class Forgetful(LikeReLU):
     def apply(self, call, state):
         mask, _ = state
@@ -497,7 +504,7 @@ class Forgetful(LikeReLU):
 
 
 try:
-    linear_form(cnn, shown, named, cnn[1], rules={"silu": Forgetful()})
+    linear_form(cnn, shown, named, cnn[1], rules={operation: Forgetful()})
 except ValueError as error:
     print(error)
 
@@ -507,8 +514,10 @@ except ValueError as error:
 # What the package does not know it does not pass over in silence. This network reads a digit row by row with an LSTM,
 # which PyTorch runs as one opaque operation:
 
-
 # %%
+torch.manual_seed(0)
+
+
 class RowReader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -520,7 +529,6 @@ class RowReader(nn.Module):
         return self.head(self.rnn(rows)[0][:, -1])
 
 
-torch.manual_seed(0)
 reader = train(RowReader(), epochs=6, rate=2e-2)
 try:
     linear_form(reader, shown, named)
@@ -532,8 +540,10 @@ except UnsupportedOperationError as error:
 # multiply something, gates by name. **`Composite`** takes the operation apart: write it in smaller operations, and
 # each of them falls under its own rule.
 
-
 # %%
+ways = {"tangent": Tangent()}
+
+
 def lstm(rows, states, weights, *settings):
     """One layer of LSTM, batch first; arguments as PyTorch passes them."""
     of_input, of_hidden, bias_of_input, bias_of_hidden = weights
@@ -548,7 +558,8 @@ def lstm(rows, states, weights, *settings):
     return torch.stack(outputs, dim=1), hidden[None], cell[None]
 
 
-for name, rule in {"tangent": Tangent(), "gates": Composite(lstm)}.items():
+ways["gates"] = Composite(lstm)
+for name, rule in ways.items():
     form = linear_form(reader, shown, named, rules={"lstm": rule})
     print(f"{name:8s} share of B {share_of_b(form):5.1%}")
     assert form.relative_residual.max() < 1e-4
