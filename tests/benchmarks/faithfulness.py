@@ -199,7 +199,7 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
     panels[0].set_yticks(range(len(names)), names)
     for label in panels[0].get_yticklabels():
         label.set_fontweight("bold" if "ScoreMap" in label.get_text() else "normal")
-    panels[-1].legend(loc="lower right", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
     figure.supxlabel("mean and 95% confidence interval; right is better", fontsize=9)
     figure.savefig(path, dpi=150)
 
