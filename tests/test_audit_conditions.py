@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import captum_scoremap.audit
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.conditions import failures, parse_condition
 from captum_scoremap.cli import main
@@ -88,6 +89,34 @@ def test_program_says_what_it_found_and_exits_with_2(tmp_path, capsys):
     assert main([*arguments, "--device", "cpu"]) == 2
     assert "Go on with resume" in capsys.readouterr().err
     assert main([*arguments, "--device", "cpu", "--resume", "--fail-on", "residual>1e-3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        (["photos"], None),
+        (["photos", "--ray"], "local"),
+        (["--ray", "photos"], "local"),
+        (["photos", "--ray", "--workers", "3"], "local"),
+        (["--ray", "torchvision:CIFAR10/test:data"], "local"),
+        (["photos", "--ray", "auto"], "auto"),
+        (["--ray", "auto", "photos"], "auto"),
+        (["photos", "--ray", "10.0.0.7:6379"], "10.0.0.7:6379"),
+        (["--ray", "ray://head.example:10001", "photos"], "ray://head.example:10001"),
+        (["photos", "--ray=elsewhere"], "elsewhere"),
+    ],
+)
+def test_ray_with_and_without_an_address(arguments, address, monkeypatch):
+    called = {}
+
+    def stop(source, model, *, ray, **_):
+        called.update(source=source, ray=ray)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(captum_scoremap.audit, "audit", stop)
+    assert main(["audit", "--model", f"{__name__}:build_tiny", "--device", "cpu", *arguments]) == 2
+    source = next(one for one in arguments if one.startswith(("photos", "torchvision")))
+    assert called == {"source": source, "ray": address}
 
 
 def test_program_names_what_it_cannot_use(tmp_path, capsys):

@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from captum_scoremap.audit import TABLES, audit
+from captum_scoremap.audit import TABLES, audit, open_source
+from captum_scoremap.audit.explaining import map_layers
+from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.progress import Progress
 from captum_scoremap.audit.shards import Shards, write_whole
+from captum_scoremap.audit.worker import Worker
 from captum_scoremap.models import read_image
 from tests.audit_pictures import Digits, tiny_model, write_digits, write_odd_files
 
@@ -281,6 +284,48 @@ def test_half_written_files_never_stand_under_their_name(tmp_path):
         write_whole(path, Torn("new"))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class Watched(torch.utils.data.Dataset):
+    """Images that count how often they are read."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.read = length, []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.read.append(index)
+        return torch.full((3, 32, 32), index / self.length)
+
+
+def test_images_are_read_two_batches_ahead_also_over_the_end_of_a_shard():
+    data, loaded = Watched(40), tiny_model()
+    layers = map_layers(loaded.module, ["1"], torch.zeros(1, 3, 32, 32))
+    worker = Worker(open_source(data), Plan(40, None, batch_size=4, shard_size=8), loaded, layers)
+    finished = []
+
+    def done(count):
+        finished.append(count)
+        ahead = min(sum(finished) + 8, 40)
+        end = time.monotonic() + 60
+        while len(data.read) < ahead and time.monotonic() < end:  # by itself, while this batch is in hand
+            time.sleep(0.001)
+        assert len(data.read) == ahead
+
+    shards = [number for number, _ in worker.results(worker.plan.shards, done)]
+    assert shards == [0, 1, 2, 3, 4]
+    assert finished == [4] * 10
+    assert data.read == list(range(40))
+
+
+def test_progress_is_told_after_every_batch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("captum_scoremap.audit.progress._EVERY", 0.0)
+    data = [torch.rand(3, 32, 32)] * 12
+    audit(data, tiny_model(), out=tmp_path, layers=["1"], batch_size=4, shard_size=8)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" images")[0] for line in lines] == [f"audit: {done} of 12" for done in (4, 8, 12)]
 
 
 def test_progress_says_rate_and_time_left(capsys):

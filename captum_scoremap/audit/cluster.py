@@ -5,7 +5,7 @@ program that started the audit writes, so that workers need the images but not t
 replaced and its shard computed anew.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,8 +18,8 @@ __all__ = ["on_ray"]
 
 
 def on_ray(
-    worker: Worker, numbers: Sequence[int], address: str, actors: int
-) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+    worker: Worker, numbers: Sequence[int], address: str, actors: int, done: Callable[[int], None]
+) -> Generator[tuple[int, dict[str, pa.Table]], None, None]:
     """Compute shards on a Ray cluster.
 
     Args:
@@ -28,6 +28,7 @@ def on_ray(
         address: Of the cluster: ``local`` starts one on this machine, ``auto`` finds the running one,
             ``ray://HOST:PORT`` is another machine's.
         actors: Number of actors, each with a copy of the model.
+        done: Told the number of images of every shard that is done.
 
     Yields:
         Number and tables of each shard, in the order in which they are done.
@@ -54,6 +55,7 @@ def on_ray(
             compute=ray.data.ActorPoolStrategy(size=actors),
         )
         for row in results.iter_rows():
+            done(worker.plan.size(row["shard"]))
             yield row["shard"], {name: pa.ipc.open_file(row[name]).read_all() for name in TABLES}
     finally:
         if started:
@@ -71,8 +73,7 @@ class _Actor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Turn shard numbers into shards, each table as the bytes of an Arrow file."""
         rows = []
-        for number in batch["shard"].to_pylist():
-            tables = self.worker.tables(number)
+        for number, tables in self.worker.results(batch["shard"].to_pylist()):
             rows.append({"shard": number, **{name: _packed(table) for name, table in tables.items()}})
         return pa.Table.from_pylist(
             rows, schema=pa.schema([("shard", pa.int64()), *((name, pa.large_binary()) for name in TABLES)])

@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,19 +145,16 @@ def _work(worker: Worker, shards: Shards, ray: str | None, workers: int, show: b
     plan = worker.plan
     done = shards.finished()
     missing = sorted(set(plan.shards) - set(done))
-    results = _in_process(worker, missing) if ray is None else on_ray(worker, missing, ray, workers)
     progress = Progress(plan.count, sum(map(plan.size, done)), show)
-    try:
+    results = (
+        worker.results(missing, progress.advance)
+        if ray is None
+        else on_ray(worker, missing, ray, workers, progress.advance)
+    )
+    # Closing ends threads and cluster at once, whatever goes wrong here.
+    with closing(progress), closing(results):
         for shard, tables in results:
             shards.write(shard, tables)
-            progress.advance(plan.size(shard))
-    finally:
-        progress.close()
-
-
-def _in_process(worker: Worker, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, pa.Table]]]:
-    for number in numbers:
-        yield number, worker.tables(number)
 
 
 def _as_loaded(model: str | nn.Module | LoadedModel) -> LoadedModel:

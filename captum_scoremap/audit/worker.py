@@ -2,10 +2,10 @@
 
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -23,12 +23,13 @@ from captum_scoremap.audit.schema import TABLES
 from captum_scoremap.audit.sources import Source
 from captum_scoremap.crops import score_map_crops
 from captum_scoremap.models import LoadedModel
+from captum_scoremap.models.ahead import map_ahead
 
 __all__ = ["METRICS", "Worker"]
 
 METRICS = {"insertion": metrics.insertion, "deletion": metrics.deletion}
 
-_DEPTH = 2  # batches that are read ahead
+_AHEAD = 2  # batches that are read ahead
 _SMALL = 96  # pixels: smaller views are kept without loss
 
 
@@ -66,27 +67,37 @@ class Worker:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
 
-    def tables(self, shard: int) -> dict[str, pa.Table]:
-        """Results of one shard.
+    def results(
+        self, shards: Sequence[int], done: Callable[[int], None] | None = None
+    ) -> Generator[tuple[int, dict[str, pa.Table]], None, None]:
+        """Results of shards, one after another; images are read a few batches ahead, also over the end of a shard.
 
         Args:
-            shard: Its number.
+            shards: Their numbers.
+            done: Told the number of images of every batch that is done.
 
-        Returns:
-            The tables of `TABLES`, a row or more for every image of the shard, readable or not.
+        Yields:
+            Number of a shard and the tables of `TABLES`, a row or more for each of its images, readable or not.
         """
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
-        with strict_decoding():
+        indices = (index for shard in shards for batch in self.plan.batches(shard) for index in batch)
+        threads = self.threads if self.source.threads_safe else 1
+        ahead = _AHEAD * self.plan.batch_size
+        with strict_decoding(), closing(map_ahead(self._prepare, indices, ahead, threads)) as images:
             clock = time.perf_counter()
-            for batch in self._read_ahead(self.plan.batches(shard)):
-                found = self._batch(batch)
-                seconds = (time.perf_counter() - clock) / len(batch)
-                for row in found["images"]:
-                    row["seconds"] = None if row.get("error") else seconds
-                for name, some in found.items():
-                    rows[name] += some
+            for shard in shards:
+                rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+                for batch in self.plan.batches(shard):
+                    found = self._batch(list(islice(images, len(batch))))
+                    seconds = (time.perf_counter() - clock) / len(batch)
+                    for row in found["images"]:
+                        row["seconds"] = None if row.get("error") else seconds
+                    for name, some in found.items():
+                        rows[name] += some
+                    if done is not None:
+                        done(len(batch))
+                    clock = time.perf_counter()
+                yield shard, {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in TABLES.items()}
                 clock = time.perf_counter()
-        return {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in TABLES.items()}
 
     def first_readable(self) -> Tensor:
         """Find an input to try things on.
@@ -107,20 +118,6 @@ class Worker:
                             return item.inputs[None]
                         reasons.append(f"{self.source.name(index)}: {item.error}")
         raise ValueError(f"source must hold images that can be read, got {len(reasons)} that cannot: {reasons[0]}.")
-
-    def _read_ahead(self, batches: Iterator[list[int]]) -> Iterator[list[_Prepared]]:
-        """Decode in threads while the model computes, never more than a few batches ahead."""
-        with ThreadPoolExecutor(self.threads if self.source.threads_safe else 1) as pool:
-            waiting: list[list[Future[_Prepared]]] = []
-            try:
-                for batch in batches:
-                    waiting.append([pool.submit(self._prepare, index) for index in batch])
-                    if len(waiting) > _DEPTH:
-                        yield [future.result() for future in waiting.pop(0)]
-                while waiting:
-                    yield [future.result() for future in waiting.pop(0)]
-            finally:
-                pool.shutdown(cancel_futures=True)
 
     def _prepare(self, index: int) -> _Prepared:
         try:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from captum_scoremap import __version__
-from captum_scoremap.cli.audit import audit
+from captum_scoremap.cli.audit import AuditCommand, audit
 from captum_scoremap.cli.bench import bench
 from captum_scoremap.cli.check import check
 from captum_scoremap.cli.explain import explain
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(explain)
-app.command()(audit)
+app.command(cls=AuditCommand)(audit)
 app.command()(check)
 app.command()(patches)
 app.command()(bench)

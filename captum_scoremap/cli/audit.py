@@ -1,11 +1,14 @@
 """``captum-scoremap audit``: a model over a whole data set, and a page with what it looks at."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from captum_scoremap.cli.options import DeviceOption, ModelOption, PrepareOption, WeightsOption, chosen_device
 from captum_scoremap.models import DEFAULT_MODEL, load_model
@@ -14,6 +17,20 @@ if TYPE_CHECKING:
     from captum_scoremap.audit import Audit
 
 _NAMED = 10  # images that are named for a condition
+_RAY = "--ray"
+_ADDRESS = re.compile(r"local|auto|ray://.+|[\w.-]+:\d+")
+
+
+class AuditCommand(TyperCommand):
+    """The command, whose option ``--ray`` may stand without an address: Typer knows no optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the address of a local cluster where there is none, also right before SOURCE."""
+        args = [
+            f"{_RAY}=local" if one == _RAY and not _ADDRESS.fullmatch(after) else one
+            for one, after in pairwise([*args, ""])
+        ]
+        return super().parse_args(ctx, args)
 
 
 def audit(
@@ -63,9 +80,9 @@ def audit(
     ray: Annotated[
         str | None,
         typer.Option(
-            "--ray",
-            metavar="ADDRESS",
-            help="Compute on a Ray cluster: local, auto, or ray://HOST:PORT.",
+            _RAY,
+            metavar="[ADDRESS]",
+            help="Compute on a Ray cluster: local (without an address), auto, HOST:PORT or ray://HOST:PORT.",
             show_default=False,
         ),
     ] = None,
@@ -92,6 +109,8 @@ def audit(
     * `captum-scoremap audit photos/ --labels labels.csv --model torchvision:resnet50 --out audit-resnet50`
 
     * `captum-scoremap audit photos/ --out audit-resnet50 --resume` (after an interruption)
+
+    * `captum-scoremap audit photos/ --ray --workers 4` (in four processes of this machine)
 
     * `captum-scoremap audit test/ --fail-on "residual>1e-3" --fail-on "accuracy<0.7"` (in a build pipeline)
     """

@@ -2,15 +2,17 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,6 +31,7 @@ from captum_scoremap.cli.options import (
     chosen_device,
 )
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
+from captum_scoremap.models.ahead import map_ahead
 from captum_scoremap.models.images import SAMPLE_PREFIX
 from captum_scoremap.models.layers import main_layers
 from captum_scoremap.multiview import MultiView
@@ -135,38 +138,46 @@ def explain(
     loaded = load_model(model, weights, place, dtype.torch)
     preprocess = loaded.preprocessing if view is View.single else loaded.preprocessing.whole
     console = make_console()
-    batches = []
-    for name in names:
-        picture = read_image(name)
-        view_size = loaded.preprocessing.crop
-        if view is View.multi and view_size is not None and min(picture.size) < view_size:
-            size = " x ".join(map(str, picture.size))
-            console.print(f"{name}: {size} pixels are less than one view ({view_size}); enlarged.", soft_wrap=True)
-        batches.append(preprocess(picture)[None].to(place, dtype.torch))
-    network = prepare(loaded.module, batches[0]) if prepare_model else loaded.module
-    if view is View.multi:
-        network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
-    found = find_layers(network, layers.split(",") if layers else _default_layers(network, batches[0]))
-    other = None if contrast is None else loaded.label_index(contrast)
-    questions = [
-        _Question(name, inputs, label, other, _label(loaded, label, other))
-        for name, inputs in zip(names, batches, strict=True)
-        for label in _targets(target, network, inputs, loaded)
-    ]
 
-    arrays: dict[str, Any] = {}
-    outputs = list(_output_paths(out, questions))
-    with tqdm(total=len(questions) * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
-        for number, (question, path) in enumerate(zip(questions, outputs, strict=True)):
-            explanation = _answer(network, question, found, progress)
-            _draw(explanation, loaded, path)
-            arrays |= {f"{number}/{name}": value for name, value in explanation.arrays().items()}
-            with tqdm.external_write_mode():
-                console.print(explanation.table())
-                console.print(f"Picture: {path}", soft_wrap=True)
+    def read(name: str) -> tuple[str, Tensor, tuple[int, int]]:
+        picture = read_image(name)
+        return name, preprocess(picture)[None].to(place, dtype.torch), picture.size
+
+    with closing(map_ahead(read, names, ahead=1)) as pictures:
+        first = next(pictures)
+        network = prepare(loaded.module, first[1]) if prepare_model else loaded.module
+        if view is View.multi:
+            network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
+        found = find_layers(network, layers.split(",") if layers else _default_layers(network, first[1]))
+        other = None if contrast is None else loaded.label_index(contrast)
+        total = len(names) * len(_targets(target, network, first[1], loaded))
+        arrays: dict[str, Any] = {}
+        numbers = count(1)
+        with tqdm(total=total * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
+            for name, inputs, size in chain([first], pictures):
+                if view is View.multi:
+                    _note_enlarged(console, name, size, loaded.preprocessing.crop)
+                for label in _targets(target, network, inputs, loaded):
+                    question = _Question(name, inputs, label, other, _label(loaded, label, other))
+                    explanation = _answer(network, question, found, progress)
+                    number = next(numbers)
+                    path = out if total == 1 else _numbered(out, number, question)
+                    _draw(explanation, loaded, path)
+                    if save_maps:
+                        arrays |= {f"{number - 1}/{key}": value for key, value in explanation.arrays().items()}
+                    with tqdm.external_write_mode():
+                        console.print(explanation.table())
+                        console.print(f"Picture: {path}", soft_wrap=True)
     if save_maps:
         np.savez_compressed(save_maps, **arrays)
         console.print(f"Maps: {save_maps}", soft_wrap=True)
+
+
+def _note_enlarged(console: Console, name: str, size: tuple[int, int], view_size: int | None) -> None:
+    """Say so where an image is smaller than one view."""
+    if view_size is not None and min(size) < view_size:
+        pixels = " x ".join(map(str, size))
+        console.print(f"{name}: {pixels} pixels are less than one view ({view_size}); enlarged.", soft_wrap=True)
 
 
 def _default_layers(network: nn.Module, inputs: Tensor) -> list[str]:
@@ -201,12 +212,11 @@ def _label(loaded: LoadedModel, target: int, contrast: int | None) -> str:
     return name if contrast is None else f"{name} − {loaded.label_name(contrast)}"
 
 
-def _output_paths(out: Path, questions: Sequence[_Question]) -> Iterator[Path]:
-    """The path that the user gave, where there is one picture only; else one that says what it shows."""
-    for number, question in enumerate(questions, start=1):
-        image = Path(question.image.removeprefix(SAMPLE_PREFIX)).stem
-        words = "_".join(re.findall(r"\w+", f"{image} {question.label}"))
-        yield out if len(questions) == 1 else out.with_stem(f"{out.stem}_{number}_{words}")
+def _numbered(out: Path, number: int, question: _Question) -> Path:
+    """The path of one picture of several: it says what is on it."""
+    image = Path(question.image.removeprefix(SAMPLE_PREFIX)).stem
+    words = "_".join(re.findall(r"\w+", f"{image} {question.label}"))
+    return out.with_stem(f"{out.stem}_{number}_{words}")
 
 
 def _answer(

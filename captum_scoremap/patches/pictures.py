@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from captum_scoremap.models import read_image
+from captum_scoremap.models.ahead import map_ahead
 from captum_scoremap.patches.geometry import Box, Geometry, geometry
 
 __all__ = ["Example", "Picture", "Preprocess", "Unreadable", "batches", "examples"]
@@ -63,8 +65,9 @@ def examples(
     targets: int | Iterable[int | None] | None,
     preprocess: Preprocess | None,
     on_unreadable: Unreadable | None,
+    ahead: int = 1,
 ) -> Iterator[Example]:
-    """Read and preprocess one image after another.
+    """Read and preprocess one image after another, the next ones in a thread while the caller computes.
 
     Args:
         images: Paths, PIL images, or tensors (C, H, W) as the network takes them.
@@ -72,6 +75,7 @@ def examples(
         preprocess: From a PIL image to a tensor (C, H, W).
         on_unreadable: Called with path and reason of a file that is no image, which is then left out; None to
             raise.
+        ahead: How many images may be read before they are needed.
 
     Yields:
         What could be read.
@@ -82,17 +86,12 @@ def examples(
             ``preprocess`` is missing or moves pixels in other ways than `geometry` knows.
     """
     geometries: dict[tuple[tuple[int, int], str], Geometry] = {}
-    labels = iter(targets) if isinstance(targets, Iterable) else repeat(targets)
-    number = 0
-    for number, picture in enumerate(images, start=1):
-        label = next(labels, _END)
-        if label is _END:
-            raise ValueError(f"targets must be one label for each image, got {number - 1}, and more images.")
-        target = None if label is None else int(label)
+
+    def read(item: tuple[int, Picture, int | None]) -> Example | tuple[Path, ValueError]:
+        number, picture, target = item
         if isinstance(picture, Tensor):
-            yield Example(number - 1, _checked(picture), picture, target)
-            continue
-        name = number - 1 if isinstance(picture, Image.Image) else _path(picture)
+            return Example(number, _checked(picture), picture, target)
+        name = number if isinstance(picture, Image.Image) else _path(picture)
         if preprocess is None:
             raise ValueError(
                 "preprocess must be given for files and PIL images, got None. "
@@ -101,14 +100,40 @@ def examples(
         try:
             image = picture if isinstance(picture, Image.Image) else read_image(_path(picture))
         except ValueError as error:
-            if on_unreadable is None:
-                raise
-            on_unreadable(_path(picture), error)
-            continue
+            return _path(picture), error
         key = (image.size, image.mode)
         if key not in geometries:
             geometries[key] = geometry(preprocess, image)
-        yield Example(name, image, preprocess(image), target, geometries[key])
+        return Example(name, image, preprocess(image), target, geometries[key])
+
+    with closing(map_ahead(read, _labeled(images, targets), ahead)) as found:
+        for example in found:
+            if isinstance(example, Example):
+                yield example
+            elif on_unreadable is None:
+                raise example[1]
+            else:
+                on_unreadable(*example)
+
+
+def _labeled(
+    images: Iterable[Picture], targets: int | Iterable[int | None] | None
+) -> Iterator[tuple[int, Picture, int | None]]:
+    """Give each image its position and its label.
+
+    Yields:
+        The three.
+
+    Raises:
+        ValueError: Labels are too few or too many.
+    """
+    labels = iter(targets) if isinstance(targets, Iterable) else repeat(targets)
+    number = 0
+    for number, picture in enumerate(images, start=1):
+        label = next(labels, _END)
+        if label is _END:
+            raise ValueError(f"targets must be one label for each image, got {number - 1}, and more images.")
+        yield number - 1, picture, None if label is None else int(label)
     if isinstance(targets, Iterable) and next(labels, _END) is not _END:
         raise ValueError(f"targets must be one label for each of the {number} images, got more.")
 

@@ -69,8 +69,8 @@ def semantic_patches(
 ) -> list[Patch]:
     """Find the image regions that the highest values of a layer come from (Yu et al. 2015, Section 4).
 
-    The images pass through in batches, and only the k best patches so far are kept: memory does not grow with
-    the number of images.
+    The images pass through in batches, the next one read while the network computes, and only the k best patches so
+    far are kept: memory does not grow with the number of images.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it; gives scores (N, K).
@@ -117,7 +117,7 @@ def semantic_patches(
     best: list[tuple[float, int, Patch]] = []  # a heap, the worst first, of equal values the latest
     found = 0
     pictures = tqdm(images, disable=None if progress else True, unit="image", leave=False)
-    for batch in batches(examples(pictures, targets, preprocess, on_unreadable), batch_size):
+    for batch in batches(examples(pictures, targets, preprocess, on_unreadable, ahead=batch_size), batch_size):
         inputs = torch.stack([example.inputs for example in batch]).to(_device(forward_func))
         shape = inputs.shape[1:]
         if shape not in windows:
