@@ -65,6 +65,7 @@ def execute(notebook: NotebookNode) -> None:
         extra_arguments=list(OPTIONS),
         timeout=SECONDS,
         record_timing=False,
+        coalesce_streams=True,  # else a printed text is split wherever it was flushed
     )
     with tempfile.TemporaryDirectory() as folder:
         client.execute(cwd=folder)
