@@ -55,7 +55,7 @@
     picture.src = image.view;
     name.textContent = labelName(image.predicted);
     line.className = "verdict";
-    line.textContent = verdict(image) === "wrong" ? `wrong: ${labelName(image.true)}` : verdict(image) || image.name;
+    line.textContent = verdict(image) === "wrong" ? `wrong, should be ${labelName(image.true)}` : verdict(image) || image.name;
     button.classList.toggle("is-wrong", verdict(image) === "wrong");
     button.append(picture, name, line);
     item.append(button);
@@ -73,6 +73,7 @@
     rendered = 0;
     byId("thumbs").replaceChildren();
     byId("count").textContent = `${shown.length} of ${images.length} images`;
+    byId("none").hidden = shown.length > 0;
     showMore();
   };
 
@@ -151,7 +152,7 @@
     ];
     if (layer) {
       rows.push(["A·Y at this layer", `${short(layer.sub_scores)} logits`], ["B", `${short(layer.bias)} logits`],
-        ["residual", short(layer.residual)], ["in the best tenth", percent(layer.top10_share)],
+        ["residual", `${short(layer.residual)} logits`], ["in the best tenth", percent(layer.top10_share)],
         ["in the border", percent(layer.border_share)], ["in the region", percent(layer.region_share)]);
     }
     if (image.path) rows.push(["file", image.path]);
@@ -236,8 +237,9 @@
   byId("previous").addEventListener("click", () => step(-1));
   byId("next").addEventListener("click", () => step(1));
   byId("close").addEventListener("click", () => byId("viewer").close());
-  byId("viewer").addEventListener("keydown", (event) => {
-    if (event.target.matches("input, select") || event.target === byId("frame")) return;
+  // On the document: a button that has just been disabled, at either end, has lost the focus.
+  document.addEventListener("keydown", (event) => {
+    if (!byId("viewer").open || event.target.matches("input, select") || event.target === byId("frame")) return;
     if (event.key === "ArrowLeft") step(-1);
     if (event.key === "ArrowRight") step(1);
   });
