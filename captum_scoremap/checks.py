@@ -27,6 +27,10 @@ class UnsupportedOperationError(NotImplementedError):
     Attributes:
         operations: Pairs ``(operation, module)``; the module is the name of the one in which the call happens, ``""``
             for the outermost.
+
+    Example:
+        >>> UnsupportedOperationError([("bessel_j0", "head")]).operations
+        (('bessel_j0', 'head'),)
     """
 
     def __init__(self, operations: Sequence[tuple[str, str]]) -> None:

@@ -29,6 +29,11 @@ class LinearForm:
         bias: B, (N,), in logits: the frozen model with the layer at zero.
         score: S, (N,), in logits, as the model gives it.
         sums: Sum of A·Y for each image, (N,), in logits.
+
+    Example:
+        >>> form = linear_form(nn.Linear(3, 2), torch.rand(1, 3), target=0)
+        >>> bool(torch.allclose(form.score, form.sub_scores.sum(1) + form.bias))
+        True
     """
 
     coefficients: Tensors

@@ -55,6 +55,12 @@ class MapStyle:
             limit is given.
         show_colorbar: Draw a color bar beside every map, pointed where values lie beyond it.
         unit: Unit written at the color bar.
+
+    Example:
+        >>> style = MapStyle(cmap="PuOr", contours=(), show_colorbar=False)
+        >>> figure, axes = visualize_score_map(torch.randn(7, 7), style=style)
+        >>> len(figure.axes)  # no color bar
+        1
     """
 
     cmap: str | Colormap = "RdBu_r"

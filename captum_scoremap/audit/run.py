@@ -44,6 +44,14 @@ class Audit:
         settings: What was asked for: model, layers, source and the like.
         analysis: What there is to say of the whole set.
         report: The page to look at.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> data = torch.utils.data.TensorDataset(torch.rand(4, 1, 8, 8), torch.tensor([0, 1] * 2))
+        >>> done = audit(data, model, out=tempfile.mkdtemp(), progress=False)
+        >>> done.report.name, done.layers.num_rows
+        ('report.html', 4)
     """
 
     folder: Path

@@ -54,6 +54,13 @@ class Source(ABC):
     Attributes:
         title: What a report calls the source.
         threads_safe: Whether several threads may read at once.
+
+    Example:
+        >>> import torch
+        >>> data = torch.utils.data.TensorDataset(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+        >>> source = open_source(data)
+        >>> len(source), source.read(1).label
+        (2, 1)
     """
 
     title: str

@@ -23,6 +23,12 @@ class Boundary:
     Attributes:
         distance: Step along the direction, (N,), in units of the direction; infinite if no switch ever flips.
         switch: Name of the switch that flips there, for each image; "" if none does.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(torch.nn.ReLU(), torch.tensor([[2.0, 3.0]]))
+        >>> frozen.distance_to_boundary(torch.tensor([[-1.0, -1.0]])).distance
+        tensor([2.])
     """
 
     distance: Tensor

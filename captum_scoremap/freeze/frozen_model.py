@@ -23,6 +23,23 @@ class FrozenModel:
 
     Called with any input of the image's shape it returns the model's output under the frozen masks, switches, gates and
     scales: an affine function, equal to the model's at the image (Eq. (2) of Yu et al. 2015 with R fixed).
+
+    Args:
+        forward_func: The model, or a function that calls it.
+        rules: The whole table of rules.
+        entries: What is frozen, by the name of the call.
+        last_calls: How often each module ran.
+        inputs: The image.
+        additional: Further arguments.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+        >>> image = torch.rand(1, 2)
+        >>> frozen = freeze(model, image)
+        >>> bool(torch.allclose(frozen(image), model(image))), frozen.switches["1"].shape
+        (True, torch.Size([1, 3]))
+        >>> frozen.same_region(freeze(model, image + 1e-9))
+        True
     """
 
     def __init__(

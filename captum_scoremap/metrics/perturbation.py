@@ -19,6 +19,10 @@ class PerturbationCurve:
     Attributes:
         fractions: ``(T,)``, share of the pixels exchanged so far, from 0 to 1.
         probabilities: ``(N, T)``.
+
+    Example:
+        >>> PerturbationCurve(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[0.0, 1.0, 1.0]])).area
+        tensor([0.7500])
     """
 
     fractions: Tensor

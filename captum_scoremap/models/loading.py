@@ -33,6 +33,10 @@ class LoadedModel:
         module: The network, in eval mode.
         preprocessing: PIL image in, tensor (C, H, W) out.
         labels: Names of the labels, in the order of the scores; empty where nobody knows them.
+
+    Example:
+        >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_name(1)
+        'dog'
     """
 
     name: str

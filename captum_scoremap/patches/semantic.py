@@ -38,6 +38,12 @@ class Patch:
             gradient, in units of that output by activation.
         pixels: The region, (C, H, W), in the resolution of the original image: uint8 of a file or PIL image, of
             a tensor as it was given.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> (patch,) = semantic_patches(model, model[1], torch.rand(1, 3, 8, 8), k=1, progress=False)
+        >>> patch.image, patch.box == (patch.col, patch.row, patch.col + 3, patch.row + 3)
+        (0, True)
     """
 
     image: int | Path

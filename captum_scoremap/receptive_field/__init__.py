@@ -38,6 +38,12 @@ class ReceptiveField:
         offset: First row and column of the field of cell (0, 0), negative if it begins in the padding.
         input_size: Height and width of the image.
         boxes: ``x0, y0, x1, y1`` of every cell, (H, W, 4), see `box`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+        >>> field = receptive_field(model, model[0], input_size=(8, 8))
+        >>> field.box(0, 0), field.center(0, 0)
+        ((0, 0, 3, 3), (1.5, 1.5))
     """
 
     size: tuple[int, int]

@@ -5,7 +5,7 @@ gradient). Operations go by the name PyTorch gives them, without the underscores
 ``relu`` stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
 """
 
-from .activations import Gate, Pieces, Select
+from .activations import Breaks, Gate, Pieces, Select
 from .attention import MultiHeadAttention, ScaledDotProductAttention
 from .normalization import ScaleOnly, Standardize
 from .pooling import Extremum, MaxPool
@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT",
     "METADATA",
     "TANGENT",
+    "Breaks",
     "Call",
     "Comparison",
     "Composite",

@@ -21,6 +21,16 @@ class Breaks:
     """A piecewise linear function of one variable.
 
     Piece i holds where exactly i of the ``comparisons`` with a break point are true; there f(x) = slope_i x + offset_i.
+
+    Attributes:
+        comparisons: Functions such as ``operator.gt`` and their break points, in ascending order.
+        slopes: One a piece, a number or a tensor.
+        offsets: One a piece.
+
+    Example:
+        >>> relu = Breaks(comparisons=((operator.gt, 0.0),), slopes=(0.0, 1.0), offsets=(0.0, 0.0))
+        >>> len(relu.slopes)
+        2
     """
 
     comparisons: tuple[tuple[Callable[[Tensor, Number], Tensor], Number], ...]
@@ -36,6 +46,14 @@ class Pieces(Rule):
 
     Args:
         breaks: The function's break points, slopes and offsets, from the operation's own arguments.
+        native: Whether autograd's derivative of the operation takes the same pieces.
+        gate: Whether the output is a gate.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> rule = Pieces(lambda input: Breaks(((operator.gt, 0.0),), (0.0, 1.0), (0.0, 0.0)))
+        >>> freeze(torch.relu, torch.tensor([[-1.0, 2.0]]), rules={"relu": rule})(torch.ones(1, 2))
+        tensor([[0., 1.]])
     """
 
     kind = "mask"
@@ -127,7 +145,18 @@ class SignPieces(Pieces):
 
 
 class Select(Rule):
-    """The larger or smaller of two tensors, elementwise, with the choice frozen: a mask gathers from both."""
+    """The larger or smaller of two tensors, elementwise, with the choice frozen: a mask gathers from both.
+
+    Args:
+        compare: Where the first is taken: ``operator.ge`` for the larger, ``operator.le`` for the smaller.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> rule = Select(operator.ge)
+        >>> frozen = freeze(lambda x: torch.maximum(x, 1 - x), torch.tensor([[0.0, 2.0]]), rules={"maximum": rule})
+        >>> frozen(torch.zeros(1, 2))
+        tensor([[1., 0.]])
+    """
 
     kind = "mask"
 
@@ -168,6 +197,12 @@ class Gate(Rule):
 
     Args:
         slope: f'(0).
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(torch.tanh, torch.tensor([[1.0, -2.0]]), rules={"tanh": Gate(slope=1.0)})
+        >>> frozen(torch.zeros(1, 2))
+        tensor([[0., 0.]])
     """
 
     kind = "gate"

@@ -13,7 +13,14 @@ __all__ = ["MultiHeadAttention", "ScaledDotProductAttention"]
 
 
 class ScaledDotProductAttention(Rule):
-    """softmax(q kᵀ scale + mask) v with the softmax frozen: weights @ v."""
+    """softmax(q kᵀ scale + mask) v with the softmax frozen: weights @ v.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> tokens, attend = torch.rand(1, 4, 2), lambda x: F.scaled_dot_product_attention(x, x, x)
+        >>> bool(torch.allclose(freeze(attend, tokens)(2 * tokens), 2 * attend(tokens)))
+        True
+    """
 
     kind = "weights"
 
@@ -61,7 +68,15 @@ class ScaledDotProductAttention(Rule):
 
 
 class MultiHeadAttention(Rule):
-    """``F.multi_head_attention_forward``: projections are linear, the attention weights are frozen."""
+    """``F.multi_head_attention_forward``: projections are linear, the attention weights are frozen.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> layer = torch.nn.MultiheadAttention(4, 2, bias=False, batch_first=True).eval()
+        >>> tokens, attend = torch.rand(1, 3, 4), lambda x: layer(x, x, x)[0]
+        >>> bool(torch.allclose(freeze(attend, tokens)(2 * tokens), 2 * attend(tokens), atol=1e-6))
+        True
+    """
 
     kind = "weights"
 

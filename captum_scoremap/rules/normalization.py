@@ -31,6 +31,12 @@ class Standardize(Rule):
     Args:
         grouping: From the operation's arguments: the shape in which the statistics' dimensions are last, how many they
             are, eps, and weight and bias shaped to the input.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> x, norm = torch.rand(1, 8), lambda x: F.layer_norm(x, (8,))
+        >>> bool(torch.allclose(freeze(norm, x)(2 * x), 2 * norm(x), atol=1e-6))
+        True
     """
 
     kind = "scale"
@@ -186,6 +192,12 @@ class ScaleOnly(Rule):
 
     Args:
         scale: The scale, from the operation's arguments.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> x = torch.tensor([[3.0, 4.0]])
+        >>> freeze(F.normalize, x)(10 * x)
+        tensor([[6., 8.]])
     """
 
     kind = "scale"

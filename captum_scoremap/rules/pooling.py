@@ -18,6 +18,13 @@ class MaxPool(Rule):
     Args:
         dimensions: How many trailing dimensions a window spans.
         adaptive: Whether the windows follow from the output size.
+        returns_switches: Whether the operation returns the positions too.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(torch.nn.MaxPool1d(2), torch.tensor([[[1.0, 3.0, 2.0, 0.0]]]))
+        >>> frozen(torch.tensor([[[9.0, 5.0, 6.0, 9.0]]]))
+        tensor([[[5., 6.]]])
     """
 
     kind = "switch"
@@ -127,6 +134,12 @@ class Extremum(Rule):
     Args:
         position: ``torch.argmax`` or ``torch.argmin``.
         with_position: Whether the operation returns the position too when given a dimension (max), or not (amax).
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(lambda x: x.amax(1), torch.tensor([[1.0, 3.0, 2.0]]))
+        >>> frozen(torch.tensor([[7.0, 5.0, 6.0]]))
+        tensor([5.])
     """
 
     kind = "switch"

@@ -24,6 +24,11 @@ class Product(Rule):
         factors: Positions of the factors; None for all positional arguments.
         names: Their keywords.
         keeps_gates: Whether the product of gates is a gate.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> freeze(lambda x: x * x.flip(1), torch.tensor([[1.0, 2.0]]))(torch.ones(1, 2))
+        tensor([[1.5000, 1.5000]])
     """
 
     kind = "product"
@@ -105,6 +110,14 @@ class Division(Rule):
     """A quotient x / y with the denominator frozen: a normalization's norm is a scale, not a score of its own.
 
     A live denominator under a constant numerator is a scale with nothing to multiply: its tangent is taken.
+
+    Args:
+        reversed: Whether the denominator comes first (``__rtruediv__``).
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> freeze(lambda x: x / x.sum(1, keepdim=True), torch.tensor([[1.0, 3.0]]))(torch.ones(1, 2))
+        tensor([[0.2500, 0.2500]])
     """
 
     kind = "scale"
@@ -146,7 +159,13 @@ class Division(Rule):
 
 
 class Power(Rule):
-    """A constant power xⁿ: for n > 0 the gate xⁿ⁻¹ times x, else the tangent (a scale such as 1/√x)."""
+    """A constant power xⁿ: for n > 0 the gate xⁿ⁻¹ times x, else the tangent (a scale such as 1/√x).
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> freeze(lambda x: x**3, torch.tensor([[2.0]]))(torch.ones(1, 1))
+        tensor([[4.]])
+    """
 
     kind = "gate"
 

@@ -34,7 +34,18 @@ _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dicts, in order."""
+    """Every tensor in nested tuples, lists and dicts, in order.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The tensors.
+
+    Example:
+        >>> [tensor.item() for tensor in tensors_in((torch.tensor(1), {"key": [torch.tensor(2), None]}))]
+        [1, 2]
+    """
     found: list[Tensor] = []
     _collect((value,), found)
     return found
@@ -65,6 +76,12 @@ class Call:
         is_gate: Whether a live tensor acts as a constant factor in a product (a sigmoid, attention weights, 1/norm).
         in_place: Whether the model has the first argument changed in place.
         keep: Whether what is frozen outlives the call.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 2.0])
+        >>> call = Call(torch.relu, (x,), {}, live=(x,), is_gate=lambda tensor: False)
+        >>> call.run(), call.is_live(x)
+        (tensor([0., 2.]), True)
     """
 
     function: Callable[..., Any]
@@ -104,14 +121,7 @@ class Call:
 class Rule(ABC):
     """The linear form of one operation.
 
-    To write one, say what is frozen and how it is applied::
-
-        class Square(Rule):                    # x * x, one factor frozen
-            def freeze(self, call):
-                return call.frozen(call.input)
-
-            def apply(self, call, state):
-                return state * call.input
+    To write one, say what is frozen and how it is applied.
 
     Attributes:
         kind: What it freezes, in one word, for reports.
@@ -120,6 +130,18 @@ class Rule(ABC):
         lean: Whether autograd, where the operation itself runs, needs no more of its live arguments than their shapes.
         gate: Whether its output is a gate: a constant factor where it meets a live factor in a product.
         passes_or_closes: Whether each element comes out either unchanged or with a coefficient of zero.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> class Square(Rule):  # x * x, one factor frozen
+        ...     def freeze(self, call):
+        ...         return call.frozen(call.input)
+        ...
+        ...     def apply(self, call, state):
+        ...         return state * call.input
+        >>> frozen = freeze(torch.square, torch.tensor([[3.0]]), rules={"square": Square()})
+        >>> frozen(torch.tensor([[3.0]])), frozen(torch.tensor([[1.0]]))
+        (tensor([[9.]]), tensor([[3.]]))
     """
 
     kind: str = "custom"
@@ -198,7 +220,14 @@ class Rule(ABC):
 class Linear(Rule):
     """An operation that is affine in its live arguments: nothing is frozen.
 
-    With ``keeps_gates`` the output is a gate where all live arguments are.
+    Args:
+        keeps_gates: Whether the output is a gate where all live arguments are.
+
+    Example:
+        >>> from captum_scoremap import linear_form
+        >>> form = linear_form(lambda x: torch.cumsum(x, 1)[:, -1], torch.ones(1, 3), rules={"cumsum": Linear()})
+        >>> form.coefficients, form.bias
+        (tensor([[1., 1., 1.]]), tensor([0.]))
     """
 
     kind = "linear"
@@ -268,7 +297,14 @@ class EvaluationOnly(Linear):
 
 
 class Frozen(Rule):
-    """An operation that is constant around the image, such as a comparison or rounding: its value is frozen."""
+    """An operation that is constant around the image, such as a comparison or rounding: its value is frozen.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(lambda x: x * x.round(), torch.tensor([[1.2, 2.6]]), rules={"round": Frozen()})
+        >>> frozen(torch.ones(1, 2))
+        tensor([[1., 3.]])
+    """
 
     kind = "value"
 
@@ -292,6 +328,12 @@ class Comparison(Frozen):
 
     Args:
         other: What the first is compared with where the operation has one argument.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(lambda x: x * (x > 0), torch.tensor([[1.0, -1.0]]), rules={"gt": Comparison()})
+        >>> frozen(torch.tensor([[-3.0, 3.0]]))
+        tensor([[-3., 0.]])
     """
 
     def __init__(self, other: float | None = None) -> None:
@@ -309,7 +351,14 @@ class Comparison(Frozen):
 
 
 class FirstOnly(Rule):
-    """An operation linear in its first argument, with whatever else is live frozen: where to sample."""
+    """An operation linear in its first argument, with whatever else is live frozen: where to sample.
+
+    Example:
+        >>> x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+        >>> call = Call(torch.mul, (x, y), {}, live=(x, y), is_gate=lambda tensor: False)
+        >>> FirstOnly().freeze(call)
+        [tensor([3., 4.])]
+    """
 
     kind = "places"
 
@@ -335,6 +384,15 @@ class Tangent(Rule):
     """The local linearization: f(x) + f'(x) (· - x), with everything else in the offset.
 
     This is the rule for any differentiable operation that is no gate; then A is the ordinary gradient.
+
+    Args:
+        gate: Whether the output is a gate.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(torch.cos, torch.zeros(1, 2), rules={"cos": Tangent()})
+        >>> frozen(torch.ones(1, 2))  # the slope at zero is zero
+        tensor([[1., 1.]])
     """
 
     kind = "tangent"
@@ -378,6 +436,12 @@ class Composite(Rule):
 
     Args:
         body: The same computation, with the operation's signature.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> rules = {"tanhshrink": Composite(lambda input: input - input.tanh())}
+        >>> freeze(torch.nn.functional.tanhshrink, torch.ones(1, 2), rules=rules)(torch.zeros(1, 2))
+        tensor([[0., 0.]])
     """
 
     kind = "composite"
@@ -394,7 +458,20 @@ class Composite(Rule):
 
 
 def substituted(value: Any, substitute: Mapping[int, Any]) -> Any:
-    """The same nested tuples, lists and dicts, with tensors exchanged by identity."""
+    """The same nested tuples, lists and dicts, with tensors exchanged by identity.
+
+    Args:
+        value: Anything.
+        substitute: Identity (``id``) of a tensor to what goes in its place.
+
+    Returns:
+        The value with other tensors.
+
+    Example:
+        >>> x, y = torch.tensor(1), torch.tensor(2)
+        >>> substituted((x, ["same", x]), {id(x): y})
+        (tensor(2), ['same', tensor(2)])
+    """
     if isinstance(value, Tensor):
         return substitute.get(id(value), value)
     if isinstance(value, (tuple, list)):

@@ -360,6 +360,11 @@ def with_rules(rules: Mapping[Any, Rule] | None) -> Mapping[str, Rule]:
 
     Raises:
         TypeError: If ``rules`` is no mapping of operations to rules.
+
+    Example:
+        >>> import torch
+        >>> with_rules({torch.sin: TANGENT["sin"]})["sin"] is TANGENT["sin"]
+        True
     """
     if rules is None:
         return DEFAULT
