@@ -1,5 +1,6 @@
-"""README.md: its Python runs, its command lines are accepted, its links lead somewhere."""
+"""README.md: its Python runs, its command lines are accepted, its links lead somewhere, tests that it names exist."""
 
+import operator
 import re
 import shlex
 import subprocess
@@ -8,10 +9,17 @@ from pathlib import Path
 import pytest
 import typer
 
+import captum_scoremap
 from captum_scoremap.cli import app
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+TEXT = read("README.md")
 # "python needs=zennit" marks a block for which a package beyond the extra dev must be installed
 BLOCKS = re.findall(r"^```(\w+)(?: needs=(\w+))?\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
 PYTHON = [(needs, code) for language, needs, code in BLOCKS if language == "python"]
@@ -45,14 +53,46 @@ def test_there_are_two_commands() -> None:
     assert [line.rpartition(" && ")[2] for line in installing] == ["captum-scoremap explain", "python -m tests"]
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)\s]+)\)", TEXT))))
-def test_links_lead_somewhere(target: str) -> None:
-    if target.startswith("#"):
-        headings = re.findall(r"^#+ (.*)$", TEXT, flags=re.MULTILINE)
+def links(text: str) -> list[str]:
+    return sorted(set(re.findall(r"\]\(([^)\s]+)\)", text)))
+
+
+@pytest.mark.parametrize(
+    ("page", "target"), [(page, target) for page in ("README.md", "CHANGELOG.md") for target in links(read(page))]
+)
+def test_links_lead_somewhere(page: str, target: str) -> None:
+    path, _, anchor = target.partition("#")
+    if target.startswith("https://"):
+        return
+    assert (ROOT / path).exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", read(path or page), flags=re.MULTILINE)
         anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        assert target[1:] in anchors
-    elif not target.startswith("https://"):
-        assert (ROOT / target.partition("#")[0]).exists()
+        assert anchor in anchors
+
+
+TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)))
+NAMES = re.findall(r"^\|[^|]*\| `([\w.]+)`[^|]*\| `tests/[\w/]+\.py::", TEXT, flags=re.MULTILINE)
+
+
+def test_every_row_about_the_paper_names_a_test() -> None:
+    section = TEXT.partition("## Where the paper is\n")[2].partition("\n## ")[0]
+    _, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert rows
+    assert len(NAMES) == len(rows)
+
+
+@pytest.mark.parametrize(("file", "name"), TESTS)
+def test_tests_that_are_named_exist(file: str, name: str) -> None:
+    assert re.search(rf"^def {name}\(", read(file), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_they_test_is_public(name: str) -> None:
+    rooms = (captum_scoremap, captum_scoremap.visualization)
+    assert any(hasattr(room, name.partition(".")[0]) for room in rooms)
+    if "." in name:
+        assert operator.attrgetter(name)(captum_scoremap)
 
 
 def test_ci_finds_the_two_commands() -> None:
