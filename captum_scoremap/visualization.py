@@ -593,7 +593,7 @@ def _draw_tiles(ax: Axes, tiles: Sequence[tuple[Picture, str]], grid: tuple[int,
         tile = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
         top = index // columns * pitch + (tile_size - height) // 2
         left = index % columns * pitch + (tile_size - width) // 2
-        sheet[top : top + height, left : left + width] = tile.permute(1, 2, 0).numpy()
+        sheet[top : top + height, left : left + width] = tile.clamp(0, 1).permute(1, 2, 0).numpy()  # rounding exceeds 1
         ax.text(left, top + height - 1, caption, color="white", fontsize=6, va="bottom", path_effects=outline)
     ax.imshow(sheet, interpolation="nearest")
     for spine in ax.spines.values():
