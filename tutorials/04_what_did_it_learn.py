@@ -128,8 +128,8 @@ for name, by_method in found.items():
     assert smsm != gsm
 
 # %% [markdown]
-# Both look at the strongest values of *all* images, so photographs with large scores or steep gradients take most of
-# the places. To see every photograph, use `per_image=1` and as many patches as images, as below.
+# Both look at the strongest values of *all* images, so one photograph may come up several times and another not at
+# all. To see every photograph, use `per_image=1` and as many patches as images, as below.
 #
 # ## What is one channel for?
 #
