@@ -67,8 +67,9 @@ def randomize(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> n
     owners = {parameter: module for module in model.modules() for parameter in module.parameters(recurse=False)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if isinstance(owners[parameter], (nn.Linear, nn.modules.conv._ConvNd)) and parameter.dim() > 1:
-                gain = 1.0 if isinstance(owners[parameter], nn.Linear) else math.sqrt(2)
+            owner, is_weight = owners[parameter], parameter.dim() > 1 and name.endswith("weight")
+            if is_weight and isinstance(owner, (nn.Linear, nn.MultiheadAttention, nn.modules.conv._ConvNd)):
+                gain = math.sqrt(2) if isinstance(owner, nn.modules.conv._ConvNd) else 1.0
                 parameter.copy_(gain * noise(parameter) / math.sqrt(parameter[0].numel()))
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise(parameter))
