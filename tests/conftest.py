@@ -1,4 +1,4 @@
-"""Options, seeds and a watch that no test leaves anything behind in torch."""
+"""Options, seeds and a watch that no test leaves anything behind in torch or in pyplot."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot
 
 from tests.state import GlobalState
 
@@ -51,6 +52,14 @@ def _torch_as_before() -> Iterator[None]:
     before = GlobalState.now()
     yield
     assert GlobalState.now() == before
+
+
+@pytest.fixture(autouse=True)
+def _figures_as_before() -> Iterator[None]:
+    """No figure of pyplot's stays open."""
+    before = pyplot.get_fignums()
+    yield
+    assert pyplot.get_fignums() == before
 
 
 @pytest.fixture

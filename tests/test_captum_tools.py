@@ -306,7 +306,7 @@ class Series(nn.Module):
 
 @pytest.mark.parametrize("method", ["overlay_individual", "overlay_combined", "colored_graph"])
 def test_visualize_timeseries_attr(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Captum 0.9 calls what Matplotlib 3.11 has no more
+    # Captum 0.9 calls what Matplotlib 3.11 has no more, and its colour bar opens a figure of pyplot's all the same
     monkeypatch.setattr("matplotlib.cm.get_cmap", plt.get_cmap, raising=False)
     model, series = built(Series), randn(1, 2, 9)
     sub_scores = ScoreMap(model).attribute(series, 1)
@@ -324,6 +324,7 @@ def test_visualize_timeseries_attr(method: str, monkeypatch: pytest.MonkeyPatch)
         )
         lines = [line for axes in figure.axes for line in (*axes.lines, *axes.collections, *axes.patches)]
         assert lines
+    plt.close("all")
 
 
 # --- language models -------------------------------------------------------------------------------------------------
