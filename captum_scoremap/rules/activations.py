@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bits import Bits
 from .rule import Call, Rule, tensors_in
 
 __all__ = ["Breaks", "Clamp", "Gate", "Pieces", "Select", "SignPieces"]
@@ -121,18 +122,26 @@ class Clamp(Pieces):
 
     passes_or_closes = True
 
-    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Tensor, Tensor | Bits]:
         """The output, and the piece that each element of it is on; the mask alone where that is all that is asked."""
         (_, lower), *upper = self._breaks(call).comparisons
         output: Tensor = run()
         with torch.no_grad():
-            if not upper:
-                return output, _differs(output, lower)
-            if not call.keep and lower == 0:
+            if upper and (call.keep or lower != 0):
+                inside, below = _differs(output, lower), _differs(output, upper[0][1])
+                return output, inside.view(torch.uint8) + below.logical_not_().view(torch.uint8)
+
+            def mask(values: Tensor) -> Tensor:
+                if not upper:
+                    return _differs(values, lower)
                 # its own values as gradients: zero at the bounds, and inside the values, which are not
-                return output, torch.ops.aten.hardtanh_backward(output, output, lower, upper[0][1]).bool()
-            inside, below = _differs(output, lower), _differs(output, upper[0][1])
-            return output, inside.view(torch.uint8) + below.logical_not_().view(torch.uint8)
+                return torch.ops.aten.hardtanh_backward(values, values, lower, upper[0][1]).bool()
+
+            return output, mask(output) if call.keep or not Bits.fit(output) else Bits(output, mask)
+
+    def adjoint(self, call: Call, state: Tensor | Bits) -> Callable[[Tensor], Tensor]:
+        """The gradient where the mask is set."""
+        return state.times if isinstance(state, Bits) else super().adjoint(call, state)
 
 
 class SignPieces(Pieces):
