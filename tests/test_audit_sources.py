@@ -79,6 +79,9 @@ def test_torchvision_data_set_by_name(tmp_path):
         open_source(f"torchvision:CIFAR10/test:{tmp_path}")
     with pytest.raises(ValueError, match=r"torchvision:NAME\[/SPLIT\]:ROOT.*Did you mean 'CIFAR10'"):
         open_source(f"torchvision:CIFAR11:{tmp_path}")
+    for name in ("FakeData", "CocoDetection"):
+        with pytest.raises(ValueError, match=r"opened by its folder alone.*Open it in Python"):
+            open_source(f"torchvision:{name}:{tmp_path}")
 
 
 def test_data_set_items_of_many_kinds():

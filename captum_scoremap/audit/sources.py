@@ -414,6 +414,11 @@ def _torchvision_source(text: str) -> DatasetSource:
         choice["download"] = False
     try:
         dataset = kind(**choice)
+    except TypeError as error:
+        raise ValueError(
+            f"source must be a data set that is opened by its folder alone, got {text!r}: {error}. "
+            "Open it in Python and hand it to captum_scoremap.audit.audit()."
+        ) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"source must be a data set that is there, got {text!r}: {error}") from error
     return DatasetSource(dataset, title=f"torchvision {name} ({split})")

@@ -135,7 +135,8 @@ class Clamp(Pieces):
                 if not upper:
                     return _differs(values, lower)
                 # its own values as gradients: zero at the bounds, and inside the values, which are not
-                return torch.ops.aten.hardtanh_backward(values, values, lower, upper[0][1]).bool()
+                slopes: Tensor = torch.ops.aten.hardtanh_backward(values, values, lower, upper[0][1])
+                return slopes.bool()
 
             return output, mask(output) if call.keep or not Bits.fit(output) else Bits(output, mask)
 

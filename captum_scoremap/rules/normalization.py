@@ -1,5 +1,6 @@
 """Normalizations: the scale (1/std, 1/norm) is frozen at the image; subtracting the mean is linear already."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,20 +136,8 @@ class InstanceNorm(Standardize):
 
     def is_affine(self, call: Call) -> bool:
         """Where it does not use the statistics of the image."""
-
-        def uses_image(
-            input: Tensor,
-            running_mean: Tensor | None = None,
-            running_var: Tensor | None = None,
-            weight: Tensor | None = None,
-            bias: Tensor | None = None,
-            use_input_stats: bool = True,
-            *_: Any,
-            **__: Any,
-        ) -> bool:
-            return use_input_stats
-
-        return not uses_image(*call.args, **call.kwargs)
+        given = inspect.signature(instance_norm_grouping).bind(*call.args, **call.kwargs).arguments
+        return not given.get("use_input_stats", True)
 
     def has_adjoint(self, call: Call) -> bool:
         """Where it is not affine."""
