@@ -10,6 +10,7 @@ import copy
 import inspect
 import warnings
 from collections import Counter, OrderedDict
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops import FrozenBatchNorm2d
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -120,12 +122,13 @@ def _traced_pairs(model: nn.Module) -> Pairs:
 
 
 class _Readers(TorchFunctionMode):
-    """Counts, by identity, the tensors that functions outside convolutions and norms take."""
+    """Counts how often functions outside convolutions and norms take a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.depth = 0  # how many convolutions and norms are running
-        self.reads: Counter[int] = Counter()
+        # by identity, forgotten with the tensor: another one may come to stand where it stood
+        self.reads: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -136,7 +139,9 @@ class _Readers(TorchFunctionMode):
 
     def count(self, values: object) -> None:
         """Count every tensor among nested values as read once."""
-        self.reads.update(id(value) for value in tree_leaves(values) if isinstance(value, Tensor))
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor):
+                self.reads[value] = self.reads.get(value, 0) + 1
 
 
 def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs:
@@ -179,8 +184,8 @@ def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs
         (convolution, norm)
         for convolution, norm in pairs
         if calls[convolution] == calls[norm] == 1
-        and readers.reads[id(outputs[convolution])] == 1
-        and not any(readers.reads[id(own)] for name in (convolution, norm) for own in watched[name].parameters())
+        and readers.reads.get(outputs[convolution]) == 1
+        and not any(own in readers.reads for name in (convolution, norm) for own in watched[name].parameters())
         and _are_fusible(model, convolution, norm)
     ]
 
