@@ -50,11 +50,11 @@ def test_a_gradient_that_repeats_itself_in_memory() -> None:
 
 
 def test_values_with_gaps_or_an_odd_number_are_not_packed() -> None:
-    values = torch.ones(4, 64, 8, 16)
+    values = torch.ones(4, 64, 32, 16)
     assert Bits.fit(values)
     assert Bits.fit(values.transpose(0, 2))
     assert not Bits.fit(values[..., ::2])
-    assert not Bits.fit(torch.ones(3, 3, 3, 1001))
+    assert not Bits.fit(torch.ones(3, 3, 3, 10001))
     assert not Bits.fit(torch.ones(8))
 
 
@@ -67,6 +67,7 @@ def test_maps_of_many_labels_at_once_and_of_one_agree(
     )
     model = model.double().eval()
     image = 5 * torch.randn(1, 3, 48, 48, generator=generator, dtype=torch.float64)
+    monkeypatch.setattr(bits, "_SMALL", 8)
     layer = LayerScoreMap(model, model[0])
     packed = [layer.attribute(image, label) for label in range(4)]
     together = layer.attribute_targets(image)

@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["Bits"]
 
 # Elements below which a mask of bytes is as good: unpacking is a handful of calls.
-_SMALL = 2**14
+_SMALL = 2**17
 # Elements a step on a CPU; other devices take all at once.
 _STEP = 2**20
 
