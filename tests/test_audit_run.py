@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from captum_scoremap.audit import TABLES, audit, open_source
 from captum_scoremap.audit.explaining import map_layers
@@ -68,6 +69,36 @@ def test_numbers_are_those_of_the_model(tmp_path):
             assert sum(values) == pytest.approx(numbers["sub_scores"], abs=1e-4)
             assert numbers["sub_scores"] + numbers["bias"] == pytest.approx(row["score"], abs=1e-4)
             assert numbers["residual"] < 1e-4
+
+
+def test_how_much_of_the_score_lies_in_a_given_box_or_mask(tmp_path):
+    write_digits(tmp_path, 4)
+    names = [f"{place:04d}.png" for place in range(4)]
+    boxes = [(0, 0, 32, 32), (0, 0, 16, 8), (8, 8, 24, 32), (17, 3, 30, 29)]
+    (tmp_path / "boxes.csv").write_text(
+        "path,x0,y0,x1,y1\n"
+        + "".join(f"{name},{','.join(map(str, box))}\n" for name, box in zip(names, boxes, strict=True))
+    )
+    (tmp_path / "masks").mkdir()
+    for name, box in zip(names, boxes, strict=True):
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, box)
+        mask.save(tmp_path / "masks" / name)
+    (tmp_path / "masks.csv").write_text("path,mask\n" + "".join(f"{name},masks/{name}\n" for name in names))
+    found = {}
+    for given in ("boxes", "masks"):
+        done = audit(tmp_path / f"{given}.csv", tiny_model(), out=tmp_path / given / "out", layers=["1", "4"], **QUICK)
+        found[given] = rows(done.folder, "layers")
+    assert found["boxes"] == found["masks"]
+    maps = {(row["index"], row["layer"], row["role"]): row for row in rows(done.folder, "maps")}
+    for row in found["boxes"]:
+        x0, y0, x1, y1 = boxes[row["index"]]
+        map_ = maps[row["index"], row["layer"], "predicted"]
+        positive = np.clip(np.reshape(map_["values"], (map_["rows"], map_["columns"])), 0, None)
+        pixels = positive.repeat(32 // map_["rows"], 0).repeat(32 // map_["columns"], 1)
+        assert row["region_share"] == pytest.approx(pixels[y0:y1, x0:x1].sum() / pixels.sum(), abs=1e-5)
+        assert row["region_area"] == pytest.approx((x1 - x0) * (y1 - y0) / 32**2, abs=1e-6)
+    assert found["boxes"][0]["region_share"] == pytest.approx(1)
 
 
 def test_images_that_cannot_be_read_are_listed_and_the_rest_is_done(tmp_path):

@@ -213,8 +213,12 @@ def all_of_torchvision() -> list[Entry]:
 SMALL = ("atto", "femto", "pico", "nano", "xxs", "xxtiny", "_xs", "xtiny", "tiny", "mini", "small", "lite", "_s", "_t")
 
 
-def families_of_timm() -> Iterator[Entry]:
-    """A small model of every family (module) of timm, as its name tells."""
+def families_of_timm(parts: Sequence[str] | None = None) -> Iterator[Entry]:
+    """A small model of every family (module) of timm, as its name tells.
+
+    Args:
+        parts: Only those whose own or family's name contains one of these; None for all.
+    """
     import timm
 
     def size(name: str) -> tuple[int, int, str]:
@@ -222,8 +226,11 @@ def families_of_timm() -> Iterator[Entry]:
 
     for family in timm.list_modules():
         names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
-        if names:
-            yield timm_entry(min(names, key=size), family)
+        if not names:
+            continue
+        name = min(names, key=size)
+        if parts is None or any(part in f"{name} ({family})" for part in parts):
+            yield timm_entry(name, family)  # this builds it
 
 
 def in_single_precision(entry: Entry) -> bool:
@@ -436,14 +443,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entries: Iterable[Entry] = []
     versions = ""
     if "torchvision" in options.zoo:
-        entries = all_of_torchvision()
+        every = all_of_torchvision()
+        entries = [item for item in every if options.models is None or any(part in item.name for part in options.models)]
     if "timm" in options.zoo:
         import timm
 
         versions = f", timm {timm.__version__}"
-        entries = itertools.chain(entries, families_of_timm())
-    if options.models is not None:
-        entries = (item for item in entries if any(part in item.name for part in options.models))
+        entries = itertools.chain(entries, families_of_timm(options.models))
     text = HEADER.format(torch=torch.__version__, torchvision=torchvision.__version__, timm=versions)
     print(text, end="")
     for row in measured(entries, options.layers):
