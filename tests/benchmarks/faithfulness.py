@@ -32,7 +32,7 @@ from tests.benchmarks.peers import METHODS
 
 Values: TypeAlias = dict[str, list[float]]
 
-NETWORKS = ("efficientnet_lite0", "efficientnet_lite1")
+NETWORKS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 SURE = 0.5
 COLUMNS = {
     "grid 2 x 2": ("Grid 2 × 2 ↑", 3),
@@ -190,8 +190,8 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
         for place, network in enumerate(networks):
             known = [name for name in names if name in results[network] and results[network][name][column]]
             means, halves = zip(*(mean_and_interval(results[network][name][column]) for name in known), strict=True)
-            rows = [names.index(name) + 0.3 * (place - (len(networks) - 1) / 2) for name in known]
-            style = {"fmt": "os"[place], "color": ("#0072b2", "#d55e00")[place], "markersize": 4}
+            rows = [names.index(name) + 0.25 * (place - (len(networks) - 1) / 2) for name in known]
+            style = {"fmt": "os^"[place], "color": ("#0072b2", "#d55e00", "#009e73")[place], "markersize": 4}
             panel.errorbar(means, rows, xerr=halves, elinewidth=1, label=network, **style)
         panel.set_title(COLUMNS[column][0].rstrip(" ↑"), fontsize=10)
         panel.grid(axis="x", alpha=0.3)
@@ -199,7 +199,7 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
     panels[0].set_yticks(range(len(names)), names)
     for label in panels[0].get_yticklabels():
         label.set_fontweight("bold" if "ScoreMap" in label.get_text() else "normal")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     figure.supxlabel("mean and 95% confidence interval; right is better", fontsize=9)
     figure.savefig(path, dpi=150)
 
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="photographs and labels.csv")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results are kept")
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS, help="default: both")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS, help="default: all three")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--count", type=int, default=64, help="images for insertion and deletion (default 64)")
     parser.add_argument("--patches", type=int, default=64, help="images for patch scores (default 64)")
