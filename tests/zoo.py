@@ -443,8 +443,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entries: Iterable[Entry] = []
     versions = ""
     if "torchvision" in options.zoo:
-        every = all_of_torchvision()
-        entries = [item for item in every if options.models is None or any(part in item.name for part in options.models)]
+        parts = [""] if options.models is None else options.models
+        entries = [item for item in all_of_torchvision() if any(part in item.name for part in parts)]
     if "timm" in options.zoo:
         import timm
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import Bits
+from .bits import Bits, in_stretches
 from .rule import Call, Rule, tensors_in
 
 __all__ = ["Breaks", "Clamp", "Gate", "Pieces", "Select", "SignPieces"]
@@ -138,7 +138,8 @@ class Clamp(Pieces):
                 slopes: Tensor = torch.ops.aten.hardtanh_backward(values, values, lower, upper[0][1])
                 return slopes.bool()
 
-            return output, mask(output) if call.keep or not Bits.fit(output) else Bits(output, mask)
+            is_packed = not call.keep and Bits.fit(output)
+            return output, Bits(output, mask) if is_packed else in_stretches(output, mask)
 
     def adjoint(self, call: Call, state: Tensor | Bits) -> Callable[[Tensor], Tensor]:
         """The gradient where the mask is set."""

@@ -1,4 +1,4 @@
-"""Masks of one bit an element, worked on piece by piece, so that what is unpacked stays in the processor's cache."""
+"""Masks of one bit an element, worked on in stretches, so that what is unpacked stays in the processor's cache."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Bits"]
+__all__ = ["Bits", "in_stretches"]
 
-# Elements below which a mask of bytes is as good: unpacking is a handful of calls.
-_SMALL = 2**17
-# Elements a step on a CPU; other devices take all at once.
-_STEP = 2**20
+# Elements below which a mask of bytes serves better: it is multiplied faster, and takes little.
+_SMALL = 3 * 2**20
+# Elements of a stretch on a CPU; other devices take all at once.
+_STRETCH = 2**20
 
 # Eight bytes of zeros and ones, read as one number, times this have their bits in the uppermost byte, in their order.
 _GATHER = 0x0102040810204080
@@ -26,26 +26,20 @@ class Bits:
 
     Example:
         >>> bits = Bits(torch.arange(16.0), lambda values: values.bool())
-        >>> bits.unpacked().sum(), bits.times(torch.full((16,), 2.0)).sum()
-        (tensor(15), tensor(30.))
+        >>> bits.times(torch.full((16,), 2.0)).sum()
+        tensor(30.)
     """
 
     def __init__(self, values: Tensor, mask: Callable[[Tensor], Tensor]) -> None:
         self._layout = values.shape, values.stride()
         self._packed = values.new_empty(values.numel() // 8, dtype=torch.uint8)
-        for packed, stretch in zip(_steps(self._packed, 8), _steps(_flat(values)), strict=True):
+        for packed, stretch in zip(_stretches(self._packed, 8), _stretches(_flat(values)), strict=True):
             packed.copy_(mask(stretch).view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56))
 
     @staticmethod
     def fit(values: Tensor) -> bool:
-        """Whether a mask of these values is worth packing, and lies in memory without gaps."""
-        span = 1 + sum((size - 1) * step for size, step in zip(values.shape, values.stride(), strict=True))
-        return values.numel() >= _SMALL and values.numel() % 8 == 0 and span == values.numel()
-
-    def unpacked(self) -> Tensor:
-        """The mask, as bool."""
-        shape, stride = self._layout
-        return self._select(self._packed, torch.bool).as_strided(shape, stride)
+        """Whether a mask of these values is worth packing."""
+        return values.numel() >= _SMALL and values.numel() % 8 == 0 and _is_dense(values)
 
     def times(self, gradient: Tensor) -> Tensor:
         """The gradient where the mask is set, zero elsewhere.
@@ -57,17 +51,37 @@ class Bits:
             The product, in fresh memory.
         """
         shape, stride = self._layout
+        table = _eight_of_each_byte(gradient.dtype, gradient.device)
         if not _is_plain(gradient) or gradient.shape != shape or gradient.stride() != stride:
-            return gradient * self._select(self._packed, gradient.dtype).as_strided(shape, stride)
+            return gradient * table.index_select(0, self._packed.int()).as_strided(shape, stride)
         product = torch.empty_strided(shape, stride, dtype=gradient.dtype, device=gradient.device)
-        stretches = zip(_steps(self._packed, 8), _steps(_flat(gradient)), _steps(_flat(product)), strict=True)
+        stretches = zip(*(_stretches(self._packed, 8), *map(_stretches, map(_flat, (gradient, product)))), strict=True)
         for packed, factor, result in stretches:
-            torch.mul(self._select(packed, gradient.dtype), factor, out=result)
+            torch.index_select(table, 0, packed.int(), out=result.view(-1, 8))
+            result.mul_(factor)
         return product
 
-    @staticmethod
-    def _select(packed: Tensor, dtype: torch.dtype) -> Tensor:
-        return _eight_of_each_byte(dtype, packed.device).index_select(0, packed.int()).view(-1)
+
+def in_stretches(values: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
+    """A mask that takes some memory to work out, stretch by stretch.
+
+    Args:
+        values: Any tensor.
+        mask: From values to a bool tensor, element by element.
+
+    Returns:
+        ``mask(values)``.
+
+    Example:
+        >>> in_stretches(torch.tensor([0.0, 3.0]), Tensor.bool)
+        tensor([False,  True])
+    """
+    if values.numel() <= _STRETCH or not _is_dense(values):
+        return mask(values)
+    whole = torch.empty_like(values, dtype=torch.bool)
+    for result, stretch in zip(_stretches(_flat(whole)), _stretches(_flat(values)), strict=True):
+        result.copy_(mask(stretch))
+    return whole
 
 
 @functools.cache
@@ -81,9 +95,16 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _steps(flat: Tensor, elements: int = 1) -> Iterator[Tensor]:
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill their memory, in whatever order."""
+    return tensor.numel() == 1 + sum(
+        (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _stretches(flat: Tensor, elements: int = 1) -> Iterator[Tensor]:
     """Stretches of a flat tensor, each entry of which stands for so many elements."""
-    yield from flat.split(_STEP // elements) if flat.device.type == "cpu" else (flat,)
+    yield from flat.split(_STRETCH // elements) if flat.device.type == "cpu" else (flat,)
 
 
 def _is_plain(gradient: Tensor) -> bool:

@@ -244,18 +244,20 @@ NEEDS = {"zennit": "zennit", "grad-cam": "pytorch_grad_cam"}
 
 def build(kind: str, who: str, subject: Subject) -> Job:
     """The job of one competitor; ``prepared`` is ours on the prepared model."""
-    if who == "prepared":
-        return KINDS[kind]["ours"](replace(subject, is_prepared=True))
-    return KINDS[kind][who](subject)
+    return KINDS[kind]["ours" if who == "prepared" else who](_subject_of(who, subject))
 
 
 def build_alone(kind: str, who: str, subject: Subject) -> Job:
-    """The same in a process of its own: the model has run before, so that its libraries are loaded."""
+    """The same in a process of its own: the model is there and has run, so that its libraries are loaded."""
     torch.manual_seed(0)
-    job = build(kind, who, subject)
+    own = _subject_of(who, subject)
     with torch.no_grad():
-        subject.model(subject.inputs[:1])
-    return job
+        own.model(own.inputs[:1])
+    return build(kind, who, own)
+
+
+def _subject_of(who: str, subject: Subject) -> Subject:
+    return replace(subject, is_prepared=True) if who == "prepared" and not subject.is_prepared else subject
 
 
 def warm_up(kind: str, who: str, subject: Subject) -> None:
