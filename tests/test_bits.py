@@ -68,6 +68,7 @@ def test_maps_of_many_labels_at_once_and_of_one_agree(
     model = model.double().eval()
     image = 5 * torch.randn(1, 3, 48, 48, generator=generator, dtype=torch.float64)
     monkeypatch.setattr(bits, "_SMALL", 8)
+    monkeypatch.setattr("captum_scoremap.rules.rule._LARGE", 8)
     layer = LayerScoreMap(model, model[0])
     packed = [layer.attribute(image, label) for label in range(4)]
     together = layer.attribute_targets(image)

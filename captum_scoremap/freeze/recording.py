@@ -115,8 +115,11 @@ class Recording(Run):
         if self.keep:
             call = replace(call, keep=True)
 
+        has_adjoint = differentiable and len(live) == 1 and rule.has_adjoint(call)
+
         def frozen() -> tuple[Any, Any]:
-            if affine:
+            # where autograd's own derivative is all that is wanted, nothing needs to be frozen beside
+            if affine or (rule.native and not has_adjoint and not self.keep):
                 return run(), None
             output, state = rule.record(call, run)
             if self.keep:
@@ -125,7 +128,7 @@ class Recording(Run):
 
         if not differentiable:
             return frozen()[0]
-        if len(live) == 1 and rule.has_adjoint(call):
+        if has_adjoint:
 
             def run_for_adjoint() -> tuple[Tensor, Callable[[Tensor], Tensor]]:
                 output, state = frozen()

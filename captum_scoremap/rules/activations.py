@@ -141,6 +141,10 @@ class Clamp(Pieces):
             is_packed = not call.keep and Bits.fit(output)
             return output, Bits(output, mask) if is_packed else in_stretches(output, mask)
 
+    def has_adjoint(self, call: Call) -> bool:
+        """Where the mask, which takes less memory than the values that autograd keeps, is worth the calls."""
+        return call.keep or call.is_large
+
     def adjoint(self, call: Call, state: Tensor | Bits) -> Callable[[Tensor], Tensor]:
         """The gradient where the mask is set."""
         return state.times if isinstance(state, Bits) else super().adjoint(call, state)

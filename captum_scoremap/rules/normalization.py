@@ -151,8 +151,8 @@ class BatchNorm(EvaluationOnly):
         super().__init__(training=5)
 
     def has_adjoint(self, call: Call) -> bool:
-        """Always: one product, where autograd's own also asks for the statistics' share."""
-        return True
+        """Where it is worth the calls: one product, where autograd's own also asks for the statistics' share."""
+        return call.is_large
 
     def adjoint(self, call: Call, state: None) -> Callable[[Tensor], Tensor]:
         """Weight / std * gradient, channel by channel."""

@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+# Elements of a large argument, for which an operation's own adjoint saves more than the calls of Python that it takes.
+_LARGE = 2**18
+
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
@@ -100,6 +103,11 @@ class Call:
         else:
             first = self.kwargs["input"] if "input" in self.kwargs else next(iter(self.kwargs.values()))
         return first  # type: ignore[no-any-return]  # every operation with a rule takes a tensor first
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the first argument has so many elements that memory counts more than the time of a few calls."""
+        return self.input.numel() >= _LARGE
 
     def run(self) -> Any:
         """What the operation itself returns."""
