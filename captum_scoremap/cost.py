@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import re
 import statistics
 import time
@@ -110,8 +111,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds that each of several jobs takes, measured in turn.
 
-    Every round does every job, and starts with another one. A short job is repeated, a whole number of times that
-    is the same in all rounds, until a reading takes long enough for the clock.
+    Every round does every job, in an order drawn by lot: what a job leaves in memory and caches slows the next one, which
+    should not always be the same. The draws are the same every time. A short job is repeated, a whole number of times
+    that is the same in all rounds, until a reading takes long enough for the clock.
 
     Args:
         jobs: What to measure, by name. Each is done once or twice before, which does not count.
@@ -136,10 +138,9 @@ def interleaved(
     place = torch.device(device)
     repetitions = {name: _repetitions(job, place, at_least) for name, job in jobs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    names = list(jobs)
-    for number in progress(range(rounds)):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    lot = random.Random(0)
+    for _ in progress(range(rounds)):
+        for name in lot.sample(list(jobs), len(jobs)):
             seconds[name].append(_seconds(jobs[name], repetitions[name], place))
     return seconds
 

@@ -17,14 +17,20 @@ MIB = 2**20
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 
 
-def test_jobs_take_turns_and_each_round_starts_with_another() -> None:
+def test_jobs_take_turns_in_orders_drawn_by_lot() -> None:
     order: list[str] = []
     jobs = {name: partial(order.append, name) for name in "abc"}
-    seconds = interleaved(jobs, 4, at_least=1e-12)
+    seconds = interleaved(jobs, 20, at_least=1e-12)
     assert list(seconds) == ["a", "b", "c"]
-    assert all(len(values) == 4 and min(values) > 0 for values in seconds.values())
-    assert "".join(order).endswith("abcbcacababc")
-    assert len(order) == 3 * (1 + 4)  # each once before it counts
+    assert all(len(values) == 20 and min(values) > 0 for values in seconds.values())
+    assert len(order) == 3 * (1 + 20)  # each once before it counts
+    rounds = ["".join(order[place : place + 3]) for place in range(3, len(order), 3)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+    first = list(order)
+    order.clear()
+    interleaved(jobs, 20, at_least=1e-12)
+    assert order == first
 
 
 def test_short_jobs_are_repeated_within_a_reading_and_long_ones_are_not() -> None:
