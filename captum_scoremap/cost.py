@@ -111,9 +111,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds that each of several jobs takes, measured in turn.
 
-    Every round does every job, in an order drawn by lot: what a job leaves in memory and caches slows the next one, which
-    should not always be the same. The draws are the same every time. A short job is repeated, a whole number of times
-    that is the same in all rounds, until a reading takes long enough for the clock.
+    Every round does every job, in an order drawn by lot: what a job leaves in memory and caches slows the next one,
+    which should not always be the same. The draws are the same every time. A short job is repeated, a whole number of
+    times that is the same in all rounds, until a reading takes long enough for the clock.
 
     Args:
         jobs: What to measure, by name. Each is done once or twice before, which does not count.
