@@ -45,11 +45,14 @@ def straightforward(model: nn.Module, inputs: Tensor, label: int, layers: dict[s
     return maps
 
 
+@pytest.mark.parametrize("as_if_large", [False, True])
 @pytest.mark.parametrize("name", [*PIECEWISE_LINEAR, *SMOOTH])
-def test_lean_maps_equal_the_straightforward_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # as with large images, of which every operation has its own adjoint, and large masks are packed
-    monkeypatch.setattr("captum_scoremap.rules.rule._LARGE", 0)
-    monkeypatch.setattr("captum_scoremap.rules.bits._SMALL", 2**10)
+def test_lean_maps_equal_the_straightforward_ones(
+    name: str, as_if_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if as_if_large:  # then operations have adjoints of their own, and masks are packed
+        monkeypatch.setattr("captum_scoremap.rules.rule._LARGE", 0)
+        monkeypatch.setattr("captum_scoremap.rules.bits._SMALL", 2**10)
     model, inputs = random_entry(entry(name), images=2)
     with torch.no_grad():
         label = int(model(inputs.clone())[0].argmax())

@@ -188,7 +188,7 @@ def test_a_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("name", "weights", "error", "message"),
     [
         ("resnet50", "default", ValueError, "got 'resnet50'. Did you mean 'torchvision:resnet50'?"),
-        ("efficientnet_lite", "default", ValueError, "Did you mean 'efficientnet_lite"),
+        ("efficientnet_lite", "default", ValueError, "Did you mean 'efficientnet_lite2' or 'efficientnet_lite1'"),
         (
             "torchvision:resnet5",
             "none",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -119,13 +118,13 @@ def test_without_padding_every_view_scores_as_its_crop(question: tuple[Network, 
     torch.testing.assert_close(multi_view(image), torch.stack(crops, 2).mean(2), rtol=1e-10, atol=1e-10)
 
 
+# of a layer that a head has several times; the form of its last run holds, too
+@pytest.mark.filterwarnings(r"ignore:a \w+ runs \d+ times")
 @settings(max_examples=60, deadline=None)
 @given(questions(), st.data())
 def test_the_linear_form_holds_at_every_layer(question: tuple[Network, MultiView, Tensor], data: st.DataObject) -> None:
     _, multi_view, image = question
-    every = dict(multi_view.named_modules(remove_duplicate=False))
-    runs = Counter(every.values())  # a layer that runs several times has a map of its last run only
-    names = [name for name, module in every.items() if name and not list(module.children()) and runs[module] == 1]
+    names = [name for name, module in multi_view.named_modules() if name and not list(module.children())]
     name = data.draw(st.sampled_from(names))
     target = data.draw(st.integers(0, LABELS - 1))
     form = linear_form(multi_view, image, target, multi_view.get_submodule(name))

@@ -213,11 +213,11 @@ def all_of_torchvision() -> list[Entry]:
 SMALL = ("atto", "femto", "pico", "nano", "xxs", "xxtiny", "_xs", "xtiny", "tiny", "mini", "small", "lite", "_s", "_t")
 
 
-def families_of_timm(parts: Sequence[str] | None = None) -> Iterator[Entry]:
+def families_of_timm(parts: Sequence[str] = ("",)) -> Iterator[Entry]:
     """A small model of every family (module) of timm, as its name tells.
 
     Args:
-        parts: Only those whose own or family's name contains one of these; None for all.
+        parts: Only those whose own or family's name contains one of these.
     """
     import timm
 
@@ -229,7 +229,7 @@ def families_of_timm(parts: Sequence[str] | None = None) -> Iterator[Entry]:
         if not names:
             continue
         name = min(names, key=size)
-        if parts is None or any(part in f"{name} ({family})" for part in parts):
+        if any(part in f"{name} ({family})" for part in parts):
             yield timm_entry(name, family)  # this builds it
 
 
@@ -436,15 +436,14 @@ def line(row: Row) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", choices=["torchvision", "timm"], nargs="*", default=["torchvision", "timm"])
-    parser.add_argument("--models", nargs="*", default=None, help="only those whose name contains one of these")
+    parser.add_argument("--models", nargs="*", default=[""], help="only those whose name contains one of these")
     parser.add_argument("--layers", type=int, default=None, help="look at so many layers of each model (default all)")
     parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
     options = parser.parse_args(arguments)
     entries: Iterable[Entry] = []
     versions = ""
     if "torchvision" in options.zoo:
-        parts = [""] if options.models is None else options.models
-        entries = [item for item in all_of_torchvision() if any(part in item.name for part in parts)]
+        entries = [item for item in all_of_torchvision() if any(part in item.name for part in options.models)]
     if "timm" in options.zoo:
         import timm
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import Bits, in_stretches
+from .bits import Bits, in_stretches, is_batched
 from .rule import Call, Rule, tensors_in
 
 __all__ = ["Breaks", "Clamp", "Gate", "Pieces", "Select", "SignPieces"]
@@ -142,7 +142,7 @@ class Clamp(Pieces):
             return output, Bits(output, mask) if is_packed else in_stretches(output, mask)
 
     def has_adjoint(self, call: Call) -> bool:
-        """Where the mask, which takes less memory than the values that autograd keeps, is worth the calls."""
+        """Where the mask is kept anyway, or saves memory that is worth the calls: autograd keeps the values."""
         return call.keep or call.is_large
 
     def adjoint(self, call: Call, state: Tensor | Bits) -> Callable[[Tensor], Tensor]:
@@ -289,12 +289,6 @@ def _is_piece(state: Tensor, piece: int, pieces: int) -> Tensor:
 
 def _times(gradient: Tensor, slope: Tensor) -> Tensor:
     """Their product, in the memory of the slope, which is fresh; several labels at once need memory of their own."""
-    functorch = torch._C._functorch
-    if (
-        functorch.is_batchedtensor(gradient)
-        or functorch.is_legacy_batchedtensor(gradient)
-        or slope.shape != gradient.shape
-        or slope.dtype != gradient.dtype
-    ):
+    if is_batched(gradient) or slope.shape != gradient.shape or slope.dtype != gradient.dtype:
         return gradient * slope
     return slope.mul_(gradient)

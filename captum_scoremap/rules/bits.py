@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Bits", "in_stretches"]
+__all__ = ["Bits", "in_stretches", "is_batched"]
 
 # Elements below which a mask of bytes serves better: it is multiplied faster, and takes little.
 _SMALL = 3 * 2**20
@@ -52,11 +52,12 @@ class Bits:
         """
         shape, stride = self._layout
         table = _eight_of_each_byte(gradient.dtype, gradient.device)
-        if not _is_plain(gradient) or gradient.shape != shape or gradient.stride() != stride:
+        is_plain = not is_batched(gradient) and not torch.is_grad_enabled()
+        if not is_plain or gradient.shape != shape or gradient.stride() != stride:
             return gradient * table.index_select(0, self._packed.int()).as_strided(shape, stride)
         product = torch.empty_strided(shape, stride, dtype=gradient.dtype, device=gradient.device)
-        stretches = zip(*(_stretches(self._packed, 8), *map(_stretches, map(_flat, (gradient, product)))), strict=True)
-        for packed, factor, result in stretches:
+        factors, results = _stretches(_flat(gradient)), _stretches(_flat(product))
+        for packed, factor, result in zip(_stretches(self._packed, 8), factors, results, strict=True):
             torch.index_select(table, 0, packed.int(), out=result.view(-1, 8))
             result.mul_(factor)
         return product
@@ -84,6 +85,12 @@ def in_stretches(values: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
     return whole
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it is the gradients of several labels at once, which cannot go to memory made for one."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
 @functools.cache
 def _eight_of_each_byte(dtype: torch.dtype, device: torch.device) -> Tensor:
     """(256, 8): the bits of every byte, the lowest first."""
@@ -105,10 +112,3 @@ def _is_dense(tensor: Tensor) -> bool:
 def _stretches(flat: Tensor, elements: int = 1) -> Iterator[Tensor]:
     """Stretches of a flat tensor, each entry of which stands for so many elements."""
     yield from flat.split(_STRETCH // elements) if flat.device.type == "cpu" else (flat,)
-
-
-def _is_plain(gradient: Tensor) -> bool:
-    """Whether it is one tensor, of which nobody wants derivatives: not several labels' at once."""
-    functorch = torch._C._functorch
-    batched = functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
-    return not batched and not torch.is_grad_enabled()

@@ -257,6 +257,7 @@ def build_alone(kind: str, who: str, subject: Subject) -> Job:
 
 
 def _subject_of(who: str, subject: Subject) -> Subject:
+    """What a competitor works on; a subject that is prepared already keeps what it has loaded."""
     return replace(subject, is_prepared=True) if who == "prepared" and not subject.is_prepared else subject
 
 
