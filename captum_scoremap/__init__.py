@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any
 from captum_scoremap import rules
 from captum_scoremap.attribution import FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap
 from captum_scoremap.checks import UnsupportedOperationError
-from captum_scoremap.freeze import Boundary, FrozenModel, freeze
-from captum_scoremap.linear_form import LinearForm, bias_terms, linear_form
+from captum_scoremap.linear import LinearForm, bias_terms, linear_form
 from captum_scoremap.receptive_field import ReceptiveField, receptive_field
+from captum_scoremap.tape import Boundary, FrozenModel, freeze
 from captum_scoremap.tokens import token_grid
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
-from captum_scoremap.freeze import Recording, Reduction, Tapped, as_tuple_of_arguments
-from captum_scoremap.linear_form import Target, check_sites, select_scores, warn_of_probabilities
-from captum_scoremap.rules import Rule, with_rules
+from captum_scoremap.linear import Target, check_sites, select_scores, warn_of_probabilities
+from captum_scoremap.rules import Rule, Value, with_rules
+from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
 
 __all__ = ["FusedScoreMap"]
 
@@ -104,18 +104,21 @@ class FusedScoreMap(GradientAttribution):
         forward_func = unwrap_parallel(self.forward_func)
         layers = self._layers_for(forward_func, image, additional)
 
-        taps = {(layer, False): Reduction(channel_dim=1) for layer in layers}
-        recording = Recording(forward_func, with_rules(self._rules), taps, trusted=with_rules(None))
+        sites: list[Site] = [(layer, False) for layer in layers]
+        recording = Recording(forward_func, with_rules(self._rules), sites)
+        output = recording.record(tensors, additional)
+        check_sites(recording, sites)
+        warn_of_probabilities(recording, output)
         with torch.enable_grad():
-            output = recording.record(tensors, additional, Reduction(channel_dim=1))
-            check_sites(recording, taps)
-            warn_of_probabilities(recording, output)
-            score = select_scores(output, target)
-            odds = log_odds(output, target)
-        anchors = [_map_anchor(recording.tapped[site], site[0]) for site in taps]
-        fused = fuse(_gradients(odds, [*recording.input_taps.anchors, *anchors]), odds.detach(), image.shape[-2:])
-        for score_map in _gradients(score, anchors):
-            fused = fused * F.interpolate((score_map != 0).to(fused), size=image.shape[-2:], mode="nearest")
+            leaf = output.detach().requires_grad_()
+            score, odds = select_scores(leaf, target), log_odds(leaf, target)
+            of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
+        taps = [_map_of(recording.tapped[site], site[0]) for site in sites]
+        with torch.no_grad():
+            every = [(recording.tape.inputs[0], image), *taps]
+            fused = fuse(_score_maps(recording.tape, of_odds, every), odds.detach(), image.shape[-2:])
+            for score_map in _score_maps(recording.tape, of_score, taps):
+                fused = fused * F.interpolate((score_map != 0).to(fused), size=image.shape[-2:], mode="nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
     def _layers_for(
@@ -179,22 +182,22 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Ten
     return torch.where(energy > 0, energy * belief, energy)
 
 
-def _map_anchor(tapped: Tapped, layer: nn.Module) -> Tensor:
-    """The anchor of a layer that returns one map."""
-    shapes = [tuple(anchor.shape) for anchor in tapped.anchors]
-    if len(shapes) != 1 or len(shapes[0]) != 4:
-        got = ", ".join(str(tuple(activations.shape)) for activations in tapped.activations)
+def _map_of(tapped: Tapped, layer: nn.Module) -> tuple[Value, Tensor]:
+    """The value and the tensor of a layer that returns one map."""
+    activations = tapped.activations
+    if len(activations) != 1 or activations[0].dim() != 4:
+        got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
         raise ValueError(f"layers must return maps (N, C, h, w), got {got} from a {type(layer).__name__}.")
-    return tapped.anchors[0]
+    return tapped.values[0], activations[0]
 
 
-def _gradients(scores: Tensor, anchors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the scores in the anchors; zero where they do not depend on one."""
-    if not scores.requires_grad:
-        return [torch.zeros_like(anchor) for anchor in anchors]
-    ones = torch.ones_like(scores)  # not scores.sum(), which has no graph where the caller is under torch.no_grad
-    found = torch.autograd.grad(scores, anchors, ones, retain_graph=True, allow_unused=True)
+def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]]) -> list[Tensor]:
+    """The score maps of layers for given coefficients of the output; zero where it does not depend on one."""
+    output = tape.value_of_output()
+    wanted: dict[Value, Callable[[Tensor], Tensor]] = {
+        value: (lambda a, y=y: (a * y).sum(1, keepdim=True)) for value, y in layers if value is not None
+    }
+    found = {} if output is None else tape.transposed({output: coefficients}, wanted)
     return [
-        torch.zeros_like(anchor) if gradient is None else gradient.detach()
-        for anchor, gradient in zip(anchors, found, strict=True)
+        found[value] if value is not None and value in found else torch.zeros_like(y[:, :1]) for value, y in layers
     ]

@@ -8,9 +8,9 @@ from captum.log import log_usage
 from torch import Tensor
 
 from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
-from captum_scoremap.freeze import Reduction, as_tuple_of_arguments
-from captum_scoremap.linear_form import Target, bias_at, explain, image_sums, select_scores
+from captum_scoremap.linear import Reduction, Target, explain, select_scores
 from captum_scoremap.rules import Rule
+from captum_scoremap.tape import as_tuple_of_arguments
 
 __all__ = ["ScoreMap"]
 
@@ -96,14 +96,12 @@ class ScoreMap(GradientAttribution):
             additional,
             rules=self._rules,
             keep=return_convergence_delta,
-            grad_kwargs=grad_kwargs,
         )
         results = found.results[None]
         formatted = results[0] if isinstance(inputs, Tensor) else results
         if not return_convergence_delta:
             return formatted
-        sums = image_sums(results, tensors, found.score, multiplied=self._multiply_by_inputs)
-        return formatted, found.score - sums - bias_at(found.frozen(tensors, additional), None, tensors, select)
+        return formatted, found.score - found.sums(None) - found.bias(None)
 
     def has_convergence_delta(self) -> bool:
         """True: S = A·x + B is exact, and the delta checks it."""

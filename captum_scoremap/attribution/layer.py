@@ -9,10 +9,9 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, is_tuple_of_one, unwrap_parallel
-from captum_scoremap.freeze import Reduction, Site, as_tuple_of_arguments
-from captum_scoremap.linear_form import Target, bias_at, explain, image_sums, select_scores
+from captum_scoremap.linear import Reduction, Target, explain, explain_targets, select_scores
 from captum_scoremap.rules import Rule
-from captum_scoremap.targets import explain_targets
+from captum_scoremap.tape import Site, as_tuple_of_arguments
 
 __all__ = ["LayerScoreMap"]
 
@@ -123,21 +122,17 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
             additional,
             rules=self._rules,
             keep=return_convergence_delta,
-            grad_kwargs=grad_kwargs,
         )
         maps, deltas = [], []
         for site in sites:
             results, tapped = found.results[site], found.tapped(site)
             if return_convergence_delta:
-                multiplied = self._multiply_by_inputs
-                if not multiplied and attr_dim_summation:
+                if not self._multiply_by_inputs and attr_dim_summation:
                     raise ValueError(
                         "return_convergence_delta needs A·Y, got coefficients summed over channels. Use "
                         "multiply_by_inputs=True or attr_dim_summation=False."
                     )
-                sums = image_sums(results, tapped.activations, found.score, multiplied=multiplied)
-                bias = bias_at(found.frozen(tensors, additional), site, tapped.activations, select)
-                deltas.append(found.score - sums - bias)
+                deltas.append(found.score - found.sums(site) - found.bias(site))
             results = tuple(map(F.relu, results)) if relu_attributions else results
             maps.append(results if tapped.is_tuple or is_tuple_of_one(inputs) else results[0])
         return self._formatted(maps, deltas if return_convergence_delta else None)

@@ -8,9 +8,9 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, is_tuple_of_one, unwrap_parallel
-from captum_scoremap.freeze import Reduction, Site, as_tuple_of_arguments
-from captum_scoremap.linear_form import bias_at, explain, image_sums
+from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule, tensors_in
+from captum_scoremap.tape import Site, as_tuple_of_arguments
 
 __all__ = ["NeuronScoreMap"]
 
@@ -114,7 +114,6 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
             rules=self._rules,
             keep=return_convergence_delta,
             stop_at=neuron,
-            grad_kwargs=grad_kwargs,
         )
         if to_layer is not None and not found.reached[site]:
             raise ValueError(
@@ -126,9 +125,7 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
         formatted = results[0] if single else results
         if not return_convergence_delta:
             return formatted
-        sums = image_sums(results, tapped.activations, found.score, multiplied=self._multiply_by_inputs)
-        bias = bias_at(found.frozen(tensors, additional), site, tapped.activations, select, neuron)
-        return formatted, found.score - sums - bias
+        return formatted, found.score - found.sums(site) - found.bias(site)
 
     def has_convergence_delta(self) -> bool:
         """True: the sum A·Y + B is exact, and the delta checks it."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelOption, WeightsOption, chosen_device
-from captum_scoremap.exactness import Exactness, LayerExactness, check_exactness
+from captum_scoremap.linear import Exactness, LayerExactness, check_exactness
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, load_model, read_image
 from captum_scoremap.models.images import SAMPLE_PREFIX
 

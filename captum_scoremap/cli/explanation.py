@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from captum_scoremap.checks import nearest
-from captum_scoremap.linear_form import linear_form
+from captum_scoremap.linear import linear_form
 from captum_scoremap.models.layers import map_channel_dim
 from captum_scoremap.rules import tensors_in
 from captum_scoremap.tokens import token_grid

@@ -1,44 +1,50 @@
 """One rule per operation: the exact linear form of each at the image.
 
 ``DEFAULT`` is the table a model runs under, ``TANGENT`` the plain local linearization (then A is the ordinary
-gradient). Operations go by the name PyTorch gives them, without the underscores of in-place and operator forms:
-``relu`` stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
+gradient). Operations are those of ATen, the few hundred that all of PyTorch comes down to; in-place forms and ``out=``
+go by the plain one: ``relu`` stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
 """
 
-from .activations import Breaks, Gate, Pieces, Select
-from .attention import MultiHeadAttention, ScaledDotProductAttention
-from .normalization import ScaleOnly, Standardize
+from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear
+from .attention import Attention
+from .call import Call, Value, substituted, tensors_in
+from .composite import Composite
+from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool
 from .products import Division, Power, Product
-from .rule import Call, Comparison, Composite, FirstOnly, Frozen, Linear, Rule, Tangent, substituted, tensors_in
-from .table import DEFAULT, METADATA, TANGENT, operation_name, with_rules
+from .rule import Comparison, FirstLinear, Frozen, Linear, Rule, Tangent, floating
+from .structure import Copy
+from .table import DEFAULT, TANGENT, display_name, with_rules
 
 __all__ = [
     "DEFAULT",
-    "METADATA",
     "TANGENT",
-    "Breaks",
+    "Attention",
+    "BatchNorm",
+    "Breakpoints",
     "Call",
+    "Choice",
+    "Clamp",
     "Comparison",
     "Composite",
+    "Copy",
     "Division",
     "Extremum",
-    "FirstOnly",
+    "FirstLinear",
     "Frozen",
     "Gate",
+    "GroupNorm",
+    "LayerNorm",
     "Linear",
     "MaxPool",
-    "MultiHeadAttention",
-    "Pieces",
+    "PiecewiseLinear",
     "Power",
     "Product",
     "Rule",
-    "ScaleOnly",
-    "ScaledDotProductAttention",
-    "Select",
-    "Standardize",
     "Tangent",
-    "operation_name",
+    "Value",
+    "display_name",
+    "floating",
     "substituted",
     "tensors_in",
     "with_rules",

@@ -1,24 +1,23 @@
 """Maxima over windows and over dimensions: the position each one took, its switch, is frozen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .rule import Call, Rule
+from .call import Call
+from .rule import Gradients, Rule
 
-__all__ = ["Extremum", "MaxPool"]
+__all__ = ["Extremum", "MaxPool", "Ordered"]
 
 
 class MaxPool(Rule):
-    """Max-pooling over windows, fixed or adaptive: gather from the frozen positions.
+    """Max-pooling over windows, fixed or adaptive: gather from the frozen positions, which the operation returns too.
 
     Args:
         dimensions: How many trailing dimensions a window spans.
         adaptive: Whether the windows follow from the output size.
-        returns_switches: Whether the operation returns the positions too.
 
     Example:
         >>> from captum_scoremap import freeze
@@ -28,41 +27,48 @@ class MaxPool(Rule):
     """
 
     kind = "switch"
-    native = True
-    lean = True
 
-    def __init__(self, dimensions: int, *, adaptive: bool = False, returns_switches: bool = False) -> None:
+    def __init__(self, dimensions: int, *, adaptive: bool = False) -> None:
         self.dimensions = dimensions
         self.adaptive = adaptive
-        self.returns_switches = returns_switches
 
     def freeze(self, call: Call) -> Tensor:
-        """Flat position of each window's maximum in the input's trailing dimensions."""
-        return self._pool(call)[1]
+        """Return the flat position of each window's maximum in the argument's trailing dimensions."""
+        return call.output[1]  # type: ignore[no-any-return]
 
-    def record(self, call: Call, run: Callable[[], Any]) -> tuple[Any, Tensor]:
-        """Pool once for both."""
-        output, switches = self._pool(call)
-        return ((output, switches) if self._wants_switches(call) else output), switches
-
-    def apply(self, call: Call, state: Tensor) -> Any:
-        """The values at the frozen positions."""
+    def apply(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values at the frozen positions, and the positions."""
         spatial = -self.dimensions
-        output = call.input.flatten(spatial).gather(-1, state.flatten(spatial)).unflatten(-1, state.shape[spatial:])
-        return (output, state) if self._wants_switches(call) else output
+        values = call.input.flatten(spatial).gather(-1, state.flatten(spatial).long())
+        return values.unflatten(-1, state.shape[spatial:]), state
+
+    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
+        """Add the coefficients to the positions they were taken from."""
+        gradient = gradients[0]
+        if gradient is None:
+            return [None]
+        value = call.values[0]
+        if self.dimensions == 2 and not self.adaptive:
+            backward = torch.ops.aten.max_pool2d_with_indices_backward
+            arguments = _with_defaults(*call.args[1:], **call.kwargs)
+            return [backward(gradient, value.empty(), *arguments, state.long())]
+        spatial = -self.dimensions
+        flat = torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(value.shape).flatten(spatial)
+        return [flat.scatter_add(-1, state.flatten(spatial).long(), gradient.flatten(spatial)).reshape(value.shape)]
 
     def switch(self, state: Tensor) -> Tensor:
-        """The positions."""
-        return state
+        """Return the positions."""
+        return state.long()
 
-    def steps_to_boundary(self, call: Call, tangent: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-        """Step at which some other position of a window overtakes the frozen one.
+    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
+        """Return the step at which some other position of a window overtakes the frozen one.
 
         Returns:
             (members of a window, ..., windows).
         """
         spatial = -self.dimensions
-        x, change = call.input.flatten(spatial), tangent(call.input).flatten(spatial)
+        state = state.long()
+        x, change = call.input.flatten(spatial), changes[0].flatten(spatial)
         winner, speed = x.gather(-1, state.flatten(spatial)), change.gather(-1, state.flatten(spatial))
         members, valid = self._members(call, state)
         steps = []
@@ -72,18 +78,11 @@ class MaxPool(Rule):
             steps.append(torch.where(inside & (where != state.flatten(spatial)), step, torch.inf))
         return torch.stack(steps)
 
-    def _pool(self, call: Call) -> tuple[Tensor, Tensor]:
-        kind = "adaptive_max_pool" if self.adaptive else "max_pool"
-        pool: Callable[..., tuple[Tensor, Tensor]] = getattr(F, f"{kind}{self.dimensions}d_with_indices")
-        return pool(*call.args, **{k: v for k, v in call.kwargs.items() if k != "return_indices"})
-
-    def _wants_switches(self, call: Call) -> bool:
-        return self.returns_switches or bool(call.kwargs.get("return_indices", False))
-
     def _members(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
         """For each window its member positions, (members, windows), and which of them exist."""
         shape = call.input.shape[-self.dimensions :]
-        axes = self._windows(call, tuple(shape), tuple(state.shape[-self.dimensions :]))
+        out = tuple(state.shape[-self.dimensions :])
+        axes = _adaptive_windows(tuple(shape), out) if self.adaptive else self._windows(call, tuple(shape), out)
         index = torch.zeros((1, 1), dtype=torch.long)
         valid = torch.ones((1, 1), dtype=torch.bool)
         for (positions, inside), size in zip(axes, shape, strict=True):
@@ -94,38 +93,36 @@ class MaxPool(Rule):
 
     def _windows(self, call: Call, shape: tuple[int, ...], out: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         """Per axis the positions (members, windows) and whether they lie inside."""
+        kernel, stride, padding, dilation, _ = _with_defaults(*call.args[1:], **call.kwargs)
+        rows = []
+        for axis in range(self.dimensions):
+            k, s, p, d = (_axis(value, axis) for value in (kernel, stride or kernel, padding, dilation))
+            position = torch.arange(out[axis]) * s - p + (torch.arange(k) * d)[:, None]
+            inside = (position >= 0) & (position < shape[axis])
+            rows.append((position.clamp(0, shape[axis] - 1), inside))
+        return rows
 
-        def fixed(
-            input: Tensor,
-            kernel_size: Any,
-            stride: Any = None,
-            padding: Any = 0,
-            dilation: Any = 1,
-            ceil_mode: bool = False,
-            return_indices: bool = False,
-        ) -> list[tuple[Tensor, Tensor]]:
-            rows = []
-            for axis in range(self.dimensions):
-                k, s = (
-                    _axis(kernel_size, axis),
-                    _axis(stride if stride not in (None, ()) else kernel_size, axis),
-                )
-                p, d = _axis(padding, axis), _axis(dilation, axis)
-                position = torch.arange(out[axis]) * s - p + (torch.arange(k) * d)[:, None]
-                inside = (position >= 0) & (position < shape[axis])
-                rows.append((position.clamp(0, shape[axis] - 1), inside))
-            return rows
 
-        def adaptive(input: Tensor, output_size: Any, return_indices: bool = False) -> list[tuple[Tensor, Tensor]]:
-            rows = []
-            for axis, size in enumerate(shape):
-                first = torch.arange(out[axis]) * size // out[axis]
-                last = -(-(torch.arange(out[axis]) + 1) * size // out[axis])
-                position = first + torch.arange(int((last - first).max()))[:, None]
-                rows.append((position.clamp(max=size - 1), position < last))
-            return rows
+def _with_defaults(
+    kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> tuple[Any, Any, Any, Any, bool]:
+    return kernel_size, stride, padding, dilation, ceil_mode
 
-        return (adaptive if self.adaptive else fixed)(*call.args, **call.kwargs)
+
+def _adaptive_windows(shape: tuple[int, ...], out: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    rows = []
+    for axis, size in enumerate(shape):
+        first = torch.arange(out[axis]) * size // out[axis]
+        last = -(-(torch.arange(out[axis]) + 1) * size // out[axis])
+        position = first + torch.arange(int((last - first).max()))[:, None]
+        rows.append((position.clamp(max=size - 1), position < last))
+    return rows
+
+
+def _axis(value: Any, axis: int) -> int:
+    if isinstance(value, (tuple, list)):
+        return int(value[axis] if len(value) > 1 else value[0])
+    return int(value)
 
 
 class Extremum(Rule):
@@ -133,7 +130,6 @@ class Extremum(Rule):
 
     Args:
         position: ``torch.argmax`` or ``torch.argmin``.
-        with_position: Whether the operation returns the position too when given a dimension (max), or not (amax).
 
     Example:
         >>> from captum_scoremap import freeze
@@ -144,65 +140,106 @@ class Extremum(Rule):
 
     kind = "switch"
 
-    def __init__(self, position: Callable[..., Tensor], *, with_position: bool) -> None:
+    def __init__(self, position: Callable[..., Tensor]) -> None:
         self.position = position
-        self.with_position = with_position
 
     def freeze(self, call: Call) -> Tensor:
-        """The position in the dimensions that are reduced, flattened into one; one entry per output element."""
-        return self.position(self._flat(call), dim=-1, keepdim=True)
+        """Return the position in the dimensions that are reduced, flattened into one; one entry for each output."""
+        return self.position(self._flat(call, call.input), dim=-1, keepdim=True)
 
     def apply(self, call: Call, state: Tensor) -> Any:
-        """The values at the frozen positions."""
-        value = self._shaped(call, self._flat(call).gather(-1, state))
-        if self.with_position and self._dims(call) is not None:
-            return_type = getattr(torch.return_types, "max" if self.position is torch.argmax else "min")
-            return return_type((value, self._shaped(call, state)))
+        """Return the values at the frozen positions, and those positions where the operation returns them."""
+        value = self._shaped(call, self._flat(call, call.input).gather(-1, state))
+        if len(call.operation._schema.returns) > 1:  # type: ignore[attr-defined]
+            return value, self._shaped(call, state)
         return value
 
+    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
+        """Put the coefficients where the values were taken from."""
+        gradient, value = gradients[0], call.values[0]
+        if gradient is None:
+            return [None]
+        dims, keepdim = self._arguments(call)
+        if keepdim and not self._over_all(dims):
+            gradient = gradient.reshape([size for d, size in enumerate(value.shape) if d not in self._reduced(call)])
+        kept = [d for d in range(value.ndim) if d not in self._reduced(call)]
+        order = [*kept, *self._reduced(call)]
+        sizes = [value.shape[d] for d in kept]
+        rest = [value.shape[d] for d in self._reduced(call)]
+        count = int(torch.Size(rest).numel())
+        flat = torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(*sizes, count)
+        flat = flat.scatter_add(-1, state, gradient.reshape(*sizes, 1))
+        return [flat.reshape(*sizes, *rest).permute([order.index(d) for d in range(value.ndim)])]
+
     def switch(self, state: Tensor) -> Tensor:
-        """The positions."""
+        """Return the positions."""
         return state
 
-    def steps_to_boundary(self, call: Call, tangent: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-        """Step at which another position reaches the frozen one."""
-        x = self._flat(call)
-        change = self._flat(call, tangent(call.input))
+    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
+        """Return the step at which another position reaches the frozen one."""
+        x, change = self._flat(call, call.input), self._flat(call, changes[0])
         steps = (x.gather(-1, state) - x) / (change - change.gather(-1, state))
         return steps.scatter(-1, state, torch.inf)
 
-    def _dims(self, call: Call) -> Any:
-        return self._arguments(call)[0]
-
     @staticmethod
     def _arguments(call: Call) -> tuple[Any, bool]:
-        def arguments(input: Tensor, dim: Any = None, keepdim: bool = False, axis: Any = None) -> tuple[Any, bool]:
-            return (dim if dim is not None else axis), keepdim
+        def arguments(_: Any, dim: Any = None, keepdim: bool = False) -> tuple[Any, bool]:
+            return dim, keepdim
 
         return arguments(*call.args, **call.kwargs)
 
+    @staticmethod
+    def _over_all(dims: Any) -> bool:
+        return dims is None or (isinstance(dims, (tuple, list)) and not dims)
+
     def _reduced(self, call: Call) -> list[int]:
-        dims, rank = self._dims(call), call.input.dim()
-        chosen = range(rank) if dims is None or dims == () else (dims if isinstance(dims, (tuple, list)) else (dims,))
+        dims, rank = self._arguments(call)[0], call.input.ndim
+        chosen = range(rank) if self._over_all(dims) else (dims if isinstance(dims, (tuple, list)) else (dims,))
         return sorted(d % rank for d in chosen)
 
-    def _flat(self, call: Call, tensor: Tensor | None = None) -> Tensor:
+    def _flat(self, call: Call, x: Tensor) -> Tensor:
         """The reduced dimensions flattened and moved last."""
-        x = call.input if tensor is None else tensor
         reduced = self._reduced(call)
         kept = [d for d in range(x.dim()) if d not in reduced]
         return x.permute(*kept, *reduced).flatten(len(kept))
 
     def _shaped(self, call: Call, value: Tensor) -> Tensor:
-        _, keepdim = self._arguments(call)
+        dims, keepdim = self._arguments(call)
         value = value.squeeze(-1)
-        if keepdim and self._dims(call) is not None:
+        if keepdim and not (self._over_all(dims) and len(call.args) < 2):
             for d in self._reduced(call):
                 value = value.unsqueeze(d)
         return value
 
 
-def _axis(value: Any, axis: int) -> int:
-    if isinstance(value, (tuple, list)):
-        return int(value[axis] if len(value) > 1 else value[0])
-    return int(value)
+class Ordered(Rule):
+    """``sort``, ``topk``, ``median``, ``kthvalue``: values gathered along a dimension from frozen positions.
+
+    Args:
+        dim: Position of the dimension among the arguments, and its default.
+    """
+
+    kind = "switch"
+
+    def __init__(self, dim: int, default: int = -1) -> None:
+        self.dim = dim
+        self.default = default
+
+    def freeze(self, call: Call) -> Tensor:
+        """Return the positions that the operation returns."""
+        return call.output[1]  # type: ignore[no-any-return]
+
+    def apply(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values at the frozen positions, and the positions."""
+        dim = self._dim(call)
+        if call.input.dim() and state.dim() < call.input.dim():
+            return call.input.gather(dim, state.unsqueeze(dim)).squeeze(dim), state
+        return call.input.gather(dim, state), state
+
+    def switch(self, state: Tensor) -> Tensor:
+        """Return the positions."""
+        return state
+
+    def _dim(self, call: Call) -> int:
+        dim = call.args[self.dim] if len(call.args) > self.dim else call.kwargs.get("dim", self.default)
+        return int(dim)

@@ -1,28 +1,36 @@
-"""Products: operations that are linear in each factor alone, and division."""
+"""Products: operations that are linear in each factor alone, division and powers."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rule import Call, Rule, tensors_in
+from .call import Call, Value
+from .rule import Gradients, Rule, transposed_by_autograd
+from .structure import summed_to
 
-__all__ = ["Convolution", "Division", "Power", "Product"]
+__all__ = ["Convolution", "Division", "Power", "Product", "matrix_times", "times", "vector_times"]
+
+aten = torch.ops.aten
+
 
 
 class Product(Rule):
-    """An operation linear in each of its factors: mul, matmul, einsum, convolution, linear, ...
+    """An operation linear in each of its factors: mul, mm, bmm, addmm, convolution, ...
 
     - One live factor: the operation is linear already.
     - A live factor that is a gate (a sigmoid, attention weights, 1/norm) beside one that is none: the gate is frozen.
     - Several live factors x, y: each in turn, in equal shares, ½(ȳ·x + x̄·y), which at the image is x·y. Freezing only
       one would depend on which is written first; the full derivative would count the product twice.
 
-    Terms that are added (a convolution's bias) enter every share alike and so stay as they are.
+    Terms that are added (addmm's first argument, a convolution's bias) enter every share alike and so stay as they are.
 
     Args:
-        factors: Positions of the factors; None for all positional arguments.
-        names: Their keywords.
+        factors: Positions of the factors.
+        adjoint: From the coefficients of the output, the other factor and the position to the coefficients of the
+            factor there; None to have autograd derive it.
+        term: Position of a term that is added, if there is one.
         keeps_gates: Whether the product of gates is a gate.
 
     Example:
@@ -35,84 +43,135 @@ class Product(Rule):
 
     def __init__(
         self,
-        factors: tuple[int, ...] | None = (0, 1),
-        names: tuple[str, ...] = ("input", "other"),
+        factors: tuple[int, ...] = (0, 1),
+        adjoint: Callable[[Tensor, Any, int], Tensor] | None = None,
         *,
+        term: int | None = None,
         keeps_gates: bool = False,
     ) -> None:
         self.factors = factors
-        self.names = names
+        self.adjoint = adjoint
+        self.term = term
         self.keeps_gates = keeps_gates
 
     def is_affine(self, call: Call) -> bool:
         """Where only one factor is live."""
         return len(call.live) < 2 or len(self._live(call)) < 2
 
-    def freeze(self, call: Call) -> dict[int | str, Tensor]:
-        """Values of the live factors."""
-        return {place: call.frozen(tensor) for place, tensor in self._live(call).items()}
+    def freeze(self, call: Call) -> tuple[Tensor | None, ...] | None:
+        """Return the live factors, by position; None for those that no other factor's turn asks for."""
+        if self.is_affine(call):
+            return None
+        live, turns = self._live(call), self._turns(call)
+        return tuple(
+            call.args[position] if position in live and turns != [position] else None for position in self.factors
+        )
 
-    def apply(self, call: Call, state: dict[int | str, Tensor]) -> Any:
-        """The mean, over the live factors that are no gates, of the product with all others frozen."""
-        live = self._live(call)
-        gates = {place for place, tensor in live.items() if call.is_gate(tensor)}
-        turns = [place for place in live if place not in gates] or list(live)
+    def apply(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Any:
+        """Return the mean, over the live factors that are no gates, of the product with all others frozen."""
+        if state is None:
+            return call.run()
+        turns = self._turns(call)
         total: Any = None
         for turn in turns:
-            args = [state[i] if i in state and i != turn else value for i, value in enumerate(call.args)]
-            kwargs = {k: state[k] if k in state and k != turn else value for k, value in call.kwargs.items()}
-            share = call.function(*args, **kwargs)
+            args = list(call.args)
+            for position, factor in zip(self.factors, state, strict=True):
+                if factor is not None and position != turn:
+                    args[position] = factor
+            share = call.operation(*args, **call.kwargs)
             total = share if total is None else total + share
         return total if len(turns) == 1 else total / len(turns)
 
-    def makes_gate(self, call: Call) -> bool:
-        """Where all live factors are gates."""
-        return self.keeps_gates and call.only_gates()
+    def transpose(
+        self, call: Call, state: tuple[Tensor | None, ...] | None, gradients: Gradients
+    ) -> Sequence[Tensor | None]:
+        """Return for each turn the coefficients times the other factors."""
+        (gradient,) = gradients
+        if gradient is None:
+            return [None] * len(call.values)
+        if self.adjoint is None:
+            return transposed_by_autograd(self, call, state, gradients)
+        turns = self._turns(call)
+        found: list[Tensor | None] = []
+        for position, argument in enumerate(call.args):
+            if not isinstance(argument, Value):
+                continue
+            if position == self.term:
+                found.append(self._of_term(call, argument, gradient))
+            elif position not in turns:
+                found.append(None)
+            else:
+                other = self.factors[1 - self.factors.index(position)]
+                factor = call.args[other]
+                if isinstance(factor, Value):
+                    factor = (state or ())[self.factors.index(other)]
+                share = self.adjoint(gradient, factor, self.factors.index(position))
+                if self.term is not None and call.kwargs.get("alpha", 1) != 1:
+                    share = share * call.kwargs["alpha"]
+                found.append(summed_to(share if len(turns) == 1 else share / len(turns), argument))
+        return found
 
-    def _live(self, call: Call) -> dict[int | str, Tensor]:
-        positions = range(len(call.args)) if self.factors is None else self.factors
-        places: list[tuple[int | str, Any]] = [(i, call.args[i]) for i in positions if i < len(call.args)]
-        places += [(name, call.kwargs[name]) for name in self.names if name in call.kwargs]
-        return {place: value for place, value in places if isinstance(value, Tensor) and call.is_live(value)}
+    @staticmethod
+    def _of_term(call: Call, argument: Value, gradient: Tensor) -> Tensor:
+        beta = call.kwargs.get("beta", 1)
+        return summed_to(gradient if beta == 1 else gradient * beta, argument)
+
+    def _live(self, call: Call) -> list[int]:
+        return [
+            position for position in self.factors if position < len(call.args) and call.is_live(call.args[position])
+        ]
+
+    def _turns(self, call: Call) -> list[int]:
+        """Positions of the live factors that are no gates; of all of them, if all are."""
+        live = self._live(call)
+        return [position for position in live if not self._is_gate(call, position)] or live
+
+    @staticmethod
+    def _is_gate(call: Call, position: int) -> bool:
+        return call.is_gate(call.args[position])
+
+
+def times(gradient: Tensor, other: Any, _: int) -> Tensor:
+    """Return the coefficients of a factor of an elementwise product."""
+    return gradient * other
+
+
+def matrix_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
+    """Return the coefficients of a factor of a matrix product, batched or not."""
+    transposed = other.transpose(-2, -1)
+    return gradient @ transposed if position == 0 else transposed @ gradient
+
+
+def vector_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
+    """Return the coefficients of the matrix or the vector of their product."""
+    return torch.outer(gradient, other) if position == 0 else other.t() @ gradient
 
 
 class Convolution(Product):
-    """A convolution, of a batch.
+    """A convolution, or its transpose, of a batch.
 
-    PyTorch also convolves a single image without a batch dimension; what comes out would then be taken for a batch.
-
-    Args:
-        dimensions: Of the kernel.
+    PyTorch also convolves a single image without a batch dimension; it gives it one of size 1 first.
     """
 
-    def __init__(self, dimensions: int) -> None:
-        super().__init__((0, 1), ("input", "weight"))
-        self.dimensions = dimensions
+    def __init__(self) -> None:
+        super().__init__((0, 1))
 
-    def is_affine(self, call: Call) -> bool:
-        """Where only one factor is live.
-
-        Returns:
-            Whether it is so.
-
-        Raises:
-            ValueError: If there is no batch dimension.
-        """
-        if call.input.dim() == self.dimensions + 1:
-            raise ValueError(
-                f"inputs must have a batch dimension, (N, C, ...); got {tuple(call.input.shape)} at a convolution. "
-                "Use inputs[None]."
-            )
-        return super().is_affine(call)
+    def transpose(
+        self, call: Call, state: tuple[Tensor | None, ...] | None, gradients: Gradients
+    ) -> Sequence[Tensor | None]:
+        """Return the transposed convolution of the coefficients."""
+        (gradient,) = gradients
+        if gradient is None or len(call.values) > 1 or not isinstance(call.args[0], Value):
+            return super().transpose(call, state, gradients)
+        value, weight, _, *geometry = call.args
+        found = aten.convolution_backward(gradient, value.empty(), weight, None, *geometry, [True, False, False])
+        return [found[0]]
 
 
 class Division(Rule):
     """A quotient x / y with the denominator frozen: a normalization's norm is a scale, not a score of its own.
 
     A live denominator under a constant numerator is a scale with nothing to multiply: its tangent is taken.
-
-    Args:
-        reversed: Whether the denominator comes first (``__rtruediv__``).
 
     Example:
         >>> from captum_scoremap import freeze
@@ -122,40 +181,42 @@ class Division(Rule):
 
     kind = "scale"
 
-    def __init__(self, *, reversed: bool = False) -> None:
-        self.reversed = reversed
-
     def is_affine(self, call: Call) -> bool:
-        """Where the denominator is not live and nothing is rounded."""
-        _, denominator = self._parts(call)
-        live = isinstance(denominator, Tensor) and call.is_live(denominator)
-        return not live and call.kwargs.get("rounding_mode") is None
+        """Where the denominator is not live."""
+        return not call.is_live(call.args[1])
 
-    def freeze(self, call: Call) -> Tensor:
-        """The denominator; the whole quotient where it is rounded."""
-        _, denominator = self._parts(call)
-        return call.run() if call.kwargs.get("rounding_mode") is not None else call.frozen(denominator)
+    def is_constant(self, call: Call) -> bool:
+        """Where the quotient is rounded."""
+        return call.kwargs.get("rounding_mode") is not None
 
-    def apply(self, call: Call, state: Tensor) -> Any:
-        """The numerator over the frozen denominator."""
-        if call.kwargs.get("rounding_mode") is not None:
-            return state
-        numerator, denominator = self._parts(call)
-        if isinstance(numerator, Tensor) and call.is_live(numerator):
+    def freeze(self, call: Call) -> Tensor | None:
+        """Return the denominator, if it is live."""
+        return None if self.is_affine(call) else call.args[1]
+
+    def apply(self, call: Call, state: Tensor | None) -> Any:
+        """Return the numerator over the frozen denominator."""
+        numerator, denominator = call.args
+        if state is None:
+            return call.run()
+        if call.is_live(numerator):
             return numerator / state
         # c/y = c/ȳ - c/ȳ² (y - ȳ)
         return numerator / state * (2 - denominator / state)
 
+    def transpose(self, call: Call, state: Tensor | None, gradients: Gradients) -> list[Tensor | None]:
+        """Return the coefficients over the denominator."""
+        (gradient,) = gradients
+        if gradient is None:
+            return [None] * len(call.values)
+        numerator, denominator = call.args
+        if not isinstance(numerator, Value):
+            return [summed_to(-gradient * numerator / (state * state), denominator)]
+        share = summed_to(gradient / (denominator if state is None else state), numerator)
+        return [share] if state is None else [share, None]
+
     def makes_gate(self, call: Call) -> bool:
         """Where the numerator is a gate (exp/sum of exp) or a constant (1/norm)."""
-        numerator, _ = self._parts(call)
-        return not (isinstance(numerator, Tensor) and call.is_live(numerator)) or call.is_gate(numerator)
-
-    def _parts(self, call: Call) -> tuple[Any, Any]:
-        def parts(input: Any, other: Any, **_: Any) -> tuple[Any, Any]:
-            return (other, input) if self.reversed else (input, other)
-
-        return parts(*call.args, **call.kwargs)
+        return not call.is_live(call.args[0]) or call.is_gate(call.args[0])
 
 
 class Power(Rule):
@@ -169,46 +230,41 @@ class Power(Rule):
 
     kind = "gate"
 
-    def freeze(self, call: Call) -> tuple[Tensor, Tensor | float]:
-        """Slope and offset.
+    def freeze(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Return slope and offset.
 
         Returns:
-            The two; the offset is 0 for a gate.
+            The two; the offset is None for a gate.
 
         Raises:
             TypeError: If the exponent is live.
         """
-        x, exponent = self._parts(call)
-        if any(call.is_live(tensor) for tensor in tensors_in(exponent)):
+        x, exponent = call.args
+        if call.is_live(exponent):
             raise TypeError(
                 "pow must have an exponent that does not depend on the image, got one that does. Supply a rule for it: "
                 "rules={'pow': Tangent()}."
             )
-        value = torch.pow(x, exponent)
+        if not isinstance(exponent, Tensor) and exponent == 1:
+            return torch.ones_like(x), None
         slope = torch.pow(x, exponent - 1)
-        positive = torch.as_tensor(exponent) > 0
-        if bool(positive.all()):
-            return torch.where(x == 0, torch.zeros_like(slope), slope) if not _is_one(exponent) else slope, 0.0
-        return slope * exponent, value - slope * exponent * x
+        if bool((torch.as_tensor(exponent) > 0).all()):
+            return torch.where(x == 0, torch.zeros_like(slope), slope), None
+        return slope * exponent, call.output - slope * exponent * x
 
-    def apply(self, call: Call, state: tuple[Tensor, Tensor | float]) -> Tensor:
-        """Slope * x + offset."""
+    def apply(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Return slope * x + offset."""
         slope, offset = state
-        x, _ = self._parts(call)
-        return x * slope if isinstance(offset, float) else x * slope + offset
+        x = call.args[0]
+        return x * slope if offset is None else x * slope + offset  # type: ignore[no-any-return]
+
+    def transpose(
+        self, call: Call, state: tuple[Tensor, Tensor | None], gradients: Gradients
+    ) -> list[Tensor | None]:
+        """Return slope * coefficients."""
+        (gradient,) = gradients
+        return [None if gradient is None else summed_to(gradient * state[0], call.values[0])]
 
     def makes_gate(self, call: Call) -> bool:
         """Where the power is negative or a root: a scale."""
-        _, exponent = self._parts(call)
-        return call.only_gates() or bool((torch.as_tensor(exponent) < 1).all())
-
-    @staticmethod
-    def _parts(call: Call) -> tuple[Tensor, Any]:
-        def parts(input: Tensor, exponent: Any) -> tuple[Tensor, Any]:
-            return input, exponent
-
-        return parts(*call.args, **call.kwargs)
-
-
-def _is_one(exponent: Any) -> bool:
-    return bool((torch.as_tensor(exponent) == 1).all())
+        return call.only_gates() or bool((torch.as_tensor(call.args[1]) < 1).all())

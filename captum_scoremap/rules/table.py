@@ -1,4 +1,4 @@
-"""The table: which operation has which rule."""
+"""The table of rules: which rule each ATen operation has."""
 
 import functools
 import operator
@@ -8,296 +8,200 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Breaks, Clamp, Gate, Pieces, Select, SignPieces
-from .attention import MultiHeadAttention, ScaledDotProductAttention
-from .normalization import (
-    BatchNorm,
-    InstanceNorm,
-    ScaleOnly,
-    Standardize,
-    group_norm_grouping,
-    layer_norm_grouping,
-    local_response_norm,
-    normalize,
-    rms_norm,
-)
-from .pooling import Extremum, MaxPool
-from .products import Convolution, Division, Power, Product
-from .rule import Comparison, Composite, EvaluationOnly, FirstOnly, Frozen, Identity, Linear, Rule, Tangent
+from .activations import Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
+from .attention import Attention
+from .composite import COMPOSITE
+from .normalization import BatchNorm, GroupNorm, LayerNorm
+from .pooling import Extremum, MaxPool, Ordered
+from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
+from .call import Call
+from .rule import Comparison, FirstLinear, Frozen, Linear, Rule, Tangent
+from .structure import AFFINE, STRUCTURAL, Copy
 
-__all__ = ["DEFAULT", "METADATA", "TANGENT", "operation_name", "with_rules"]
+__all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
 
-# What asks about a tensor, or makes a new one that does not depend on its values.
-METADATA = frozenset(
-    """
-    backward_hooks base is_view version data_ptr device dense_dim dim dim_order dtype element_size empty_like full_like
-    get_device grad grad_fn has_names is_complex is_contiguous is_conj is_cpu is_cuda is_floating_point is_inference
-    is_leaf is_meta is_mkldnn is_mps is_neg is_nested is_pinned is_quantized is_signed is_sparse is_tensor is_xla is_xpu
-    is_same_size itemsize layout len name names nbytes ndim ndimension nelement new_empty new_full new_ones new_tensor
-    new_zeros numel ones_like output_nr rand_like randn_like repr requires_grad result_type retain_grad retains_grad
-    shape size storage_offset stride str untyped_storage volatile zeros_like can_cast cdata dir format hash is_set_to
-    post_accumulate_grad_hooks register_hook reversed
-    """.split()
-)
-
-# Views, copies and casts, which also keep gates; all affine.
-_STRUCTURAL = """
-    add sub rsub radd neg negative positive view reshape view_as reshape_as flatten unflatten permute transpose
-    swapaxes swapdims movedim moveaxis t T mT H mH adjoint squeeze unsqueeze expand expand_as broadcast_to
-    broadcast_tensors repeat tile repeat_interleave contiguous clone to float double half bfloat16 type type_as cpu
-    cuda chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes hsplit vsplit dsplit unbind select
-    narrow getitem index index_select gather take take_along_dim masked_select roll flip fliplr flipud rot90
-    diagonal diag as_strided unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle stack cat
-    concat concatenate hstack vstack dstack pad constant_pad_nd interpolate upsample where masked_fill atleast_1d
-    atleast_2d atleast_3d ravel squeeze_copy view_copy real imag view_as_real view_as_complex conj resolve_conj
-    resolve_neg block_diag meshgrid
-"""
-
-_DROPOUT = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout"
-
-_AFFINE = """
-    mean sum nansum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    cumsum diff trapezoid fold max_unpool1d max_unpool2d max_unpool3d affine_grid setitem index_add index_copy
-    index_fill index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter copy fill
-    zero tril triu trace embedding fft ifft rfft irfft hfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift
-    ifftshift
-"""
-
-_COMPARISONS = "eq ne lt le gt ge not_equal less less_equal greater greater_equal"
+_COMPARISONS = "eq ne lt le gt ge"
 
 _FROZEN = """
     equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or logical_not
-    logical_xor all any and or xor invert bitwise_and bitwise_or bitwise_xor bitwise_not argmax argmin argsort
-    nonzero count_nonzero searchsorted bucketize bincount unique round floor ceil trunc fix floor_divide floordiv
-    bool int long short byte item is_nonzero one_hot histc
+    logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argmax argmin argsort
+    nonzero nonzero_static count_nonzero searchsorted bucketize bincount _unique2 unique_dim unique_consecutive round
+    floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc zero zeros_like ones_like empty_like
+    rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
+    empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
+    multinomial _assert_async is_same_size nms fake_quantize_per_tensor_affine_cachemask
 """
 
 
 def _fixed(*breaks: tuple[Callable[..., Any], float], slopes: tuple[float, ...], offsets: tuple[float, ...]) -> Any:
-    return lambda *_, **__: Breaks(breaks, slopes, offsets)
+    breakpoints = Breakpoints(breaks, slopes, offsets)
+    return lambda *_, **__: breakpoints
 
 
-def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Breaks:
-    return Breaks(((operator.gt, 0.0),), (negative_slope, 1.0), (0.0, 0.0))
-
-
-def _prelu(input: Tensor, weight: Tensor) -> Breaks:
-    slope = weight.reshape(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else weight.reshape(())
-    return Breaks(((operator.gt, 0.0),), (slope, 1.0), (0.0, 0.0))
+def _leaky_relu(input: Any, negative_slope: float = 0.01) -> Breakpoints:
+    return Breakpoints(((operator.gt, 0.0),), (negative_slope, 1.0), (0.0, 0.0))
 
 
 def _rrelu(
-    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
-) -> Breaks:
+    input: Any, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, _: Any = None
+) -> Breakpoints:
+    if training:
+        raise ValueError("rrelu must run in evaluation mode, got training mode. Call model.eval().")
     return _leaky_relu(input, (lower + upper) / 2)
 
 
-def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Breaks:
-    return Breaks(((operator.gt, min_val), (operator.ge, max_val)), (0.0, 1.0, 0.0), (min_val, 0.0, max_val))
+def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0) -> Breakpoints:
+    return Breakpoints(((operator.gt, min_val), (operator.ge, max_val)), (0.0, 1.0, 0.0), (min_val, 0.0, max_val))
 
 
-def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Breaks:
-    return Breaks(((operator.gt, threshold),), (0.0, 1.0), (value, 0.0))
+def _threshold(input: Any, threshold: float, value: float) -> Breakpoints:
+    return Breakpoints(((operator.gt, threshold),), (0.0, 1.0), (value, 0.0))
 
 
-def _hardshrink(input: Tensor, lambd: float = 0.5) -> Breaks:
-    return Breaks(((operator.ge, -lambd), (operator.gt, lambd)), (1.0, 0.0, 1.0), (0.0, 0.0, 0.0))
+def _hardshrink(input: Any, lambd: float = 0.5) -> Breakpoints:
+    return Breakpoints(((operator.ge, -lambd), (operator.gt, lambd)), (1.0, 0.0, 1.0), (0.0, 0.0, 0.0))
 
 
-def _softshrink(input: Tensor, lambd: float = 0.5) -> Breaks:
-    return Breaks(((operator.ge, -lambd), (operator.gt, lambd)), (1.0, 0.0, 1.0), (lambd, 0.0, -lambd))
+def _softshrink(input: Any, lambd: float = 0.5) -> Breakpoints:
+    return Breakpoints(((operator.ge, -lambd), (operator.gt, lambd)), (1.0, 0.0, 1.0), (lambd, 0.0, -lambd))
 
 
-def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Breaks:
+def _clamp(input: Any, min: Any = None, max: Any = None) -> Breakpoints:
     if max is None:
-        return Breaks(((operator.ge, min),), (0.0, 1.0), (min, 0.0))
+        return Breakpoints(((operator.ge, min),), (0.0, 1.0), (min, 0.0))
     if min is None:
-        return Breaks(((operator.gt, max),), (1.0, 0.0), (0.0, max))
-    return Breaks(((operator.ge, min), (operator.gt, max)), (0.0, 1.0, 0.0), (min, 0.0, max))
+        return Breakpoints(((operator.gt, max),), (1.0, 0.0), (0.0, max))
+    return Breakpoints(((operator.ge, min), (operator.gt, max)), (0.0, 1.0, 0.0), (min, 0.0, max))
 
 
-def _glu(input: Tensor, dim: int = -1) -> Tensor:
-    first, second = input.chunk(2, dim)
-    return first * torch.sigmoid(second)
-
-
-def _softsign(input: Tensor) -> Any:
-    return input / (1 + input.abs())
-
-
-def _tanhshrink(input: Tensor) -> Tensor:
-    return input - input.tanh()
-
-
-def _square(input: Tensor) -> Tensor:
-    return input * input
-
-
-def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
-    return input + weight * (end - input)
-
-
-def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    return input + value * (tensor1 * tensor2)
-
-
-def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    return input + value * (tensor1 / tensor2)
-
-
-def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
-    first = x1 / torch.linalg.vector_norm(x1, 2, dim, keepdim=True).clamp_min(eps)
-    second = x2 / torch.linalg.vector_norm(x2, 2, dim, keepdim=True).clamp_min(eps)
-    return (first * second).sum(dim)
+def _elu_slope(input: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> float:
+    return alpha * scale * input_scale
 
 
 _NONLINEAR: dict[str, Rule] = {
     # piecewise linear: the mask
     "relu": Clamp(_fixed((operator.gt, 0.0), slopes=(0.0, 1.0), offsets=(0.0, 0.0))),
-    "relu6": Clamp(lambda input, inplace=False: _hardtanh(input, 0.0, 6.0)),
-    "leaky_relu": Pieces(_leaky_relu),
-    "prelu": Pieces(_prelu),
-    "rrelu": Pieces(_rrelu),
+    "relu6": Clamp(lambda input: _hardtanh(input, 0.0, 6.0)),
     "hardtanh": Clamp(_hardtanh),
-    "threshold": Pieces(_threshold),
-    "hardshrink": Pieces(_hardshrink),
-    "softshrink": Pieces(_softshrink),
-    "clamp": Pieces(_clamp, native=False),
-    "clip": Pieces(_clamp, native=False),
-    "clamp_min": Pieces(lambda input, min: _clamp(input, min), native=False),
-    "clamp_max": Pieces(lambda input, max: _clamp(input, None, max), native=False),
-    "abs": SignPieces(),
-    "absolute": SignPieces(),
+    "leaky_relu": PiecewiseLinear(_leaky_relu),
+    "_prelu_kernel": PReLU(),
+    "rrelu_with_noise": PiecewiseLinear(_rrelu),
+    "threshold": PiecewiseLinear(_threshold),
+    "hardshrink": PiecewiseLinear(_hardshrink),
+    "softshrink": PiecewiseLinear(_softshrink),
+    "clamp": PiecewiseLinear(_clamp),
+    "clip": PiecewiseLinear(_clamp),
+    "clamp_min": PiecewiseLinear(lambda input, min: _clamp(input, min)),
+    "clamp_max": PiecewiseLinear(lambda input, max: _clamp(input, None, max)),
+    "abs": PiecewiseLinear(
+        _fixed((operator.ge, 0.0), (operator.gt, 0.0), slopes=(-1.0, 0.0, 1.0), offsets=(0.0, 0.0, 0.0))
+    ),
     # maxima: the switch
-    **{f"max_pool{d}d": MaxPool(d) for d in (1, 2, 3)},
-    **{f"max_pool{d}d_with_indices": MaxPool(d, returns_switches=True) for d in (1, 2, 3)},
-    **{f"adaptive_max_pool{d}d": MaxPool(d, adaptive=True) for d in (1, 2, 3)},
-    **{f"adaptive_max_pool{d}d_with_indices": MaxPool(d, adaptive=True, returns_switches=True) for d in (1, 2, 3)},
-    "max": Extremum(torch.argmax, with_position=True),
-    "min": Extremum(torch.argmin, with_position=True),
-    "amax": Extremum(torch.argmax, with_position=False),
-    "amin": Extremum(torch.argmin, with_position=False),
-    "maximum": Select(operator.ge),
-    "minimum": Select(operator.le),
-    "fmax": Select(operator.ge),
-    "fmin": Select(operator.le),
+    "max_pool2d_with_indices": MaxPool(2),
+    "max_pool3d_with_indices": MaxPool(3),
+    "adaptive_max_pool2d": MaxPool(2, adaptive=True),
+    "adaptive_max_pool3d": MaxPool(3, adaptive=True),
+    "max": Extremum(torch.argmax),
+    "min": Extremum(torch.argmin),
+    "amax": Extremum(torch.argmax),
+    "amin": Extremum(torch.argmin),
+    "maximum": Choice(operator.ge),
+    "minimum": Choice(operator.le),
+    "fmax": Choice(operator.ge),
+    "fmin": Choice(operator.le),
+    "sort": Ordered(1),
+    "topk": Ordered(2),
+    "median.dim": Ordered(1),
+    "nanmedian.dim": Ordered(1),
+    "kthvalue": Ordered(2),
+    "mode": Ordered(1),
+    "cummax": Ordered(1),
+    "cummin": Ordered(1),
     # f(0) = 0: the gate f(x)/x
     "gelu": Gate(0.5),
     "silu": Gate(0.5),
     "mish": Gate(0.6),
     "hardswish": Gate(0.5),
     "tanh": Gate(1.0),
-    "elu": Gate(1.0),
-    "selu": Gate(1.0507009873554805 * 1.6732632423543772),
+    "elu": Gate(_elu_slope),
     "celu": Gate(1.0),
     "erf": Gate(1.1283791670955126),
     "sin": Gate(1.0),
-    "arctan": Gate(1.0),
     "atan": Gate(1.0),
     "asinh": Gate(1.0),
     "sinh": Gate(1.0),
     "expm1": Gate(1.0),
     "log1p": Gate(1.0),
+    "glu": GatedLinearUnit(),
     "pow": Power(),
-    "square": Composite(_square),
-    "softsign": Composite(_softsign),
-    "tanhshrink": Composite(_tanhshrink),
+    "pow.Scalar": Tangent(gate=True),
     # gates and weights: a constant factor in a product, the tangent anywhere else
-    "sigmoid": Tangent(gate=True),
-    "expit": Tangent(gate=True),
-    "hardsigmoid": Pieces(
+    **dict.fromkeys(
+        """
+        sigmoid _softmax exp exp2 rsqrt sqrt reciprocal norm linalg_vector_norm var std
+        """.split(),
+        Tangent(gate=True),
+    ),
+    "hardsigmoid": PiecewiseLinear(
         _fixed((operator.gt, -3.0), (operator.ge, 3.0), slopes=(0.0, 1 / 6, 0.0), offsets=(0.0, 0.5, 1.0)),
         gate=True,
     ),
-    "softmax": Tangent(gate=True),
-    "softmin": Tangent(gate=True),
-    "exp": Tangent(gate=True),
-    "exp2": Tangent(gate=True),
-    "glu": Composite(_glu),
     # scales
-    "layer_norm": Standardize(layer_norm_grouping),
-    "group_norm": Standardize(group_norm_grouping),
-    "instance_norm": InstanceNorm(),
-    "rms_norm": ScaleOnly(rms_norm),
-    "normalize": ScaleOnly(normalize),
-    "local_response_norm": ScaleOnly(local_response_norm),
-    "rsqrt": Tangent(gate=True),
-    "sqrt": Tangent(gate=True),
-    "reciprocal": Tangent(gate=True),
-    "norm": Tangent(gate=True),
-    "vector_norm": Tangent(gate=True),
-    "linalg_norm": Tangent(gate=True),
-    "linalg_vector_norm": Tangent(gate=True),
-    "var": Tangent(gate=True),
-    "std": Tangent(gate=True),
-    "var_mean": Tangent(),
-    "std_mean": Tangent(),
+    "native_layer_norm": LayerNorm(),
+    "native_group_norm": GroupNorm(),
+    "native_batch_norm": BatchNorm(),
     # no gates and f(0) != 0: the tangent with its offset
-    "softplus": Tangent(),
-    "logsigmoid": Tangent(),
-    "log_sigmoid": Tangent(),
-    "log_softmax": Tangent(),
-    "logsumexp": Tangent(),
-    "log": Tangent(),
-    "log2": Tangent(),
-    "log10": Tangent(),
-    "cos": Tangent(),
-    "cosh": Tangent(),
-    "erfc": Tangent(),
-    "prod": Tangent(),
-    "cumprod": Tangent(),
-    "lp_pool1d": Tangent(),
-    "lp_pool2d": Tangent(),
-    "lp_pool3d": Tangent(),
-    "cdist": Tangent(),
-    "median": Tangent(),
-    "topk": Tangent(),
-    "sort": Tangent(),
-    "nan_to_num": Linear(),
+    **dict.fromkeys(
+        """
+        softplus log_sigmoid_forward _log_softmax logsumexp log log2 log10 cos cosh erfc erfinv tan asin acos acosh
+        atanh prod cumprod _cdist_forward _pdist_forward median var_mean std_mean logit sinc logaddexp logaddexp2
+        atan2 hypot xlogy special_xlog1py lgamma digamma linalg_inv_ex linalg_det _linalg_det _linalg_slogdet
+        linalg_solve_triangular _linalg_solve_ex linalg_qr linalg_cholesky_ex _linalg_eigh _linalg_svd
+        angle logcumsumexp renorm i0 special_i0e _euclidean_dist deform_conv2d ps_roi_align ps_roi_pool
+        pow.Tensor_Tensor _weight_norm_interface
+        """.split(),
+        Tangent(),
+    ),
     # products
-    "mul": Product(keeps_gates=True),
-    "multiply": Product(keeps_gates=True),
-    "rmul": Product(keeps_gates=True),
-    "matmul": Product(),
-    "rmatmul": Product(),
-    "mm": Product(names=("input", "mat2")),
-    "bmm": Product(names=("input", "mat2")),
-    "mv": Product(names=("input", "vec")),
-    "dot": Product(names=("input", "tensor")),
-    "inner": Product(),
-    "outer": Product(names=("input", "vec2")),
-    "tensordot": Product(names=("a", "b")),
-    "einsum": Product(None, ()),
-    "addmm": Product((1, 2), ("mat1", "mat2")),
-    "addbmm": Product((1, 2), ("batch1", "batch2")),
-    "baddbmm": Product((1, 2), ("batch1", "batch2")),
-    "linear": Product((0, 1), ("input", "weight")),
-    "bilinear": Product((0, 1, 2), ("input1", "input2", "weight")),
-    **{f"conv{d}d": Convolution(d) for d in (1, 2, 3)},
-    **{f"conv_transpose{d}d": Convolution(d) for d in (1, 2, 3)},
-    "kron": Product(),
-    "lerp": Composite(_lerp),
-    "addcmul": Composite(_addcmul),
-    "addcdiv": Composite(_addcdiv),
-    "cosine_similarity": Composite(_cosine_similarity),
+    "mul": Product((0, 1), times, keeps_gates=True),
+    "mm": Product((0, 1), matrix_times),
+    "bmm": Product((0, 1), matrix_times),
+    "mv": Product((0, 1), vector_times),
+    "dot": Product(),
+    "addmm": Product((1, 2), matrix_times, term=0),
+    "addbmm": Product((1, 2)),
+    "baddbmm": Product((1, 2), matrix_times, term=0),
+    "addmv": Product((1, 2), vector_times, term=0),
+    "addr": Product((1, 2)),
+    "_trilinear": Product((0, 1, 2)),
+    "linear": Product(),
+    "mkldnn_linear": Product(),
+    "convolution": Convolution(),
+    "convolution_overrideable": Convolution(),
+    "convolution_backward": Product((0, 2)),
     "div": Division(),
-    "divide": Division(),
-    "true_divide": Division(),
-    "truediv": Division(),
-    "rdiv": Division(reversed=True),
-    "rtruediv": Division(reversed=True),
-    "scaled_dot_product_attention": ScaledDotProductAttention(),
-    "multi_head_attention_forward": MultiHeadAttention(),
+    # attention
+    "_scaled_dot_product_flash_attention_for_cpu": Attention(),
+    "_scaled_dot_product_flash_attention": Attention(),
+    "_scaled_dot_product_cudnn_attention": Attention(mask=3, dropout=5, causal=6),
+    "_scaled_dot_product_efficient_attention": Attention(mask=3, dropout=5, causal=6),
+    "_scaled_dot_product_fused_attention_overrideable": Attention(mask=3, dropout=4, causal=5),
+    "_scaled_dot_product_attention_math": Attention(mask=3, dropout=4, causal=5),
+    **COMPOSITE,
 }
 
+
 _LINEAR: dict[str, Rule] = {
-    **{name: Linear(keeps_gates=True) for name in _STRUCTURAL.split()},
-    **{name: Linear() for name in _AFFINE.split()},
-    **{name: Identity() for name in ("detach", "data")},
-    "grid_sample": FirstOnly(),
-    "batch_norm": BatchNorm(),
-    **{name: EvaluationOnly(training=2, keeps_gates=True) for name in _DROPOUT.split()},
+    **STRUCTURAL,
+    **AFFINE,
+    "copy": Copy(keeps_gates=True),
+    "fill": Copy(),
+    **dict.fromkeys(
+        "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align roi_pool _roi_align".split(),
+        FirstLinear(),
+    ),
 }
+
 _CONSTANT: dict[str, Rule] = {
     **{name: Frozen() for name in _FROZEN.split()},
     **{name: Comparison() for name in _COMPARISONS.split()},
@@ -307,62 +211,116 @@ _CONSTANT: dict[str, Rule] = {
 DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT}
 
 TANGENT: Mapping[str, Rule] = {
-    name: rule if isinstance(rule, (Pieces, MaxPool, Extremum, Select)) else Tangent()
+    name: rule if isinstance(rule, (PiecewiseLinear, MaxPool, Extremum, Choice, Ordered)) else Tangent()
     for name, rule in _NONLINEAR.items()
 }
 
+# What PyTorch's Python functions become, where the name changes.
+_ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
+    "softmax": ("_softmax",),
+    "softmin": ("_softmax",),
+    "log_softmax": ("_log_softmax",),
+    "logsigmoid": ("log_sigmoid_forward",),
+    "layer_norm": ("native_layer_norm",),
+    "group_norm": ("native_group_norm",),
+    "batch_norm": ("native_batch_norm",),
+    "instance_norm": ("native_batch_norm",),
+    **{f"conv{d}d": ("convolution",) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": ("convolution",) for d in (1, 2, 3)},
+    "linear": ("addmm", "mm", "linear"),
+    "matmul": ("mm", "bmm", "mv", "dot", "addmm", "baddbmm"),
+    "einsum": ("bmm", "mul"),
+    "max_pool1d": ("max_pool2d_with_indices",),
+    "max_pool2d": ("max_pool2d_with_indices",),
+    "max_pool3d": ("max_pool3d_with_indices",),
+    "adaptive_max_pool1d": ("adaptive_max_pool2d",),
+    "prelu": ("_prelu_kernel",),
+    "rrelu": ("rrelu_with_noise",),
+    "relu6": ("hardtanh",),
+    "selu": ("elu",),
+    "square": ("pow",),
+    "absolute": ("abs",),
+    "expit": ("sigmoid",),
+    "arctan": ("atan",),
+    "arctan2": ("atan2",),
+    "divide": ("div",),
+    "true_divide": ("div",),
+    "truediv": ("div",),
+    "multiply": ("mul",),
+    "subtract": ("sub",),
+    "negative": ("neg",),
+    "getitem": ("index", "select", "slice"),
+    "setitem": ("copy", "index_put", "fill"),
+    "cdist": ("_cdist_forward", "_euclidean_dist"),
+    "vector_norm": ("linalg_vector_norm",),
+    "linalg_norm": ("linalg_vector_norm",),
+    "interpolate": ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    "grid_sample": ("grid_sampler_2d", "grid_sampler_3d"),
+    "item": ("_local_scalar_dense",),
+    "scaled_dot_product_attention": (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+    ),
+    "lstm": ("mkldnn_rnn_layer",),
+    "adaptive_avg_pool2d": ("_adaptive_avg_pool2d",),
+    "adaptive_avg_pool3d": ("_adaptive_avg_pool3d",),
+    "cosine_similarity": ("div",),
+    "normalize": ("div",),
+    "concat": ("cat",),
+    "concatenate": ("cat",),
+}
 
-def operation_name(
-    function: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-) -> str:
-    """The name under which the table knows an operation.
-
-    Args:
-        function: What the model called.
-        args: Its arguments: ``max`` of two tensors is another operation than ``max`` of one.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The name.
-
-    Example:
-        >>> import torch
-        >>> operation_name(torch.Tensor.relu_), operation_name(torch.Tensor.__iadd__)
-        ('relu', 'add')
-    """
-    name = _plain_name(function)
-    if name in {"max", "min"} and isinstance(args[1] if len(args) > 1 else (kwargs or {}).get("other"), Tensor):
-        return f"{name}imum"
-    return name
+_DISPLAY = {
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "_prelu_kernel": "prelu",
+    "log_sigmoid_forward": "logsigmoid",
+    "rrelu_with_noise": "rrelu",
+    "_cdist_forward": "cdist",
+    "_trilinear": "bilinear",
+    "_local_scalar_dense": "item",
+    "mkldnn_rnn_layer": "lstm",
+    "convolution": "conv",
+}
 
 
 @functools.cache
-def _plain_name(function: Callable[..., Any]) -> str:
-    name = getattr(function, "__name__", type(function).__name__)
-    if name in {"__get__", "__set__", "__delete__"}:
-        name = getattr(function, "__self__").__name__  # noqa: B009 - method wrappers have it, their type does not say so
-    if name in {"__bool__", "__int__", "__index__", "__float__", "__complex__"}:
-        return "item"
-    name = name.removeprefix("aten::").removeprefix("fft_").split(".")[0]
-    if name.startswith("__i") and name.endswith("__") and name not in {"__invert__", "__int__", "__index__"}:
-        name = "__" + name[3:]
-    return name if name in {"T", "H"} else name.strip("_")
+def display_name(operation: Any) -> str:
+    """Return the name of an ATen operation as users know it.
+
+    Args:
+        operation: A ``torch.ops`` overload.
+
+    Returns:
+        Its name, without what tells kernels apart.
+
+    Example:
+        >>> display_name(torch.ops.aten.max_pool2d_with_indices.default), display_name(torch.ops.aten.relu.default)
+        ('max_pool2d', 'relu')
+    """
+    name = operation.overloadpacket.__name__
+    if name.startswith("_scaled_dot_product"):
+        return "scaled_dot_product_attention"
+    return _DISPLAY.get(name, name.removeprefix("native_").removesuffix("_with_indices").removeprefix("_"))
 
 
 def with_rules(rules: Mapping[Any, Rule] | None) -> Mapping[str, Rule]:
-    """The default table with some rules replaced or added.
+    """Return the default table with some rules replaced or added.
 
     Args:
-        rules: Operation, by name or as the function itself, to its rule; None for no change.
+        rules: Operation to its rule; None for no change. An operation is an ATen overload or packet
+            (``torch.ops.aten.gelu``), its name, a Python function of PyTorch's, or that function's name; a function that
+            PyTorch makes of several operations stands for those.
 
     Returns:
-        The whole table.
+        The whole table, by name of the ATen operation.
 
     Raises:
         TypeError: If ``rules`` is no mapping of operations to rules.
 
     Example:
-        >>> import torch
         >>> with_rules({torch.sin: TANGENT["sin"]})["sin"] is TANGENT["sin"]
         True
     """
@@ -376,5 +334,20 @@ def with_rules(rules: Mapping[Any, Rule] | None) -> Mapping[str, Rule]:
             raise TypeError(
                 f"rules[{operation!r}] must be a Rule, got {type(rule).__name__}. Derive a class from Rule."
             )
-        table[operation if isinstance(operation, str) else operation_name(operation)] = rule
+        for name in _aten_names(operation):
+            table[name] = rule
     return table
+
+
+def _aten_names(operation: Any) -> tuple[str, ...]:
+    if isinstance(operation, torch._ops.OpOverload):
+        name = f"{operation.overloadpacket.__name__}.{operation._overloadname}"
+        return (name.removesuffix(".default"),)
+    name = operation if isinstance(operation, str) else getattr(operation, "__name__", type(operation).__name__)
+    name = name.rpartition("::")[2]
+    if name.startswith("__i") and name.endswith("__"):
+        name = "__" + name[3:]
+    if name in DEFAULT:
+        return (name,)
+    plain = name.strip("_").removeprefix("fft_")
+    return _ATEN_NAMES.get(plain, (plain if plain in DEFAULT else name,))

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import UnsupportedOperationError, check_callable, check_inputs
-from captum_scoremap.freeze import Recording, Reduction, Site
-from captum_scoremap.linear_form import bias_at, bias_terms, explain, image_sums, select_scores
-from captum_scoremap.rules import Call, Rule, with_rules
+from captum_scoremap.rules import Rule, display_name, with_rules
+from captum_scoremap.tape import Recording, Site
+
+from .bias_terms import shares_of_constants
+from .explanation import Explanation, warn_of_probabilities
+from .reduction import Reduction
+from .target import select_scores
 
 __all__ = ["Exactness", "LayerExactness", "check_exactness"]
 
@@ -106,83 +110,77 @@ def check_exactness(
     tensors = check_inputs(inputs)
     if tolerance is None:
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(inputs.dtype, 5e-2)
-    survey = _Survey(model, with_rules(rules))
+    names = {module: name for name, module in model.named_modules() if name}
+    recording = Recording(model, with_rules(rules), [(module, False) for module in names], bypass=True)
+
+    def select(output: Any) -> Tensor:
+        warn_of_probabilities(recording, output)
+        return select_scores(output, target)
+
     unsupported: dict[str, list[str]] = {}
     try:
-        with torch.no_grad():
-            survey.record(tensors, ())
+        score = recording.record(tensors, (), select)
     except UnsupportedOperationError as error:
         for operation, module in error.operations:
             unsupported.setdefault(module, []).append(operation)
-    operations = survey.operations
-    names = [*operations, *(name for name in unsupported if name not in operations)]
+    operations = _operations(recording)
+    order = [*operations, *(name for name in unsupported if name not in operations)]
     if unsupported:
         layers = [
             LayerExactness(name, operations.get(name, {}), tuple(unsupported.get(name, ())), None, 0.0)
-            for name in names
+            for name in order
         ]
         return Exactness(tuple(layers), None, None, tolerance)
 
     shares: dict[str, float] = {}
     modules = dict(model.named_modules())
-    for key, share in bias_terms(model, tensors, target, rules=rules).items():
-        module = _module_of(key, modules)
-        shares[module] = shares.get(module, 0.0) + float(share)
-    residuals, score = _residuals(model, tensors, target, rules, survey, progress)
+    with torch.no_grad():
+        for key, share in shares_of_constants(recording, score).items():
+            module = _module_of(key, modules)
+            shares[module] = shares.get(module, 0.0) + float(share.sum())
+        residuals = _residuals(recording, score, names, progress)
     layers = [
         LayerExactness(name, operations.get(name, {}), (), residuals.get(name), shares.get(name, 0.0))
-        for name in ["input", *names, *(name for name in residuals if name not in names and name != "input")]
+        for name in ["input", *order, *(name for name in residuals if name not in order and name != "input")]
     ]
-    return Exactness(tuple(layers), score, sum(shares.values()), tolerance)
+    return Exactness(tuple(layers), float(score), sum(shares.values()), tolerance)
 
 
-class _Survey(Recording):
-    """Notes which operations run in which module, and which modules run once and give one floating-point tensor."""
-
-    def __init__(self, model: nn.Module, rules: Mapping[str, Rule]) -> None:
-        super().__init__(model, rules)
-        self.operations: dict[str, Counter[tuple[str, str]]] = {}
-        self.outputs: dict[nn.Module, bool] = {}
-
-    def operate(self, key: str, name: str, rule: Rule, call: Call, run: Callable[[], Any]) -> Any:
-        kind = "linear" if rule.is_affine(call) else rule.kind
-        self.operations.setdefault(self.module_name(), Counter())[name, kind] += 1
-        return super().operate(key, name, rule, call, run)
-
-    def at_site(self, site: Site, value: Any) -> Any:
-        module, at_input = site
-        if not at_input:
-            self.outputs[module] = isinstance(value, Tensor) and value.is_floating_point() and self.is_live(value)
-        return value
+def _operations(recording: Recording) -> dict[str, Counter[tuple[str, str]]]:
+    """For each module, in the order in which they run, the operations of its own and what their rules freeze."""
+    found: dict[str, Counter[tuple[str, str]]] = {}
+    for step in recording.tape.steps:
+        if display_name(step.operation) == "alias":  # a tap of ours
+            continue
+        kind = "linear" if step.rule.is_affine(step) else step.rule.kind
+        name = recording.places.name_of(step.module)
+        found.setdefault(name, Counter())[display_name(step.operation), kind] += 1
+    return found
 
 
 def _residuals(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    target: int,
-    rules: Mapping[Any, Rule] | None,
-    survey: _Survey,
+    recording: Recording,
+    score: Tensor,
+    names: Mapping[nn.Module, str],
     progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> tuple[dict[str, float], float]:
-    """The relative residual at the input and at every module that can be tapped, and the score."""
-    names = {module: name for name, module in model.named_modules() if name}
-    layers = [m for m, is_tensor in survey.outputs.items() if is_tensor and survey.calls[m] == 1 and m in names]
-    sites: list[Site | None] = [None, *((module, False) for module in layers)]
-
-    def select(output: Any) -> Tensor:
-        return select_scores(output, target)
-
-    found = explain(model, inputs, select, sites, Reduction(), rules=rules, keep=True)
-    frozen = found.frozen(inputs, ())
+) -> dict[str, float]:
+    """The relative residual at the input and at every module with one output that runs once."""
+    sites: list[Site | None] = [None]
+    for site, tapped in recording.tapped.items():
+        if site is None or recording.places.calls[site[0]] != 1 or len(tapped.values) != 1 or tapped.is_tuple:
+            continue
+        if tapped.values[0].sites & 1:
+            sites.append(site)
+    found = Explanation(recording, score, sites, Reduction())
+    found.push_back(consume=False)
     residuals: dict[str, float] = {}
     for site in progress(sites):
-        activations = inputs if site is None else found.tapped(site).activations
-        sums = image_sums(found.results[site], activations, found.score, multiplied=True)
-        rest = found.score - sums - bias_at(frozen, site, activations, select)
-        scale = found.score.abs() + sums.abs()
+        sums = found.sums(site)
+        rest = score - sums - found.bias(site)
+        scale = score.abs() + sums.abs()
         name = "input" if site is None else names[site[0]]
         residuals[name] = float((rest.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
-    return residuals, float(found.score)
+    return residuals
 
 
 def _module_of(key: str, modules: Mapping[str, nn.Module]) -> str:

@@ -8,29 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import as_tuple, check_callable, check_inputs, unwrap_parallel
-from captum_scoremap.rules import Rule, with_rules
+from captum_scoremap.rules import Rule, Value, display_name, with_rules
 
-from .boundary import Boundary, BoundaryRun, nearest_boundary
-from .recording import Entry, Recording
-from .replaying import Replaying
-from .run import Site
+from .boundary import Boundary, nearest_boundary
+from .places import root_module
+from .run import Recording
+from .steps import Step, Tape
 
-__all__ = ["FrozenModel", "freeze"]
+__all__ = ["FrozenModel", "as_tuple_of_arguments", "freeze"]
 
 
 class FrozenModel:
     """A model with everything nonlinear in it frozen at an image; made by :func:`freeze`.
 
     Called with any input of the image's shape it returns the model's output under the frozen masks, switches, gates and
-    scales: an affine function, equal to the model's at the image (Eq. (2) of Yu et al. 2015 with R fixed).
+    scales: an affine function, equal to the model's at the image (Eq. (2) of Yu et al. 2015 with R fixed). Noise that
+    the model drew is frozen, too.
 
     Args:
-        forward_func: The model, or a function that calls it.
-        rules: The whole table of rules.
-        entries: What is frozen, by the name of the call.
-        last_calls: How often each module ran.
+        recording: The run at the image.
         inputs: The image.
-        additional: Further arguments.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
@@ -42,28 +39,25 @@ class FrozenModel:
         True
     """
 
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        rules: Mapping[str, Rule],
-        entries: Mapping[str, Entry],
-        last_calls: Counter[nn.Module],
-        inputs: tuple[Tensor, ...],
-        additional: tuple[Any, ...],
-    ) -> None:
-        self._forward_func = forward_func
-        self._rules = rules
-        self._entries = dict(entries)
-        self._last_calls = last_calls
+    def __init__(self, recording: Recording, inputs: tuple[Tensor, ...]) -> None:
+        self._tape: Tape = recording.tape
         self._inputs = inputs
-        self._additional = additional
+        self._ran = frozenset(recording.places.calls)
+        self._layers = {site[0]: tapped for site, tapped in recording.tapped.items() if site is not None}
+        self._names: dict[Step, str] = {}
+        numbers: Counter[str] = Counter()
+        for step in self._tape.steps:
+            if step.rule.switch(step.frozen()) is not None:
+                name = recording.places.call_name(step.module, display_name(step.operation))
+                numbers[name] += 1
+                self._names[step] = name if numbers[name] == 1 else f"{name}#{numbers[name]}"
 
     def __call__(
         self,
         inputs: Tensor | Sequence[Tensor],
         outputs: Mapping[nn.Module, Tensor | Sequence[Tensor]] | None = None,
     ) -> Any:
-        """The frozen model's output.
+        """Return the frozen model's output.
 
         Args:
             inputs: Tensor or tuple of tensors, shaped like those it was frozen at.
@@ -76,28 +70,20 @@ class FrozenModel:
         Raises:
             ValueError: If a shape is not the recorded one, or a layer did not run.
         """
-        sites: dict[Site, Sequence[Tensor]] = {
-            (layer, False): (value,) if isinstance(value, Tensor) else tuple(value)
-            for layer, value in (outputs or {}).items()
-        }
-        for layer, _ in sites:
-            if not self._last_calls[layer]:
+        known: dict[Value, Tensor] = {}
+        for layer, value in (outputs or {}).items():
+            if layer not in self._ran or layer not in self._layers:
                 raise ValueError(f"outputs must name layers that ran, got a {type(layer).__name__} that did not.")
+            given_values = (value,) if isinstance(value, Tensor) else tuple(value)
+            known.update(zip(self._layers[layer].values, given_values, strict=True))
         given = tuple(as_tuple(inputs))
         shapes, expected = [tuple(t.shape) for t in given], [tuple(t.shape) for t in self._inputs]  # type: ignore[attr-defined]
         if shapes != expected:
             raise ValueError(f"inputs must be shaped like those the model was frozen at, {expected}; got {shapes}.")
-        return self.replay(given, sites)  # type: ignore[arg-type]
-
-    def replay(
-        self,
-        inputs: tuple[Tensor, ...] | None = None,
-        sites: Mapping[Site, Sequence[Tensor]] | None = None,
-        stop_at: Site | None = None,
-    ) -> Any:
-        """As a call, for inputs of layers too, and up to any site; at the image where no inputs are given."""
-        run = Replaying(self._forward_func, self._rules, self._entries, self._last_calls, sites, stop_at)
-        return run.replay(self._inputs if inputs is None else inputs, self._additional)
+        for place, tensor in zip(self._tape.inputs, given, strict=True):
+            if place is not None:
+                known[place] = tensor  # type: ignore[assignment]
+        return self._tape.output_at(known)
 
     @property
     def switches(self) -> dict[str, Tensor]:
@@ -106,8 +92,7 @@ class FrozenModel:
         A call goes by its module, and its operation where the module does more than that one; a running number follows
         where it happens again: ``features.1``, ``layer1.0.relu#2``, ``block:max_pool2d``.
         """
-        found = {name: entry.rule.switch(entry.state) for name, entry in self._entries.items()}
-        return {name: switch for name, switch in found.items() if switch is not None}
+        return {name: step.rule.switch(step.frozen()) for step, name in self._names.items()}  # type: ignore[misc]
 
     def flipped(self, other: "FrozenModel") -> dict[str, int]:
         """Which switches differ from another frozen model's, and in how many places.
@@ -152,10 +137,7 @@ class FrozenModel:
         if shapes != expected:
             raise ValueError(f"direction must be shaped like the inputs, {expected}; got {shapes}.")
 
-        def run() -> BoundaryRun:
-            return BoundaryRun(self._forward_func, self._rules, self._entries, self._last_calls)
-
-        return nearest_boundary(run, self._inputs, directions, self._additional)
+        return nearest_boundary(self._tape, self._names, self._inputs, directions)
 
 
 def freeze(
@@ -199,21 +181,15 @@ def freeze(
     check_callable(forward_func)
     tensors = check_inputs(inputs)
     forward_func = unwrap_parallel(forward_func)
-    additional = as_tuple_of_arguments(additional_forward_args)
-    recording = Recording(forward_func, with_rules(rules), keep=True, trusted=with_rules(None))
-    with torch.no_grad():
-        recording.record(tensors, additional)
-    return FrozenModel(
-        forward_func, recording.rules, recording.entries, recording.calls, _constant(tensors), additional
-    )
+    root = root_module(forward_func)
+    layers = [] if root is None else [(module, False) for module in root.modules()]
+    recording = Recording(forward_func, with_rules(rules), layers, inspect=True)
+    recording.record(tensors, as_tuple_of_arguments(additional_forward_args))
+    return FrozenModel(recording, tuple(tensor.detach().clone() for tensor in tensors))
 
 
 def as_tuple_of_arguments(additional_forward_args: object) -> tuple[Any, ...]:
-    """Further arguments as Captum takes them: a tuple as it is, anything else alone, None as none."""
+    """Return additional arguments as Captum takes them: a tuple as it is, anything else alone, None as none."""
     if additional_forward_args is None:
         return ()
     return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-
-
-def _constant(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(tensor.detach().clone() for tensor in tensors)

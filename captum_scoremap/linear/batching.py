@@ -1,0 +1,43 @@
+"""Many passes over a tape at once: one for each label, image or position."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["over_rows", "quiet_batching"]
+
+
+@contextmanager
+def quiet_batching() -> Iterator[None]:
+    """Silence PyTorch's warning about operations without a batching rule."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
+
+
+def over_rows(function: Callable[[Tensor], Mapping[Any, Tensor]], rows: Tensor) -> dict[Any, Tensor]:
+    """Call a function for each row and stack what it returns.
+
+    Args:
+        function: From a row to results by key.
+        rows: (rows, ...).
+
+    Returns:
+        Key to results, (rows, ...).
+    """
+    if len(rows) == 1:
+        return {key: result[None] for key, result in function(rows[0]).items()}
+    keys: list[Any] = []
+
+    def results(row: Tensor) -> tuple[Tensor, ...]:
+        found = function(row)
+        keys[:] = found
+        return tuple(found.values())
+
+    with quiet_batching():
+        stacked = torch.func.vmap(results)(rows)
+    return dict(zip(keys, stacked, strict=True))

@@ -1,0 +1,142 @@
+"""Where B comes from: the share of every operation's constant part in the score."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
+from captum_scoremap.rules import Rule, display_name, tensors_in, with_rules
+from captum_scoremap.tape import Recording, Step, as_tuple_of_arguments
+
+from .batching import over_rows
+from .explanation import warn_of_probabilities
+from .target import Target, select_scores
+
+__all__ = ["bias_terms", "shares_of_constants"]
+
+
+def bias_terms(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    target: Target = None,
+    additional_forward_args: object = None,
+    *,
+    rules: Mapping[Any, Rule] | None = None,
+) -> dict[str, Tensor]:
+    """Return the share of every bias in B at the image.
+
+    Each operation's constant part o (a convolution's bias, a norm's shift, the offset of a saturated unit or of a
+    tangent, a class token, a position embedding) enters the score as A·o, with A the coefficients of the score in that
+    operation's output. The sum of all is B at the image.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        inputs: The image, (N, C, H, W), or a tuple of such inputs.
+        target: Label of each image, in any of Captum's forms.
+        additional_forward_args: Further arguments; they are constants.
+        rules: Operation to rule, to replace or add some.
+
+    Returns:
+        Name of the call (its module; the parameter's name where a token or an embedding is added) to its share, (N,),
+        in logits.
+
+    Raises:
+        TypeError: As :func:`linear_form`.
+        ValueError: As :func:`linear_form`.
+        RuntimeError: As :func:`linear_form`.
+        UnsupportedOperationError: As :func:`linear_form`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+        >>> image = torch.tensor([[1.0, -1.0]])
+        >>> shares = bias_terms(model, image)
+        >>> list(shares)
+        ['0', '2']
+        >>> bool(torch.allclose(sum(shares.values()), linear_form(model, image).bias))
+        True
+    """
+    check_callable(forward_func)
+    tensors = check_inputs(inputs)
+    forward_func = unwrap_parallel(forward_func)
+    recording = Recording(forward_func, with_rules(rules))
+
+    def select(output: Any) -> Tensor:
+        warn_of_probabilities(recording, output)
+        return select_scores(output, target)
+
+    score = recording.record(tensors, as_tuple_of_arguments(additional_forward_args), select)
+    with torch.no_grad():
+        return shares_of_constants(recording, score)
+
+
+def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor]:
+    """Return A·o for every step's constant part o, by name.
+
+    Args:
+        recording: The run.
+        score: S, (N,), as the run gave it.
+
+    Returns:
+        Name to share, (N,), in the order of the steps.
+    """
+    constants: dict[Step, list[Tensor | None]] = {}
+    for step in recording.tape.steps:
+        if not step.outputs or not may_have_constant(step):
+            continue
+        at_zero = step.forward([value.zeros() for value in step.values])
+        found = [constant if bool(constant.any()) else None for constant in at_zero]
+        if any(constant is not None for constant in found):
+            constants[step] = found
+    seed = recording.tape.output_values.get(id(score))
+    if seed is None:
+        return {}
+    wanted = {
+        value: (lambda a, o=constant: (a * o).sum())
+        for step, parts in constants.items()
+        for value, constant in zip(step.outputs, parts, strict=True)
+        if constant is not None
+    }
+    # one row for each image: to whom a step's coefficients belong is known only that way
+    rows = torch.eye(len(score), dtype=score.dtype, device=score.device)
+    found_shares = over_rows(lambda row: recording.tape.transposed({seed: row}, wanted, everywhere=True), rows)
+    names = _parameter_names(recording)
+    shares: dict[str, Tensor] = {}
+    for step in constants:
+        name = _name_of(recording, step, names)
+        for value in step.outputs:
+            if value in found_shares:
+                share = found_shares[value].to(score.dtype)
+                shares[name] = shares[name] + share if name in shares else share
+    return shares
+
+
+def may_have_constant(step: Step) -> bool:
+    """Whether a step's affine form may have a constant part; views and the like have none."""
+    if step.rule.kind != "linear" or not step.rule.keeps_gates:
+        return True
+    return bool(tensors_in((step.args, step.kwargs))) or any(isinstance(number, float) for number in step.args[1:])
+
+
+def _parameter_names(recording: Recording) -> dict[int, str]:
+    return {
+        parameter.untyped_storage()._cdata: name
+        for root in recording.places.roots()
+        for name, parameter in root.named_parameters()
+    }
+
+
+def _name_of(recording: Recording, step: Step, names: Mapping[int, str]) -> str:
+    """The call's module, or the parameter that the step adds or puts beside live tensors: a token, an embedding."""
+    places = recording.places
+    if step.rule.keeps_gates:
+        for tensor in tensors_in((step.args, step.kwargs)):
+            name = names.get(tensor.untyped_storage()._cdata)
+            if name is not None and not name.endswith("bias"):
+                return name
+            if name is not None:
+                return name.rpartition(".")[0] or name
+    return places.call_name(step.module, display_name(step.operation))

@@ -1,0 +1,226 @@
+"""One recorded run and what is read off its tape: S, A·Y and B at any number of sites."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_scoremap.rules import Rule, Value, with_rules
+from captum_scoremap.tape import Recording, Site, Tape, Tapped
+
+from .reduction import Reduction, image_sums
+
+__all__ = ["Explanation", "check_sites", "explain", "image_axis", "warn_of_probabilities"]
+
+
+class Explanation:
+    """A recorded run, its score, and what is wanted of A and Y at every site.
+
+    Attributes:
+        recording: The run.
+        score: S, (N,).
+        results: For each site the reductions of A and Y; key None for the input.
+        reached: For each site whether the scores depend on it at all.
+    """
+
+    def __init__(self, recording: Recording, score: Tensor, sites: Sequence[Site | None], reduction: Reduction) -> None:
+        self.recording = recording
+        self.score = score
+        self._reduction = reduction
+        self.results: dict[Site | None, tuple[Tensor, ...]] = {}
+        self.reached: dict[Site | None, bool] = {}
+        self._sites = tuple(sites)
+
+    @property
+    def tape(self) -> Tape:
+        """The tape of the run."""
+        return self.recording.tape
+
+    def tapped(self, site: Site | None) -> Tapped:
+        """Return the tensors of a site."""
+        return self.recording.tapped[site]
+
+    def push_back(self, *, consume: bool) -> None:
+        """Take the coefficients at all sites in one pass over the transposed steps."""
+        wanted: dict[Value, Callable[[Tensor], Tensor]] = {}
+        for site in self._sites:
+            tapped = self.tapped(site)
+            for place, value in enumerate(tapped.values):
+                wanted[value] = lambda a, tapped=tapped, place=place: self._reduction(a, tapped.activations[place])
+        found = self.tape.transposed(self.seeds(torch.ones_like(self.score)), wanted, consume=consume)
+        for site in self._sites:
+            tapped = self.tapped(site)
+            self.reached[site] = any(value in found for value in tapped.values)
+            self.results[site] = tuple(
+                found[value] if value in found else y.new_zeros(self._reduction.shape(y))
+                for value, y in zip(tapped.values, tapped.activations, strict=True)
+            )
+
+    def seeds(self, weights: Tensor) -> dict[Value, Tensor]:
+        """Return where the transposed steps start: the score, each image by a weight."""
+        value = self.tape.output_values.get(id(self.score))
+        return {} if value is None else {value: weights}
+
+    def bias(self, site: Site | None) -> Tensor:
+        """Return B, (N,): the steps above a site run forward with its tensors at zero.
+
+        This does not use A: together with S, as the model gave it, it checks A·Y.
+        """
+        value, tapped = self.tape.value_of_output(), self.tapped(site)
+        if value is None or not value.sites & tapped.bit:
+            return self.score
+        zeros = {one: one.zeros() for one in tapped.values}
+        return self.tape.forward(zeros, [value], sites=tapped.bit)[value]
+
+    def sums(self, site: Site | None) -> Tensor:
+        """Return the sum of A·Y for each image, (N,)."""
+        tapped = self.tapped(site)
+        results = self.results[site]
+        products = results if self._reduction.multiply else [
+            a * y for a, y in zip(results, tapped.activations, strict=True)
+        ]
+        axes = [
+            self._axis(value, y, product)
+            for value, y, product in zip(tapped.values, tapped.activations, products, strict=True)
+        ]
+        return image_sums(products, axes, self.score)
+
+    def _axis(self, value: Value, activations: Tensor, product: Tensor) -> int | None:
+        """The dimension of a layer's tensor that holds the images."""
+        count = len(self.score)
+        candidates = [axis for axis, size in enumerate(product.shape) if size and size % count == 0]
+        if count == 1:
+            return 0
+        if candidates == [0] and product.shape[0] == count:
+            return 0
+        return image_axis(self.tape, self.seeds, value, count, activations)
+
+
+def image_axis(
+    tape: Tape, seeds: Callable[[Tensor], Mapping[Value, Tensor]], value: Value, count: int, activations: Tensor
+) -> int | None:
+    """Return the dimension of a layer's tensor along which its images lie, found by weighing their scores.
+
+    Where the images lie, the coefficients of the weighted scores are the weighted coefficients.
+
+    Args:
+        tape: The tape.
+        seeds: From weights (N,) to where the transposed steps start.
+        value: The tensor.
+        count: N.
+        activations: The tensor itself.
+
+    Returns:
+        The dimension; its size is N, or a multiple, image by image. None if the scores do not depend on the tensor.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    weights = torch.linspace(1, 2, count, dtype=activations.dtype, device=activations.device)
+    same = {value: lambda a: a}
+    plain = tape.transposed(seeds(torch.ones_like(weights)), same).get(value)
+    weighed = tape.transposed(seeds(weights), same).get(value)
+    if plain is None or weighed is None:
+        return None
+    tolerance = 1e4 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+    for axis, size in enumerate(plain.shape):
+        if not size or size % count:
+            continue
+        along = weights.repeat_interleave(size // count).reshape(-1, *[1] * (plain.dim() - axis - 1))
+        if float((plain * along - weighed).abs().max()) <= tolerance:
+            return axis
+    raise ValueError(
+        f"a layer's tensor must hold the {count} images along one dimension, got {tuple(plain.shape)}, where they "
+        "mix. Explain one image at a time."
+    )
+
+
+def explain(
+    forward_func: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    select: Callable[[Any], Tensor],
+    sites: Sequence[Site | None],
+    reduction: Reduction,
+    additional: tuple[Any, ...] = (),
+    *,
+    rules: Mapping[Any, Rule] | None = None,
+    keep: bool = False,
+    stop_at: Site | None = None,
+) -> Explanation:
+    """Record a run and take, in one pass over the transposed steps, what is wanted of A and Y at every site.
+
+    Args:
+        forward_func: The model, or a function that calls it.
+        inputs: The image.
+        select: From the model's output to the scores (N,); part of the run.
+        sites: Places in the model; None is the input.
+        reduction: What to make of A and Y there.
+        additional: Additional arguments.
+        rules: Rules to replace or add.
+        keep: Whether to keep the tape, for :meth:`Explanation.bias` and :meth:`Explanation.sums`.
+        stop_at: A site after which the run ends; its value is the output.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        ValueError: If a layer did not run, or gives no floating-point tensor.
+    """
+    taps = [site for site in sites if site is not None]
+    recording = Recording(forward_func, with_rules(rules), taps, bypass=keep, stop_at=stop_at)
+
+    def checked(output: Any) -> Tensor:
+        if stop_at is not None and not recording.places.calls[stop_at[0]]:
+            raise ValueError(f"layer must run when the model does, got a {type(stop_at[0]).__name__} that never ran.")
+        check_sites(recording, taps, stop_at)
+        if stop_at is None:
+            warn_of_probabilities(recording, output)
+        return select(output)
+
+    found = Explanation(recording, recording.record(inputs, additional, checked), sites, reduction)
+    with torch.no_grad():
+        found.push_back(consume=not keep)
+    return found
+
+
+def check_sites(recording: Recording, sites: Sequence[Site], below: Site | None = None) -> None:
+    """Raise for layers that did not run or have nothing to explain; warn of those that ran more than once.
+
+    Raises:
+        ValueError: If so.
+    """
+    for site in sites:
+        layer, at_input = site
+        name, calls = type(layer).__name__, recording.places.calls[layer]
+        if site not in recording.tapped and below is not None:
+            raise ValueError(
+                f"to_layer must lie below the neuron's layer, got a {name} that runs later or never. Name a layer "
+                "between the input and the neuron."
+            )
+        if site not in recording.tapped:
+            raise ValueError(
+                f"layer must run when the model does, got a {name} that never ran. Name a layer on the way to "
+                "the score."
+            )
+        if not recording.tapped[site].values:
+            side = "input" if at_input else "output"
+            raise ValueError(f"layer must have a floating-point {side}, got none at this {name}. Name another layer.")
+        if calls > 1:
+            warnings.warn(
+                f"a {name} runs {calls} times; its map is that of its last call, and what the calls before it add to "
+                "the score is part of B.",
+                stacklevel=6,
+            )
+
+
+def warn_of_probabilities(recording: Recording, output: Any) -> None:
+    """Warn if the model ends in a softmax or sigmoid."""
+    value = recording.value_of(output) if isinstance(output, Tensor) else None
+    if value is not None and value.probability:
+        warnings.warn(
+            "the model ends in a softmax or sigmoid, so the score that is explained is a probability, by its tangent. "
+            "Explain the logits: leave the last operation out.",
+            stacklevel=6,
+        )

@@ -1,0 +1,71 @@
+"""What to make of coefficients A and activations Y: sub-scores, score maps, sums for each image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Reduction", "image_sums"]
+
+# Bytes from which products are taken image by image: fresh memory of that size costs more than the arithmetic.
+_LARGE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What to make of coefficients A and activations Y.
+
+    Attributes:
+        multiply: Whether to take the sub-scores A·Y, or A alone.
+        channel_dim: Dimension to sum over, kept with size 1; None to sum over none. A layer whose output has no such
+            dimension is left as it is.
+    """
+
+    multiply: bool = True
+    channel_dim: int | None = None
+
+    def shape(self, activations: Tensor) -> torch.Size:
+        """Shape of the result."""
+        shape, channels = list(activations.shape), self._channels(activations)
+        if channels is not None:
+            shape[channels] = 1
+        return torch.Size(shape)
+
+    def __call__(self, coefficients: Tensor, activations: Tensor) -> Tensor:
+        """Return the result, shaped as ``shape`` says."""
+        channels = self._channels(activations)
+        if channels is None:
+            return coefficients * activations if self.multiply else coefficients
+        if not self.multiply:
+            return coefficients.sum(channels, keepdim=True)
+        size = activations.numel() * activations.element_size()
+        if size < _LARGE or len(activations) == 1 or channels == -activations.dim() or torch.is_grad_enabled():
+            return (coefficients * activations).sum(channels, keepdim=True)
+        pairs = zip(coefficients, activations, strict=True)
+        return torch.stack([(a * y).sum(channels, keepdim=True) for a, y in pairs])
+
+    def _channels(self, activations: Tensor) -> int | None:
+        """The dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
+        dims = activations.dim()
+        if self.channel_dim is None or not -dims <= self.channel_dim < dims:
+            return None
+        return self.channel_dim % dims - dims
+
+
+def image_sums(products: Sequence[Tensor], axes: Sequence[int | None], score: Tensor) -> Tensor:
+    """Return the sum of A·Y for each image, (N,).
+
+    Args:
+        products: A·Y, summed over channels or not.
+        axes: The dimension of each that holds the images, as a multiple of N; None where it depends on no image.
+        score: S, (N,).
+
+    Returns:
+        The sums, (N,).
+    """
+    total = torch.zeros_like(score)
+    for product, axis in zip(products, axes, strict=True):
+        if axis is not None:
+            total = total + product.movedim(axis, 0).reshape(len(score), -1).sum(1)
+    return total

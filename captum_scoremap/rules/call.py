@@ -1,0 +1,195 @@
+"""Calls of operations, and the live values they read and make."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Call", "Value", "substituted", "tensors_in"]
+
+
+class Value:
+    """A tensor that depends on the image: not its numbers, but its place in the list of steps.
+
+    Attributes:
+        shape: Its shape.
+        stride: Its strides at the image, in elements.
+        dtype: Its type.
+        device: Its device.
+        gate: Whether it acts as a constant factor in a product (a sigmoid, attention weights, 1/norm).
+        probability: Whether it is the output of a softmax or sigmoid.
+        sites: The sites it depends on, a bit for each.
+        kept: Its tensor, where a pass over part of the tape will read it.
+    """
+
+    __slots__ = ("device", "dtype", "gate", "kept", "probability", "shape", "sites", "stride")
+
+    def __init__(self, tensor: Tensor, gate: bool = False, sites: int = 0) -> None:
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.gate = gate
+        self.probability = False
+        self.sites = sites
+        self.kept: Any = None
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def empty(self) -> Tensor:
+        """A tensor of its layout, for kernels that ask for one but read nothing of it but its layout."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def zeros(self) -> Tensor:
+        """Zeros of its shape."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+class Call:
+    """One call of an ATen operation.
+
+    Attributes:
+        operation: The ``torch.ops`` overload, in its out-of-place form.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        live: The arguments that depend on the image, in order: tensors where numbers are known, :class:`Value` where
+            the call is a step of the tape.
+        values: The same as :class:`Value`.
+        output: What the operation returned at the image; known only while it is recorded.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 2.0])
+        >>> call = Call(torch.ops.aten.relu.default, (x,), {}, live=(x,), values=(Value(x),))
+        >>> call.run(), call.is_live(x)
+        (tensor([0., 2.]), True)
+    """
+
+    __slots__ = ("args", "kwargs", "live", "operation", "output", "values")
+
+    def __init__(
+        self,
+        operation: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        live: tuple[Any, ...],
+        values: tuple[Value, ...],
+        output: Any = None,
+    ) -> None:
+        self.operation = operation
+        self.args = args
+        self.kwargs = kwargs
+        self.live = live
+        self.values = values
+        self.output = output
+
+    @property
+    def input(self) -> Any:
+        """The first argument."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    def run(self) -> Any:
+        """What the operation itself returns."""
+        return self.operation(*self.args, **self.kwargs)
+
+    def is_live(self, argument: object) -> bool:
+        """Whether an argument depends on the image."""
+        return any(argument is one for one in self.live)
+
+    def is_gate(self, argument: object) -> bool:
+        """Whether a live argument is a gate."""
+        return any(argument is one and value.gate for one, value in zip(self.live, self.values, strict=True))
+
+    def only_gates(self) -> bool:
+        """Whether every live argument is a gate."""
+        for value in self.values:
+            if not value.gate:
+                return False
+        return True
+
+    def filled(self, tensors: Iterable[Tensor]) -> "Call":
+        """The same call with tensors in place of its live arguments, in order."""
+        live = tuple(tensors)
+        remaining = iter(live)
+        symbols = self.live
+
+        def fill(argument: Any) -> Any:
+            if any(argument is symbol for symbol in symbols):
+                return next(remaining)
+            if isinstance(argument, (tuple, list)):
+                return type(argument)(map(fill, argument))
+            return argument
+
+        args = tuple(map(fill, self.args))
+        kwargs = {name: fill(argument) for name, argument in self.kwargs.items()}
+        return Call(self.operation, args, kwargs, live, self.values)
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Return every tensor in nested tuples, lists, mappings and dataclasses, in order.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The tensors.
+
+    Example:
+        >>> [tensor.item() for tensor in tensors_in((torch.tensor(1), {"key": [torch.tensor(2), None]}))]
+        [1, 2]
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        return [tensor for name in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, name))]
+    return []
+
+
+def substituted(value: Any, substitute: Callable[[Tensor], Any]) -> Any:
+    """Return the same nested structure with other things in place of its tensors.
+
+    Tuples, lists, mappings and dataclasses keep their types, and whatever else they know.
+
+    Args:
+        value: Anything.
+        substitute: From a tensor to what goes in its place.
+
+    Returns:
+        The value; itself where nothing in it changes.
+
+    Example:
+        >>> substituted((torch.tensor(1), ["same"]), lambda tensor: tensor + 1)
+        (tensor(2), ['same'])
+    """
+    if isinstance(value, Tensor):
+        return substitute(value)
+    if isinstance(value, (tuple, list)):
+        items = [substituted(item, substitute) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        pairs = {key: substituted(item, substitute) for key, item in value.items()}
+        changed = {key: item for key, item in pairs.items() if item is not value[key]}
+        return _changed(value, changed, lambda copy, key, item: copy.__setitem__(key, item)) if changed else value
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
+        changed = {name: new for name, item in fields.items() if (new := substituted(item, substitute)) is not item}
+        return _changed(value, changed, object.__setattr__) if changed else value
+    return value
+
+
+def _changed(value: Any, changes: Mapping[Any, Any], assign: Callable[[Any, Any, Any], Any]) -> Any:
+    """A shallow copy with some entries assigned: a plain constructor may want other arguments than the entries."""
+    shallow = copy.copy(value)
+    for key, item in changes.items():
+        assign(shallow, key, item)
+    return shallow

@@ -1,0 +1,92 @@
+"""Operations that are made of smaller ones, each under its own rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .rule import Rule
+
+__all__ = ["COMPOSITE", "Composite"]
+
+
+class Composite(Rule):
+    """An operation made of smaller ones, which are recorded in its place.
+
+    Args:
+        body: The same computation, with the operation's signature.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> rules = {"silu": Composite(lambda input: input * input.sigmoid())}
+        >>> freeze(torch.nn.functional.silu, torch.ones(1, 2), rules=rules)(torch.zeros(1, 2))
+        tensor([[0., 0.]])
+    """
+
+    kind = "composite"
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.body = body
+
+    def freeze(self, call: Call) -> None:
+        """Freeze nothing: the smaller operations do."""
+
+    def apply(self, call: Call, state: None) -> Any:
+        """Run the body."""
+        return self.body(*call.args, **call.kwargs)
+
+
+def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return input + weight * (end - input)
+
+
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * (tensor1 * tensor2)
+
+
+def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * (tensor1 / tensor2)
+
+
+def _lstm_layer(
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    hidden: Tensor,
+    cell: Tensor,
+    reverse: bool,
+    batch_sizes: Any,
+    mode: int,
+    hidden_size: int,
+    num_layers: int,
+    has_biases: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer of an LSTM in one direction, (steps, N, C): gates are sigmoids, so they are frozen."""
+    steps = range(input.shape[0])
+    outputs: list[Tensor] = [input] * len(steps)
+    hidden, cell = hidden.reshape(hidden.shape[-2:]), cell.reshape(cell.shape[-2:])
+    projected = input @ weight_ih.t()
+    for step in reversed(steps) if reverse else steps:
+        gates = projected[step] + hidden @ weight_hh.t()
+        if has_biases:
+            gates = gates + (bias_ih + bias_hh)
+        entry, keep, update, exit_ = gates.chunk(4, -1)
+        cell = keep.sigmoid() * cell + entry.sigmoid() * update.tanh()
+        hidden = exit_.sigmoid() * cell.tanh()
+        outputs[step] = hidden
+    return torch.stack(outputs), hidden[None], cell[None], input.new_empty(0)
+
+
+COMPOSITE: dict[str, Rule] = {
+    "lerp": Composite(_lerp),
+    "addcmul": Composite(_addcmul),
+    "addcdiv": Composite(_addcdiv),
+    "mkldnn_rnn_layer": Composite(_lstm_layer),
+}

@@ -1,0 +1,340 @@
+"""Operations that are affine already: views, copies, sums, averages, padding. Nothing is frozen.
+
+Each function here is the transpose of one operation: from its call and the coefficients of its output to those of its
+live arguments. Whatever has none here is derived by autograd.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .call import Call, Value
+from .rule import Gradients, Linear, transposed_by_autograd
+
+__all__ = ["AFFINE", "STRUCTURAL", "Copy", "summed_to"]
+
+aten = torch.ops.aten
+
+
+def summed_to(gradient: Tensor, value: Value) -> Tensor:
+    """Return the transpose of broadcasting and casting: the sum over what was repeated, in the type of the value."""
+    if gradient.shape != value.shape:
+        gradient = gradient.sum_to_size(value.shape)
+    return gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
+
+
+def _reshaped(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [gradient.reshape(call.values[0].shape)]
+
+
+def _same(call: Call, gradient: Tensor) -> list[Tensor]:
+    value = call.values[0]
+    return [gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)]
+
+
+def _permuted(call: Call, gradient: Tensor) -> list[Tensor]:
+    order = [dim % len(call.args[1]) for dim in call.args[1]]
+    return [gradient.permute([order.index(dim) for dim in range(len(order))])]
+
+
+def _transposed(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [gradient.transpose(call.args[1], call.args[2])]
+
+
+def _t(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [gradient.t()]
+
+
+def _expanded(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [gradient.sum_to_size(call.values[0].shape)]
+
+
+def _selected(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [aten.select_backward(gradient, call.values[0].shape, call.args[1], call.args[2])]
+
+
+def _sliced(call: Call, gradient: Tensor) -> list[Tensor]:
+    def bounds(
+        _: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    ) -> tuple[int, int, int, int]:
+        size = call.values[0].shape[dim]
+        first, last, _ = slice(start, end).indices(size)
+        return dim, first, max(first, last), step
+
+    dim, start, end, step = bounds(*call.args, **call.kwargs)
+    return [aten.slice_backward(gradient, call.values[0].shape, dim, start, end, step)]
+
+
+def _added(call: Call, gradient: Tensor) -> list[Tensor]:
+    found = []
+    alpha = call.kwargs.get("alpha", 1)
+    for position, argument in enumerate(call.args[:2]):
+        if isinstance(argument, Value):
+            share = gradient if position == 0 or alpha == 1 else gradient * alpha
+            found.append(summed_to(share, argument))
+    return found
+
+
+def _subtracted(call: Call, gradient: Tensor) -> list[Tensor]:
+    found = []
+    alpha = call.kwargs.get("alpha", 1)
+    for position, argument in enumerate(call.args[:2]):
+        if isinstance(argument, Value):
+            found.append(summed_to(gradient if position == 0 else gradient * -alpha, argument))
+    return found
+
+
+def _subtracted_from(call: Call, gradient: Tensor) -> list[Tensor]:
+    found = []
+    alpha = call.args[2] if len(call.args) > 2 else call.kwargs.get("alpha", 1)
+    for position, argument in enumerate(call.args[:2]):
+        if isinstance(argument, Value):
+            found.append(summed_to(gradient * -alpha if position == 0 else gradient, argument))
+    return found
+
+
+def _negated(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [-gradient]
+
+
+def _concatenated(call: Call, gradient: Tensor) -> list[Tensor]:
+    def arguments(tensors: Sequence[Any], dim: int = 0) -> tuple[Sequence[Any], int]:
+        return tensors, dim
+
+    tensors, dim = arguments(*call.args, **call.kwargs)
+    # an empty 1-d tensor may stand among tensors of any shape
+    sizes = [0 if tuple(t.shape) == (0,) and gradient.dim() > 1 else t.shape[dim] for t in tensors]
+    parts = gradient.split(sizes, dim)
+    return [
+        part.reshape(tensor.shape).to(tensor.dtype)
+        for part, tensor in zip(parts, tensors, strict=True)
+        if isinstance(tensor, Value)
+    ]
+
+
+def _stacked(call: Call, gradient: Tensor) -> list[Tensor]:
+    def arguments(tensors: Sequence[Any], dim: int = 0) -> tuple[Sequence[Any], int]:
+        return tensors, dim
+
+    tensors, dim = arguments(*call.args, **call.kwargs)
+    parts = gradient.unbind(dim)
+    return [part for part, tensor in zip(parts, tensors, strict=True) if isinstance(tensor, Value)]
+
+
+def _spread(call: Call, gradient: Tensor, dims: Any, keepdim: bool) -> Tensor:
+    """A sum's coefficients, back at what was summed."""
+    shape = call.values[0].shape
+    if dims is None or (isinstance(dims, (tuple, list)) and not dims):
+        return gradient.reshape([1] * len(shape)).expand(shape)
+    dims = [dims] if isinstance(dims, int) else dims
+    if not keepdim:
+        for dim in sorted(dim % len(shape) for dim in dims):
+            gradient = gradient.unsqueeze(dim)
+    return gradient.expand(shape)
+
+
+def _sum_arguments(_: Any, dim: Any = None, keepdim: bool = False, **__: Any) -> tuple[Any, bool]:
+    return dim, keepdim
+
+
+def _summed(call: Call, gradient: Tensor) -> list[Tensor]:
+    spread = _spread(call, gradient, *_sum_arguments(*call.args, **call.kwargs))
+    return [spread.to(call.values[0].dtype)]
+
+
+def _averaged(call: Call, gradient: Tensor) -> list[Tensor]:
+    value = call.values[0]
+    count = max(1, value.shape.numel() // max(1, gradient.numel()))
+    if torch._C._functorch.is_batchedtensor(gradient):  # whose numel counts one of the batch, as it should
+        count = max(1, value.shape.numel() // max(1, gradient.shape.numel()))
+    spread = _spread(call, gradient / count, *_sum_arguments(*call.args, **call.kwargs))
+    return [spread.to(value.dtype)]
+
+
+def _padded(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [F.pad(gradient, [-size for size in call.args[1]])]
+
+
+def _average_pooled(call: Call, gradient: Tensor) -> list[Tensor]:
+    def arguments(
+        _: Value,
+        kernel: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> tuple[Any, ...]:
+        padding = [padding] if isinstance(padding, int) else padding
+        return kernel, stride or kernel, padding, ceil_mode, count_include_pad, divisor_override
+
+    backward = aten.avg_pool3d_backward if call.operation is aten.avg_pool3d.default else aten.avg_pool2d_backward
+    return [backward(gradient, call.values[0].empty(), *arguments(*call.args, **call.kwargs))]
+
+
+def _adaptively_pooled(call: Call, gradient: Tensor) -> list[Tensor]:
+    is_3d = call.operation is aten._adaptive_avg_pool3d.default
+    backward = aten._adaptive_avg_pool3d_backward if is_3d else aten._adaptive_avg_pool2d_backward
+    return [backward(gradient, call.values[0].empty())]
+
+
+class Split(Linear):
+    """One tensor into several: the coefficients of the parts, side by side, with zeros for parts nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__(keeps_gates=True)
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
+        """Put the parts together."""
+        given = next(gradient for gradient in gradients if gradient is not None)
+        operation, value = call.operation, call.values[0]
+        dim = call.args[1 if operation is aten.unbind.int else 2] if len(call.args) > self._dim_at(operation) else 0
+        dim = call.kwargs.get("dim", dim)
+        if operation is aten.unbind.int:
+            return [torch.stack([torch.zeros_like(given) if g is None else g for g in gradients], dim)]
+        sizes = call.args[1]
+        if isinstance(sizes, int):
+            whole = value.shape[dim]
+            sizes = [min(sizes, whole - start) for start in range(0, whole, max(1, sizes))] or [0]
+        parts = []
+        for size, gradient in zip(sizes, gradients, strict=True):
+            shape = list(value.shape)
+            shape[dim] = size
+            parts.append(given.new_zeros(shape) if gradient is None else gradient)
+        return [torch.cat(parts, dim)]
+
+    @staticmethod
+    def _dim_at(operation: Any) -> int:
+        return 1 if operation is aten.unbind.int else 2
+
+
+def _positions(length: int, size: Any, stride: Any, offset: int | None, device: torch.device) -> Tensor:
+    """Where in a row of so many elements the elements of a view by strides lie."""
+    return torch.arange(length, device=device).as_strided(size, stride, offset or 0).flatten()
+
+
+class AsStrided(Linear):
+    """A view by strides of a tensor that lies in memory in its own order: a gather."""
+
+    def __init__(self) -> None:
+        super().__init__(keeps_gates=True)
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Gather from the row of all elements."""
+        source, size, stride, *offset = call.args
+        positions = _positions(source.numel(), size, stride, *offset or (0,), source.device)
+        return source.reshape(-1).index_select(0, positions).reshape(size)
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
+        """Add the coefficients to where they were gathered from."""
+        (gradient,) = gradients
+        if gradient is None:
+            return [None]
+        source, size, stride, *offset = call.args
+        positions = _positions(source.shape.numel(), size, stride, *offset or (0,), source.device)
+        row = torch.zeros(source.shape.numel(), dtype=gradient.dtype, device=gradient.device)
+        return [row.index_add(0, positions, gradient.reshape(-1)).reshape(source.shape)]
+
+
+class AsStridedScatter(Linear):
+    """New values for a view by strides of a row of elements."""
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Put the source where the view lies."""
+        row, source, *geometry = call.args
+        return row.index_copy(0, _positions(row.numel(), *geometry, row.device), source.reshape(-1).to(row.dtype))
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
+        """Return the coefficients of the row, zero where it is overwritten, and those of the source."""
+        (gradient,) = gradients
+        if gradient is None:
+            return [None] * len(call.values)
+        row, source, *geometry = call.args
+        positions = _positions(row.shape.numel(), *geometry, gradient.device)
+        found: list[Tensor | None] = []
+        if isinstance(row, Value):
+            found.append(gradient.index_fill(0, positions, 0))
+        if isinstance(source, Value):
+            found.append(gradient.index_select(0, positions).reshape(source.shape).to(source.dtype))
+        return found
+
+
+class Copy(Linear):
+    """``copy(self, source)``, what ``self.copy_(source)`` leaves: only the source counts."""
+
+    def is_constant(self, call: Call) -> bool:
+        """Where the source is not live."""
+        return not call.is_live(call.args[1])
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Return the source, in the shape and type of what it is copied to."""
+        target, source = call.args[:2]
+        return source.to(target.dtype).expand(target.shape)
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
+        """Return the coefficients, summed over what was repeated."""
+        (gradient,) = gradients
+        return [
+            summed_to(gradient, value) if gradient is not None and value is call.args[1] else None
+            for value in call.values
+        ]
+
+
+STRUCTURAL: dict[str, Linear] = {
+    **dict.fromkeys(
+        "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten alias_copy".split(),
+        Linear(_reshaped, keeps_gates=True),
+    ),
+    **dict.fromkeys(
+        "clone _to_copy detach alias lift lift_fresh contiguous copy to detach_copy".split(),
+        Linear(_same, keeps_gates=True),
+    ),
+    "permute": Linear(_permuted, keeps_gates=True),
+    "transpose": Linear(_transposed, keeps_gates=True),
+    "t": Linear(_t, keeps_gates=True),
+    "expand": Linear(_expanded, keeps_gates=True),
+    "select": Linear(_selected, keeps_gates=True),
+    "slice": Linear(_sliced, keeps_gates=True),
+    "add": Linear(_added, keeps_gates=True),
+    "sub": Linear(_subtracted, keeps_gates=True),
+    "rsub": Linear(_subtracted_from, keeps_gates=True),
+    "neg": Linear(_negated, keeps_gates=True),
+    "cat": Linear(_concatenated, keeps_gates=True),
+    "stack": Linear(_stacked, keeps_gates=True),
+    "constant_pad_nd": Linear(_padded, keeps_gates=True),
+    **dict.fromkeys("split split_with_sizes unsafe_split unsafe_split_with_sizes unbind".split(), Split()),
+    "as_strided": AsStrided(),
+    **dict.fromkeys(
+        """
+        positive repeat repeat_interleave index index_select gather take masked_select roll flip rot90 diagonal
+        diag_embed unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle where masked_fill
+        reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
+        upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d
+        _upsample_nearest_exact2d _upsample_nearest_exact3d view_as_real view_as_complex _conj conj resolve_conj
+        resolve_neg real imag nan_to_num squeeze_copy view_copy
+        """.split(),
+        Linear(keeps_gates=True),
+    ),
+}
+
+AFFINE: dict[str, Linear] = {
+    "as_strided_scatter": AsStridedScatter(),
+    "sum": Linear(_summed),
+    "mean": Linear(_averaged),
+    **dict.fromkeys(("avg_pool2d", "avg_pool3d"), Linear(_average_pooled)),
+    **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), Linear(_adaptively_pooled)),
+    **dict.fromkeys(
+        """
+        nansum cumsum im2col col2im max_unpool2d max_unpool3d affine_grid_generator index_add index_copy index_fill
+        index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter
+        tril triu trace embedding _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
+        slice_backward threshold_backward expand_copy diff fft_fftshift fft_ifftshift _adaptive_avg_pool2d_backward
+        avg_pool2d_backward index_reduce segment_reduce
+        """.split(),
+        Linear(),
+    ),
+}

@@ -1,0 +1,19 @@
+"""Record a model once, as a list of affine steps; everything else is algebra on that list."""
+
+from .boundary import Boundary
+from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
+from .places import Site
+from .run import Recording, Tapped
+from .steps import Step, Tape
+
+__all__ = [
+    "Boundary",
+    "FrozenModel",
+    "Recording",
+    "Site",
+    "Step",
+    "Tape",
+    "Tapped",
+    "as_tuple_of_arguments",
+    "freeze",
+]

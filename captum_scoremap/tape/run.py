@@ -1,0 +1,517 @@
+"""One run of a model, recorded: every ATen operation that a live tensor passes becomes a step of the tape.
+
+A ``TorchDispatchMode`` sits below autograd, where PyTorch has come down to a few hundred operations; scripted functions,
+``vmap``, custom autograd functions and gradients taken in the forward all arrive there as plain ones. A tensor is *live*
+if it depends on the image. Operations on tensors that are not live (on parameters, position tables, ...) run as they
+are. The user's code runs once; everything else is algebra on the tape.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from captum_scoremap.checks import UnsupportedOperationError
+from captum_scoremap.rules import DEFAULT, Call, Composite, Copy, Linear, Rule, Value, display_name, floating, substituted, tensors_in
+
+from .memory import Memory
+from .places import Places, Site, StopRun
+from .steps import Kept, Step, Tape
+
+__all__ = ["Recording", "Tapped"]
+
+aten = torch.ops.aten
+
+_PROBABILITIES = {"_softmax", "_log_softmax", "sigmoid", "log_sigmoid_forward"}
+
+
+class Tapped:
+    """What passed a site.
+
+    Attributes:
+        values: Its floating-point tensors, as values.
+        activations: The tensors, Y.
+        is_tuple: Whether the site has several.
+        bit: Set in ``Value.sites`` of all that depends on it.
+    """
+
+    __slots__ = ("_kept", "bit", "is_tuple", "values")
+
+    def __init__(self, values: tuple[Value, ...], kept: tuple[Kept, ...], *, is_tuple: bool, bit: int) -> None:
+        self.values = values
+        self.bit = bit
+        self.is_tuple = is_tuple
+        self._kept = kept
+
+    @property
+    def activations(self) -> tuple[Tensor, ...]:
+        """Y, as it was when it passed."""
+        return tuple(kept.tensor for kept in self._kept)
+
+
+class _Operation:
+    """What is known of an ATen overload: its rule, its out-of-place form, where its tensors are, what it changes."""
+
+    __slots__ = ("changes", "display", "functional", "is_plain", "is_trusted", "lists", "name", "rule", "tensors")
+
+    def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
+        name, overload = operation.overloadpacket.__name__, operation._overloadname
+        arguments = operation._schema.arguments
+        self.tensors = [at for at, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
+        self.lists = {at for at in self.tensors if "List" in str(arguments[at].type)}
+        changed = [
+            (argument.name if argument.kwarg_only else position)
+            for position, argument in enumerate(arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        self.changes: int | str | None = changed[0] if changed else None
+        self.functional = operation
+        if changed:
+            name, self.functional = _out_of_place(operation, name, overload)
+        self.name = name
+        self.display = display_name(self.functional or operation)
+        overload = self.functional._overloadname if self.functional is not None else overload
+        self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
+        if self.functional is None or len(changed) > 1:
+            self.rule = None
+        self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
+        # affine whatever the arguments, so that nothing needs to be asked
+        self.is_plain = self.is_trusted and isinstance(self.rule, Linear) and not isinstance(self.rule, Copy)
+
+
+def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
+    """The operation that returns what this one leaves in its argument; None where there is none."""
+    packet = operation.overloadpacket
+    if name.endswith("_"):
+        name = name[:-1]
+        packet = getattr(getattr(torch.ops, operation.namespace), name, None)
+    elif overload.endswith("out"):
+        overload = overload.removesuffix("out").removesuffix("_") or "default"
+    functional = getattr(packet, overload, None) if packet is not None else None
+    if functional is None and packet is not None:
+        functional = getattr(packet, "default", None)
+    return name, functional
+
+
+class Recording(TorchDispatchMode):
+    """Runs a model at the image and writes the tape.
+
+    Args:
+        forward_func: The model, or a function that calls it.
+        rules: The table of rules, by name of the ATen operation.
+        sites: Places in the model to tap.
+        bypass: Whether to keep what bypasses a site, so that the steps above it alone can be run forward.
+        inspect: Whether to record constants too, for their switches, and to leave the sites' tensors alone.
+        stop_at: A site after which the run ends; what passes it is the output.
+        differentiable: Whether constants keep their autograd graphs.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        rules: Mapping[str, Rule],
+        sites: Sequence[Site] = (),
+        *,
+        bypass: bool = False,
+        inspect: bool = False,
+        stop_at: Site | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__()
+        self.forward_func = forward_func
+        self.tape = Tape()
+        self.places = Places(forward_func)
+        self.tapped: dict[Site | None, Tapped] = {}
+        self._rules = rules
+        self._sites, self._stop_at = tuple(sites), stop_at
+        self._bypass, self._inspect, self._differentiable = bypass, inspect, differentiable
+        self._operations: dict[Any, _Operation] = {}
+        self._values: dict[int, tuple[weakref.ref[Tensor], Value, int]] = {}
+        self._memory = Memory(self._record)
+        self._bits = 1
+        self._unsupported: dict[tuple[str, str], None] = {}
+        self._unverified: list[tuple[str, Rule, Call]] = []
+
+    # -- running
+
+    def record(
+        self,
+        inputs: tuple[Tensor, ...],
+        additional: tuple[Any, ...] = (),
+        select: Callable[[Any], Tensor] | None = None,
+    ) -> Any:
+        """Run the model once, at the image.
+
+        Args:
+            inputs: The image, (N, ...) each.
+            additional: Additional arguments, constant.
+            select: Applied to the model's output as part of the run: its operations become steps, too.
+
+        Returns:
+            The model's output, or what passed ``stop_at``, or what ``select`` made of it.
+
+        Raises:
+            UnsupportedOperationError: If operations have no rule.
+        """
+        # copies, for the model may change its input in place
+        copies = tuple(tensor.detach().clone() for tensor in inputs)
+        is_live = [tensor.is_floating_point() or tensor.is_complex() for tensor in copies]
+        self.tape.inputs = tuple(
+            self._born(tensor, 1) if live else None for tensor, live in zip(copies, is_live, strict=True)
+        )
+        kept = tuple(self._memory.keep(tensor) for tensor, live in zip(copies, is_live, strict=True) if live)
+        self.tapped[None] = Tapped(tuple(v for v in self.tape.inputs if v is not None), kept, is_tuple=True, bit=1)
+        sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
+        with _everything_in_sight(), torch.set_grad_enabled(self._differentiable), self.places.watched(
+            [site for site in sites if site is not None], self._at_site
+        ), self:
+            try:
+                output = self.forward_func(*copies, *additional)
+            except StopRun as stop:
+                (output,) = stop.args
+            if select is not None and not self._unsupported:
+                output = select(output)
+        self.raise_unsupported()
+        for one in self._unverified:
+            self._verify(*one)
+        self.tape.output = output
+        for tensor in tensors_in(output):
+            value = self.value_of(tensor)
+            if value is not None:
+                self.tape.output_values[id(tensor)] = value
+        return output
+
+    def raise_unsupported(self) -> None:
+        """Raise for all operations without a rule that were seen.
+
+        Raises:
+            UnsupportedOperationError: If there were any.
+        """
+        if self._unsupported:
+            raise UnsupportedOperationError(list(self._unsupported))
+
+    def value_of(self, tensor: Tensor) -> Value | None:
+        """Return the value of a tensor; None if it is not live."""
+        known = self._values.get(id(tensor))
+        # the entry of a tensor that is gone may stand where another one is now
+        if known is not None and known[0]() is not tensor:
+            known = None
+        if self._memory.changed:
+            memory = self._memory.changed.get(tensor.untyped_storage()._cdata)
+            if memory is not None and (known is None or known[2] < memory.clock):
+                value = self._memory.read(tensor, memory)
+                if value is None:
+                    self._values.pop(id(tensor), None)
+                else:
+                    self._name(tensor, value)
+                return value
+        return None if known is None else known[1]
+
+    # -- the mode
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operation = self._operations.get(func)
+        if operation is None:
+            operation = self._operations[func] = _Operation(func, self._rules)
+        live: list[Tensor] = []
+        values: list[Value] = []
+        symbols: Any = args
+        for position in operation.tensors:
+            if position >= len(args):
+                break
+            argument = args[position]
+            if argument is None:
+                continue
+            if position in operation.lists:
+                found: Any = self._symbols(argument, live, values)
+            else:
+                found = self.value_of(argument)
+                if found is not None:
+                    live.append(argument)
+                    values.append(found)
+            if found is not None:
+                if symbols is args:
+                    symbols = list(args)
+                symbols[position] = found
+        named = kwargs
+        if kwargs:
+            named = {name: self._symbol(argument, live, values) for name, argument in kwargs.items()}
+        if not values:
+            if operation.changes is not None:
+                self._change_constant(args, kwargs, operation)
+            return func(*args, **kwargs)
+        if operation.rule is None:
+            return self._without_rule(func, operation, args, kwargs)
+        step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
+        if operation.changes is None:
+            return self._operate(operation, step, args, kwargs, live, func)
+        return self._change(func, operation, step, args, kwargs, live)
+
+    def _symbol(self, argument: Any, live: list[Tensor], values: list[Value]) -> Any:
+        if isinstance(argument, Tensor):
+            value = self.value_of(argument)
+            if value is not None:
+                live.append(argument)
+                values.append(value)
+                return value
+        elif type(argument) is list or type(argument) is tuple:
+            return self._symbols(argument, live, values) or argument
+        return argument
+
+    def _symbols(self, tensors: Sequence[Any], live: list[Tensor], values: list[Value]) -> list[Any] | None:
+        """A list with values for live tensors; None where there is none."""
+        before = len(values)
+        symbols = [self._symbol(item, live, values) for item in tensors]
+        return symbols if len(values) > before else None
+
+    def _operate(
+        self,
+        operation: _Operation,
+        step: Step,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        live: list[Tensor],
+        run: Callable[..., Any],
+    ) -> Any:
+        """Run an operation and record it; returns its output."""
+        rule = step.rule
+        if isinstance(rule, Composite):
+            return self._compose(rule, args, kwargs)
+        output = run(*args, **kwargs)
+        if operation.is_plain:
+            gate = rule.keeps_gates and step.only_gates()
+        else:
+            is_constant = rule.is_constant(step)
+            if is_constant and not self._inspect:
+                return output
+            if not operation.is_trusted or is_constant or not rule.is_affine(step):
+                call = Call(step.operation, args, kwargs, tuple(live), step.values, output)
+                if not operation.is_trusted:
+                    self._verify_later(operation.display, rule, call)
+                if is_constant or not rule.is_affine(step):
+                    step.state = self._held(rule.freeze(call), live, output)
+            if is_constant:
+                self.tape.steps.append(step)
+                return output
+            gate = rule.makes_gate(step)
+        values = step.values
+        sites = values[0].sites
+        for value in values[1:]:
+            sites |= value.sites
+        if self._bypass:
+            self._keep_bypass(sites, values, live)
+        clock = self._memory.clock
+        made = []
+        for tensor in (output,) if isinstance(output, Tensor) else floating(output):
+            value = Value(tensor, gate, sites)
+            self._values[id(tensor)] = weakref.ref(tensor), value, clock
+            made.append(value)
+        if operation.name in _PROBABILITIES:
+            made[0].probability = True
+        step.outputs = tuple(made)
+        self.tape.steps.append(step)
+        return output
+
+    def _compose(self, rule: Composite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record what an operation is made of in its place."""
+        with self:
+            return rule.body(*args, **kwargs)
+
+    def _change(
+        self,
+        func: Any,
+        operation: _Operation,
+        step: Step,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        live: list[Tensor],
+    ) -> Any:
+        """Run and record an operation that changes an argument in place."""
+        where = operation.changes
+        target: Tensor = args[where] if isinstance(where, int) else kwargs[where]  # type: ignore[index]
+        known = self.value_of(target)
+        if known is None:
+            self._release_constants(target)
+        self._memory.about_to_change(target)
+        base = target._base
+        before = self._memory.whole_before(target, known if base is None else self.value_of(base))
+        if isinstance(where, str):  # out=
+            kwargs = {name: argument for name, argument in kwargs.items() if name != where}
+            step.kwargs = {name: argument for name, argument in step.kwargs.items() if name != where}
+        count = len(self.tape.steps)
+        if isinstance(where, int) and step.rule.in_place and operation.is_trusted:
+            self._operate(operation, step, args, kwargs, live, func)
+        else:
+            output = self._operate(operation, step, args, kwargs, live, step.operation)
+            target.copy_(output)
+        last = self.tape.steps[-1]
+        value = last.outputs[0] if len(self.tape.steps) > count and last.outputs else None
+        self._memory.now_holds(target, value, before)
+        if value is None:
+            self._values.pop(id(target), None)
+        else:
+            self._name(target, value)
+        return target
+
+    def _change_constant(self, args: tuple[Any, ...], kwargs: dict[str, Any], operation: _Operation) -> None:
+        where = operation.changes
+        target = args[where] if isinstance(where, int) else kwargs.get(where)  # type: ignore[arg-type]
+        for tensor in tensors_in(target):
+            self._release_constants(tensor)
+            self._memory.about_to_change(tensor)
+
+    def _release_constants(self, target: Tensor) -> None:
+        """Copy a constant that steps refer to, before it changes."""
+        address = target.untyped_storage()._cdata
+
+        def copied(argument: Any) -> Any:
+            if isinstance(argument, Tensor) and argument.untyped_storage()._cdata == address:
+                return argument.clone()
+            if type(argument) is list or type(argument) is tuple:
+                return type(argument)(map(copied, argument))
+            return argument
+
+        for step in self.tape.steps:
+            if len(step.values) < len(step.args) + len(step.kwargs):
+                step.args = tuple(map(copied, step.args))
+                step.kwargs = {name: copied(argument) for name, argument in step.kwargs.items()}
+
+    def _without_rule(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that has no rule, so that all of them can be named at the end."""
+        self._unsupported[operation.display, self.places.module_name] = None
+        output = func(*args, **kwargs)
+        for tensor in floating(output):
+            self._name(tensor, Value(tensor, False, 1))
+        return output
+
+    # -- values
+
+    def _born(self, tensor: Tensor, sites: int) -> Value:
+        value = Value(tensor, False, sites)
+        self._name(tensor, value)
+        return value
+
+    def _name(self, tensor: Tensor, value: Value) -> None:
+        self._values[id(tensor)] = weakref.ref(tensor), value, self._memory.clock
+
+    def _record(self, operation: Any, args: tuple[Any, ...], like: Tensor) -> Value:
+        """Record a step that the model did not take: a read of changed memory."""
+        values = tuple(argument for argument in args if isinstance(argument, Value))
+        sites = 0
+        for value in values:
+            sites |= value.sites
+        made = Value(like, all(value.gate for value in values), sites)
+        step = Step(operation, args, {}, values, self._rules[operation.overloadpacket.__name__], self.places.module)
+        step.outputs = (made,)
+        self.tape.steps.append(step)
+        return made
+
+    def _held(self, state: Any, live: list[Tensor], output: Any) -> Any:
+        """The state, with a hold on each tensor in it that shares memory with what the model may change."""
+        if isinstance(state, Tensor):
+            return self._held_one(state, live, output)
+        if type(state) is tuple:
+            return tuple(self._held_one(one, live, output) if isinstance(one, Tensor) else one for one in state)
+        return state
+
+    def _held_one(self, tensor: Tensor, live: list[Tensor], output: Any) -> Any:
+        if tensor.dtype is torch.bool or tensor.dtype is torch.uint8:
+            return tensor
+        address = tensor.untyped_storage()._cdata
+        shared = any(one.untyped_storage()._cdata == address for one in (*live, *floating(output)))
+        return self._memory.keep(tensor) if shared else tensor
+
+    def _keep_bypass(self, sites: int, values: Sequence[Value], live: list[Tensor]) -> None:
+        for value, tensor in zip(values, live, strict=True):
+            if value.sites != sites and value.kept is None:
+                value.kept = self._memory.keep(tensor)
+
+    # -- sites
+
+    def _at_site(self, site: Site, passing: Any) -> Any:
+        if site in self._sites:
+            passing = self._tap(site, passing)
+        if self._stop_at == site:
+            raise StopRun(passing)
+        return passing
+
+    def _tap(self, site: Site, passing: Any) -> Any:
+        """Begin new values here, so that what bypasses the layer is not taken for its output."""
+        self._bits <<= 1
+        values: list[Value] = []
+        kept: list[Kept] = []
+        taps: dict[int, Tensor] = {}
+
+        def tapped(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            if id(tensor) not in taps:
+                passed = aten.alias.default(tensor)
+                value = self.value_of(passed)
+                if value is None:  # a layer that does not depend on the image
+                    value = self._born(passed, 0)
+                    value.kept = self._memory.keep(passed)
+                value.sites |= self._bits
+                taps[id(tensor)] = passed
+                values.append(value)
+                if not self._inspect:
+                    kept.append(self._memory.keep(passed))
+            return taps[id(tensor)]
+
+        passing = substituted(passing, tapped)
+        several = [*passing[0], *passing[1].values()] if site[1] else passing
+        is_tuple = len(several) > 1 if isinstance(several, (tuple, list)) else len(values) > 1
+        self.tapped[site] = Tapped(tuple(values), tuple(kept), is_tuple=is_tuple, bit=self._bits)
+        return passing
+
+    # -- rules of the user's
+
+    def _verify_later(self, name: str, rule: Rule, call: Call) -> None:
+        """Note a call of a user's rule: below autograd, where calls arrive, a rule cannot use autograd."""
+        copy = call.filled([tensor.clone() for tensor in call.live])
+        copy.output = substituted(call.output, torch.clone)
+        self._unverified.append((f"rule for {name!r} ({type(rule).__name__}), in module {self.places.module_name!r},", rule, copy))
+
+    @staticmethod
+    def _verify(where: str, rule: Rule, call: Call) -> None:
+        """Raise unless a user's rule returns at the image what the operation returns."""
+        with torch.no_grad():
+            expected, frozen = call.output, rule.apply(call, rule.freeze(call))
+        pairs = list(zip(tensors_in(expected), tensors_in(frozen), strict=False))
+        if not pairs and isinstance(expected, Tensor):
+            raise TypeError(f"{where} must return a tensor, got {type(frozen).__name__}.")
+        for one, other in pairs:
+            if one.shape != other.shape:
+                raise ValueError(
+                    f"{where} must return shape {tuple(one.shape)}, as the operation does, got {tuple(other.shape)}."
+                )
+            if one.dtype != other.dtype:
+                raise ValueError(f"{where} must return {one.dtype}, as the operation does, got {other.dtype}.")
+            if one.is_floating_point() and one.numel():
+                tolerance = 1e3 * torch.finfo(one.dtype).eps
+                error = (one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
+                if not error <= tolerance:
+                    raise ValueError(
+                        f"{where} must return the operation's value at the image, got a relative difference of "
+                        f"{float(error):.1e}. Check that apply(call, freeze(call)) equals call.run()."
+                    )
+
+
+@contextmanager
+def _everything_in_sight() -> Any:
+    """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
+    with ExitStack() as stack:
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        torch.backends.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield

@@ -1,0 +1,202 @@
+"""The tape: the network at one image as a list of affine steps, Eq. (2), and the two ways to walk it.
+
+Every step reads values and makes values. Forward, from values on, the steps are the frozen network; transposed, from
+the score down, they give its coefficients in any value. Nothing else is needed for S = A·Y + B.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_scoremap.rules import Call, Rule, Value, floating, substituted
+
+__all__ = ["Kept", "Step", "Tape"]
+
+
+class Kept:
+    """A tensor that the tape holds on to; if the model changes its memory in place, this becomes a copy of before."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Step(Call):
+    """A call as recorded: its live arguments are values, and what it froze is known.
+
+    Attributes:
+        rule: Its rule.
+        state: What it froze.
+        outputs: The values it makes, one for each floating-point tensor it returns; empty for a constant.
+        module: The module that ran it.
+    """
+
+    __slots__ = ("module", "outputs", "rule", "state")
+
+    def __init__(
+        self,
+        operation: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        values: tuple[Value, ...],
+        rule: Rule,
+        module: nn.Module | None,
+    ) -> None:
+        self.operation = operation
+        self.args = args
+        self.kwargs = kwargs
+        self.live = self.values = values
+        self.rule = rule
+        self.state: Any = None
+        self.outputs: tuple[Value, ...] = ()
+        self.module = module
+
+    def frozen(self) -> Any:
+        """Return what it froze, as tensors."""
+        state = self.state
+        if isinstance(state, Kept):
+            return state.tensor
+        if type(state) is tuple:
+            return tuple(one.tensor if isinstance(one, Kept) else one for one in state)
+        return state
+
+    def forward(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the outputs of the affine step for given live arguments."""
+        return floating(self.rule.apply(self.filled(tensors), self.frozen()))
+
+
+@dataclass
+class Tape:
+    """The steps of one run, in the order in which they ran.
+
+    Attributes:
+        steps: The steps.
+        inputs: Values of the inputs; None for those that cannot be live, such as integers.
+        output: What the model returned.
+        output_values: Values of the live tensors in it, by their identity.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    inputs: tuple[Value | None, ...] = ()
+    output: Any = None
+    output_values: dict[int, Value] = field(default_factory=dict)
+
+    def value_of_output(self) -> Value | None:
+        """Return the value of an output that is one tensor; None if it does not depend on the image."""
+        return self.output_values.get(id(self.output))
+
+    def output_at(self, known: Mapping[Value, Tensor]) -> Any:
+        """Return what the frozen model returns for given inputs."""
+        found = self.forward(known, self.output_values.values())
+
+        def at(tensor: Tensor) -> Tensor:
+            value = self.output_values.get(id(tensor))
+            return tensor if value is None else found[value]
+
+        return substituted(self.output, at)
+
+    def forward(
+        self, known: Mapping[Value, Tensor], wanted: Iterable[Value], sites: int = 0, *, bypass: bool = True
+    ) -> dict[Value, Tensor]:
+        """Run the affine steps from known values on: Eq. (2) with R fixed.
+
+        Args:
+            known: Values to start from.
+            wanted: Values to return.
+            sites: Run only steps that depend on one of these sites; what else they read was kept while recording. 0 for
+                all steps.
+            bypass: Whether what else they read counts; else it is zero, which leaves differences as they are.
+
+        Returns:
+            The wanted values; those that depend on none of the known ones as they were kept.
+        """
+        targets = list(wanted)
+        last = self._last_use(targets)
+        values = dict(known)
+
+        def tensor_of(value: Value) -> Tensor:
+            found = values.get(value)
+            if found is None:
+                found = value.kept.tensor if bypass and value.kept is not None else value.zeros()
+            return found
+
+        for index, step in enumerate(self.steps):
+            if not step.outputs or (sites and not step.outputs[0].sites & sites) or step.outputs[0] in known:
+                continue
+            if index > last:
+                break
+            outputs = step.forward([tensor_of(value) for value in step.values])
+            values.update(zip(step.outputs, outputs, strict=True))
+        return {value: tensor_of(value) for value in targets}
+
+    def transposed(
+        self,
+        seeds: Mapping[Value, Tensor],
+        wanted: Mapping[Value, Callable[[Tensor], Tensor]],
+        *,
+        consume: bool = False,
+        everywhere: bool = False,
+    ) -> dict[Value, Tensor]:
+        """Run the transposed steps from the score down: the coefficients A of Eq. (3).
+
+        Args:
+            seeds: Coefficients of the score in the values it is read from.
+            wanted: Values whose coefficients are asked for, each with what to make of them.
+            consume: Whether to free each step once it is used.
+            everywhere: Whether to go down to the inputs, even where nothing wanted depends on them.
+
+        Returns:
+            For each wanted value that the score depends on, what was made of its coefficients.
+        """
+        coefficients = dict(seeds)
+        found: dict[Value, Tensor] = {}
+        steps = self.steps
+        reach = -1 if everywhere else 0
+        for value in wanted:
+            reach |= value.sites
+        made = {value for step in steps for value in step.outputs if value in wanted} if wanted else set()
+        missing = len(made) if len(made) == len(wanted) else -1
+        for index in range(len(steps) - 1, -1, -1):
+            step = steps.pop() if consume else steps[index]
+            gradients = tuple(coefficients.pop(value, None) for value in step.outputs)
+            for value, gradient in zip(step.outputs, gradients, strict=True):
+                if value in wanted:
+                    missing -= 1
+                    if gradient is not None:
+                        found[value] = wanted[value](gradient)
+            if missing == 0:
+                break
+            if all(gradient is None for gradient in gradients):
+                continue
+            if len(step.values) == 1:
+                value = step.values[0]
+                if value.sites & reach:
+                    (share,) = step.rule.transpose(step, step.frozen(), gradients)
+                    if share is not None:
+                        _add(coefficients, value, share)
+                continue
+            shares = step.rule.transpose(step, step.frozen(), gradients)
+            for value, share in zip(step.values, shares, strict=True):
+                if share is not None and value.sites & reach:
+                    _add(coefficients, value, share)
+        for value, reduce in wanted.items():
+            if value not in found and value in coefficients:
+                found[value] = reduce(coefficients[value])
+        return found
+
+    def _last_use(self, wanted: list[Value]) -> int:
+        """Index of the last step that a wanted value comes from."""
+        targets = set(wanted)
+        for index in range(len(self.steps) - 1, -1, -1):
+            if not targets.isdisjoint(self.steps[index].outputs):
+                return index
+        return -1
+
+
+def _add(coefficients: dict[Value, Tensor], value: Value, share: Tensor) -> None:
+    before = coefficients.get(value)
+    coefficients[value] = share if before is None else before + share
