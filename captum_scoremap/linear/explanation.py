@@ -63,6 +63,7 @@ class Explanation:
         value = self.tape.output_values.get(id(self.score))
         return {} if value is None else {value: weights}
 
+    @torch.no_grad()
     def bias(self, site: Site | None) -> Tensor:
         """Return B, (N,): the steps above a site run forward with its tensors at zero.
 
@@ -74,6 +75,7 @@ class Explanation:
         zeros = {one: one.zeros() for one in tapped.values}
         return self.tape.forward(zeros, [value], sites=tapped.bit)[value]
 
+    @torch.no_grad()
     def sums(self, site: Site | None) -> Tensor:
         """Return the sum of A·Y for each image, (N,)."""
         tapped = self.tapped(site)

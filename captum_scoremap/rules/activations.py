@@ -85,8 +85,7 @@ class PiecewiseLinear(Rule):
         (gradient,) = gradients
         if gradient is None:
             return [None] * len(call.values)
-        slopes = self._breakpoints(call).slopes
-        product = gradient * (state if slopes == (0.0, 1.0) else _chosen(slopes, state, gradient.dtype))
+        product = gradient * _chosen(self._breakpoints(call).slopes, state, gradient.dtype)
         # a live bound of clamp stays as it was at the image
         return [summed_to(product, call.values[0]), *[None] * (len(call.values) - 1)]
 

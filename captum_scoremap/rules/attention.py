@@ -3,6 +3,7 @@
 Attention that a model writes out needs no rule here: its softmax is a gate.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Attention(Rule):
     """
 
     kind = "weights"
+    live_outputs = 1
 
     def __init__(self, *, mask: int | None = None, causal: int = 4, dropout: int = 3) -> None:
         self.mask = mask
@@ -37,10 +39,24 @@ class Attention(Rule):
         self.dropout = dropout
 
     def freeze(self, call: Call) -> Tensor:
-        """Return the weights, (..., queries, keys).
+        """Return the weights, (..., queries, keys)."""
+        return self._scores(call).softmax(-1)
+
+    def written_out(self, operation: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Return what the kernel computes, by operations that can be derived twice: the output and log-sum-exp."""
+
+        def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            scores = self._scores(Call(operation, args, kwargs, (), ()))
+            weights = scores.softmax(-1)
+            return weights @ self._repeated(args[2], weights), scores.logsumexp(-1)
+
+        return attend
+
+    def _scores(self, call: Call) -> Tensor:
+        """What the softmax is taken of, (..., queries, keys).
 
         Returns:
-            The weights.
+            The scores.
 
         Raises:
             ValueError: If there is dropout.
@@ -65,7 +81,7 @@ class Attention(Rule):
         mask = argument(self.mask, "attn_mask" if self.mask is None else "attn_bias", None)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1)
+        return scores
 
     def apply(self, call: Call, state: Tensor) -> tuple[Tensor, ...]:
         """Return weights @ v."""

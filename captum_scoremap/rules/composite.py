@@ -50,6 +50,15 @@ def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 
     return input + value * (tensor1 / tensor2)
 
 
+def _clamp(input: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
+    bounded = input if min is None else torch.maximum(input, min)
+    return bounded if max is None else torch.minimum(bounded, max)
+
+
+def _clamp_max(input: Tensor, max: Tensor) -> Tensor:
+    return torch.minimum(input, max)
+
+
 def _lstm_layer(
     input: Tensor,
     weight_ih: Tensor,
@@ -85,6 +94,9 @@ def _lstm_layer(
 
 
 COMPOSITE: dict[str, Rule] = {
+    "clamp.Tensor": Composite(_clamp),
+    "clamp_min.Tensor": Composite(_clamp),
+    "clamp_max.Tensor": Composite(_clamp_max),
     "lerp": Composite(_lerp),
     "addcmul": Composite(_addcmul),
     "addcdiv": Composite(_addcdiv),

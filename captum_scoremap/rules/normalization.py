@@ -29,6 +29,7 @@ class Standardize(Rule):
     """
 
     kind = "scale"
+    live_outputs = 1
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return the argument in the shape in which each of its rows, the last dimension, has statistics of its own."""

@@ -15,9 +15,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .call import Call, Value, substituted, tensors_in
 
-__all__ = ["Comparison", "FirstLinear", "Frozen", "Linear", "Rule", "Tangent", "floating", "transposed_by_autograd"]
+__all__ = [
+    "WRITTEN_OUT",
+    "Comparison",
+    "FirstLinear",
+    "Frozen",
+    "Linear",
+    "Rule",
+    "Tangent",
+    "floating",
+    "transposed_by_autograd",
+]
 
 Gradients = tuple[Tensor | None, ...]
+
+# Kernels that autograd cannot derive twice, written out.
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {}
 
 
 class Rule(ABC):
@@ -29,6 +42,7 @@ class Rule(ABC):
         kind: What it freezes, in one word, for reports.
         gate: Whether its output is a gate: a constant factor where it meets a live factor in a product.
         keeps_gates: Whether its output is a gate where all its live arguments are.
+        live_outputs: How many of the floating-point outputs depend on the image once the rule is frozen; None for all.
         in_place: Whether :meth:`freeze` needs nothing but the output, so that the operation itself may run in place.
 
     Example:
@@ -47,6 +61,7 @@ class Rule(ABC):
     kind: str = "custom"
     gate: bool = False
     keeps_gates: bool = False
+    live_outputs: int | None = None
     in_place: bool = False
 
     @abstractmethod
@@ -107,24 +122,22 @@ def floating(value: Any) -> list[Tensor]:
 
 def transposed_by_autograd(rule: Rule, call: Call, state: Any, gradients: Gradients) -> list[Tensor | None]:
     """Return the transpose of a rule's affine step as autograd derives it, at zero."""
-    with torch.enable_grad():
-        leaves = [value.zeros().requires_grad_() for value in call.values]
-        outputs = floating(rule.apply(call.filled(leaves), state))
-        pairs = [
-            (out, gradient)
-            for out, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None and out.requires_grad
-        ]
-    if not pairs:
-        return [None] * len(leaves)
-    found = torch.autograd.grad(
-        [out for out, _ in pairs],
-        leaves,
-        [gradient for _, gradient in pairs],
-        allow_unused=True,
-        create_graph=torch.is_grad_enabled(),
-    )
-    return list(found)
+    return _pulled_back(lambda *live: rule.apply(call.filled(live), state), [v.zeros() for v in call.values], gradients)
+
+
+def _pulled_back(
+    function: Callable[..., Any], points: Sequence[Tensor], gradients: Gradients
+) -> list[Tensor | None]:
+    """Return the coefficients of a function's outputs as those of its arguments, by its derivative at some points."""
+
+    def outputs(*live: Tensor) -> tuple[Tensor, ...]:
+        found = floating(function(*live))
+        return tuple(out for out, gradient in zip(found, gradients, strict=False) if gradient is not None)
+
+    # functorch's, for the coefficients of several labels may come at once
+    with sdpa_kernel(SDPBackend.MATH):
+        _, pull = torch.func.vjp(outputs, *points)
+        return list(pull(tuple(gradient for gradient in gradients if gradient is not None)))
 
 
 class Linear(Rule):
@@ -297,44 +310,25 @@ class Tangent(Rule):
 
     def apply(self, call: Call, state: tuple[Tensor, ...]) -> Any:
         """Return the value at the image plus the derivative along the change: J·v as the transpose of u -> Jᵀ·u."""
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            points = [point.detach().requires_grad_() for point in state]
-            whole = call.filled(points).run()
-            outputs = [tensor for tensor in floating(whole) if tensor.requires_grad]
-            cotangents = [torch.zeros_like(tensor, requires_grad=True) for tensor in outputs]
-            pulled = torch.autograd.grad(outputs, points, cotangents, create_graph=True, allow_unused=True)
-            moved = [
-                (back, now - point.detach())
-                for back, now, point in zip(pulled, call.live, points, strict=True)
-                if back is not None and back.requires_grad
-            ]
-        changes: Sequence[Tensor | None] = [None] * len(outputs)
-        if moved:
-            changes = torch.autograd.grad(
-                [back for back, _ in moved], cotangents, [change for _, change in moved], allow_unused=True,
-                create_graph=torch.is_grad_enabled(),
-            )
-        change_of = {id(tensor): change for tensor, change in zip(outputs, changes, strict=True)}
 
-        def with_change(tensor: Tensor) -> Tensor:
-            change = change_of.get(id(tensor))
-            return tensor.detach() if change is None else tensor.detach() + change
+        def outputs(*live: Tensor) -> tuple[Tensor, ...]:
+            return tuple(floating(self._run(call, live)))
 
-        return substituted(whole, with_change)
+        # of the kernels of attention only the plain one can be derived twice
+        with sdpa_kernel(SDPBackend.MATH):
+            values, pull = torch.func.vjp(outputs, *state)[:2]
+            push = torch.func.vjp(pull, tuple(map(torch.zeros_like, values)))[1]
+            moves = tuple(now.broadcast_to(then.shape) - then for now, then in zip(call.live, state, strict=True))
+            (changes,) = push(moves)
+        remaining = iter([value + change for value, change in zip(values, changes, strict=True)])
+        whole = self._run(call, state)
+        return substituted(whole, lambda tensor: next(remaining) if floating(tensor) else tensor)
 
     def transpose(self, call: Call, state: tuple[Tensor, ...], gradients: Gradients) -> list[Tensor | None]:
-        """Return f'(x)ᵀ times the coefficients, by autograd at the image."""
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            points = [point.detach().requires_grad_() for point in state]
-            outputs = floating(call.filled(points).run())
-        pairs = [
-            (out, gradient)
-            for out, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None and out.requires_grad
-        ]
-        if not pairs:
-            return [None] * len(points)
-        found = torch.autograd.grad(
-            [out for out, _ in pairs], points, [gradient for _, gradient in pairs], allow_unused=True
-        )
-        return list(found)
+        """Return f'(x)ᵀ times the coefficients."""
+        return _pulled_back(lambda *live: self._run(call, live), state, gradients)
+
+    @staticmethod
+    def _run(call: Call, live: Sequence[Tensor]) -> Any:
+        filled = call.filled(live)
+        return WRITTEN_OUT.get(call.operation, call.operation)(*filled.args, **filled.kwargs)

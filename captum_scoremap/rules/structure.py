@@ -262,6 +262,17 @@ class AsStridedScatter(Linear):
         return found
 
 
+class View(Linear):
+    """A view of another shape; a copy where the tensor does not lie in memory as at the image."""
+
+    def __init__(self) -> None:
+        super().__init__(_reshaped, keeps_gates=True)
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Reshape."""
+        return call.input.reshape(call.args[1])  # type: ignore[no-any-return]
+
+
 class Copy(Linear):
     """``copy(self, source)``, what ``self.copy_(source)`` leaves: only the source counts."""
 
@@ -284,10 +295,8 @@ class Copy(Linear):
 
 
 STRUCTURAL: dict[str, Linear] = {
-    **dict.fromkeys(
-        "view _unsafe_view reshape _reshape_alias squeeze unsqueeze flatten unflatten alias_copy".split(),
-        Linear(_reshaped, keeps_gates=True),
-    ),
+    **dict.fromkeys("view _unsafe_view reshape _reshape_alias view_copy".split(), View()),
+    **dict.fromkeys("squeeze unsqueeze flatten unflatten alias_copy".split(), Linear(_reshaped, keeps_gates=True)),
     **dict.fromkeys(
         "clone _to_copy detach alias lift lift_fresh contiguous copy to detach_copy".split(),
         Linear(_same, keeps_gates=True),
@@ -315,7 +324,7 @@ STRUCTURAL: dict[str, Linear] = {
         upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
         upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d
         _upsample_nearest_exact2d _upsample_nearest_exact3d view_as_real view_as_complex _conj conj resolve_conj
-        resolve_neg real imag nan_to_num squeeze_copy view_copy
+        resolve_neg real imag nan_to_num squeeze_copy
         """.split(),
         Linear(keeps_gates=True),
     ),

@@ -15,7 +15,7 @@ from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
 from .call import Call
-from .rule import Comparison, FirstLinear, Frozen, Linear, Rule, Tangent
+from .rule import WRITTEN_OUT, Comparison, FirstLinear, Frozen, Linear, Rule, Tangent
 from .structure import AFFINE, STRUCTURAL, Copy
 
 __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
@@ -78,6 +78,24 @@ def _elu_slope(input: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: 
     return alpha * scale * input_scale
 
 
+def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+WRITTEN_OUT[torch.ops.aten._cdist_forward.default] = _distances
+
+_ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu": Attention(),
+    "_scaled_dot_product_flash_attention": Attention(),
+    "_scaled_dot_product_cudnn_attention": Attention(mask=3, dropout=5, causal=6),
+    "_scaled_dot_product_efficient_attention": Attention(mask=3, dropout=5, causal=6),
+    "_scaled_dot_product_fused_attention_overrideable": Attention(mask=3, dropout=4, causal=5),
+}
+for _name, _rule in _ATTENTION.items():
+    if hasattr(torch.ops.aten, _name):
+        _kernel = getattr(torch.ops.aten, _name).default
+        WRITTEN_OUT[_kernel] = _rule.written_out(_kernel)
+
 _NONLINEAR: dict[str, Rule] = {
     # piecewise linear: the mask
     "relu": Clamp(_fixed((operator.gt, 0.0), slopes=(0.0, 1.0), offsets=(0.0, 0.0))),
@@ -138,7 +156,7 @@ _NONLINEAR: dict[str, Rule] = {
     # gates and weights: a constant factor in a product, the tangent anywhere else
     **dict.fromkeys(
         """
-        sigmoid _softmax exp exp2 rsqrt sqrt reciprocal norm linalg_vector_norm var std
+        sigmoid _softmax _safe_softmax exp exp2 rsqrt sqrt reciprocal norm linalg_vector_norm var std
         """.split(),
         Tangent(gate=True),
     ),
@@ -157,7 +175,7 @@ _NONLINEAR: dict[str, Rule] = {
         atanh prod cumprod _cdist_forward _pdist_forward median var_mean std_mean logit sinc logaddexp logaddexp2
         atan2 hypot xlogy special_xlog1py lgamma digamma linalg_inv_ex linalg_det _linalg_det _linalg_slogdet
         linalg_solve_triangular _linalg_solve_ex linalg_qr linalg_cholesky_ex _linalg_eigh _linalg_svd
-        angle logcumsumexp renorm i0 special_i0e _euclidean_dist deform_conv2d ps_roi_align ps_roi_pool
+        angle logcumsumexp renorm i0 special_i0e _euclidean_dist roi_pool ps_roi_pool
         pow.Tensor_Tensor _weight_norm_interface
         """.split(),
         Tangent(),
@@ -181,12 +199,7 @@ _NONLINEAR: dict[str, Rule] = {
     "convolution_backward": Product((0, 2)),
     "div": Division(),
     # attention
-    "_scaled_dot_product_flash_attention_for_cpu": Attention(),
-    "_scaled_dot_product_flash_attention": Attention(),
-    "_scaled_dot_product_cudnn_attention": Attention(mask=3, dropout=5, causal=6),
-    "_scaled_dot_product_efficient_attention": Attention(mask=3, dropout=5, causal=6),
-    "_scaled_dot_product_fused_attention_overrideable": Attention(mask=3, dropout=4, causal=5),
-    "_scaled_dot_product_attention_math": Attention(mask=3, dropout=4, causal=5),
+    **_ATTENTION,
     **COMPOSITE,
 }
 
@@ -197,7 +210,7 @@ _LINEAR: dict[str, Rule] = {
     "copy": Copy(keeps_gates=True),
     "fill": Copy(),
     **dict.fromkeys(
-        "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align roi_pool _roi_align".split(),
+        "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align ps_roi_align deform_conv2d".split(),
         FirstLinear(),
     ),
 }
@@ -217,7 +230,7 @@ TANGENT: Mapping[str, Rule] = {
 
 # What PyTorch's Python functions become, where the name changes.
 _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
-    "softmax": ("_softmax",),
+    "softmax": ("_softmax", "_safe_softmax"),
     "softmin": ("_softmax",),
     "log_softmax": ("_log_softmax",),
     "logsigmoid": ("log_sigmoid_forward",),
@@ -274,6 +287,7 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
 
 _DISPLAY = {
     "_softmax": "softmax",
+    "_safe_softmax": "softmax",
     "_log_softmax": "log_softmax",
     "_prelu_kernel": "prelu",
     "log_sigmoid_forward": "logsigmoid",

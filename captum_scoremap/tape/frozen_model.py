@@ -137,7 +137,8 @@ class FrozenModel:
         if shapes != expected:
             raise ValueError(f"direction must be shaped like the inputs, {expected}; got {shapes}.")
 
-        return nearest_boundary(self._tape, self._names, self._inputs, directions)
+        with torch.no_grad():
+            return nearest_boundary(self._tape, self._names, self._inputs, directions)
 
 
 def freeze(

@@ -57,7 +57,7 @@ class Tapped:
 class _Operation:
     """What is known of an ATen overload: its rule, its out-of-place form, where its tensors are, what it changes."""
 
-    __slots__ = ("changes", "display", "functional", "is_plain", "is_trusted", "lists", "name", "rule", "tensors")
+    __slots__ = ("changes", "changes_shape", "display", "functional", "is_plain", "is_trusted", "lists", "name", "rule", "tensors")
 
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
@@ -67,9 +67,10 @@ class _Operation:
         changed = [
             (argument.name if argument.kwarg_only else position)
             for position, argument in enumerate(arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "noise"
         ]
         self.changes: int | str | None = changed[0] if changed else None
+        self.changes_shape = torch.Tag.inplace_view in operation.tags
         self.functional = operation
         if changed:
             name, self.functional = _out_of_place(operation, name, overload)
@@ -77,7 +78,7 @@ class _Operation:
         self.display = display_name(self.functional or operation)
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
-        if self.functional is None or len(changed) > 1:
+        if self.functional is None or len(changed) > 1 or (name, overload) == ("view", "dtype"):
             self.rule = None
         self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
         # affine whatever the arguments, so that nothing needs to be asked
@@ -94,7 +95,10 @@ def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
         overload = overload.removesuffix("out").removesuffix("_") or "default"
     functional = getattr(packet, overload, None) if packet is not None else None
     if functional is None and packet is not None:
-        functional = getattr(packet, "default", None)
+        wanted = [str(argument.type) for argument in operation._schema.arguments if not argument.kwarg_only]
+        for candidate in (getattr(packet, name) for name in packet.overloads()):
+            if [str(argument.type) for argument in candidate._schema.arguments if not argument.kwarg_only] == wanted:
+                functional = candidate
     return name, functional
 
 
@@ -233,7 +237,8 @@ class Recording(TorchDispatchMode):
             if position in operation.lists:
                 found: Any = self._symbols(argument, live, values)
             else:
-                found = self.value_of(argument)
+                # a number may stand where the schema says tensor
+                found = self.value_of(argument) if isinstance(argument, Tensor) else None
                 if found is not None:
                     live.append(argument)
                     values.append(found)
@@ -285,6 +290,12 @@ class Recording(TorchDispatchMode):
         rule = step.rule
         if isinstance(rule, Composite):
             return self._compose(rule, args, kwargs)
+        values = step.values
+        sites = values[0].sites
+        for value in values[1:]:
+            sites |= value.sites
+        if self._bypass:
+            self._keep_bypass(sites, values, live)
         output = run(*args, **kwargs)
         if operation.is_plain:
             gate = rule.keeps_gates and step.only_gates()
@@ -302,15 +313,9 @@ class Recording(TorchDispatchMode):
                 self.tape.steps.append(step)
                 return output
             gate = rule.makes_gate(step)
-        values = step.values
-        sites = values[0].sites
-        for value in values[1:]:
-            sites |= value.sites
-        if self._bypass:
-            self._keep_bypass(sites, values, live)
         clock = self._memory.clock
         made = []
-        for tensor in (output,) if isinstance(output, Tensor) else floating(output):
+        for tensor in (output,) if isinstance(output, Tensor) else floating(output)[: rule.live_outputs]:
             value = Value(tensor, gate, sites)
             self._values[id(tensor)] = weakref.ref(tensor), value, clock
             made.append(value)
@@ -337,10 +342,11 @@ class Recording(TorchDispatchMode):
         """Run and record an operation that changes an argument in place."""
         where = operation.changes
         target: Tensor = args[where] if isinstance(where, int) else kwargs[where]  # type: ignore[index]
+        if operation.changes_shape:  # not what its memory holds
+            return self._operate(operation, step, args, kwargs, live, func)
         known = self.value_of(target)
         if known is None:
             self._release_constants(target)
-        self._memory.about_to_change(target)
         base = target._base
         before = self._memory.whole_before(target, known if base is None else self.value_of(base))
         if isinstance(where, str):  # out=
@@ -348,9 +354,15 @@ class Recording(TorchDispatchMode):
             step.kwargs = {name: argument for name, argument in step.kwargs.items() if name != where}
         count = len(self.tape.steps)
         if isinstance(where, int) and step.rule.in_place and operation.is_trusted:
-            self._operate(operation, step, args, kwargs, live, func)
+
+            def in_place(*args: Any, **kwargs: Any) -> Any:
+                self._memory.about_to_change(target)
+                return func(*args, **kwargs)
+
+            self._operate(operation, step, args, kwargs, live, in_place)
         else:
             output = self._operate(operation, step, args, kwargs, live, step.operation)
+            self._memory.about_to_change(target)
             target.copy_(output)
         last = self.tape.steps[-1]
         value = last.outputs[0] if len(self.tape.steps) > count and last.outputs else None
