@@ -4,7 +4,8 @@ Every message says what must be, what was, and what to do. Nothing here changes 
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ __all__ = [
     "UnsupportedOperationError",
     "as_tuple",
     "check_callable",
+    "check_grad_kwargs",
     "check_inputs",
     "check_layer",
     "is_tuple_of_one",
@@ -148,6 +150,20 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
     if len(sizes) > 1:
         raise ValueError(f"all inputs must have the same batch size, got {sorted(sizes)}.")
     return tuple(tensor for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def check_grad_kwargs(grad_kwargs: Mapping[str, object] | None) -> None:
+    """Raise for options that ``torch.autograd.grad`` does not have, as it would; coefficients are not taken by it.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    known = inspect.signature(torch.autograd.grad).parameters
+    for name in grad_kwargs or ():
+        if name not in known:
+            raise TypeError(
+                f"grad_kwargs must name arguments of torch.autograd.grad, got {name!r}.{nearest(name, known)}"
+            )
 
 
 def is_tuple_of_one(inputs: object) -> bool:

@@ -58,21 +58,21 @@ class Network(nn.Module):
 class Exotic(nn.Module):
     """Two operations without a rule, in two modules."""
 
-    class Gamma(nn.Module):
+    class Exponential(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.lgamma(x.abs() + 1)
+            return torch.linalg.matrix_exp(x)
 
     class Bessel(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.special.i0(x)
+            return torch.special.bessel_j0(x)
 
     def __init__(self) -> None:
         super().__init__()
-        self.gamma = self.Gamma()
+        self.exponential = self.Exponential()
         self.bessel = self.Bessel()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bessel(self.gamma(x)).mean((2, 3))
+        return self.bessel(self.exponential(x)).mean((2, 3))
 
 
 def network() -> nn.Module:
@@ -91,6 +91,12 @@ def scripted() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scripting is deprecated, models that were scripted remain
         return torch.jit.trace(piecewise_linear(), images())
+
+
+def in_script(module: nn.Module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(module)
 
 
 def images() -> Tensor:
@@ -261,12 +267,6 @@ BAD = [
     ),
     Bad("compiled", TypeError, r"got a compiled one", lambda: torch.compile(piecewise_linear())),
     Bad("scripted", TypeError, r"got a scripted one", scripted),
-    Bad(
-        "scripted inside",
-        TypeError,
-        r"scripted",
-        lambda: nn.Sequential(nn.Conv2d(3, 3, 1).double(), scripted()).eval(),
-    ),
     Bad("no model", TypeError, r"forward_func must be", lambda: "resnet18"),
     Bad(
         "rules are no mapping",
@@ -297,7 +297,7 @@ BAD = [
     Bad(
         "operations without a rule",
         UnsupportedOperationError,
-        r"(?s)lgamma in 'gamma'.*i0 in 'bessel'.*rules=",
+        r"(?s)matrix_exp in 'exponential'.*bessel_j0 in 'bessel'.*rules=",
         Exotic,
     ),
 ]
@@ -384,6 +384,25 @@ class Untied(Network):
         x = self.second(self.conv2(x))
         x = x + 0 * self.argmax(x)
         return self.head(self.dropout(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [scripted, lambda: in_script(piecewise_linear()), lambda: torch.compile(piecewise_linear(), backend="eager")],
+    ids=["traced", "scripted", "compiled"],
+)
+def test_what_is_scripted_or_compiled_inside_a_model_is_seen(hidden: Callable[[], Any]) -> None:
+    first = nn.Conv2d(3, 3, 1).double()
+    model, inputs = nn.Sequential(first, hidden()).eval(), images()
+    plain = nn.Sequential(first, piecewise_linear()).eval()
+    for _ in range(3):  # scripted code is optimized once it has run
+        with torch.no_grad():
+            scores = model(inputs)
+    for layer in (None, first):
+        form, expected = linear_form(model, inputs, 1, layer), linear_form(plain, inputs, 1, layer)
+        assert_close(form.score, scores[:, 1], rtol=1e-12, atol=1e-14)
+        for name in ("coefficients", "bias", "sums"):
+            assert_close(getattr(form, name), getattr(expected, name), rtol=1e-12, atol=1e-14)
 
 
 def test_last_call_of_a_layer_that_runs_twice_counts() -> None:

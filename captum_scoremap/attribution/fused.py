@@ -111,7 +111,7 @@ class FusedScoreMap(GradientAttribution):
         warn_of_probabilities(recording, output)
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            score, odds = select_scores(leaf, target), log_odds(leaf, target)
+            score, odds = select_scores(leaf, target, len(image)), log_odds(leaf, target)
             of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
         taps = [_map_of(recording.tapped[site], site[0]) for site in sites]
         with torch.no_grad():

@@ -7,7 +7,7 @@ from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_grad_kwargs, check_inputs, unwrap_parallel
 from captum_scoremap.linear import Reduction, Target, explain, select_scores
 from captum_scoremap.rules import Rule
 from captum_scoremap.tape import as_tuple_of_arguments
@@ -69,7 +69,8 @@ class ScoreMap(GradientAttribution):
             target: Label of each image, in any of Captum's forms.
             additional_forward_args: Further arguments of ``forward_func``; they are constants.
             return_convergence_delta: Whether to return S - (A·x + B) too, with B from the frozen model at zero.
-            grad_kwargs: Further arguments of ``torch.autograd.grad``.
+            grad_kwargs: Taken for Captum's sake: no option of ``torch.autograd.grad`` changes the result, which carries no
+                graph.
 
         Returns:
             Tensor or tuple shaped like ``inputs``, in logits (coefficients: logits per unit of input); with the delta a
@@ -81,11 +82,12 @@ class ScoreMap(GradientAttribution):
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
+        check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs)
         additional = as_tuple_of_arguments(additional_forward_args)
 
         def select(output: Any) -> Tensor:
-            return select_scores(output, target)
+            return select_scores(output, target, len(tensors[0]))
 
         found = explain(
             unwrap_parallel(self.forward_func),

@@ -8,7 +8,14 @@ from captum.attr import GradientAttribution, LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, is_tuple_of_one, unwrap_parallel
+from captum_scoremap.checks import (
+    check_callable,
+    check_grad_kwargs,
+    check_inputs,
+    check_layer,
+    is_tuple_of_one,
+    unwrap_parallel,
+)
 from captum_scoremap.linear import Reduction, Target, explain, explain_targets, select_scores
 from captum_scoremap.rules import Rule
 from captum_scoremap.tape import Site, as_tuple_of_arguments
@@ -90,7 +97,8 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
             attr_dim_summation: Whether to sum over channels.
-            grad_kwargs: Further arguments of ``torch.autograd.grad``.
+            grad_kwargs: Taken for Captum's sake: no option of ``torch.autograd.grad`` changes the result, which carries no
+                graph.
             return_convergence_delta: Whether to return S - (A·Y + B) too, with B from the frozen model with the layer
                 at zero.
             channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
@@ -106,12 +114,13 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
+        check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=True)
         additional = as_tuple_of_arguments(additional_forward_args)
         sites = self._sites(attribute_to_layer_input)
 
         def select(output: Any) -> Tensor:
-            return select_scores(output, target)
+            return select_scores(output, target, len(tensors[0]))
 
         found = explain(
             unwrap_parallel(self.forward_func),

@@ -7,7 +7,14 @@ from captum.attr import GradientAttribution, NeuronAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, is_tuple_of_one, unwrap_parallel
+from captum_scoremap.checks import (
+    check_callable,
+    check_grad_kwargs,
+    check_inputs,
+    check_layer,
+    is_tuple_of_one,
+    unwrap_parallel,
+)
 from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.tape import Site, as_tuple_of_arguments
@@ -78,7 +85,8 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
             attribute_to_neuron_input: Whether the neuron is one of the layer's input.
             to_layer: The lower layer whose output Y is; None for the input.
             attr_dim_summation: Whether to sum over channels: the neuron's score map.
-            grad_kwargs: Further arguments of ``torch.autograd.grad``.
+            grad_kwargs: Taken for Captum's sake: no option of ``torch.autograd.grad`` changes the result, which carries no
+                graph.
             return_convergence_delta: Whether to return activation - (A·Y + B) too.
             channel_dim: Dimension of the channels; -1 for tokens.
 
@@ -93,6 +101,7 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations up to the neuron have no rule; all are listed.
         """
+        check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=to_layer is not None)
         additional = as_tuple_of_arguments(additional_forward_args)
         neuron: Site = (self.layer, attribute_to_neuron_input)

@@ -61,7 +61,7 @@ def explain_targets(
     warn_of_probabilities(recording, output)
     labels = _labels(output, targets)
     for label in labels[:1] if targets is None else labels:
-        select_scores(output, label)  # names what is wrong before any work is done
+        select_scores(output, label, len(inputs[0]))  # names what is wrong before any work is done
     for site in sites:
         tensors = len(recording.tapped[site].values)
         if tensors != 1:

@@ -66,7 +66,7 @@ def bias_terms(
 
     def select(output: Any) -> Tensor:
         warn_of_probabilities(recording, output)
-        return select_scores(output, target)
+        return select_scores(output, target, len(tensors[0]))
 
     score = recording.record(tensors, as_tuple_of_arguments(additional_forward_args), select)
     with torch.no_grad():

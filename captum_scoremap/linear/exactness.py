@@ -115,7 +115,7 @@ def check_exactness(
 
     def select(output: Any) -> Tensor:
         warn_of_probabilities(recording, output)
-        return select_scores(output, target)
+        return select_scores(output, target, len(tensors[0]))
 
     unsupported: dict[str, list[str]] = {}
     try:

@@ -151,7 +151,7 @@ def linear_form(
     additional = as_tuple_of_arguments(additional_forward_args)
 
     def select(output: Any) -> Tensor:
-        return select_scores(output, target)
+        return select_scores(output, target, len(tensors[0]))
 
     found = explain(
         forward_func, tensors, select, [site], Reduction(multiply=False), additional, rules=rules, keep=True

@@ -13,20 +13,22 @@ Label = int | tuple[int, ...]
 Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | Callable[[Any], Tensor] | None
 
 
-def select_scores(output: Any, target: Target) -> Tensor:
+def select_scores(output: Any, target: Target, images: int | None = None) -> Tensor:
     """The scores (N,) that a target selects from a model's output.
 
     Args:
         output: (N,), or (N, ...).
         target: None if there is one score for each image; an int, a one-element tensor or a tuple of indices for all
             images; a list or tensor of N ints, or a list of N tuples, one for each; or a function of the whole output.
+        images: How many images the model was given; None where that is not known.
 
     Returns:
         The scores, (N,).
 
     Raises:
         TypeError: If the output is no floating-point tensor, or the target has no known form.
-        ValueError: If the target is missing, out of range or of the wrong length.
+        ValueError: If the target is missing, out of range or of the wrong length, or there are neither a score for each
+            image nor for several of them.
     """
     if callable(target) and not isinstance(target, Tensor):
         return _checked(target(output))
@@ -39,6 +41,11 @@ def select_scores(output: Any, target: Target) -> Tensor:
     if output.dim() == 0:
         raise ValueError("the model must return a score for each image, (N, ...), got a single number.")
     count, sizes = output.shape[0], tuple(output.shape[1:])
+    if images is not None and count and images % count and count % images:
+        raise ValueError(
+            f"inputs must have a batch dimension, (N, ...), and the model must return a score for each image; got {count} "
+            f"scores for {images} images. If that is one image, use inputs[None]."
+        )
     if target is None:
         if output[0].numel() != 1:
             raise ValueError(

@@ -59,6 +59,11 @@ def _clamp_max(input: Tensor, max: Tensor) -> Tensor:
     return torch.minimum(input, max)
 
 
+def _convolution(*args: Any) -> Tensor:
+    """What traced models call: :func:`convolution`, and how cuDNN is to go about it."""
+    return torch.ops.aten.convolution(*args[:9])
+
+
 def _lstm_layer(
     input: Tensor,
     weight_ih: Tensor,
@@ -100,5 +105,6 @@ COMPOSITE: dict[str, Rule] = {
     "lerp": Composite(_lerp),
     "addcmul": Composite(_addcmul),
     "addcdiv": Composite(_addcdiv),
+    "_convolution": Composite(_convolution),
     "mkldnn_rnn_layer": Composite(_lstm_layer),
 }
