@@ -1,5 +1,6 @@
 """Conditions for a build pipeline: what they mean, and what the program does with them."""
 
+import json
 import subprocess
 import sys
 
@@ -89,6 +90,38 @@ def test_program_says_what_it_found_and_exits_with_2(tmp_path, capsys):
     assert main([*arguments, "--device", "cpu"]) == 2
     assert "Go on with resume" in capsys.readouterr().err
     assert main([*arguments, "--device", "cpu", "--resume", "--fail-on", "residual>1e-3"]) == 0
+
+
+@pytest.mark.parametrize(("error", "said"), [(2e-3, True), (5e-4, False)])
+def test_a_run_that_is_not_exact_says_so(tmp_path, capsys, monkeypatch, error, said):
+    from captum_scoremap.audit import explaining
+
+    real, spoiled = explaining._scores_at_zero, []
+
+    def spoil(tape, scores, tapped):
+        """B of one layer in two is wrong, by a share of S."""
+        spoiled.append(tapped)
+        wrong = error * scores if len(spoiled) % 2 == 0 else 0
+        return real(tape, scores, tapped) + wrong
+
+    write_digits(tmp_path / "in", 3)
+    monkeypatch.setattr(explaining, "_scores_at_zero", spoil)
+    arguments = ["audit", str(tmp_path / "in"), "--model", f"{__name__}:build_tiny", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu", "--layers", "1,4", "--batch-size", "3"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((tmp_path / "out" / "analysis" / "summary.json").read_text(encoding="utf-8"))
+    assert len(spoiled) == 2
+    assert [layer["inexact"] for layer in summary["layers"]] == [0, 3 * said]
+    assert summary["inexact"] == 3 * said
+    if said:
+        assert last == (
+            "Not exact: the residual of 3 images is above 0.001 of their score |S|, at 4. Do not rely on their maps."
+        )
+        assert "The residual of 3 of 3 images is above\n0.001 of their score |S|, at <code>4</code> (3)." in page
+    else:
+        assert last == f"Report: {tmp_path / 'out' / 'report.html'}"
+        assert "Not exact" not in page
 
 
 @pytest.mark.parametrize(

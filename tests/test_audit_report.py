@@ -124,6 +124,7 @@ def test_layers_labels_and_zoom_change_the_picture(page, digits_report):
     page.locator("#thumbs button").nth(3).click()
     page.wait_for_selector("#numbers tr:has-text('residual')")
     last = shown_map(page)
+    assert "whose map is shown" in page.locator("#numbers-of").text_content()
     assert page.locator("#layer-name").text_content() == "4"
     page.locator("#layer").focus()
     page.keyboard.press("ArrowLeft")
@@ -132,6 +133,7 @@ def test_layers_labels_and_zoom_change_the_picture(page, digits_report):
     assert page.locator("#layer").get_attribute("aria-valuetext") == "3"
     page.locator("#role").select_option(label=page.locator("#role option").nth(1).text_content())
     runner_up = shown_map(page, middle)
+    assert "not of the map shown" in page.locator("#numbers-of").text_content()
     page.locator("#role").select_option(index=2)
     contrast = shown_map(page, runner_up)
     assert len({last, middle, runner_up, contrast}) == 4

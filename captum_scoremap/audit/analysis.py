@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 from captum_scoremap.audit.concentration import resized
 from captum_scoremap.audit.shards import Shards, write_json, write_table
 
-__all__ = ["Analysis", "analyze"]
+__all__ = ["INEXACT", "Analysis", "analyze"]
 
 Array: TypeAlias = NDArray[np.float64]
 
 EXAMPLES = 8
 """How many images are named where examples are asked for."""
+
+INEXACT = 1e-3
+"""A residual above this share of |S| is no rounding: the map at that layer does not add up to the score."""
 
 _GRID = 16  # cells: finer maps are averaged before they are compared
 _SHARES = ("bias_share", "top10_share", "border_share", "region_share")
@@ -158,17 +161,28 @@ class _Totals:
         self.seconds = 0.0
         self.failed: list[dict[str, Any]] = []
         self.layers: dict[str, dict[str, _Mean]] = defaultdict(lambda: defaultdict(_Mean))
+        self.inexact: dict[str, int] = defaultdict(int)
+        self.inexact_images = 0
 
     def add(self, images: Sequence[Mapping[str, Any]], layers: pa.Table) -> None:
+        scores: dict[int, float] = {}
         for image in images:
             self.images += 1
             if image["error"] is not None:
                 self.failed.append({name: image[name] for name in ("index", "name", "error")})
                 continue
             self.seconds += image["seconds"]
+            scores[image["index"]] = image["score"]
             if image["correct"] is not None:
                 self.known += 1
                 self.correct += image["correct"]
+        inexact: set[int] = set()
+        columns = (layers[name].to_pylist() for name in ("index", "layer", "residual"))
+        for index, layer, residual in zip(*columns, strict=True):
+            if not residual <= INEXACT * abs(scores[index]):  # nor if it is not a number
+                self.inexact[layer] += 1
+                inexact.add(index)
+        self.inexact_images += len(inexact)
         for layer in pc.unique(layers["layer"]).to_pylist():
             part = layers.filter(pc.equal(layers["layer"], layer))
             for name in ("residual", *_SHARES):
@@ -182,6 +196,7 @@ class _Totals:
             "failed": self.failed,
             "labeled": self.known,
             "accuracy": self.correct / self.known if self.known else None,
+            "inexact": self.inexact_images,
             "seconds_per_image": self.seconds / done if done else None,
             "layers": [self._layer(name) for name in layers],
         }
@@ -191,6 +206,7 @@ class _Totals:
         return {
             "layer": name,
             "residual_max": numbers["residual"].maximum,
+            "inexact": self.inexact[name],
             **{share: numbers[share].value for share in _SHARES},
         }
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.audit.biases import RecordingFromSites
-from captum_scoremap.freeze import Reduction, Site
+from captum_scoremap.linear import Reduction
 from captum_scoremap.models.layers import map_channel_dim
+from captum_scoremap.rules import with_rules
+from captum_scoremap.tape import Recording, Site, Tape, Tapped
 from captum_scoremap.tokens import token_grid
 
 __all__ = ["ROLES", "Explained", "MapLayer", "explain", "map_layers"]
@@ -53,12 +54,13 @@ class Explained:
     residuals: Mapping[str, Tensor]
 
 
+@torch.no_grad()
 def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: Tensor) -> Explained:
-    """Explain one batch: one recorded run, one backward pass for each role, one replay for each layer's B.
+    """Explain one batch: one recorded run, one transposed pass for each role, one forward pass for each layer's B.
 
     Args:
         model: The network, in eval mode.
-        layers: Its layers to map.
+        layers: Its layers to map. Of one that runs more than once, the last call counts.
         inputs: Images (N, C, H, W).
         true: True labels (N,), -1 where not known.
 
@@ -66,38 +68,32 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
         The score maps.
 
     Raises:
-        ValueError: If the model does not score labels, or a true label is none of them.
+        ValueError: If the model does not score labels, a true label is none of them, or a layer does not run or does
+            not give one floating-point tensor.
+        UnsupportedOperationError: If operations of the model have no rule; all are listed.
     """
     sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in layers}
-    taps = {site: Reduction(channel_dim=layer.channel_dim) for layer, site in sites.items()}
-    recording = RecordingFromSites(model, taps)
-    with torch.enable_grad():
-        scores = recording.record((inputs,), ())
+    recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), bypass=True)
+    scores = recording.record((inputs,))
     _check_scores(scores, true)
-    labels = torch.cat([scores.detach().topk(2, dim=1).indices, true[:, None]], dim=1)
-    anchors = [recording.tapped[site].anchors[0] for site in sites.values()]
-    maps: dict[MapLayer, list[Tensor]] = {layer: [] for layer in layers}
+    tapped = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}
+    labels = torch.cat([scores.topk(2, dim=1).indices, true[:, None]], dim=1)
+    maps: dict[MapLayer, list[Tensor]] = {layer: [] for layer in tapped}
     sums: dict[str, Tensor] = {}
     for role in range(len(ROLES)):
         # A role that repeats another, or has no label, needs no pass of its own.
         wanted = (labels[:, role] >= 0) & (labels[:, :role] != labels[:, role, None]).all(1)
-        chosen = scores.gather(1, labels[:, role, None].clamp(min=0))[:, 0] * wanted
-        if wanted.any():
-            gradients = torch.autograd.grad(chosen.sum(), anchors, retain_graph=True)
-        else:
-            gradients = tuple(torch.zeros_like(anchor) for anchor in anchors)
-        for layer, gradient in zip(layers, gradients, strict=True):
-            maps[layer].append(gradient if layer.channel_dim == 1 else token_grid(gradient))
+        one_hot = torch.zeros_like(scores).scatter(1, labels[:, role, None].clamp(min=0), wanted[:, None].to(scores))
+        found = _score_maps(recording.tape, one_hot if wanted.any() else None, tapped)
+        for layer, score_map in found.items():
+            maps[layer].append(score_map if layer.channel_dim == 1 else token_grid(score_map))
             if role == 0:
-                sums[layer.name] = gradient.flatten(1).sum(1)
-    scores = scores.detach()
-
-    def predicted(output: Any) -> Tensor:
-        picked: Tensor = output.gather(1, labels[:, :1])[:, 0]
-        return picked
-
-    score = predicted(scores)
-    biases = {layer.name: recording.bias(site, inputs, predicted) for layer, site in sites.items()}
+                sums[layer.name] = score_map.flatten(1).sum(1)
+    score = scores.gather(1, labels[:, :1])[:, 0]
+    biases = {
+        layer.name: _scores_at_zero(recording.tape, scores, tap).gather(1, labels[:, :1])[:, 0]
+        for layer, tap in tapped.items()
+    }
     return Explained(
         scores,
         labels,
@@ -106,6 +102,64 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
         biases=biases,
         residuals={name: (score - (sums[name] + biases[name])).abs() for name in sums},
     )
+
+
+def _tapped(recording: Recording, site: Site, name: str) -> Tapped:
+    """What a layer returned.
+
+    Args:
+        recording: The run.
+        site: The layer's output.
+        name: The layer's name.
+
+    Returns:
+        Its one tensor.
+
+    Raises:
+        ValueError: If it did not run, or did not return one floating-point tensor.
+    """
+    tapped = recording.tapped.get(site)
+    if tapped is None:
+        raise ValueError(f"layers must run when the model does, got {name!r}, which does not.")
+    if len(tapped.values) != 1:
+        raise ValueError(f"layers must give one floating-point tensor, got {len(tapped.values)} from {name!r}.")
+    return tapped
+
+
+def _score_maps(
+    tape: Tape, coefficients: Tensor | None, layers: Mapping[MapLayer, Tapped]
+) -> Mapping[MapLayer, Tensor]:
+    """A·Y of each layer, summed over channels, for given coefficients of the scores; zero where nothing depends on it.
+
+    Args:
+        tape: The recorded run.
+        coefficients: Weights (N, K) of the scores; None if all are zero.
+        layers: The layers and what they returned.
+
+    Returns:
+        The map of each layer, laid out as the layer is.
+    """
+    output = tape.value_of_output()
+    reductions = {layer: Reduction(channel_dim=layer.channel_dim) for layer in layers}
+    wanted = {
+        tapped.values[0]: partial(reductions[layer], activations=tapped.activations[0])
+        for layer, tapped in layers.items()
+    }
+    found = {} if output is None or coefficients is None else tape.transposed({output: coefficients}, wanted)
+    maps = {}
+    for layer, tapped in layers.items():
+        (value,), (y,) = tapped.values, tapped.activations
+        maps[layer] = found[value] if value in found else y.new_zeros(reductions[layer].shape(y))
+    return maps
+
+
+def _scores_at_zero(tape: Tape, scores: Tensor, tapped: Tapped) -> Tensor:
+    """The scores (N, K) of the frozen model with a layer at zero: B of every label. This does not use A."""
+    output = tape.value_of_output()
+    if output is None or not output.sites & tapped.bit:
+        return scores
+    zeros = {value: value.zeros() for value in tapped.values}
+    return tape.forward(zeros, [output], sites=tapped.bit)[output]
 
 
 def map_layers(model: nn.Module, names: Sequence[str], inputs: Tensor) -> tuple[MapLayer, ...]:

@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from captum_scoremap.audit.analysis import Analysis, lists
+from captum_scoremap.audit.analysis import INEXACT, Analysis, lists
 from captum_scoremap.audit.shards import Shards, write_whole
 
 __all__ = ["write_report"]
@@ -143,6 +143,8 @@ def _page(settings: Mapping[str, Any], analysis: Analysis, images: Mapping[int, 
         settings=settings,
         summary=analysis.summary,
         residual=max(residuals, default=None),
+        limit=INEXACT,
+        inexact=[row for row in analysis.summary["layers"] if row["inexact"]],
         labels=[_label(row) for row in analysis.labels[:_SHOWN]],
         ranked=any(row["shortcut"] is not None for row in analysis.labels),
         more_labels=max(len(analysis.labels) - _SHOWN, 0),

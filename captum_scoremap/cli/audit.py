@@ -148,6 +148,8 @@ def audit(
 
 def _said(done: "Audit") -> Iterator[str]:
     """What the program says at the end."""
+    from captum_scoremap.audit.analysis import INEXACT
+
     summary = done.analysis.summary
     yield f"{summary['audited']} images audited, {len(summary['failed'])} not."
     yield from _some([f"{failed['name']}: {failed['error']}" for failed in summary["failed"]])
@@ -160,6 +162,12 @@ def _said(done: "Audit") -> Iterator[str]:
     if first is not None and first["shortcut"] is not None:
         yield f"Label most likely recognized by a shortcut: {first['name']} ({first['shortcut']:.2f})."
     yield f"Report: {done.report}"
+    inexact = [layer["layer"] for layer in summary["layers"] if layer["inexact"]]
+    if inexact:
+        yield (
+            f"Not exact: the residual of {summary['inexact']} images is above {INEXACT:g} of their score |S|, at "
+            f"{', '.join(inexact)}. Do not rely on their maps."
+        )
 
 
 def _some(names: Sequence[str]) -> Iterator[str]:

@@ -143,7 +143,10 @@
     byId("legend-high").textContent = `+${short(limit)}`;
   };
 
+  // S, A·Y, B and shares are kept for the predicted label alone: say so, whichever map is shown.
   const fillNumbers = (image, layer) => {
+    byId("numbers-of").textContent = `Numbers of the predicted label, ${labelName(image.predicted)}, ` +
+      (byId("role").value === "0" ? "whose map is shown" : "not of the map shown");
     const rows = [
       ["predicted", labelName(image.predicted)], ["true", image.true === null ? "–" : labelName(image.true)],
       ["score S", `${short(image.score)} logits`], ["probability", percent(image.probability)],
