@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import captum_scoremap.targets
+import captum_scoremap.linear.all_labels
 from captum_scoremap import LayerScoreMap
 
 LABELS = 12
@@ -41,7 +41,7 @@ def test_both_ways_equal_one_call_for_each_label(name: str) -> None:
     expected = torch.cat(every, channel_dim)
     scale = float(expected.abs().max())
     for positions in (0, 10**9):  # fewer and more than there are labels
-        with mock.patch.object(captum_scoremap.targets, "_positions", lambda *_, count=positions: count):
+        with mock.patch.object(captum_scoremap.linear.all_labels, "_positions", lambda *_, count=positions: count):
             found = method.attribute_targets(inputs, channel_dim=channel_dim, internal_batch_size=10)
             some = method.attribute_targets(inputs, [3, 7], channel_dim=channel_dim)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * scale)

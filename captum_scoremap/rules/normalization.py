@@ -51,7 +51,8 @@ class Standardize(Rule):
         weight, bias = self.affine(call)
         output = ((grouped - grouped.mean(-1, keepdim=True)) * state).reshape(x.shape)
         output = output if weight is None else output * weight
-        return (output if bias is None else output + bias,)
+        # weights may be of a wider type, as under autocast
+        return ((output if bias is None else output + bias).to(x.dtype),)
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return frozen scale * (weight * coefficients, their mean subtracted)."""
@@ -60,7 +61,8 @@ class Standardize(Rule):
             return [None]
         weight, _ = self.affine(call)
         grouped = self.grouped(call, gradient if weight is None else gradient * weight)
-        return [((grouped - grouped.mean(-1, keepdim=True)) * state).reshape(call.values[0].shape)]
+        shape, dtype = call.values[0].shape, call.values[0].dtype
+        return [((grouped - grouped.mean(-1, keepdim=True)) * state).reshape(shape).to(dtype)]
 
 
 class LayerNorm(Standardize):
@@ -128,7 +130,7 @@ class BatchNorm(Standardize):
         scale = self._scale(call)
         mean, bias = (_per_channel(call.args[position], x) for position in (3, 2))
         output = (x - mean) * scale
-        return (output if bias is None else output + bias,)
+        return ((output if bias is None else output + bias).to(x.dtype),)
 
     def transpose(self, call: Call, state: Tensor | None, gradients: Gradients) -> list[Tensor | None]:
         """Return scale * coefficients."""
