@@ -24,30 +24,45 @@ __all__ = [
 
 
 class UnsupportedOperationError(NotImplementedError):
-    """Operations of a model that have no rule, all of them at once.
+    """Operations of a model that have no rule, or that could not be seen, all of them at once.
 
     Attributes:
         operations: Pairs ``(operation, module)``; the module is the name of the one in which the call happens, ``""``
             for the outermost.
+        hidden: Pairs of what could not be seen and the module in which it showed.
 
     Example:
         >>> UnsupportedOperationError([("bessel_j0", "head")]).operations
         (('bessel_j0', 'head'),)
     """
 
-    def __init__(self, operations: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, operations: Sequence[tuple[str, str]], hidden: Sequence[tuple[str, str]] = ()) -> None:
         self.operations = tuple(operations)
-        lines = [
-            f"  {name} in {module!r}" if module else f"  {name} (outside any named module)"
-            for name, module in self.operations
-        ]
-        first = self.operations[0][0]
-        super().__init__(
-            "every operation on the way from the image to the score must have a rule; these have none:\n"
-            + "\n".join(lines)
-            + f'\nSupply one, for instance the tangent at the image: rules={{"{first}": Tangent()}}, with '
-            "`from captum_scoremap.rules import Tangent`."
-        )
+        self.hidden = tuple(hidden)
+        parts = []
+        if self.operations:
+            first = self.operations[0][0]
+            parts.append(
+                "every operation on the way from the image to the score must have a rule; these have none:\n"
+                + _listed(self.operations)
+                + f'\nSupply one, for instance the tangent at the image: rules={{"{first}": Tangent()}}, with '
+                "`from captum_scoremap.rules import Tangent`."
+            )
+        if self.hidden:
+            parts.append(
+                "every operation on the way from the image to the score must be PyTorch's and run on the thread of the "
+                "call; these could not be seen:\n"
+                + _listed(self.hidden)
+                + "\nCompute this with PyTorch operations, on one thread; or, if it is a constant, make it before the "
+                "model runs."
+            )
+        super().__init__("\n".join(parts))
+
+
+def _listed(items: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(
+        f"  {name} in {module!r}" if module else f"  {name} (outside any named module)" for name, module in items
+    )
 
 
 def as_tuple(value: object) -> tuple[object, ...]:
@@ -132,7 +147,8 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
         shape = tuple(tensor.shape)
         if not (tensor.is_floating_point() or (indices and tensor.dtype == torch.int64)):
             raise TypeError(
-                f"inputs must be floating point, got {tensor.dtype}. Convert and normalize them: inputs.float() / 255."
+                f"inputs must be floating point, got {tensor.dtype}. Convert and normalize images, inputs.float() / 255; "
+                "for token ids, explain a layer such as the embedding."
             )
         if tensor.is_inference():
             raise RuntimeError(

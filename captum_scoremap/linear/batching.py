@@ -38,6 +38,9 @@ def over_rows(function: Callable[[Tensor], Mapping[Any, Tensor]], rows: Tensor) 
         keys[:] = found
         return tuple(found.values())
 
-    with quiet_batching():
-        stacked = torch.func.vmap(results)(rows)
+    try:
+        with quiet_batching():
+            stacked = torch.func.vmap(results)(rows)
+    except RuntimeError:  # an operation that functorch cannot batch
+        stacked = tuple(map(torch.stack, zip(*map(results, rows), strict=True)))
     return dict(zip(keys, stacked, strict=True))

@@ -179,12 +179,27 @@ def explain(
         check_sites(recording, taps, stop_at)
         if stop_at is None:
             warn_of_probabilities(recording, output)
-        return select(output)
+        scores = select(output)
+        _check_rows(scores, inputs[0].shape[0])
+        return scores
 
     found = Explanation(recording, recording.record(inputs, additional, checked), sites, reduction)
     with torch.no_grad():
         found.push_back(consume=not keep)
     return found
+
+
+def _check_rows(scores: Tensor, images: int) -> None:
+    """Raise unless there is one score for each image.
+
+    Raises:
+        ValueError: If not.
+    """
+    if len(scores) != images:
+        raise ValueError(
+            f"the model must return one row of scores for each image, got {len(scores)} for {images}. Select one with "
+            f"a function as target: lambda out: out.reshape({images}, -1, *out.shape[1:])[:, row, label]."
+        )
 
 
 def check_sites(recording: Recording, sites: Sequence[Site], below: Site | None = None) -> None:

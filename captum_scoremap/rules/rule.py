@@ -17,6 +17,7 @@ from .call import Call, Value, substituted, tensors_in
 
 __all__ = [
     "WRITTEN_OUT",
+    "Backward",
     "Comparison",
     "FirstLinear",
     "Frozen",
@@ -134,10 +135,37 @@ def _pulled_back(
         found = floating(function(*live))
         return tuple(out for out, gradient in zip(found, gradients, strict=False) if gradient is not None)
 
-    # functorch's, for the coefficients of several labels may come at once
+    chosen = tuple(gradient for gradient in gradients if gradient is not None)
     with sdpa_kernel(SDPBackend.MATH):
-        _, pull = torch.func.vjp(outputs, *points)
-        return list(pull(tuple(gradient for gradient in gradients if gradient is not None)))
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # coefficients of several labels at once
+            return list(torch.func.vjp(outputs, *points)[1](chosen))
+        with torch.enable_grad():
+            leaves = [point.detach().requires_grad_() if not point.requires_grad else point for point in points]
+            pairs = [pair for pair in zip(outputs(*leaves), chosen, strict=True) if pair[0].requires_grad]
+        if not pairs:
+            return [None] * len(leaves)
+        outs, seeds = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outs, leaves, seeds, allow_unused=True, create_graph=torch.is_grad_enabled())
+        return list(found)
+
+
+def _pushed_one_by_one(
+    function: Callable[..., tuple[Tensor, ...]], points: Sequence[Tensor], moves: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return values and J·v by reverse mode alone, one backward pass for each element of the output."""
+    with torch.enable_grad():
+        leaves = [point.detach().requires_grad_() for point in points]
+        outs = function(*leaves)
+    values, changes = [], []
+    for out in outs:
+        flat = out.reshape(-1)
+        change = torch.zeros_like(flat.detach())
+        for index in range(flat.numel()):
+            rows = torch.autograd.grad(flat[index], leaves, retain_graph=True, allow_unused=True)
+            change[index] = sum(float((row * move).sum()) for row, move in zip(rows, moves, strict=True) if row is not None)
+        values.append(out.detach())
+        changes.append(change.reshape(out.shape))
+    return values, changes
 
 
 class Linear(Rule):
@@ -314,12 +342,15 @@ class Tangent(Rule):
         def outputs(*live: Tensor) -> tuple[Tensor, ...]:
             return tuple(floating(self._run(call, live)))
 
+        moves = tuple(now.broadcast_to(then.shape) - then for now, then in zip(call.live, state, strict=True))
         # of the kernels of attention only the plain one can be derived twice
         with sdpa_kernel(SDPBackend.MATH):
-            values, pull = torch.func.vjp(outputs, *state)[:2]
-            push = torch.func.vjp(pull, tuple(map(torch.zeros_like, values)))[1]
-            moves = tuple(now.broadcast_to(then.shape) - then for now, then in zip(call.live, state, strict=True))
-            (changes,) = push(moves)
+            try:
+                values, pull = torch.func.vjp(outputs, *state)[:2]
+                push = torch.func.vjp(pull, tuple(map(torch.zeros_like, values)))[1]
+                (changes,) = push(moves)
+            except (RuntimeError, NotImplementedError):  # a kernel that can be derived once
+                values, changes = _pushed_one_by_one(outputs, state, moves)
         remaining = iter([value + change for value, change in zip(values, changes, strict=True)])
         whole = self._run(call, state)
         return substituted(whole, lambda tensor: next(remaining) if floating(tensor) else tensor)
@@ -332,3 +363,27 @@ class Tangent(Rule):
     def _run(call: Call, live: Sequence[Tensor]) -> Any:
         filled = call.filled(live)
         return WRITTEN_OUT.get(call.operation, call.operation)(*filled.args, **filled.kwargs)
+
+
+class Backward(FirstLinear):
+    """A backward operation of PyTorch's, as a model that takes a gradient runs it: linear in the gradient it is given.
+
+    What was saved for it is frozen; where only that is live, its tangent is taken.
+    """
+
+    def freeze(self, call: Call) -> tuple[Tensor, ...] | None:
+        """Return the other live arguments."""
+        return super().freeze(call) if call.is_live(call.input) else _TANGENT.freeze(call)
+
+    def apply(self, call: Call, state: tuple[Tensor, ...] | None) -> Any:
+        """Run the operation with the others as they were."""
+        return super().apply(call, state) if state is None or call.is_live(call.input) else _TANGENT.apply(call, state)
+
+    def transpose(self, call: Call, state: tuple[Tensor, ...] | None, gradients: Gradients) -> list[Tensor | None]:
+        """Return the coefficients of the gradient, or of what was saved."""
+        if state is None or call.is_live(call.input):
+            return super().transpose(call, state, gradients)
+        return _TANGENT.transpose(call, state, gradients)
+
+
+_TANGENT = Tangent()

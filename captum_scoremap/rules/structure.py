@@ -341,8 +341,7 @@ AFFINE: dict[str, Linear] = {
         nansum cumsum im2col col2im max_unpool2d max_unpool3d affine_grid_generator index_add index_copy index_fill
         index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter
         tril triu trace embedding _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
-        slice_backward threshold_backward expand_copy diff fft_fftshift fft_ifftshift _adaptive_avg_pool2d_backward
-        avg_pool2d_backward index_reduce segment_reduce
+        slice_backward expand_copy diff fft_fftshift fft_ifftshift index_reduce segment_reduce
         """.split(),
         Linear(),
     ),

@@ -15,7 +15,7 @@ from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
 from .call import Call
-from .rule import WRITTEN_OUT, Comparison, FirstLinear, Frozen, Linear, Rule, Tangent
+from .rule import WRITTEN_OUT, Backward, Comparison, FirstLinear, Frozen, Linear, Rule, Tangent
 from .structure import AFFINE, STRUCTURAL, Copy
 
 __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
@@ -196,13 +196,20 @@ _NONLINEAR: dict[str, Rule] = {
     "mkldnn_linear": Product(),
     "convolution": Convolution(),
     "convolution_overrideable": Convolution(),
-    "convolution_backward": Product((0, 2)),
     "div": Division(),
     # attention
     **_ATTENTION,
     **COMPOSITE,
 }
 
+
+_BACKWARD = """
+    sigmoid_backward tanh_backward gelu_backward silu_backward mish_backward threshold_backward hardtanh_backward
+    hardswish_backward hardsigmoid_backward leaky_relu_backward elu_backward softplus_backward _softmax_backward_data
+    _log_softmax_backward_data log_sigmoid_backward native_layer_norm_backward native_batch_norm_backward
+    native_group_norm_backward max_pool2d_with_indices_backward convolution_backward glu_backward
+    _adaptive_avg_pool2d_backward avg_pool2d_backward upsample_bilinear2d_backward upsample_nearest2d_backward
+"""
 
 _LINEAR: dict[str, Rule] = {
     **STRUCTURAL,
@@ -213,6 +220,7 @@ _LINEAR: dict[str, Rule] = {
         "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align ps_roi_align deform_conv2d".split(),
         FirstLinear(),
     ),
+    **dict.fromkeys(_BACKWARD.split(), Backward()),
 }
 
 _CONSTANT: dict[str, Rule] = {

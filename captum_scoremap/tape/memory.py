@@ -129,6 +129,15 @@ class Memory:
         size, stride, offset = _geometry(tensor)
         return self._record(aten.as_strided.default, (self._flat(memory, tensor), size, stride, offset), tensor)
 
+    def view(self, known: Tensor, value: Value, tensor: Tensor) -> Value:
+        """Return the value of another tensor of the memory of a known one."""
+        if _geometry(known) == _geometry(tensor):
+            return value
+        memory = _Changed(known)
+        memory.value = value
+        found = self.read(tensor, memory)
+        return value if found is None else found
+
     def _flat(self, memory: _Changed, like: Tensor) -> Value:
         """The memory's value as one row of all its elements."""
         value = memory.value

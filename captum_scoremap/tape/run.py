@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_scoremap.checks import UnsupportedOperationError
@@ -21,6 +22,7 @@ from captum_scoremap.rules import DEFAULT, Call, Composite, Copy, Linear, Rule, 
 
 from .memory import Memory
 from .places import Places, Site, StopRun
+from .sight import Sight
 from .steps import Kept, Step, Tape
 
 __all__ = ["Recording", "Tapped"]
@@ -57,12 +59,14 @@ class Tapped:
 class _Operation:
     """What is known of an ATen overload: its rule, its out-of-place form, where its tensors are, what it changes."""
 
-    __slots__ = ("changes", "changes_shape", "display", "functional", "is_plain", "is_trusted", "lists", "name", "rule", "tensors")
+    __slots__ = ("changes", "changes_shape", "display", "functional", "is_plain", "is_view", "lifts", "is_trusted", "lists", "name", "rule", "tensors")
 
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
         arguments = operation._schema.arguments
-        self.tensors = [at for at, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
+        self.tensors = [
+            at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != "noise"
+        ]
         self.lists = {at for at in self.tensors if "List" in str(arguments[at].type)}
         changed = [
             (argument.name if argument.kwarg_only else position)
@@ -75,6 +79,8 @@ class _Operation:
         if changed:
             name, self.functional = _out_of_place(operation, name, overload)
         self.name = name
+        self.is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
+        self.lifts = name in {"lift", "lift_fresh"}
         self.display = display_name(self.functional or operation)
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
@@ -137,6 +143,7 @@ class Recording(TorchDispatchMode):
         self._operations: dict[Any, _Operation] = {}
         self._values: dict[int, tuple[weakref.ref[Tensor], Value, int]] = {}
         self._memory = Memory(self._record)
+        self._sight = Sight(lambda tensor: self.value_of(tensor) is not None, lambda: self.places.module_name)
         self._bits = 1
         self._unsupported: dict[tuple[str, str], None] = {}
         self._unverified: list[tuple[str, Rule, Call]] = []
@@ -171,9 +178,16 @@ class Recording(TorchDispatchMode):
         kept = tuple(self._memory.keep(tensor) for tensor, live in zip(copies, is_live, strict=True) if live)
         self.tapped[None] = Tapped(tuple(v for v in self.tape.inputs if v is not None), kept, is_tuple=True, bit=1)
         sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
-        with _everything_in_sight(), torch.set_grad_enabled(self._differentiable), self.places.watched(
-            [site for site in sites if site is not None], self._at_site
-        ), self:
+        for root in self.places.roots():
+            self._sight.trust([*root.parameters(), *root.buffers()])
+        self._sight.trust(tensors_in(additional))
+        with (
+            _everything_in_sight(),
+            self._sight.watching(),
+            torch.set_grad_enabled(self._differentiable),
+            self.places.watched([site for site in sites if site is not None], self._at_site),
+            self,
+        ):
             try:
                 output = self.forward_func(*copies, *additional)
             except StopRun as stop:
@@ -191,13 +205,13 @@ class Recording(TorchDispatchMode):
         return output
 
     def raise_unsupported(self) -> None:
-        """Raise for all operations without a rule that were seen.
+        """Raise for all operations without a rule that were seen, and for what was not seen.
 
         Raises:
             UnsupportedOperationError: If there were any.
         """
-        if self._unsupported:
-            raise UnsupportedOperationError(list(self._unsupported))
+        if self._unsupported or self._sight.hidden:
+            raise UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
 
     def value_of(self, tensor: Tensor) -> Value | None:
         """Return the value of a tensor; None if it is not live."""
@@ -214,7 +228,23 @@ class Recording(TorchDispatchMode):
                 else:
                     self._name(tensor, value)
                 return value
-        return None if known is None else known[1]
+        if known is not None:
+            return known[1]
+        if type(tensor) is not Parameter and not self._sight.knows(tensor):
+            return self._meet(tensor)
+        return None
+
+    def _meet(self, tensor: Tensor) -> Value | None:
+        """Meet a tensor under a new identity: autograd hands on what it saved as another tensor of the same memory."""
+        address = tensor.untyped_storage()._cdata
+        for reference, value, _ in list(self._values.values()):
+            known = reference()
+            if known is not None and known.untyped_storage()._cdata == address:
+                value = self._memory.view(known, value, tensor)
+                self._name(tensor, value)
+                return value
+        self._sight.meet(tensor)
+        return None
 
     # -- the mode
 
@@ -228,6 +258,8 @@ class Recording(TorchDispatchMode):
         live: list[Tensor] = []
         values: list[Value] = []
         symbols: Any = args
+        if operation.lifts:
+            self._sight.lift(args[0])
         for position in operation.tensors:
             if position >= len(args):
                 break
@@ -250,9 +282,12 @@ class Recording(TorchDispatchMode):
         if kwargs:
             named = {name: self._symbol(argument, live, values) for name, argument in kwargs.items()}
         if not values:
-            if operation.changes is not None:
-                self._change_constant(args, kwargs, operation)
-            return func(*args, **kwargs)
+            return self._run_constant(func, operation, args, kwargs)
+        if self._sight.is_suspicious and not operation.is_view:
+            for at in operation.tensors:
+                if at < len(args) and at != operation.changes and symbols[at] is args[at]:
+                    for tensor in tensors_in(args[at]):
+                        self._sight.read(tensor)
         if operation.rule is None:
             return self._without_rule(func, operation, args, kwargs)
         step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
@@ -301,8 +336,11 @@ class Recording(TorchDispatchMode):
             gate = rule.keeps_gates and step.only_gates()
         else:
             is_constant = rule.is_constant(step)
-            if is_constant and not self._inspect:
-                return output
+            if is_constant:
+                for tensor in tensors_in(output):
+                    self._sight.made(tensor, operation.name)
+                if not self._inspect:
+                    return output
             if not operation.is_trusted or is_constant or not rule.is_affine(step):
                 call = Call(step.operation, args, kwargs, tuple(live), step.values, output)
                 if not operation.is_trusted:
@@ -315,7 +353,11 @@ class Recording(TorchDispatchMode):
             gate = rule.makes_gate(step)
         clock = self._memory.clock
         made = []
-        for tensor in (output,) if isinstance(output, Tensor) else floating(output)[: rule.live_outputs]:
+        tensors = (output,) if isinstance(output, Tensor) else floating(output)[: rule.live_outputs]
+        if not isinstance(output, Tensor):
+            for tensor in tensors_in(output):
+                self._sight.made(tensor, "")
+        for tensor in tensors:
             value = Value(tensor, gate, sites)
             self._values[id(tensor)] = weakref.ref(tensor), value, clock
             made.append(value)
@@ -342,6 +384,7 @@ class Recording(TorchDispatchMode):
         """Run and record an operation that changes an argument in place."""
         where = operation.changes
         target: Tensor = args[where] if isinstance(where, int) else kwargs[where]  # type: ignore[index]
+        self._sight.written(target)
         if operation.changes_shape:  # not what its memory holds
             return self._operate(operation, step, args, kwargs, live, func)
         known = self.value_of(target)
@@ -373,12 +416,24 @@ class Recording(TorchDispatchMode):
             self._name(target, value)
         return target
 
-    def _change_constant(self, args: tuple[Any, ...], kwargs: dict[str, Any], operation: _Operation) -> None:
+    def _run_constant(
+        self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an operation on constants as it is."""
         where = operation.changes
-        target = args[where] if isinstance(where, int) else kwargs.get(where)  # type: ignore[arg-type]
-        for tensor in tensors_in(target):
-            self._release_constants(tensor)
-            self._memory.about_to_change(tensor)
+        if where is not None:
+            for tensor in tensors_in(args[where] if isinstance(where, int) else kwargs.get(where)):
+                self._release_constants(tensor)
+                self._memory.about_to_change(tensor)
+                self._sight.written(tensor)
+        if self._sight.is_suspicious and not operation.is_view:
+            for tensor in tensors_in([args[at] for at in operation.tensors if at < len(args) and at != where]):
+                self._sight.read(tensor)
+        output = func(*args, **kwargs)
+        if where is None:
+            for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
+                self._sight.made(tensor, operation.name)
+        return output
 
     def _release_constants(self, target: Tensor) -> None:
         """Copy a constant that steps refer to, before it changes."""

@@ -1,0 +1,470 @@
+"""Changes in place: a model that writes into its tensors gives the form of one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
+
+from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
+from tests.state import untouched
+
+Function = Callable[[Tensor, Tensor], Tensor]
+CHANGES: dict[str, Function] = {}
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def change(function: Function) -> Function:
+    """Register a function of features y (2, 4, 6, 6), live, and constants c of the same shape; it may change both."""
+    CHANGES[function.__name__] = function
+    return function
+
+
+# --- whole tensors ------------------------------------------------------------------------------------
+
+
+@change
+def relu(y: Tensor, c: Tensor) -> Tensor:
+    return y.relu_()
+
+
+@change
+def read_before(y: Tensor, c: Tensor) -> Tensor:
+    other = 2 * y
+    return y.relu_() + other
+
+
+@change
+def product_with_what_changes_later(y: Tensor, c: Tensor) -> Tensor:
+    gate = y.sigmoid()
+    other = y * gate
+    gate.mul_(3.0)
+    y.add_(c)
+    return other + y * gate
+
+
+@change
+def several_versions(y: Tensor, c: Tensor) -> Tensor:
+    versions = [y * 1]
+    for step in range(4):
+        y.add_(c, alpha=step).relu_().mul_(0.9)
+        versions.append(y * (step + 1))
+    return torch.stack(versions).sum(0) + y
+
+
+@change
+def clamped_after_reading(y: Tensor, c: Tensor) -> Tensor:
+    y.relu_()
+    other = y * 3
+    return F.hardtanh_(y, 0.0, 0.1) + other
+
+
+@change
+def filled_with_a_constant(y: Tensor, c: Tensor) -> Tensor:
+    other = y * 2
+    y.fill_(0.5)
+    return y * c + other
+
+
+@change
+def overwritten_by_constants(y: Tensor, c: Tensor) -> Tensor:
+    other = y.clone()
+    y.copy_(c)
+    return y + other
+
+
+@change
+def copied_into_itself_flipped(y: Tensor, c: Tensor) -> Tensor:
+    y.copy_(y.flip(2))
+    return y.relu()
+
+
+@change
+def masked_fill(y: Tensor, c: Tensor) -> Tensor:
+    return y.masked_fill_(c > 0, 0.25)
+
+
+# --- views --------------------------------------------------------------------------------------------
+
+
+@change
+def through_a_slice(y: Tensor, c: Tensor) -> Tensor:
+    y[:, 1:3].mul_(2.0).add_(c[:, 1:3])
+    return y
+
+
+@change
+def through_overlapping_slices(y: Tensor, c: Tensor) -> Tensor:
+    y[:, :3].relu_()
+    y[:, 1:].sub_(c[:, 1:])
+    y[..., ::2].mul_(-1.0)
+    return y
+
+
+@change
+def through_a_transposed_view(y: Tensor, c: Tensor) -> Tensor:
+    y.transpose(1, 3)[:, 2:5].add_(c.transpose(1, 3)[:, 2:5]).relu_()
+    return y
+
+
+@change
+def through_a_permuted_view_of_all(y: Tensor, c: Tensor) -> Tensor:
+    y.permute(2, 0, 3, 1).mul_(c.permute(2, 0, 3, 1))
+    return y
+
+
+@change
+def through_a_strided_view(y: Tensor, c: Tensor) -> Tensor:
+    y.as_strided((2, 3, 5), (144, 37, 7), 2).relu_().add_(1.0)
+    return y
+
+
+@change
+def through_a_diagonal(y: Tensor, c: Tensor) -> Tensor:
+    y.diagonal(0, 2, 3).copy_(c.diagonal(0, 2, 3) * y.amax(3))
+    return y
+
+
+@change
+def through_a_reshaped_view(y: Tensor, c: Tensor) -> Tensor:
+    pairs = y.view(2, 2, 2, 6, 6)
+    pairs[:, 0].relu_()
+    pairs[:, 1].mul_(pairs[:, 0].sigmoid())
+    return y
+
+
+@change
+def through_unbound_parts(y: Tensor, c: Tensor) -> Tensor:
+    with torch.no_grad():  # autograd forbids it, the model's numbers do not
+        first, *_, last = y.unbind(1)
+        first.add_(last)
+        last.mul_(first)
+    return y
+
+
+@change
+def views_read_after_their_base_changed(y: Tensor, c: Tensor) -> Tensor:
+    part, turned, row = y[:, 1], y.transpose(2, 3), y.flatten(2)
+    y.relu_()
+    y[:, :2].add_(c[:, :2])
+    return part.sum(1)[:, None, :, None] + turned * c + row.view_as(y)
+
+
+@change
+def a_view_read_after_another_changed(y: Tensor, c: Tensor) -> Tensor:
+    left, right = y[:, :3], y[:, 1:]
+    left.relu_()
+    right.mul_(c[:, 1:])
+    return left.repeat(1, 2, 1, 1)[:, :4] + y
+
+
+@change
+def a_view_of_a_view_of_what_changed(y: Tensor, c: Tensor) -> Tensor:
+    y[:, 1:].relu_()
+    view = y[:, 1:][:, :, 2:]
+    view[..., 0].zero_()
+    return torch.cat([view, c[:, :3, :2]], 2).sum(1, keepdim=True) + y
+
+
+@change
+def a_detached_view(y: Tensor, c: Tensor) -> Tensor:
+    with torch.no_grad():
+        y.detach()[:, 0].relu_()
+    return y
+
+
+@change
+def expanded_rows_read_after_a_change(y: Tensor, c: Tensor) -> Tensor:
+    row = y[:, :, :1]
+    spread = row.expand(-1, -1, 6, -1)
+    row.relu_()
+    return spread * c + y
+
+
+@change
+def channels_last_in_place(y: Tensor, c: Tensor) -> Tensor:
+    y = y.contiguous(memory_format=torch.channels_last)
+    y[:, 1].relu_()
+    y.add_(c)
+    return y
+
+
+@change
+def elements_in_the_order_of_memory(y: Tensor, c: Tensor) -> Tensor:
+    y = y.transpose(1, 3).relu()  # dense, but not in order
+    y[0].mul_(2.0)
+    return y.transpose(1, 3)
+
+
+# --- indices, out=, constants -------------------------------------------------------------------------
+
+
+@change
+def index_put(y: Tensor, c: Tensor) -> Tensor:
+    rows, columns = torch.tensor([0, 1, 1]), torch.tensor([3, 0, 2])
+    y.index_put_((rows, columns), c[rows, columns] * y[columns % 2, rows])
+    y.index_put_((rows, columns), y[rows, columns].relu(), accumulate=True)
+    return y
+
+
+@change
+def index_add_and_copy(y: Tensor, c: Tensor) -> Tensor:
+    index = torch.tensor([2, 0])
+    y.index_add_(1, index, y[:, :2] * c[:, :2])
+    y.index_copy_(2, index, c[:, :, :2])
+    return y
+
+
+@change
+def masked_assignment(y: Tensor, c: Tensor) -> Tensor:
+    y[y < 0] = 0
+    y[c > 0.5] = -0.3
+    return y
+
+
+@change
+def scattered_in_place(y: Tensor, c: Tensor) -> Tensor:
+    index = torch.zeros(2, 4, 3, 6, dtype=torch.long)
+    y.scatter_(2, index[:, :, :1] + 2, y[:, :, 4:5] * c[:, :, :1])
+    return y.scatter_add_(2, index, y[:, :, :3].relu())
+
+
+@change
+def a_constant_becomes_live(y: Tensor, c: Tensor) -> Tensor:
+    out = torch.zeros_like(c)
+    before = out + c
+    out[:, :, ::2] = y[:, :, ::2]
+    out[:, :, 1::2] = y[:, :, 1::2].relu()
+    return out * c + before
+
+
+@change
+def a_constant_becomes_live_whole(y: Tensor, c: Tensor) -> Tensor:
+    out = torch.empty_like(y)
+    view = out[:, 1:]
+    out.copy_(y)
+    view.relu_()
+    return out
+
+
+@change
+def a_view_of_a_constant_taken_before_it_became_live(y: Tensor, c: Tensor) -> Tensor:
+    out = c.clone()
+    view = out[:, 2:]
+    out.add_(y)
+    return torch.cat([view, view.relu()], 1) + out
+
+
+@change
+def a_constant_changed_after_a_step_used_it(y: Tensor, c: Tensor) -> Tensor:
+    weight = c.clone()
+    first = y * weight
+    weight.mul_(3.0)
+    second = y * weight
+    weight[:, 1].zero_()
+    return first + second * weight
+
+
+@change
+def a_constant_in_a_list_changed_after_a_step_used_it(y: Tensor, c: Tensor) -> Tensor:
+    other = c.clone()
+    joined = torch.cat([y, other], 1)
+    other.zero_()
+    return joined[:, 2:6] + other
+
+
+@change
+def a_live_tensor_becomes_constant_in_part(y: Tensor, c: Tensor) -> Tensor:
+    y[:, :2] = c[:, :2]
+    y[:, 1:3].relu_()
+    y[:, 3].zero_()
+    return y
+
+
+@change
+def a_buffer_used_again(y: Tensor, c: Tensor) -> Tensor:
+    buffer, total = torch.zeros_like(c[:, 0]), torch.zeros_like(c)
+    for channel in range(4):
+        buffer.copy_(y[:, channel])
+        buffer.relu_()
+        total[:, channel] = buffer * c[:, channel]
+        buffer.zero_()
+    return total + buffer[:, None]
+
+
+@change
+def running_sum(y: Tensor, c: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=y.dtype)
+    for channel in range(4):
+        total = total + y[:, channel]
+        total *= 0.5
+    return total[:, None] * c
+
+
+@change
+def a_mask_of_what_changes(y: Tensor, c: Tensor) -> Tensor:
+    mask = y > 0
+    y.neg_()
+    return torch.where(mask, y, c)
+
+
+@change
+def pooled_before_a_change(y: Tensor, c: Tensor) -> Tensor:
+    most, where = F.max_pool2d(y, 2, return_indices=True)
+    y.zero_()
+    return F.max_unpool2d(most, where, 2) + y
+
+
+@change
+def a_frozen_scale_of_what_changes(y: Tensor, c: Tensor) -> Tensor:
+    normed = F.layer_norm(y, (6, 6))
+    gated = F.silu(y)
+    scaled = y / y.square().mean((1, 2, 3), keepdim=True).sqrt()
+    y.mul_(0.0)
+    return normed + gated + scaled + y
+
+
+@change
+def a_gate_changed_in_place(y: Tensor, c: Tensor) -> Tensor:
+    gate = y.mean((2, 3), keepdim=True).sigmoid()
+    gate.mul_(2.0).clamp_(max=1.1)
+    return y.mul_(gate)
+
+
+NOT_FOR_AUTOGRAD = {
+    # gates and scales are frozen, or written under no_grad
+    "product_with_what_changes_later",
+    "through_a_reshaped_view",
+    "through_unbound_parts",
+    "a_detached_view",
+    "through_a_diagonal",
+    "index_put",
+    "a_frozen_scale_of_what_changes",
+    "a_gate_changed_in_place",
+    # autograd itself refuses
+    "expanded_rows_read_after_a_change",
+}
+NOT_FOR_AUTOGRAD -= {"through_a_diagonal", "index_put", "expanded_rows_read_after_a_change"}
+
+
+class Changing(nn.Module):
+    """A convolution, a function of its output that changes things in place, and a weighted mean."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.function = function
+        for name, shape in {"constants": (2, 4, 6, 6), "weights": (4, 6, 6)}.items():
+            self.register_buffer(name, torch.randn(shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.function(self.conv(x), self.constants) * self.weights).sum((2, 3))
+
+
+def built(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = Changing(CHANGES[name]).double().eval()
+    return model, torch.randn(2, 3, 6, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_in_place_give_the_form_of_the_model_without_them(name: str) -> None:
+    model, image = built(name)
+    with torch.no_grad():
+        scores = model(image)
+        pure = make_fx(torch.func.functionalize(model, remove="mutations_and_views"))(image)
+    assert_close(pure(image), scores, **EXACT)
+    with untouched(model, image):
+        form = linear_form(model, image, 1)
+        at_layer, score_map = linear_form(model, image, 1, model.conv), LayerScoreMap(model, model.conv)
+        terms = bias_terms(model, image, 1)
+        frozen = freeze(model, image)
+        every = score_map.attribute_targets(image)
+    expected = linear_form(pure, image, 1)
+    assert_close(form.score, scores[:, 1], **EXACT)
+    for field in ("coefficients", "bias", "sums"):
+        assert_close(getattr(form, field), getattr(expected, field), **EXACT)
+    for one in (form, at_layer):
+        assert_close(one.residual, torch.zeros(2, dtype=torch.float64), **EXACT)
+    with torch.no_grad():
+        assert_close(at_layer.activations, model.conv(image), **EXACT)
+        assert_close(frozen(image), scores, **EXACT)
+        assert_close(frozen(torch.zeros_like(image))[:, 1], form.bias, **EXACT)
+    assert_close(sum(terms.values()), form.bias, **EXACT)
+    assert_close(score_map.attribute(image, 1), at_layer.score_map(), **EXACT)
+    assert_close(every[:, 1:2], at_layer.score_map(), **EXACT)
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES.keys() - NOT_FOR_AUTOGRAD))
+def test_piecewise_linear_changes_in_place_have_the_gradient(name: str) -> None:
+    model, image = built(name)
+    leaf = image.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    assert_close(linear_form(model, image, 1).coefficients, gradient, **EXACT)
+
+
+def test_what_a_layer_gave_is_kept_as_it_was_before_the_change() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    image = torch.randn(1, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model[0](image)
+    form = linear_form(model, image, 1, model[0])
+    assert (expected < 0).any()
+    assert_close(form.activations, expected, rtol=0, atol=0)
+
+
+def test_output_written_where_the_caller_says() -> None:
+    weight = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def function(x: Tensor) -> Tensor:
+        out, total = torch.ones(len(x), 4, dtype=x.dtype), torch.zeros(len(x), 6, dtype=x.dtype)
+        first = out * 2
+        torch.matmul(x, weight.t(), out=out)
+        torch.mul(out, 2.0, out=total[:, 1:5])
+        torch.add(total[:, :4], out, out=out)
+        return first + out + total[:, 2:]
+
+    image = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    form = linear_form(function, image, 1)
+    ones = torch.zeros(4, 4, dtype=torch.float64)
+    # total = [0, 2 out, 0]: out + total[:, :4], and total[:, 2:]
+    matrix = torch.eye(4, dtype=torch.float64) + 2 * (torch.diag_embed(torch.ones(3, dtype=torch.float64), -1) + ones)
+    matrix = matrix + 2 * torch.diag_embed(torch.ones(3, dtype=torch.float64), 1)
+    assert_close(form.coefficients, (matrix @ weight)[1].expand(2, 3), **EXACT)
+    assert_close(form.bias, torch.full((2,), 2.0, dtype=torch.float64), **EXACT)
+    assert_close(form.score, function(image)[:, 1], **EXACT)
+
+
+def test_constants_of_the_model_that_it_counts_up_are_those_of_the_run() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+            self.register_buffer("runs", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.head(x) * self.runs
+            self.runs += 1
+            return scores + x[:, :2] * self.runs
+
+    model, image = Counting().double().eval(), torch.ones(1, 3, dtype=torch.float64)
+    form = linear_form(model, image, 0)
+    assert float(model.runs) == 2.0
+    with torch.no_grad():
+        expected = model.head.weight[0] + torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)
+        assert_close(form.coefficients[0], expected, **EXACT)
+        assert_close(form.bias[0], model.head.bias[0], **EXACT)
+    assert_close(form.residual, torch.zeros(1, dtype=torch.float64), **EXACT)
+
+
+def test_two_inputs_that_share_memory_are_two_values() -> None:
+    both = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    form = linear_form(lambda x, y: (x.relu_() + 2 * y).sum(1), (both, both))
+    assert_close(form.coefficients[0], (both > 0).double(), **EXACT)
+    assert_close(form.coefficients[1], torch.full_like(both, 2.0), **EXACT)
