@@ -29,6 +29,8 @@ __all__ = ["Recording", "Tapped"]
 
 aten = torch.ops.aten
 
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 _PROBABILITIES = {"_softmax", "_log_softmax", "sigmoid", "log_sigmoid_forward"}
 
 
@@ -99,13 +101,23 @@ def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
         packet = getattr(getattr(torch.ops, operation.namespace), name, None)
     elif overload.endswith("out"):
         overload = overload.removesuffix("out").removesuffix("_") or "default"
-    functional = getattr(packet, overload, None) if packet is not None else None
-    if functional is None and packet is not None:
-        wanted = [str(argument.type) for argument in operation._schema.arguments if not argument.kwarg_only]
-        for candidate in (getattr(packet, name) for name in packet.overloads()):
-            if [str(argument.type) for argument in candidate._schema.arguments if not argument.kwarg_only] == wanted:
-                functional = candidate
-    return name, functional
+    if packet is None:
+        return name, None
+    wanted = _argument_types(operation)
+    # an overload of TorchScript's numbers may go by the name
+    for candidate in (overload, *packet.overloads()):
+        functional = getattr(packet, candidate, None)
+        if functional is not None and _argument_types(functional) == wanted and not _writes(functional):
+            return name, functional
+    return name, None
+
+
+def _argument_types(operation: Any) -> list[str]:
+    return [str(argument.type) for argument in operation._schema.arguments if not argument.kwarg_only]
+
+
+def _writes(operation: Any) -> bool:
+    return any(a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments)
 
 
 class Recording(TorchDispatchMode):
@@ -521,7 +533,9 @@ class Recording(TorchDispatchMode):
             if not tensor.is_floating_point():
                 return tensor
             if id(tensor) not in taps:
-                passed = aten.alias.default(tensor)
+                # no view in autograd's eyes, so that it is itself the base of the views that are taken of it
+                with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+                    passed = aten.alias.default(tensor)
                 value = self.value_of(passed)
                 if value is None:  # a layer that does not depend on the image
                     value = self._born(passed, 0)
