@@ -292,7 +292,9 @@ class Recording(TorchDispatchMode):
                 symbols[position] = found
         named = kwargs
         if kwargs:
-            named = {name: self._symbol(argument, live, values) for name, argument in kwargs.items()}
+            written = operation.changes  # out=, which comes last
+            names = sorted(kwargs, key=lambda name: name == written) if isinstance(written, str) else kwargs
+            named = {name: self._symbol(kwargs[name], live, values) for name in names}
         if not values:
             return self._run_constant(func, operation, args, kwargs)
         if self._sight.is_suspicious and not operation.is_view:
@@ -401,12 +403,15 @@ class Recording(TorchDispatchMode):
             return self._operate(operation, step, args, kwargs, live, func)
         known = self.value_of(target)
         if known is None:
-            self._release_constants(target)
+            self._release_constants(target, step)
         base = target._base
         before = self._memory.whole_before(target, known if base is None else self.value_of(base))
         if isinstance(where, str):  # out=
             kwargs = {name: argument for name, argument in kwargs.items() if name != where}
             step.kwargs = {name: argument for name, argument in step.kwargs.items() if name != where}
+            if known is not None:  # what it held does not count
+                live.pop()
+                step.live = step.values = step.values[:-1]
         count = len(self.tape.steps)
         if isinstance(where, int) and step.rule.in_place and operation.is_trusted:
 
@@ -416,7 +421,10 @@ class Recording(TorchDispatchMode):
 
             self._operate(operation, step, args, kwargs, live, in_place)
         else:
-            output = self._operate(operation, step, args, kwargs, live, step.operation)
+            if step.values:
+                output = self._operate(operation, step, args, kwargs, live, step.operation)
+            else:
+                output = step.operation(*args, **kwargs)
             self._memory.about_to_change(target)
             target.copy_(output)
         last = self.tape.steps[-1]
@@ -424,6 +432,7 @@ class Recording(TorchDispatchMode):
         self._memory.now_holds(target, value, before)
         if value is None:
             self._values.pop(id(target), None)
+            self._sight.made(target, "")
         else:
             self._name(target, value)
         return target
@@ -447,8 +456,8 @@ class Recording(TorchDispatchMode):
                 self._sight.made(tensor, operation.name)
         return output
 
-    def _release_constants(self, target: Tensor) -> None:
-        """Copy a constant that steps refer to, before it changes."""
+    def _release_constants(self, target: Tensor, changing: Step | None = None) -> None:
+        """Copy a constant that steps refer to, and the one that is about to change it."""
         address = target.untyped_storage()._cdata
 
         def copied(argument: Any) -> Any:
@@ -458,7 +467,8 @@ class Recording(TorchDispatchMode):
                 return type(argument)(map(copied, argument))
             return argument
 
-        for step in self.tape.steps:
+        changing_too = [changing] if changing is not None and not isinstance(changing.rule, Copy) else []
+        for step in (*self.tape.steps, *changing_too):
             if len(step.values) < len(step.args) + len(step.kwargs):
                 step.args = tuple(map(copied, step.args))
                 step.kwargs = {name: copied(argument) for name, argument in step.kwargs.items()}
