@@ -217,26 +217,32 @@ def _positions(length: int, size: Any, stride: Any, offset: int | None, device: 
 
 
 class AsStrided(Linear):
-    """A view by strides of a tensor that lies in memory in its own order: a gather."""
+    """A view by strides of a tensor's memory: a gather."""
 
     def __init__(self) -> None:
         super().__init__(keeps_gates=True)
 
     def apply(self, call: Call, state: None) -> Tensor:
-        """Gather from the row of all elements."""
-        source, size, stride, *offset = call.args
-        positions = _positions(source.numel(), size, stride, *offset or (0,), source.device)
-        return source.reshape(-1).index_select(0, positions).reshape(size)
+        """Gather from the elements."""
+        return call.input.reshape(-1).index_select(0, self._elements(call)).reshape(call.args[1])
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
         """Add the coefficients to where they were gathered from."""
         (gradient,) = gradients
         if gradient is None:
             return [None]
-        source, size, stride, *offset = call.args
-        positions = _positions(source.shape.numel(), size, stride, *offset or (0,), source.device)
-        row = torch.zeros(source.shape.numel(), dtype=gradient.dtype, device=gradient.device)
-        return [row.index_add(0, positions, gradient.reshape(-1)).reshape(source.shape)]
+        shape = call.values[0].shape
+        row = torch.zeros(shape.numel(), dtype=gradient.dtype, device=gradient.device)
+        return [row.index_add(0, self._elements(call), gradient.reshape(-1)).reshape(shape)]
+
+    @staticmethod
+    def _elements(call: Call) -> Tensor:
+        """Which elements of the tensor lie where the view's do: it may lie in memory in any order."""
+        value, (size, stride, *offset) = call.values[0], call.args[1:]
+        elements = torch.arange(value.shape.numel(), device=value.device)
+        in_memory = torch.empty_strided(value.shape, value.stride, dtype=elements.dtype, device=value.device)
+        in_memory.copy_(elements.view(value.shape))
+        return in_memory.as_strided(size, stride, *offset or (0,)).flatten()
 
 
 class AsStridedScatter(Linear):
@@ -245,7 +251,8 @@ class AsStridedScatter(Linear):
     def apply(self, call: Call, state: None) -> Tensor:
         """Put the source where the view lies."""
         row, source, *geometry = call.args
-        return row.index_copy(0, _positions(row.numel(), *geometry, row.device), source.reshape(-1).to(row.dtype))
+        positions = _positions(row.numel(), *geometry, row.device)
+        return row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients of the row, zero where it is overwritten, and those of the source."""
@@ -256,9 +263,9 @@ class AsStridedScatter(Linear):
         positions = _positions(row.shape.numel(), *geometry, gradient.device)
         found: list[Tensor | None] = []
         if isinstance(row, Value):
-            found.append(gradient.index_fill(0, positions, 0))
+            found.append(gradient.reshape(-1).index_fill(0, positions, 0).reshape(row.shape))
         if isinstance(source, Value):
-            found.append(gradient.index_select(0, positions).reshape(source.shape).to(source.dtype))
+            found.append(gradient.reshape(-1).index_select(0, positions).reshape(source.shape).to(source.dtype))
         return found
 
 
