@@ -410,24 +410,45 @@ def embedding_of_a_mask(x: Tensor, embedding: nn.Module) -> Tensor:
     return embedding((x[..., 0] > 0).long()).mean(1) + x.mean(1)
 
 
-@without_rule(lambda: nn.LSTM(8, 3, batch_first=True))
+@of_tokens(lambda: nn.LSTM(8, 3, batch_first=True))
 def lstm(x: Tensor, layer: nn.Module) -> Tensor:
     return layer(x)[0][:, -1]
 
 
-@without_rule(lambda: nn.GRU(8, 3, batch_first=True))
+@of_tokens(lambda: nn.LSTM(8, 3, 2, batch_first=True, bidirectional=True))
+def lstm_in_both_directions(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x)[0].mean(1)
+
+
+@of_tokens(lambda: nn.GRU(8, 3, batch_first=True))
 def gru(x: Tensor, layer: nn.Module) -> Tensor:
     return layer(x)[0][:, -1]
 
 
-@without_rule()
-def atan2(x: Tensor) -> Tensor:
-    return torch.atan2(x[:, 0], x[:, 1])
+@of_tokens(lambda: nn.RNN(8, 3, batch_first=True, nonlinearity="relu"))
+def rnn(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x)[0][:, -1]
+
+
+@of_tokens(lambda: nn.Linear(8, 8))
+def atan2(x: Tensor, layer: nn.Module) -> Tensor:
+    y = layer(x)
+    return torch.atan2(y[:, 0], y[:, 1])
+
+
+@of_tokens(lambda: nn.Linear(8, 8))
+def quantile(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x).quantile(0.3, 1)
 
 
 @without_rule()
-def quantile(x: Tensor) -> Tensor:
-    return x.quantile(0.3, 1)
+def bessel_j0(x: Tensor) -> Tensor:
+    return torch.special.bessel_j0(x).mean(1)
+
+
+@without_rule()
+def matrix_exp(x: Tensor) -> Tensor:
+    return torch.linalg.matrix_exp(x[:, :, :5]).mean(1)
 
 
 # --- tests ---------------------------------------------------------------------------------------------
@@ -468,6 +489,18 @@ def test_identity_holds(
         total = sum(product.reshape(len(scores), -1).sum(1) for product in products)
         assert_close(total + form.bias, scores, rtol=1e-10, atol=1e-10)
     assert_close(sum(terms.values(), torch.zeros(2, dtype=torch.float64)), forms[0].bias, rtol=1e-10, atol=1e-10)
+
+
+def test_images_of_a_state_lie_in_the_second_dimension(generator: torch.Generator) -> None:
+    def states(x: Tensor, layer: nn.Module) -> Tensor:
+        outputs, (hidden, cell) = layer(x)
+        return outputs.mean(1)[:, :3] + hidden[-1] * cell[0].sigmoid()
+
+    model = network(states, lambda: (nn.LSTM(8, 3, 2, batch_first=True, bidirectional=True),))
+    inputs = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    for layer in (None, model.parts[0]):
+        form = linear_form(model, inputs, 1, layer)
+        assert_close(form.residual, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", WITHOUT_RULE)

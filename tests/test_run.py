@@ -61,7 +61,7 @@ CALLS: dict[str, Callable[[Counted, Tensor], object]] = {
     "linear_form": lambda m, x: linear_form(m, x, 1),
     "linear_form of a layer": lambda m, x: linear_form(m, x, 1, m.late),
     "bias_terms": lambda m, x: bias_terms(m, x, 1),
-    "check_exactness": lambda m, x: check_exactness(m, x, 1),
+    "check_exactness": lambda m, x: check_exactness(m, x[:1], 1),
     "freeze": lambda m, x: freeze(m, x)(torch.zeros_like(x)),
     "freeze, with a layer replaced": lambda m, x: freeze(m, x)(x, {m.pool: torch.zeros(len(x), 4, 6, 6).to(x)}),
     "switches": lambda m, x: freeze(m, x).switches,
@@ -86,7 +86,7 @@ CALLS: dict[str, Callable[[Counted, Tensor], object]] = {
 def test_the_model_runs_once(name: str, model: Counted, image: Tensor) -> None:
     with untouched(model, image):
         CALLS[name](model, image)
-    assert model.runs == [2]
+    assert len(model.runs) == 1
 
 
 def test_fused_maps_run_the_model_once_more_to_find_the_layers(model: Counted, image: Tensor) -> None:

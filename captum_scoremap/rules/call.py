@@ -21,10 +21,12 @@ class Value:
         gate: Whether it acts as a constant factor in a product (a sigmoid, attention weights, 1/norm).
         probability: Whether it is the output of a softmax or sigmoid.
         sites: The sites it depends on, a bit for each.
+        step: Number of the step that makes it; -1 where the tape begins.
         kept: Its tensor, where a pass over part of the tape will read it.
+        root: For a view, the value it is a view of, and where that lies in memory: shape, strides, offset.
     """
 
-    __slots__ = ("device", "dtype", "gate", "kept", "probability", "shape", "sites", "stride")
+    __slots__ = ("device", "dtype", "gate", "kept", "probability", "root", "shape", "sites", "step", "stride")
 
     def __init__(self, tensor: Tensor, gate: bool = False, sites: int = 0) -> None:
         self.shape = tensor.shape
@@ -34,7 +36,9 @@ class Value:
         self.gate = gate
         self.probability = False
         self.sites = sites
+        self.step = -1
         self.kept: Any = None
+        self.root: Any = None
 
     @property
     def ndim(self) -> int:

@@ -27,6 +27,7 @@ class MaxPool(Rule):
     """
 
     kind = "switch"
+    live_outputs = 1
 
     def __init__(self, dimensions: int, *, adaptive: bool = False) -> None:
         self.dimensions = dimensions
@@ -220,6 +221,7 @@ class Ordered(Rule):
     """
 
     kind = "switch"
+    live_outputs = 1
 
     def __init__(self, dim: int, default: int = -1) -> None:
         self.dim = dim

@@ -312,6 +312,11 @@ class FirstLinear(Rule):
         return call.filled((call.input, *rest) if call.is_live(call.input) else rest)
 
 
+def _move(now: Tensor, then: Tensor) -> Tensor:
+    """The change of an argument; none where it is infinite, as a mask makes it."""
+    return torch.where(then.isinf(), 0, now.broadcast_to(then.shape) - then)
+
+
 class Tangent(Rule):
     """The local linearization: f(x) + f'(x) (· - x), with everything else in the offset.
 
@@ -342,7 +347,7 @@ class Tangent(Rule):
         def outputs(*live: Tensor) -> tuple[Tensor, ...]:
             return tuple(floating(self._run(call, live)))
 
-        moves = tuple(now.broadcast_to(then.shape) - then for now, then in zip(call.live, state, strict=True))
+        moves = tuple(_move(now, then) for now, then in zip(call.live, state, strict=True))
         # of the kernels of attention only the plain one can be derived twice
         with sdpa_kernel(SDPBackend.MATH):
             try:

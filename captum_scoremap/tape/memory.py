@@ -5,7 +5,7 @@ where a view is changed, the values of the memory before with the view's new one
 read after its memory changed is read from the memory's last value, by its strides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from captum_scoremap.rules import Value
 
 from .steps import Kept
 
-__all__ = ["Memory"]
+__all__ = ["Before", "Memory", "geometry"]
 
 Geometry = tuple[torch.Size, tuple[int, ...], int]
 
@@ -41,18 +41,28 @@ class _Changed:
         self.length = tensor.untyped_storage().nbytes() // tensor.element_size()
         self.clock = 0
         self.value: Value | None = None
-        self.geometry = _geometry(tensor)
+        self.geometry = geometry(tensor)
+
+
+class Before:
+    """What the memory of a view held before the view was changed: a flat value, or a flat constant."""
+
+    __slots__ = ("content", "tensor")
+
+    def __init__(self, content: Any, tensor: Tensor) -> None:
+        self.content = content
+        self.tensor = tensor
 
 
 class Memory:
     """Which memory changed, and who holds on to it.
 
     Args:
-        record: Records one more step: an operation, its arguments (with values where they are live) and a tensor like
-            its output; returns the value of that.
+        record: Records one more step: an operation, its arguments (with values where they are live), the tensors of
+            those values, and a tensor like its output; returns the value of that.
     """
 
-    def __init__(self, record: Callable[[Any, tuple[Any, ...], Tensor], Value]) -> None:
+    def __init__(self, record: Callable[[Any, tuple[Any, ...], Sequence[Tensor], Tensor], Value]) -> None:
         self.clock = 0
         self.changed: dict[int, _Changed] = {}
         self._record = record
@@ -70,30 +80,31 @@ class Memory:
             for kept in self._held.pop(target.untyped_storage()._cdata, ()):
                 kept.tensor = kept.tensor.clone()
 
-    def whole_before(self, target: Tensor, value: Value | None) -> Any:
-        """Return what the memory of a view holds before the view is changed: a flat value, or a flat constant tensor.
+    def whole_before(self, target: Tensor, value: Value | None) -> Before | None:
+        """Return what the memory of a view holds before the view is changed.
 
         Args:
             target: The view.
-            value: What its base holds, if that is live.
+            value: What it holds, if that is live.
 
         Returns:
             It, or None where the target is all of its memory.
         """
         storage = target.untyped_storage()
         length = storage.nbytes() // target.element_size()
-        if _fills(_geometry(target), length):
+        if _fills(geometry(target), length):
             return None
+        flat = target.detach().as_strided((length,), (1,), 0)
         memory = self.changed.get(storage._cdata)
         if memory is not None and memory.value is not None:
-            return self._flat(memory, target)
-        flat = target.detach().as_strided((length,), (1,), 0)
+            return Before(self._flat(memory, target), flat.clone())
         if value is None:
-            return flat.clone()
-        base = target if target._base is None else target._base
-        return self._scattered(flat.clone(), value, _geometry(base), flat)
+            return Before(flat.clone(), flat)
+        root, place = value.root or (value, geometry(target))
+        # the numbers outside of the root are constants
+        return Before(self._scattered(flat.clone(), root, place, flat), flat.clone())
 
-    def now_holds(self, target: Tensor, value: Value | None, before: Any) -> None:
+    def now_holds(self, target: Tensor, value: Value | None, before: Before | None) -> None:
         """Note that a tensor was changed in place.
 
         Args:
@@ -102,8 +113,7 @@ class Memory:
             before: What :meth:`whole_before` returned.
         """
         self.clock += 1
-        storage = target.untyped_storage()
-        address = storage._cdata
+        address = target.untyped_storage()._cdata
         memory = self.changed.get(address)
         if memory is None:
             # the tensor and the storage's own handle: nobody else reads this memory
@@ -112,55 +122,57 @@ class Memory:
             memory = self.changed[address] = _Changed(target)
         memory.clock = self.clock
         if before is None:
-            memory.value, memory.geometry = value, _geometry(target)
+            memory.value, memory.geometry = value, geometry(target)
             return
-        if value is None and not isinstance(before, Value):
+        if value is None and not isinstance(before.content, Value):
             memory.value = None
             return
-        flat = target.detach().as_strided((memory.length,), (1,), 0)
         source: Any = target.detach().clone() if value is None else value
-        memory.value = self._scattered(before, source, _geometry(target), flat)
+        flat = target.detach().as_strided((memory.length,), (1,), 0)
+        args = before.content, source, *geometry(target)
+        memory.value = self._record(aten.as_strided_scatter.default, args, (before.tensor, target), flat)
         memory.geometry = (flat.shape, (1,), 0)
 
     def read(self, tensor: Tensor, memory: _Changed) -> Value | None:
         """Return what a tensor holds whose memory changed since it was made."""
-        if memory.value is None or memory.geometry == _geometry(tensor):
+        if memory.value is None or memory.geometry == geometry(tensor):
             return memory.value
-        size, stride, offset = _geometry(tensor)
-        return self._record(aten.as_strided.default, (self._flat(memory, tensor), size, stride, offset), tensor)
+        flat = tensor.detach().as_strided((memory.length,), (1,), 0)
+        args = self._flat(memory, tensor), *geometry(tensor)
+        return self._record(aten.as_strided.default, args, (flat,), tensor)
 
     def view(self, known: Tensor, value: Value, tensor: Tensor) -> Value:
         """Return the value of another tensor of the memory of a known one."""
-        if _geometry(known) == _geometry(tensor):
+        if geometry(known) == geometry(tensor):
             return value
         memory = _Changed(known)
-        memory.value = value
+        memory.value, memory.geometry = value.root or (value, geometry(known))
         found = self.read(tensor, memory)
         return value if found is None else found
 
     def _flat(self, memory: _Changed, like: Tensor) -> Value:
         """The memory's value as one row of all its elements."""
-        value = memory.value
+        value, row = memory.value, (torch.Size((memory.length,)), (1,), 0)
         if value is None:
             raise AssertionError("only live memory is read")
-        if memory.geometry == ((memory.length,), (1,), 0):
-            return value
-        flat = like.detach().as_strided((memory.length,), (1,), 0)
-        memory.value = self._scattered(torch.zeros_like(flat), value, memory.geometry, flat)
-        memory.geometry = (flat.shape, (1,), 0)
-        return memory.value
+        if memory.geometry != row:
+            flat = like.detach().as_strided(*row)
+            memory.value = value = self._scattered(torch.zeros_like(flat), value, memory.geometry, flat)
+            memory.geometry = row
+        return value
 
-    def _scattered(self, before: Any, source: Any, geometry: Geometry, like: Tensor) -> Value:
-        return self._record(aten.as_strided_scatter.default, (before, source, *geometry), like)
+    def _scattered(self, before: Tensor, source: Value, place: Geometry, flat: Tensor) -> Value:
+        args = before, source, *place
+        return self._record(aten.as_strided_scatter.default, args, (flat.as_strided(*place),), flat)
 
 
-def _geometry(tensor: Tensor) -> Geometry:
+def geometry(tensor: Tensor) -> Geometry:
     return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
-def _fills(geometry: Geometry, length: int) -> bool:
+def _fills(place: Geometry, length: int) -> bool:
     """Whether a tensor is all of its memory, each element once."""
-    size, stride, offset = geometry
+    size, stride, offset = place
     if offset or size.numel() != length:
         return False
     expected = 1

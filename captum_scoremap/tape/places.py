@@ -32,7 +32,7 @@ def root_module(function: object) -> nn.Module | None:
 
 
 class Places:
-    """Follows a run through the modules, by hooks that are in place only while the model runs.
+    """Follows a run through the modules, by what is in place only while the model runs.
 
     Args:
         forward_func: The model, or a function that calls it.
@@ -40,19 +40,17 @@ class Places:
     Attributes:
         module: The module that is running; None for the outermost function.
         calls: How often each module ran.
-        in_threads: Names of modules that ran in another thread, unseen.
     """
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self.calls: Counter[nn.Module] = Counter()
-        self.in_threads: list[str] = []
-        self._stack: list[nn.Module] = []
+        self._roots: list[nn.Module] = []
         self._names: dict[nn.Module, str] = {}
         self.module: nn.Module | None = None
         self._thread = 0
         root = root_module(forward_func)
         if root is not None:
-            self._name_modules(root)
+            self._roots.append(root)
 
     @contextmanager
     def watched(self, sites: Sequence[Site], at_site: Callable[[Site, Any], Any]) -> Iterator[None]:
@@ -65,12 +63,19 @@ class Places:
         """
         self._thread = threading.get_ident()
         with ExitStack() as stack:
-            hooks = nn.modules.module
-            stack.callback(hooks.register_module_forward_pre_hook(self._enter).remove)
-            stack.callback(hooks.register_module_forward_hook(self._leave, always_call=True).remove)
+            stack.enter_context(_calls_followed(self))
             for site in sites:
                 stack.callback(self._watch(site, at_site).remove)
             yield
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module and know that it runs."""
+        self._enter(module)
+        outer, self.module = self.module, module
+        try:
+            return _plain_call(module, *args, **kwargs)
+        finally:
+            self.module = outer
 
     def _watch(self, site: Site, at_site: Callable[[Site, Any], Any]) -> Any:
         module, at_input = site
@@ -92,7 +97,13 @@ class Places:
 
     def name_of(self, module: nn.Module | None) -> str:
         """Return the name of a module that ran, "" for the outermost."""
-        return "" if module is None else self._names.get(module, "")
+        if module is None:
+            return ""
+        if module not in self._names:
+            for root in self._roots:
+                for name, inner in root.named_modules():
+                    self._names.setdefault(inner, name)
+        return self._names.get(module, "")
 
     def call_name(self, module: nn.Module | None, operation: str) -> str:
         """Return the name a call goes by: its module, and its operation where the module does more than that one."""
@@ -104,35 +115,52 @@ class Places:
         return name
 
     def roots(self) -> list[nn.Module]:
-        """Return the outermost modules that were named."""
-        return [module for module, name in self._names.items() if not name]
+        """Return the outermost modules."""
+        return self._roots
 
-    def _name_modules(self, root: nn.Module) -> None:
-        for name, module in root.named_modules():
-            self._names.setdefault(module, name)
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() != self._thread:
-            self.in_threads.append(self._names.get(module, type(module).__name__))
-            return
-        if module not in self._names:
-            self._name_modules(module)
+    def _enter(self, module: nn.Module) -> None:
+        if self.module is None and module not in self._roots:
+            self._roots.append(module)
         if module.training and isinstance(module, _TRAINED_BY_CHANCE):
             raise ValueError(
-                f"the model must be in evaluation mode, got {self._names[module] or type(module).__name__!r} "
+                f"the model must be in evaluation mode, got {self.name_of(module) or type(module).__name__!r} "
                 f"({type(module).__name__}) in training mode. Call model.eval()."
             )
         if module._backward_pre_hooks or (module._backward_hooks and module._is_full_backward_hook):
             raise ValueError(
                 "the model must have no full backward hooks, which hand tensors on unseen; got one at "
-                f"{self._names[module] or type(module).__name__!r}. Remove it first (the handle's remove())."
+                f"{self.name_of(module) or type(module).__name__!r}. Remove it first (the handle's remove())."
             )
-        self._stack.append(module)
-        self.module = module
         self.calls[module] += 1
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() == self._thread and module in self._stack:
-            while self._stack.pop() is not module:
-                pass
-            self.module = self._stack[-1] if self._stack else None
+
+_plain_call = nn.Module.__call__
+_lock = threading.Lock()
+_followers: dict[int, list[Places]] = {}
+
+
+@contextmanager
+def _calls_followed(places: Places) -> Iterator[None]:
+    """Lead the calls of modules on this thread through ``places``.
+
+    As ``torch.fx`` does, by the class's call: a pair of global hooks takes three times as long, for every module.
+    """
+    thread = threading.get_ident()
+    with _lock:
+        if not _followers:
+            nn.Module.__call__ = _followed_call
+        _followers.setdefault(thread, []).append(places)
+    try:
+        yield
+    finally:
+        with _lock:
+            _followers[thread].pop()
+            if not _followers[thread]:
+                del _followers[thread]
+            if not _followers:
+                nn.Module.__call__ = _plain_call
+
+
+def _followed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    followers = _followers.get(threading.get_ident())
+    return _plain_call(module, *args, **kwargs) if not followers else followers[-1].run(module, args, kwargs)

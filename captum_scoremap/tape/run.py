@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.rules import DEFAULT, Call, Composite, Copy, Linear, Rule, Value, display_name, floating, substituted, tensors_in
 
-from .memory import Memory
+from .memory import Memory, geometry
 from .places import Places, Site, StopRun
 from .sight import Sight
 from .steps import Kept, Step, Tape
@@ -93,6 +93,10 @@ class _Operation:
         self.is_plain = self.is_trusted and isinstance(self.rule, Linear) and not isinstance(self.rule, Copy)
 
 
+# Under the default rules, for all runs.
+_OPERATIONS: dict[Any, _Operation] = {}
+
+
 def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
     """The operation that returns what this one leaves in its argument; None where there is none."""
     packet = operation.overloadpacket
@@ -152,10 +156,10 @@ class Recording(TorchDispatchMode):
         self._rules = rules
         self._sites, self._stop_at = tuple(sites), stop_at
         self._bypass, self._inspect, self._differentiable = bypass, inspect, differentiable
-        self._operations: dict[Any, _Operation] = {}
+        self._operations = _OPERATIONS if rules is DEFAULT else {}
         self._values: dict[int, tuple[weakref.ref[Tensor], Value, int]] = {}
         self._memory = Memory(self._record)
-        self._sight = Sight(lambda tensor: self.value_of(tensor) is not None, lambda: self.places.module_name)
+        self._sight = Sight(lambda tensor: self.value_of(tensor) is not None, self.places)
         self._bits = 1
         self._unsupported: dict[tuple[str, str], None] = {}
         self._unverified: list[tuple[str, Rule, Call]] = []
@@ -190,9 +194,8 @@ class Recording(TorchDispatchMode):
         kept = tuple(self._memory.keep(tensor) for tensor, live in zip(copies, is_live, strict=True) if live)
         self.tapped[None] = Tapped(tuple(v for v in self.tape.inputs if v is not None), kept, is_tuple=True, bit=1)
         sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
-        for root in self.places.roots():
-            self._sight.trust([*root.parameters(), *root.buffers()])
-        self._sight.trust(tensors_in(additional))
+        for tensor in tensors_in(additional):
+            self._sight.made(tensor, "")
         with (
             _everything_in_sight(),
             self._sight.watching(),
@@ -248,6 +251,9 @@ class Recording(TorchDispatchMode):
 
     def _meet(self, tensor: Tensor) -> Value | None:
         """Meet a tensor under a new identity: autograd hands on what it saved as another tensor of the same memory."""
+        module = self.places.module
+        if module is not None and any(tensor is buffer for buffer in module._buffers.values()):
+            return None
         address = tensor.untyped_storage()._cdata
         for reference, value, _ in list(self._values.values()):
             known = reference()
@@ -259,6 +265,11 @@ class Recording(TorchDispatchMode):
         return None
 
     # -- the mode
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled while a run records, so that its calls need no guard against it."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -365,15 +376,21 @@ class Recording(TorchDispatchMode):
                 self.tape.steps.append(step)
                 return output
             gate = rule.makes_gate(step)
-        clock = self._memory.clock
+        clock, number = self._memory.clock, len(self.tape.steps)
         made = []
-        tensors = (output,) if isinstance(output, Tensor) else floating(output)[: rule.live_outputs]
-        if not isinstance(output, Tensor):
-            for tensor in tensors_in(output):
-                self._sight.made(tensor, "")
+        if isinstance(output, Tensor):
+            tensors: Sequence[Tensor] = (output,)
+        else:
+            tensors = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
+            for tensor in output[len(tensors) :]:
+                if isinstance(tensor, Tensor) and tensor.numel():
+                    self._sight.made(tensor, "")
         for tensor in tensors:
             value = Value(tensor, gate, sites)
             self._values[id(tensor)] = weakref.ref(tensor), value, clock
+            value.step = number
+            if operation.is_view:
+                value.root = values[0].root or (values[0], geometry(live[0]))
             made.append(value)
         if operation.name in _PROBABILITIES:
             made[0].probability = True
@@ -404,8 +421,7 @@ class Recording(TorchDispatchMode):
         known = self.value_of(target)
         if known is None:
             self._release_constants(target, step)
-        base = target._base
-        before = self._memory.whole_before(target, known if base is None else self.value_of(base))
+        before = self._memory.whole_before(target, known)
         if isinstance(where, str):  # out=
             kwargs = {name: argument for name, argument in kwargs.items() if name != where}
             step.kwargs = {name: argument for name, argument in step.kwargs.items() if name != where}
@@ -491,13 +507,18 @@ class Recording(TorchDispatchMode):
     def _name(self, tensor: Tensor, value: Value) -> None:
         self._values[id(tensor)] = weakref.ref(tensor), value, self._memory.clock
 
-    def _record(self, operation: Any, args: tuple[Any, ...], like: Tensor) -> Value:
-        """Record a step that the model did not take: a read of changed memory."""
-        values = tuple(argument for argument in args if isinstance(argument, Value))
+    def _record(self, operation: Any, args: tuple[Any, ...], tensors: Sequence[Tensor], like: Tensor) -> Value:
+        """Record a step that the model did not take: a read of changed memory, or its new value."""
+        pairs = [pair for pair in zip(args, tensors, strict=False) if isinstance(pair[0], Value)]
+        pairs = pairs or [(argument, tensors[0]) for argument in args if isinstance(argument, Value)]
+        values = tuple(value for value, _ in pairs)
         sites = 0
         for value in values:
             sites |= value.sites
+        if self._bypass:
+            self._keep_bypass(sites, values, [tensor.clone() for _, tensor in pairs])
         made = Value(like, all(value.gate for value in values), sites)
+        made.step = len(self.tape.steps)
         step = Step(operation, args, {}, values, self._rules[operation.overloadpacket.__name__], self.places.module)
         step.outputs = (made,)
         self.tape.steps.append(step)
@@ -551,6 +572,7 @@ class Recording(TorchDispatchMode):
                     value = self._born(passed, 0)
                     value.kept = self._memory.keep(passed)
                 value.sites |= self._bits
+                value.root = None
                 taps[id(tensor)] = passed
                 values.append(value)
                 if not self._inspect:

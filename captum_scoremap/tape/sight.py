@@ -5,15 +5,19 @@ constant, and its map for zero. They are found by what they leave: a tensor that
 operation that made it, or one that holds something though nothing was written to it.
 """
 
+import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .places import Places
 
 __all__ = ["Sight"]
 
@@ -28,13 +32,12 @@ class Sight:
 
     Args:
         is_live: Whether a tensor depends on the image.
-        place: Name of the module that is running.
+        places: Where the run is.
     """
 
-    def __init__(self, is_live: Callable[[Tensor], bool], place: Callable[[], str]) -> None:
-        self._is_live, self._place = is_live, place
+    def __init__(self, is_live: Callable[[Tensor], bool], places: Places) -> None:
+        self._is_live, self._places = is_live, places
         self._known: dict[int, weakref.ref[Tensor]] = {}
-        self._storages: set[int] = set()
         self._bare: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._exits: list[str] = []
         self.hidden: dict[tuple[str, str], None] = {}
@@ -42,39 +45,13 @@ class Sight:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Notice what numbers leave tensors inside the context, and tell what was there before from what was not."""
-        with ExitStack() as stack:
-            for name in _EXITS:
-                stack.enter_context(self._watched_exit(name))
-            # what exists now leaves the youngest generation, and nothing else does while the model runs
-            gc.collect(0)
-            if gc.isenabled():
-                stack.callback(gc.enable)
-                gc.disable()
+        with _exits_watched(self), _collector_at_rest():
             yield
 
-    @contextmanager
-    def _watched_exit(self, name: str) -> Iterator[None]:
-        own = torch.Tensor.__dict__.get(name)
-        plain = getattr(torch.Tensor, name)
-
-        def leave(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._is_live(tensor):
-                self._exits.append(name)
-            return plain(tensor, *args, **kwargs)
-
-        setattr(torch.Tensor, name, leave)
-        try:
-            yield
-        finally:
-            if own is None:
-                delattr(torch.Tensor, name)
-            else:
-                setattr(torch.Tensor, name, own)
-
-    def trust(self, tensors: Any) -> None:
-        """Account for tensors that were there before the run: parameters, buffers, additional arguments."""
-        for tensor in tensors:
-            self._storages.add(tensor.untyped_storage()._cdata)
+    def leave(self, tensor: Tensor, way: str) -> None:
+        """Note that the numbers of a tensor leave it."""
+        if self._is_live(tensor):
+            self._exits.append(way)
 
     def made(self, tensor: Tensor, operation: str) -> None:
         """Account for a constant that an operation made."""
@@ -107,9 +84,11 @@ class Sight:
     def meet(self, tensor: Tensor) -> None:
         """Meet a constant that no operation made: it was there before, or something unseen made it."""
         self._known[id(tensor)] = weakref.ref(tensor)
-        if tensor.untyped_storage()._cdata in self._storages or not tensor.is_floating_point():
+        if not tensor.is_floating_point() or not any(one is tensor for one in gc.get_objects(generation=0)):
             return
-        if any(one is tensor for one in gc.get_objects(generation=0)):
+        address = tensor.untyped_storage()._cdata
+        state = (one for root in self._places.roots() for one in (*root.parameters(), *root.buffers()))
+        if all(one.untyped_storage()._cdata != address for one in state):
             self._hide("what made a tensor during the run (another thread, or a compiled kernel)")
 
     def read(self, tensor: Tensor) -> None:
@@ -124,4 +103,62 @@ class Sight:
         return bool(self._bare)
 
     def _hide(self, what: str) -> None:
-        self.hidden[what, self._place()] = None
+        self.hidden[what, self._places.module_name] = None
+
+
+# One watch for all runs of the process, each on a thread of its own.
+_lock = threading.Lock()
+_watching: dict[int, list[Sight]] = {}
+
+
+@contextmanager
+def _exits_watched(sight: Sight) -> Iterator[None]:
+    """Tell a run of what leaves tensors on its thread."""
+    thread = threading.get_ident()
+    with _lock:
+        if not _watching:
+            for name in _EXITS:
+                setattr(torch.Tensor, name, _watched(name, getattr(torch.Tensor, name)))
+        _watching.setdefault(thread, []).append(sight)
+    try:
+        yield
+    finally:
+        with _lock:
+            _watching[thread].pop()
+            if not _watching[thread]:
+                del _watching[thread]
+            if not _watching:
+                for name in _EXITS:
+                    own = getattr(torch.Tensor, name).plain
+                    if name in _OWN:
+                        setattr(torch.Tensor, name, own)
+                    else:
+                        delattr(torch.Tensor, name)
+
+
+# Those that torch.Tensor defines itself, rather than its base class.
+_OWN = frozenset(name for name in _EXITS if name in torch.Tensor.__dict__)
+
+
+def _watched(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def leave(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for sight in _watching.get(threading.get_ident(), ()):
+            sight.leave(tensor, name)
+        return plain(tensor, *args, **kwargs)
+
+    leave.plain = plain  # type: ignore[attr-defined]
+    return leave
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Make the youngest generation of objects that of the run: what exists now leaves it, and nothing else does."""
+    gc.collect(0)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -115,7 +115,7 @@ class Tape:
             The wanted values; those that depend on none of the known ones as they were kept.
         """
         targets = list(wanted)
-        last = self._last_use(targets)
+        last = max((value.step for value in targets), default=-1)
         values = dict(known)
 
         def tensor_of(value: Value) -> Tensor:
@@ -158,18 +158,13 @@ class Tape:
         reach = -1 if everywhere else 0
         for value in wanted:
             reach |= value.sites
-        made = {value for step in steps for value in step.outputs if value in wanted} if wanted else set()
-        missing = len(made) if len(made) == len(wanted) else -1
-        for index in range(len(steps) - 1, -1, -1):
+        lowest = 0 if everywhere else max(0, min((value.step for value in wanted), default=0))
+        for index in range(len(steps) - 1, lowest - 1, -1):
             step = steps.pop() if consume else steps[index]
             gradients = tuple(coefficients.pop(value, None) for value in step.outputs)
             for value, gradient in zip(step.outputs, gradients, strict=True):
-                if value in wanted:
-                    missing -= 1
-                    if gradient is not None:
-                        found[value] = wanted[value](gradient)
-            if missing == 0:
-                break
+                if gradient is not None and value in wanted:
+                    found[value] = wanted[value](gradient)
             if all(gradient is None for gradient in gradients):
                 continue
             if len(step.values) == 1:
@@ -187,14 +182,6 @@ class Tape:
             if value not in found and value in coefficients:
                 found[value] = reduce(coefficients[value])
         return found
-
-    def _last_use(self, wanted: list[Value]) -> int:
-        """Index of the last step that a wanted value comes from."""
-        targets = set(wanted)
-        for index in range(len(self.steps) - 1, -1, -1):
-            if not targets.isdisjoint(self.steps[index].outputs):
-                return index
-        return -1
 
 
 def _add(coefficients: dict[Value, Tensor], value: Value, share: Tensor) -> None:
