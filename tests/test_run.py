@@ -75,9 +75,7 @@ CALLS: dict[str, Callable[[Counted, Tensor], object]] = {
     "labels, back": lambda m, x: LayerScoreMap(m, m.stem).attribute_targets(x),
     "labels, forward": lambda m, x: LayerScoreMap(m, m.head).attribute_targets(x, channel_dim=-1),
     "labels, both": lambda m, x: LayerScoreMap(m, [m.stem, m.late, m.head]).attribute_targets(x),
-    "NeuronScoreMap": lambda m, x: NeuronScoreMap(m, m.late).attribute(
-        x, (1, 2, 2), return_convergence_delta=True
-    ),
+    "NeuronScoreMap": lambda m, x: NeuronScoreMap(m, m.late).attribute(x, (1, 2, 2), return_convergence_delta=True),
     "FusedScoreMap": lambda m, x: FusedScoreMap(m, [m.stem, m.late]).attribute(x, 1),
 }
 

@@ -115,7 +115,8 @@ def test_transposed_steps_may_be_consumed(generator: torch.Generator) -> None:
         (start,), end = tape.inputs, tape.value_of_output()
         steps = len(tape.steps)
         with torch.no_grad():
-            found.append(tape.transposed({end: torch.ones(2, 3).double()}, {start: lambda a: a}, consume=consume)[start])
+            row = torch.ones(2, 3, dtype=torch.float64)
+            found.append(tape.transposed({end: row}, {start: lambda a: a}, consume=consume)[start])
         assert len(tape.steps) == (0 if consume else steps)
     assert_close(found[0], found[1], rtol=0, atol=0)
 

@@ -61,7 +61,7 @@ def _clamp_max(input: Tensor, max: Tensor) -> Tensor:
 
 def _convolution(*args: Any) -> Tensor:
     """What traced models call: :func:`convolution`, and how cuDNN is to go about it."""
-    return torch.ops.aten.convolution(*args[:9])
+    return torch.ops.aten.convolution(*args[:9])  # type: ignore[no-any-return]
 
 
 def _lstm_layer(

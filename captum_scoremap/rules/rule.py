@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .call import Call, Value, substituted, tensors_in
+from .call import Call, substituted, tensors_in
 
 __all__ = [
     "WRITTEN_OUT",
