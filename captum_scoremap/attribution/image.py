@@ -69,8 +69,8 @@ class ScoreMap(GradientAttribution):
             target: Label of each image, in any of Captum's forms.
             additional_forward_args: Further arguments of ``forward_func``; they are constants.
             return_convergence_delta: Whether to return S - (A·x + B) too, with B from the frozen model at zero.
-            grad_kwargs: Taken for Captum's sake: no option of ``torch.autograd.grad`` changes the result, which carries no
-                graph.
+            grad_kwargs: With ``create_graph=True`` the result can be differentiated, in the inputs and in the model's
+                parameters; the other options of ``torch.autograd.grad`` are accepted for compatibility with Captum.
 
         Returns:
             Tensor or tuple shaped like ``inputs``, in logits (coefficients: logits per unit of input); with the delta a
@@ -98,6 +98,7 @@ class ScoreMap(GradientAttribution):
             additional,
             rules=self._rules,
             keep=return_convergence_delta,
+            create_graph=bool((grad_kwargs or {}).get("create_graph")),
         )
         results = found.results[None]
         formatted = results[0] if isinstance(inputs, Tensor) else results

@@ -97,8 +97,8 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
             attr_dim_summation: Whether to sum over channels.
-            grad_kwargs: Taken for Captum's sake: no option of ``torch.autograd.grad`` changes the result, which carries no
-                graph.
+            grad_kwargs: With ``create_graph=True`` the result can be differentiated, in the inputs and in the model's
+                parameters; the other options of ``torch.autograd.grad`` are accepted for compatibility with Captum.
             return_convergence_delta: Whether to return S - (A·Y + B) too, with B from the frozen model with the layer
                 at zero.
             channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
@@ -131,6 +131,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
             additional,
             rules=self._rules,
             keep=return_convergence_delta,
+            create_graph=bool((grad_kwargs or {}).get("create_graph")),
         )
         maps, deltas = [], []
         for site in sites:

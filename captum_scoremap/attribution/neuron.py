@@ -85,8 +85,8 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
             attribute_to_neuron_input: Whether the neuron is one of the layer's input.
             to_layer: The lower layer whose output Y is; None for the input.
             attr_dim_summation: Whether to sum over channels: the neuron's score map.
-            grad_kwargs: Taken for Captum's sake: no option of ``torch.autograd.grad`` changes the result, which carries no
-                graph.
+            grad_kwargs: With ``create_graph=True`` the result can be differentiated, in the inputs and in the model's
+                parameters; the other options of ``torch.autograd.grad`` are accepted for compatibility with Captum.
             return_convergence_delta: Whether to return activation - (A·Y + B) too.
             channel_dim: Dimension of the channels; -1 for tokens.
 
@@ -122,6 +122,7 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
             additional,
             rules=self._rules,
             keep=return_convergence_delta,
+            create_graph=bool((grad_kwargs or {}).get("create_graph")),
             stop_at=neuron,
         )
         if to_layer is not None and not found.reached[site]:

@@ -43,8 +43,8 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
     count, sizes = output.shape[0], tuple(output.shape[1:])
     if images is not None and count and images % count and count % images:
         raise ValueError(
-            f"inputs must have a batch dimension, (N, ...), and the model must return a score for each image; got {count} "
-            f"scores for {images} images. If that is one image, use inputs[None]."
+            f"inputs must have a batch dimension, (N, ...), and the model must return a score for each image; got "
+            f"{count} scores for {images} images. If that is one image, use inputs[None]."
         )
     if target is None:
         if output[0].numel() != 1:
