@@ -50,6 +50,7 @@ def bias_terms(
 
     Example:
         >>> import torch
+        >>> from captum_scoremap import linear_form
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
         >>> image = torch.tensor([[1.0, -1.0]])
