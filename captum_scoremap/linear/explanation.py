@@ -32,6 +32,23 @@ class Explanation:
         self.results: dict[Site | None, tuple[Tensor, ...]] = {}
         self.reached: dict[Site | None, bool] = {}
         self._sites = tuple(sites)
+        self._activations: dict[Value, Tensor] = {}
+
+    def retrace(self, inputs: tuple[Tensor, ...]) -> None:
+        """Make the results differentiable, in the inputs and in the model's parameters."""
+        known = {value: tensor for value, tensor in zip(self.tape.inputs, inputs, strict=True) if value is not None}
+        seed = self.tape.value_of_output()
+        self._activations = self.tape.retraced(known)
+        if seed is not None:
+            self.score = self._activations[seed]
+            self.tape.output, self.tape.output_values = self.score, {id(self.score): seed}
+
+    def activations(self, site: Site | None) -> tuple[Tensor, ...]:
+        """Return Y of a site."""
+        tapped = self.tapped(site)
+        if not self._activations:
+            return tapped.activations
+        return tuple(self._activations.get(value, y) for value, y in zip(tapped.values, tapped.activations, strict=True))
 
     @property
     def tape(self) -> Tape:
@@ -46,16 +63,15 @@ class Explanation:
         """Take the coefficients at all sites in one pass over the transposed steps."""
         wanted: dict[Value, Callable[[Tensor], Tensor]] = {}
         for site in self._sites:
-            tapped = self.tapped(site)
-            for place, value in enumerate(tapped.values):
-                wanted[value] = lambda a, tapped=tapped, place=place: self._reduction(a, tapped.activations[place])
+            for place, value in enumerate(self.tapped(site).values):
+                wanted[value] = lambda a, site=site, place=place: self._reduction(a, self.activations(site)[place])
         found = self.tape.transposed(self.seeds(torch.ones_like(self.score)), wanted, consume=consume)
         for site in self._sites:
             tapped = self.tapped(site)
             self.reached[site] = any(value in found for value in tapped.values)
             self.results[site] = tuple(
                 found[value] if value in found else y.new_zeros(self._reduction.shape(y))
-                for value, y in zip(tapped.values, tapped.activations, strict=True)
+                for value, y in zip(tapped.values, self.activations(site), strict=True)
             )
 
     def seeds(self, weights: Tensor) -> dict[Value, Tensor]:
@@ -150,6 +166,7 @@ def explain(
     rules: Mapping[Any, Rule] | None = None,
     keep: bool = False,
     stop_at: Site | None = None,
+    create_graph: bool = False,
 ) -> Explanation:
     """Record a run and take, in one pass over the transposed steps, what is wanted of A and Y at every site.
 
@@ -163,6 +180,7 @@ def explain(
         rules: Rules to replace or add.
         keep: Whether to keep the tape, for :meth:`Explanation.bias` and :meth:`Explanation.sums`.
         stop_at: A site after which the run ends; its value is the output.
+        create_graph: Whether the results can be differentiated, in the inputs and in the model's parameters.
 
     Returns:
         The explanation.
@@ -171,7 +189,9 @@ def explain(
         ValueError: If a layer did not run, or gives no floating-point tensor.
     """
     taps = [site for site in sites if site is not None]
-    recording = Recording(forward_func, with_rules(rules), taps, bypass=keep, stop_at=stop_at)
+    recording = Recording(
+        forward_func, with_rules(rules), taps, bypass=keep, stop_at=stop_at, differentiable=create_graph
+    )
 
     def checked(output: Any) -> Tensor:
         if stop_at is not None and not recording.places.calls[stop_at[0]]:
@@ -184,7 +204,9 @@ def explain(
         return scores
 
     found = Explanation(recording, recording.record(inputs, additional, checked), sites, reduction)
-    with torch.no_grad():
+    if create_graph:
+        found.retrace(inputs)
+    with torch.set_grad_enabled(create_graph):
         found.push_back(consume=not keep)
     return found
 

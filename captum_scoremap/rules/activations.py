@@ -213,6 +213,9 @@ class Gate(Rule):
     def freeze(self, call: Call) -> Tensor:
         """Return the gate f(x)/x."""
         slope = self.slope(*call.args, **call.kwargs) if callable(self.slope) else self.slope
+        if torch.is_grad_enabled():  # whose derivative would be NaN at 0/0
+            is_zero = call.input == 0
+            return torch.where(is_zero, slope, call.output / call.input.masked_fill(is_zero, 1.0))
         # 0/0 is where the limit goes
         return (call.output / call.input).nan_to_num_(slope, torch.inf, -torch.inf)
 

@@ -133,6 +133,29 @@ class Tape:
             values.update(zip(step.outputs, outputs, strict=True))
         return {value: tensor_of(value) for value in targets}
 
+    def retraced(self, known: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
+        """Take every step again as the operation itself and freeze anew, with gradients on.
+
+        What is read off the tape afterwards can be differentiated, in the inputs and in the model's parameters.
+
+        Args:
+            known: The inputs.
+
+        Returns:
+            Every value's tensor.
+        """
+        values = dict(known)
+        with torch.enable_grad():
+            for step in self.steps:
+                live = [values[value] if value in values else value.kept.tensor for value in step.values]
+                call = step.filled(live)
+                is_affine = step.rule.is_affine(step)
+                call.output = step.rule.apply(call, None) if is_affine else call.run()
+                if not is_affine:
+                    step.state = step.rule.freeze(call)
+                values.update(zip(step.outputs, floating(call.output), strict=False))
+        return values
+
     def transposed(
         self,
         seeds: Mapping[Value, Tensor],

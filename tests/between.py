@@ -1,0 +1,79 @@
+"""A small network with something between its layers, and what must hold of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import LayerScoreMap, ScoreMap, bias_terms, linear_form
+
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+
+
+class Between(nn.Module):
+    """A convolution, a function of its output (N, 4, 4, 4) that keeps the shape, and a linear head."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(64, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.conv(x)).flatten(1))
+
+
+def between(function: Callable[[Tensor], Tensor]) -> Between:
+    """The network, always with the same parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Between(function).double().eval()
+
+
+def some_images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def assert_exact(model: nn.Module, layer: nn.Module | None, images: Tensor, **kwargs: Any) -> None:
+    """S = A·Y + B at the input and at a layer, the constants' shares are B, and all ways to the map agree."""
+    with torch.no_grad():
+        score = model(images)[:, 1]
+    for site in (None, layer):
+        form = linear_form(model, images, 1, site, **kwargs)
+        assert_close(form.score, score, **EXACT)
+        assert_close(form.sums + form.bias, score, **EXACT)
+    shares = bias_terms(model, images, 1, **kwargs)
+    total = sum(shares.values(), torch.zeros_like(score))
+    assert_close(total, linear_form(model, images, 1, **kwargs).bias, **EXACT)
+    if layer is not None:
+        method = LayerScoreMap(model, layer, **kwargs)
+        one = method.attribute(images, 1)
+        assert_close(method.attribute_targets(images)[:, 1:2], one, **EXACT)
+
+
+def assert_as_plain(
+    function: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], **kwargs: Any
+) -> None:
+    """A function between two layers has the linear form of the same function written plainly."""
+    images, model, other = some_images(), between(function), between(plain)
+    assert_exact(model, model.conv, images, **kwargs)
+    for site, same in ((None, None), (model.conv, other.conv)):
+        form, expected = linear_form(model, images, 1, site, **kwargs), linear_form(other, images, 1, same, **kwargs)
+        assert_close(form.coefficients, expected.coefficients, **EXACT)
+        assert_close(form.bias, expected.bias, **EXACT)
+        assert expected.coefficients.abs().max() > 1e-3
+
+
+def assert_is_gradient(function: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
+    """A piecewise-linear function between two layers has autograd's gradient for its coefficients."""
+    images, model = some_images(), between(function)
+    assert_exact(model, model.conv, images, **kwargs)
+    leaf = images.clone().requires_grad_()
+    model(leaf)[:, 1].sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.abs().max() > 1e-3
+    found = ScoreMap(model, multiply_by_inputs=False, **kwargs).attribute(images, 1, attr_dim_summation=False)
+    assert_close(found, leaf.grad, **EXACT)

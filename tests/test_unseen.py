@@ -1,0 +1,316 @@
+"""Operations that a recorder could miss: each is in the form as if written plainly, or is refused by name."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from captum_scoremap import LayerScoreMap, ScoreMap, UnsupportedOperationError, bias_terms, freeze, linear_form
+from captum_scoremap.rules import Gate, Linear, Rule, Tangent
+from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, between, some_images
+
+Function = Callable[[Tensor], Tensor]
+
+
+# --- scripted -----------------------------------------------------------------------------------------
+
+
+def scripted(function: Any) -> Any:
+    """What torch.jit.script makes of it, without its warning that it is on its way out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(function)
+
+
+def traced(function: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(function, torch.randn(2, 4, 4, 4, dtype=torch.float64))
+
+
+@scripted
+def scripted_relu(x: Tensor) -> Tensor:
+    return 0.5 * torch.relu(x)
+
+
+@scripted
+def scripted_gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.erf(x / 1.41421))
+
+
+@scripted
+def scripted_loop(x: Tensor) -> Tensor:
+    for step in range(3):
+        if step % 2 == 0:
+            x = x + 0.1 * torch.relu(x)
+        else:
+            x = F.leaky_relu(x, 0.2)
+    return x
+
+
+@scripted
+def scripted_in_place(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :2] = torch.relu(y[:, :2])
+    return y.mul_(2.0)
+
+
+def in_place(x: Tensor) -> Tensor:
+    return 2 * torch.cat([x[:, :2].relu(), x[:, 2:]], 1)
+
+
+def loop(x: Tensor) -> Tensor:
+    x = x + 0.1 * torch.relu(x)
+    x = F.leaky_relu(x, 0.2)
+    return x + 0.1 * torch.relu(x)
+
+
+def block() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layers = [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.LeakyReLU(0.1)]
+        return nn.Sequential(*layers).double().eval()
+
+
+BLOCK = block()
+
+SCRIPTED: dict[str, tuple[Function, Function]] = {
+    "relu": (scripted_relu, lambda x: 0.5 * x.relu()),
+    "gelu": (scripted_gelu, lambda x: x * 0.5 * (1.0 + torch.erf(x / 1.41421))),
+    "loop": (scripted_loop, loop),
+    "in place": (scripted_in_place, in_place),
+    "module": (scripted(block()), BLOCK),
+    "traced function": (traced(loop), loop),
+    "traced module": (traced(block()), BLOCK),
+    "frozen module": (torch.jit.freeze(scripted(block())), BLOCK),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_scripted_code_is_seen(name: str) -> None:
+    function, plain = SCRIPTED[name]
+    for _ in range(2):  # scripted code is optimized after its first runs
+        assert_as_plain(function, plain)
+
+
+# --- function transforms ------------------------------------------------------------------------------
+
+WEIGHTS = torch.randn(5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def mixed(x: Tensor) -> Tensor:
+    return torch.einsum("oc,nchw->nohw", WEIGHTS.mean(0), x.relu())
+
+
+TRANSFORMED: dict[str, tuple[Function, Function]] = {
+    "vmap over images": (torch.vmap(lambda x: x.relu() * 2), lambda x: x.relu() * 2),
+    "vmap over channels": (torch.vmap(F.gelu, in_dims=1, out_dims=1), F.gelu),
+    "vmap over weights": (
+        lambda x: torch.vmap(lambda w: torch.einsum("oc,nchw->nohw", w, x.relu()))(WEIGHTS).mean(0),
+        mixed,
+    ),
+    "vmap with a constant argument": (
+        lambda x: torch.vmap(lambda w, y: torch.einsum("oc,nchw->nohw", w, y), in_dims=(0, None))(WEIGHTS, x.relu()).mean(0),
+        mixed,
+    ),
+    "vmap in vmap": (torch.vmap(torch.vmap(F.silu), in_dims=1, out_dims=1), F.silu),
+    "vmap in chunks": (torch.vmap(lambda x: x.abs(), chunk_size=1), lambda x: x.abs()),
+    "vmap of a convolution": (
+        torch.vmap(lambda x: F.conv2d(x[None], WEIGHTS[0, :, :, None, None])[0]),
+        lambda x: F.conv2d(x, WEIGHTS[0, :, :, None, None]),
+    ),
+    "functional_call": (
+        lambda x: torch.func.functional_call(BLOCK, {n: p * 1 for n, p in BLOCK.named_parameters()}, (x,)),
+        BLOCK,
+    ),
+    "linearize": (lambda x: torch.func.linearize(torch.relu, x)[0], torch.relu),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_function_transforms_are_seen(name: str) -> None:
+    assert_as_plain(*TRANSFORMED[name])
+
+
+def test_ensembles_by_vmap_are_seen() -> None:
+    members = [nn.Linear(64, 3).double() for _ in range(3)]
+    params, buffers = torch.func.stack_module_state(members)
+    skeleton = nn.Linear(64, 3, device="meta")
+
+    def ensemble(x: Tensor) -> Tensor:
+        call = lambda p, b: torch.func.functional_call(skeleton, (p, b), (x.flatten(1),))  # noqa: E731
+        return torch.vmap(call)(params, buffers).mean(0)
+
+    images = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_exact(nn.Sequential(nn.ReLU(), Wrapped(ensemble)), None, images)
+    form = linear_form(Wrapped(ensemble), images, 1)
+    weight = torch.stack([m.weight for m in members]).mean(0)[1]
+    assert_close(form.coefficients.flatten(1), weight.expand(2, -1), **EXACT)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+CHECKPOINTS: dict[str, tuple[Function, Function]] = {
+    "re-entrant": (lambda x: checkpoint(BLOCK, x, use_reentrant=True), BLOCK),
+    "not re-entrant": (lambda x: checkpoint(BLOCK, x, use_reentrant=False), BLOCK),
+    "one in another": (
+        lambda x: checkpoint(lambda y: checkpoint(BLOCK, y, use_reentrant=True).relu(), x, use_reentrant=False),
+        lambda x: BLOCK(x).relu(),
+    ),
+    "of a sequence": (lambda x: checkpoint_sequential(BLOCK, 2, x, use_reentrant=True), BLOCK),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpoints_are_seen(name: str) -> None:
+    assert_as_plain(*CHECKPOINTS[name])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_in_a_checkpoint_have_maps(reentrant: bool) -> None:
+    inner = block()
+    images, model = some_images(), between(lambda x: checkpoint(inner, x, use_reentrant=reentrant))
+    found = LayerScoreMap(model, inner[2]).attribute(images, 1)
+    assert_close(found, LayerScoreMap(between(inner), inner[2]).attribute(images, 1), **EXACT)
+    assert found.abs().max() > 1e-3
+
+
+# --- compiled -----------------------------------------------------------------------------------------
+
+
+def compiled_in_place() -> nn.Module:
+    module = block()
+    module.compile(backend="eager")
+    return module
+
+
+COMPILED: dict[str, tuple[Callable[[], Function], Function]] = {
+    "function": (lambda: torch.compile(loop, backend="eager"), loop),
+    "module in place": (compiled_in_place, BLOCK),
+    "module": (lambda: torch.compile(block(), backend="eager"), BLOCK),
+    "whole graph": (lambda: torch.compile(F.gelu, backend="eager", fullgraph=True), F.gelu),
+    "by aot": (lambda: torch.compile(loop, backend="aot_eager"), loop),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("was_run", [False, True])
+def test_compiled_parts_are_seen(name: str, was_run: bool) -> None:
+    make, plain = COMPILED[name]
+    function = make()
+    if was_run:
+        with torch.no_grad():
+            between(function)(some_images())
+    assert_as_plain(function, plain)
+
+
+def test_models_compiled_in_place_are_seen() -> None:
+    images, model, plain = some_images(), between(loop), between(loop)
+    model.compile(backend="eager")
+    model(images)
+    found = LayerScoreMap(model, model.conv).attribute(images, 1)
+    assert_close(found, LayerScoreMap(plain, plain.conv).attribute(images, 1), **EXACT)
+    assert_exact(model, model.conv, images)
+
+
+# --- threads ------------------------------------------------------------------------------------------
+
+POOL = ThreadPoolExecutor(1)
+POOL.submit(int).result()
+
+
+def by_thread(x: Tensor) -> Tensor:
+    results: list[Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(torch.relu(x)))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def by_new_pool(x: Tensor) -> Tensor:
+    with ThreadPoolExecutor(2) as pool:
+        return torch.cat(list(pool.map(torch.relu, x.split(1))))
+
+
+def into_memory(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    POOL.submit(torch.mul, x, 2.0, out=out).result()
+    return out
+
+
+def into_zeros(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    POOL.submit(lambda: out.copy_(x.relu())).result()
+    return out
+
+
+def by_replicas(x: Tensor) -> Tensor:
+    results: list[Tensor] = [x, x]
+
+    def work(place: int, part: Tensor) -> None:
+        with torch.no_grad():
+            results[place] = nn.ReLU()(part)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(x.split(1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return torch.cat(results)
+
+
+THREADS: dict[str, Function] = {
+    "Thread": by_thread,
+    "pool made inside": by_new_pool,
+    "pool made before": lambda x: POOL.submit(torch.relu, x).result(),
+    "a thread's tensor, then a view": lambda x: POOL.submit(torch.relu, x).result().transpose(2, 3),
+    "a thread that writes to new memory": into_memory,
+    "a thread that writes to zeros": into_zeros,
+    "one thread for each image": by_replicas,
+}
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "linear_form": lambda m, x: linear_form(m, x, 1),
+    "layer map": lambda m, x: LayerScoreMap(m, m.conv).attribute(x, 1),
+    "all labels": lambda m, x: LayerScoreMap(m, m.conv).attribute_targets(x),
+    "bias_terms": lambda m, x: bias_terms(m, x, 1),
+    "freeze": freeze,
+}
+
+
+def assert_refused(function: Function, match: str) -> None:
+    """Every way to explain a model with a function in it says what hid."""
+    model, images = between(function), some_images()
+    for call in CALLS.values():
+        with pytest.raises(UnsupportedOperationError, match=match):
+            call(model, images)
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_other_threads_are_refused(name: str) -> None:
+    assert_refused(THREADS[name], "thread")
