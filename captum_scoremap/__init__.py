@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 from captum_scoremap import rules
 from captum_scoremap.attribution import FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap
 from captum_scoremap.checks import UnsupportedOperationError
+from captum_scoremap.layout import token_grid
 from captum_scoremap.linear import LinearForm, bias_terms, linear_form
 from captum_scoremap.receptive_field import ReceptiveField, receptive_field
 from captum_scoremap.tape import Boundary, FrozenModel, freeze
-from captum_scoremap.tokens import token_grid
 
 if TYPE_CHECKING:
     from captum_scoremap import metrics, visualization

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from captum_scoremap.models.ahead import map_ahead
+from captum_scoremap.data.ahead import map_ahead
 
 
 @pytest.mark.parametrize("threads", [1, 3])

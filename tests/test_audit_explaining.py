@@ -10,7 +10,7 @@ from captum_scoremap import linear_form
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import MapLayer, explain, map_layers
 from captum_scoremap.models import prepare
-from captum_scoremap.models.layers import main_layers
+from captum_scoremap.layout import main_layers
 
 
 class Bypassing(nn.Module):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from captum_scoremap.audit.pictures import UnreadableError
 from captum_scoremap.audit.plan import Plan
-from captum_scoremap.audit.sources import DatasetSource, label_indices, open_source, printable
+from captum_scoremap.data.sources import DatasetSource, label_indices, open_source, printable
 from tests.audit_pictures import Digits, write_digits
 
 NAMES = tuple(f"digit {label}" for label in range(10))

@@ -24,7 +24,7 @@ from captum_scoremap.models import (
     load_model,
     read_image,
 )
-from captum_scoremap.models.layers import main_layers, map_channel_dim
+from captum_scoremap.layout import main_layers, map_channel_dim
 from captum_scoremap.models.loading import imagenet_labels
 
 

@@ -28,17 +28,19 @@ Function = Callable[[Tensor], Tensor]
 # --- scripted -----------------------------------------------------------------------------------------
 
 
-def scripted(function: Any) -> Any:
-    """What torch.jit.script makes of it, without its warning that it is on its way out."""
+def quietly(make: Callable[..., Any], *args: Any) -> Any:
+    """What a function of torch.jit's makes, without its warning that it is on its way out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.jit.script(function)
+        return make(*args)
+
+
+def scripted(function: Any) -> Any:
+    return quietly(torch.jit.script, function)
 
 
 def traced(function: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.trace(function, torch.randn(2, 4, 4, 4, dtype=torch.float64))
+    return quietly(torch.jit.trace, function, torch.randn(2, 4, 4, 4, dtype=torch.float64))
 
 
 @scripted
@@ -95,7 +97,7 @@ SCRIPTED: dict[str, tuple[Function, Function]] = {
     "module": (scripted(block()), BLOCK),
     "traced function": (traced(loop), loop),
     "traced module": (traced(block()), BLOCK),
-    "frozen module": (torch.jit.freeze(scripted(block())), BLOCK),
+    "frozen module": (quietly(torch.jit.freeze, scripted(block())), BLOCK),
 }
 
 

@@ -330,7 +330,7 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
     """B of every layer, (1,): the score of the frozen model with that layer's output at zero.
 
     Many layers go together in one batch of copies of the image, each at zero in the copy of its own. Ordinary
-    forward hooks do it, not the package.
+    forward hooks do it, not the package: the frozen model shares the factors that they multiply by.
 
     Args:
         model: the model in evaluation mode.
@@ -349,8 +349,9 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
             if len(output) % together:
                 alone.add(name)  # no images, but a table of positions, say
                 return output
-            own = row.repeat_interleave(len(output) // together)  # windows and frames are batch-major
-            return output * own.view(-1, *[1] * (output.dim() - 1))
+            # windows and frames are batch-major; a view of the row, so that what is in it later counts, too
+            images = output.unflatten(0, (together, len(output) // together))
+            return (images * row.view(-1, *[1] * output.dim())).flatten(0, 1)
 
         return hook
 

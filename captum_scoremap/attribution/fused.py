@@ -10,6 +10,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.layout import main_modules
 from captum_scoremap.linear import Target, check_sites, select_scores, warn_of_probabilities
 from captum_scoremap.rules import Rule, Value, with_rules
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
@@ -128,8 +129,6 @@ class FusedScoreMap(GradientAttribution):
             return self._layers
         size = image.shape[1:]
         if size not in self._found:
-            from captum_scoremap.models.layers import main_modules  # here, for the models bring torchvision along
-
             self._found[size] = main_modules(forward_func, image, additional, channels_first=True)
         if not self._found[size]:
             raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
@@ -198,6 +197,4 @@ def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value |
         value: (lambda a, y=y: (a * y).sum(1, keepdim=True)) for value, y in layers if value is not None
     }
     found = {} if output is None else tape.transposed({output: coefficients}, wanted)
-    return [
-        found[value] if value is not None and value in found else torch.zeros_like(y[:, :1]) for value, y in layers
-    ]
+    return [found[value] if value is not None and value in found else torch.zeros_like(y[:, :1]) for value, y in layers]

@@ -5,13 +5,13 @@
 (a shard's tables), shards (tables on disk), run.
 """
 
-from captum_scoremap.models.extras import import_extra
+from captum_scoremap.data.extras import import_extra
 
 import_extra("pyarrow", "audit")
 import_extra("jinja2", "audit")
 
 from captum_scoremap.audit.run import Audit, audit  # noqa: E402  # what it needs is looked for first
 from captum_scoremap.audit.schema import TABLES, describe  # noqa: E402
-from captum_scoremap.audit.sources import Source, open_source  # noqa: E402
+from captum_scoremap.data.sources import Source, open_source  # noqa: E402
 
 __all__ = ["TABLES", "Audit", "Source", "audit", "describe", "open_source"]

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from captum_scoremap.audit.schema import TABLES
 from captum_scoremap.audit.worker import Worker
-from captum_scoremap.models.extras import import_extra
+from captum_scoremap.data.extras import import_extra
 
 __all__ = ["on_ray"]
 

@@ -7,11 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from captum_scoremap.layout import map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction
-from captum_scoremap.models.layers import map_channel_dim
 from captum_scoremap.rules import with_rules
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
-from captum_scoremap.tokens import token_grid
 
 __all__ = ["ROLES", "Explained", "MapLayer", "explain", "map_layers"]
 

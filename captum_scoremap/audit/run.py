@@ -23,11 +23,11 @@ from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.progress import Progress
 from captum_scoremap.audit.report import write_report
 from captum_scoremap.audit.shards import Shards, write_json
-from captum_scoremap.audit.sources import Source, open_source
 from captum_scoremap.audit.worker import METRICS, Worker
 from captum_scoremap.checks import nearest
+from captum_scoremap.data.sources import Source, open_source
+from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
-from captum_scoremap.models.layers import main_layers
 
 __all__ = ["Audit", "audit"]
 

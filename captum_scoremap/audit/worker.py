@@ -20,10 +20,10 @@ from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer, explain
 from captum_scoremap.audit.pictures import UnreadableError, strict_decoding
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.schema import TABLES
-from captum_scoremap.audit.sources import Source
 from captum_scoremap.crops import score_map_crops
+from captum_scoremap.data.ahead import map_ahead
+from captum_scoremap.data.sources import Source
 from captum_scoremap.models import LoadedModel
-from captum_scoremap.models.ahead import map_ahead
 
 __all__ = ["METRICS", "Worker"]
 

@@ -20,8 +20,8 @@ from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.explanation import find_layers
 from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelOption, WeightsOption, chosen_device
 from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
+from captum_scoremap.layout import layer_shapes, main_layers, map_channel_dim
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
-from captum_scoremap.models.layers import layer_shapes, main_layers, map_channel_dim
 
 LABEL = 0
 PLAIN = "forward and backward"

@@ -30,10 +30,10 @@ from captum_scoremap.cli.options import (
     check_writable,
     chosen_device,
 )
+from captum_scoremap.data.ahead import map_ahead
+from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
-from captum_scoremap.models.ahead import map_ahead
 from captum_scoremap.models.images import SAMPLE_PREFIX
-from captum_scoremap.models.layers import main_layers
 from captum_scoremap.multiview import MultiView
 from captum_scoremap.visualization import visualize_layer_score_maps
 

@@ -9,10 +9,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from captum_scoremap.checks import nearest
+from captum_scoremap.layout import map_channel_dim, token_grid
 from captum_scoremap.linear import linear_form
-from captum_scoremap.models.layers import map_channel_dim
 from captum_scoremap.rules import tensors_in
-from captum_scoremap.tokens import token_grid
 
 INPUT = "input"
 # Beyond this, the identity does not hold to rounding, even in 16 bits.

@@ -165,7 +165,7 @@ def _files(
 ) -> tuple[list[Path], list[int | None]]:
     """Image files and their labels, None where not known; of one label only, if the user named one."""
     # Only here, as the room of the audit asks for its extra, which no other command needs.
-    from captum_scoremap.audit.sources import FileSource, open_source
+    from captum_scoremap.data.sources import FileSource, open_source
 
     source = open_source(folder, labels, loaded.labels or None)
     if not isinstance(source, FileSource):

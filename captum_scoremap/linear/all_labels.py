@@ -97,9 +97,7 @@ class _Seeds:
         """The derivative of the score of each label in the output, (labels, *output)."""
         with torch.enable_grad():
             leaf = self.output.detach().requires_grad_()
-            return torch.stack(
-                [torch.autograd.grad(select_scores(leaf, label).sum(), leaf)[0] for label in labels]
-            )
+            return torch.stack([torch.autograd.grad(select_scores(leaf, label).sum(), leaf)[0] for label in labels])
 
     def back(self, row: Tensor) -> dict[Value, Tensor]:
         """Seeds for a derivative in the output."""
@@ -120,8 +118,12 @@ def _is_forward(seeds: _Seeds, tapped: Tapped, reduction: Reduction, channels: i
     count = seeds.output.shape[0]
     if y.shape[0] != count:
         return False
-    return y.dim() < 3 or y.shape[1] % count != 0 or count == 1 or not channels % y.dim() > 1 or (
-        image_axis(seeds.tape, seeds.weighed, value, count, y) in {0, None}
+    return (
+        y.dim() < 3
+        or y.shape[1] % count != 0
+        or count == 1
+        or not channels % y.dim() > 1
+        or (image_axis(seeds.tape, seeds.weighed, value, count, y) in {0, None})
     )
 
 

@@ -48,7 +48,9 @@ class Explanation:
         tapped = self.tapped(site)
         if not self._activations:
             return tapped.activations
-        return tuple(self._activations.get(value, y) for value, y in zip(tapped.values, tapped.activations, strict=True))
+        return tuple(
+            self._activations.get(value, y) for value, y in zip(tapped.values, tapped.activations, strict=True)
+        )
 
     @property
     def tape(self) -> Tape:
@@ -96,9 +98,9 @@ class Explanation:
         """Return the sum of A·Y for each image, (N,)."""
         tapped = self.tapped(site)
         results = self.results[site]
-        products = results if self._reduction.multiply else [
-            a * y for a, y in zip(results, tapped.activations, strict=True)
-        ]
+        products = (
+            results if self._reduction.multiply else [a * y for a, y in zip(results, tapped.activations, strict=True)]
+        )
         axes = [
             self._axis(value, y, product)
             for value, y, product in zip(tapped.values, tapped.activations, products, strict=True)

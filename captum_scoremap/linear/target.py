@@ -92,9 +92,7 @@ def _checked(scores: object) -> Tensor:
             f"{type(scores).__name__}."
         )
     if scores.dim() != 1:
-        raise ValueError(
-            f"a target function must return one score for each image, (N,), got {tuple(scores.shape)}."
-        )
+        raise ValueError(f"a target function must return one score for each image, (N,), got {tuple(scores.shape)}.")
     return scores
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
-from captum_scoremap.models.extras import import_extra
+from captum_scoremap.data.extras import import_extra
 from captum_scoremap.models.preprocessing import Preprocessing
 
 # Side of the input, and how often the blocks of each of the seven stages repeat (Tan and Le 2019, Table 1,

@@ -7,7 +7,7 @@ import PIL
 from PIL import Image, ImageOps
 
 from captum_scoremap.checks import nearest
-from captum_scoremap.models.extras import import_extra
+from captum_scoremap.data.extras import import_extra
 
 SAMPLE_PREFIX = "sample:"
 _SCIKIT_IMAGE_SAMPLES = ("chelsea", "coffee", "rocket", "astronaut")

@@ -17,8 +17,8 @@ from torchvision.models import WeightsEnum, get_model, get_model_builder, get_mo
 from torchvision.transforms import InterpolationMode
 
 from captum_scoremap.checks import nearest
+from captum_scoremap.data.extras import import_extra
 from captum_scoremap.models import efficientnet_lite
-from captum_scoremap.models.extras import import_extra
 from captum_scoremap.models.preprocessing import Preprocessing
 
 DEFAULT_MODEL = efficientnet_lite.NAMES[0]

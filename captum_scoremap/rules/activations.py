@@ -13,7 +13,7 @@ from .call import Call, Value
 from .rule import Gradients, Rule
 from .structure import summed_to
 
-__all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "GatedLinearUnit", "PiecewiseLinear", "PReLU"]
+__all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "GatedLinearUnit", "PReLU", "PiecewiseLinear"]
 
 Number = float | Tensor
 

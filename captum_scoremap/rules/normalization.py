@@ -4,9 +4,6 @@ Norms that PyTorch makes of smaller operations (RMS norm, ``F.normalize``, local
 scale is a gate, or the denominator of a quotient.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 

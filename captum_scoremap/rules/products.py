@@ -15,7 +15,6 @@ __all__ = ["Convolution", "Division", "Power", "Product", "matrix_times", "times
 aten = torch.ops.aten
 
 
-
 class Product(Rule):
     """An operation linear in each of its factors: mul, mm, bmm, addmm, convolution, ...
 
@@ -258,9 +257,7 @@ class Power(Rule):
         x = call.args[0]
         return x * slope if offset is None else x * slope + offset  # type: ignore[no-any-return]
 
-    def transpose(
-        self, call: Call, state: tuple[Tensor, Tensor | None], gradients: Gradients
-    ) -> list[Tensor | None]:
+    def transpose(self, call: Call, state: tuple[Tensor, Tensor | None], gradients: Gradients) -> list[Tensor | None]:
         """Return slope * coefficients."""
         (gradient,) = gradients
         return [None if gradient is None else summed_to(gradient * state[0], call.values[0])]

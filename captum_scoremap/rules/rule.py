@@ -126,9 +126,7 @@ def transposed_by_autograd(rule: Rule, call: Call, state: Any, gradients: Gradie
     return _pulled_back(lambda *live: rule.apply(call.filled(live), state), [v.zeros() for v in call.values], gradients)
 
 
-def _pulled_back(
-    function: Callable[..., Any], points: Sequence[Tensor], gradients: Gradients
-) -> list[Tensor | None]:
+def _pulled_back(function: Callable[..., Any], points: Sequence[Tensor], gradients: Gradients) -> list[Tensor | None]:
     """Return the coefficients of a function's outputs as those of its arguments, by its derivative at some points."""
 
     def outputs(*live: Tensor) -> tuple[Tensor, ...]:
@@ -162,7 +160,9 @@ def _pushed_one_by_one(
         change = torch.zeros_like(flat.detach())
         for index in range(flat.numel()):
             rows = torch.autograd.grad(flat[index], leaves, retain_graph=True, allow_unused=True)
-            change[index] = sum(float((row * move).sum()) for row, move in zip(rows, moves, strict=True) if row is not None)
+            change[index] = sum(
+                float((row * move).sum()) for row, move in zip(rows, moves, strict=True) if row is not None
+            )
         values.append(out.detach())
         changes.append(change.reshape(out.shape))
     return values, changes

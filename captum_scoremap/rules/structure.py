@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call, Value
-from .rule import Gradients, Linear, transposed_by_autograd
+from .rule import Gradients, Linear
 
 __all__ = ["AFFINE", "STRUCTURAL", "Copy", "summed_to"]
 

@@ -14,8 +14,7 @@ from .composite import COMPOSITE
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
-from .call import Call
-from .rule import WRITTEN_OUT, Backward, Comparison, FirstLinear, Frozen, Linear, Rule, Tangent
+from .rule import WRITTEN_OUT, Backward, Comparison, FirstLinear, Frozen, Rule, Tangent
 from .structure import AFFINE, STRUCTURAL, Copy
 
 __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]

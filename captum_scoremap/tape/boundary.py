@@ -68,9 +68,7 @@ def nearest_boundary(
     return Boundary(torch.tensor(distances, dtype=inputs[0].dtype, device=inputs[0].device), tuple(switches))
 
 
-def _crossings(
-    tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
-) -> Iterator[tuple[Step, Tensor]]:
+def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Iterator[tuple[Step, Tensor]]:
     """For each step with switches, the steps along the direction at which they flip."""
     values: dict[Value, Tensor] = {}
     changes: dict[Value, Tensor] = {}

@@ -18,7 +18,19 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_scoremap.checks import UnsupportedOperationError
-from captum_scoremap.rules import DEFAULT, Call, Composite, Copy, Linear, Rule, Value, display_name, floating, substituted, tensors_in
+from captum_scoremap.rules import (
+    DEFAULT,
+    Call,
+    Composite,
+    Copy,
+    Linear,
+    Rule,
+    Value,
+    display_name,
+    floating,
+    substituted,
+    tensors_in,
+)
 
 from .memory import Memory, geometry
 from .places import Places, Site, StopRun
@@ -61,14 +73,25 @@ class Tapped:
 class _Operation:
     """What is known of an ATen overload: its rule, its out-of-place form, where its tensors are, what it changes."""
 
-    __slots__ = ("changes", "changes_shape", "display", "functional", "is_plain", "is_view", "lifts", "is_trusted", "lists", "name", "rule", "tensors")
+    __slots__ = (
+        "changes",
+        "changes_shape",
+        "display",
+        "functional",
+        "is_plain",
+        "is_trusted",
+        "is_view",
+        "lifts",
+        "lists",
+        "name",
+        "rule",
+        "tensors",
+    )
 
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
         arguments = operation._schema.arguments
-        self.tensors = [
-            at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != "noise"
-        ]
+        self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != "noise"]
         self.lists = {at for at in self.tensors if "List" in str(arguments[at].type)}
         changed = [
             (argument.name if argument.kwarg_only else position)
@@ -81,7 +104,9 @@ class _Operation:
         if changed:
             name, self.functional = _out_of_place(operation, name, overload)
         self.name = name
-        self.is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
+        self.is_view = any(
+            one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
+        )
         self.lifts = name in {"lift", "lift_fresh"}
         self.display = display_name(self.functional or operation)
         overload = self.functional._overloadname if self.functional is not None else overload
@@ -453,9 +478,7 @@ class Recording(TorchDispatchMode):
             self._name(target, value)
         return target
 
-    def _run_constant(
-        self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run_constant(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on constants as it is."""
         where = operation.changes
         if where is not None:
@@ -591,7 +614,11 @@ class Recording(TorchDispatchMode):
         """Note a call of a user's rule: below autograd, where calls arrive, a rule cannot use autograd."""
         copy = call.filled([tensor.clone() for tensor in call.live])
         copy.output = substituted(call.output, torch.clone)
-        self._unverified.append((f"rule for {name!r} ({type(rule).__name__}), in module {self.places.module_name!r},", rule, copy))
+        self._unverified.append((
+            f"rule for {name!r} ({type(rule).__name__}), in module {self.places.module_name!r},",
+            rule,
+            copy,
+        ))
 
     @staticmethod
     def _verify(where: str, rule: Rule, call: Call) -> None:

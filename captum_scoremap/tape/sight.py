@@ -56,10 +56,9 @@ class Sight:
     def made(self, tensor: Tensor, operation: str) -> None:
         """Account for a constant that an operation made."""
         self._known[id(tensor)] = weakref.ref(tensor)
-        if operation in _UNFILLED or operation in _ZEROS:
-            if tensor.numel() and tensor.is_floating_point():
-                storage = tensor.untyped_storage()
-                self._bare[storage._cdata] = StorageWeakRef(storage), operation in _ZEROS
+        if (operation in _UNFILLED or operation in _ZEROS) and tensor.numel() and tensor.is_floating_point():
+            storage = tensor.untyped_storage()
+            self._bare[storage._cdata] = StorageWeakRef(storage), operation in _ZEROS
 
     def written(self, tensor: Tensor) -> None:
         """Note that an operation wrote to a tensor's memory."""

@@ -1,4 +1,4 @@
-"""Which layers of a model are worth a look, and which axis of their outputs holds the channels."""
+"""Where channels, positions and tokens are in a layer's output, and which layers of a model are worth a look."""
 
 import math
 from collections import Counter
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+__all__ = ["layer_shapes", "main_layers", "main_modules", "map_channel_dim", "token_grid"]
 
 
 def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int | None:
@@ -40,6 +42,40 @@ def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int
         (abs(math.log(rows / columns / aspect)), -axis, rows * columns) for axis, rows, columns in layouts
     )
     return -channel_dim if cells > 1 and unlikeness < math.log(1.5) else None
+
+
+def token_grid(score_map: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """Lay the tokens of a score map out as an image, so that it plots like any other.
+
+    Class and register tokens, which stand before the patches and have no place in the image, are left out; what they
+    add to the score is the difference of the sums.
+
+    Args:
+        score_map: Map of a token layer, taken with ``channel_dim=-1``: (N, tokens, K) as in ViT, or (N, h, w, K) as in
+            Swin.
+        grid: Rows and columns of patches; None for the largest square that the tokens fill.
+
+    Returns:
+        (N, K, h, w), in the units of the map.
+
+    Raises:
+        ValueError: If the map has another number of dimensions, or fewer tokens than the grid.
+
+    Example:
+        >>> import torch
+        >>> token_grid(torch.rand(1, 197, 1)).shape  # a class token and 14 x 14 patches
+        torch.Size([1, 1, 14, 14])
+    """
+    if score_map.dim() == 4:
+        return score_map.movedim(-1, 1)
+    if score_map.dim() != 3:
+        raise ValueError(f"score_map must be (N, tokens, K) or (N, h, w, K), got {tuple(score_map.shape)}.")
+    tokens = score_map.shape[1]
+    rows, columns = grid if grid is not None else (math.isqrt(tokens), math.isqrt(tokens))
+    if tokens < rows * columns:
+        raise ValueError(f"grid must have at most {tokens} patches, one for each token, got {rows} x {columns}.")
+    patches: Tensor = score_map[:, tokens - rows * columns :].unflatten(1, (rows, columns))
+    return patches.movedim(-1, 1)
 
 
 def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]:
