@@ -147,8 +147,8 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
         shape = tuple(tensor.shape)
         if not (tensor.is_floating_point() or (indices and tensor.dtype == torch.int64)):
             raise TypeError(
-                f"inputs must be floating point, got {tensor.dtype}. Convert and normalize images, inputs.float() / 255; "
-                "for token ids, explain a layer such as the embedding."
+                f"inputs must be floating point, got {tensor.dtype}. Convert and normalize images, "
+                "inputs.float() / 255; for token ids, explain a layer such as the embedding."
             )
         if tensor.is_inference():
             raise RuntimeError(

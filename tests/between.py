@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import LayerScoreMap, ScoreMap, bias_terms, linear_form
+from captum_scoremap import LayerScoreMap, ScoreMap, UnsupportedOperationError, bias_terms, freeze, linear_form
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -54,9 +55,7 @@ def assert_exact(model: nn.Module, layer: nn.Module | None, images: Tensor, **kw
         assert_close(method.attribute_targets(images)[:, 1:2], one, **EXACT)
 
 
-def assert_as_plain(
-    function: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], **kwargs: Any
-) -> None:
+def assert_as_plain(function: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
     """A function between two layers has the linear form of the same function written plainly."""
     images, model, other = some_images(), between(function), between(plain)
     assert_exact(model, model.conv, images, **kwargs)
@@ -75,5 +74,22 @@ def assert_is_gradient(function: Callable[[Tensor], Tensor], **kwargs: Any) -> N
     model(leaf)[:, 1].sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.abs().max() > 1e-3
-    found = ScoreMap(model, multiply_by_inputs=False, **kwargs).attribute(images, 1, attr_dim_summation=False)
+    found = ScoreMap(model, multiply_by_inputs=False, **kwargs).attribute(images, 1)
     assert_close(found, leaf.grad, **EXACT)
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "linear_form": lambda m, x: linear_form(m, x, 1),
+    "layer map": lambda m, x: LayerScoreMap(m, m.conv).attribute(x, 1),
+    "all labels": lambda m, x: LayerScoreMap(m, m.conv).attribute_targets(x),
+    "bias_terms": lambda m, x: bias_terms(m, x, 1),
+    "freeze": freeze,
+}
+
+
+def assert_refused(function: Callable[[Tensor], Tensor], match: str) -> None:
+    """Every way to explain a model with a function in it says what hid."""
+    model, images = between(function), some_images()
+    for call in WAYS.values():
+        with pytest.raises(UnsupportedOperationError, match=match):
+            call(model, images)

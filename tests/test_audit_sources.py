@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_scoremap.audit.pictures import UnreadableError
 from captum_scoremap.audit.plan import Plan
+from captum_scoremap.data.pictures import UnreadableError
 from captum_scoremap.data.sources import DatasetSource, label_indices, open_source, printable
 from tests.audit_pictures import Digits, write_digits
 

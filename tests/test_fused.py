@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from captum_scoremap import FusedScoreMap
 from captum_scoremap.attribution.fused import log_odds
-from captum_scoremap.metrics import parameter_randomization
 from captum_scoremap.layout import main_modules
+from captum_scoremap.metrics import parameter_randomization
 from tests.state import GlobalState
 
 LABELS = 5

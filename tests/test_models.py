@@ -17,6 +17,7 @@ from torchvision.models import (
     squeezenet1_1,
 )
 
+from captum_scoremap.layout import main_layers, map_channel_dim
 from captum_scoremap.models import (
     LoadedModel,
     efficientnet_lite,
@@ -24,7 +25,6 @@ from captum_scoremap.models import (
     load_model,
     read_image,
 )
-from captum_scoremap.layout import main_layers, map_channel_dim
 from captum_scoremap.models.loading import imagenet_labels
 
 

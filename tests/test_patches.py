@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -368,6 +370,25 @@ def test_command_draws_and_lists(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert said.out.count("SMSM") == said.out.count("GSM") == 4
     assert said.err.count("left out: image must be a readable file") == 1
     assert "the file is empty" in said.err
+
+
+def test_command_needs_nothing_of_the_audit(folder: Path, tmp_path: Path) -> None:
+    arguments = ["patches", str(folder), "--layer", "1", "--k", "2", "--out", str(tmp_path / "out.png"), *MODEL]
+    program = (
+        "import sys\n"
+        "for name in ('jinja2', 'pyarrow', 'ray'):\n"
+        "    sys.modules[name] = None  # importing it raises ModuleNotFoundError\n"
+        "from captum_scoremap.cli import main\n"
+        f"status = main({arguments!r})\n"
+        f"sys.exit(status or main(['patches', {str(folder / 'list.parquet')!r}, *{arguments[2:]!r}]))\n"
+    )
+    (folder / "list.parquet").touch()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (tmp_path / "out.png").exists()
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        'captum-scoremap: error: pyarrow is not installed. Do python -m pip install "captum-scoremap[audit]".'
+    )
 
 
 def test_command_takes_one_ranking_of_one_label(

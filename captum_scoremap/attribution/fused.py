@@ -190,11 +190,14 @@ def _map_of(tapped: Tapped, layer: nn.Module) -> tuple[Value, Tensor]:
     return tapped.values[0], activations[0]
 
 
+def _map_at(activations: Tensor) -> Callable[[Tensor], Tensor]:
+    """From coefficients to the score map."""
+    return lambda coefficients: (coefficients * activations).sum(1, keepdim=True)
+
+
 def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]]) -> list[Tensor]:
     """The score maps of layers for given coefficients of the output; zero where it does not depend on one."""
     output = tape.value_of_output()
-    wanted: dict[Value, Callable[[Tensor], Tensor]] = {
-        value: (lambda a, y=y: (a * y).sum(1, keepdim=True)) for value, y in layers if value is not None
-    }
+    wanted: dict[Value, Callable[[Tensor], Tensor]] = {value: _map_at(y) for value, y in layers if value is not None}
     found = {} if output is None else tape.transposed({output: coefficients}, wanted)
     return [found[value] if value is not None and value in found else torch.zeros_like(y[:, :1]) for value, y in layers]

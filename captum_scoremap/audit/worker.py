@@ -17,11 +17,11 @@ from torchvision.transforms.functional import to_pil_image
 from captum_scoremap import metrics
 from captum_scoremap.audit.concentration import border_share, peak, region_share, top_share
 from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer, explain
-from captum_scoremap.audit.pictures import UnreadableError, strict_decoding
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.schema import TABLES
 from captum_scoremap.crops import score_map_crops
 from captum_scoremap.data.ahead import map_ahead
+from captum_scoremap.data.pictures import UnreadableError, strict_decoding
 from captum_scoremap.data.sources import Source
 from captum_scoremap.models import LoadedModel
 

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelOption, WeightsOption, chosen_device
+from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.linear import Exactness, LayerExactness, check_exactness
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, load_model, read_image
-from captum_scoremap.models.images import SAMPLE_PREFIX
 
 
 def check(

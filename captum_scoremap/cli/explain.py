@@ -31,9 +31,9 @@ from captum_scoremap.cli.options import (
     chosen_device,
 )
 from captum_scoremap.data.ahead import map_ahead
+from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
-from captum_scoremap.models.images import SAMPLE_PREFIX
 from captum_scoremap.multiview import MultiView
 from captum_scoremap.visualization import visualize_layer_score_maps
 

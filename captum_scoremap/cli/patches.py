@@ -24,6 +24,7 @@ from captum_scoremap.cli.options import (
     check_writable,
     chosen_device,
 )
+from captum_scoremap.data.sources import FileSource, open_source
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
 from captum_scoremap.patches import Patch, semantic_patches
 from captum_scoremap.visualization import visualize_patches
@@ -164,9 +165,6 @@ def _files(
     folder: str, labels: Path | None, label: str | None, loaded: LoadedModel
 ) -> tuple[list[Path], list[int | None]]:
     """Image files and their labels, None where not known; of one label only, if the user named one."""
-    # Only here, as the room of the audit asks for its extra, which no other command needs.
-    from captum_scoremap.data.sources import FileSource, open_source
-
     source = open_source(folder, labels, loaded.labels or None)
     if not isinstance(source, FileSource):
         raise ValueError(f"FOLDER must be a folder or a list of image files, got {folder!r}.")

@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_scoremap.audit.pictures import UnreadableError, is_picture_name, read_picture
 from captum_scoremap.checks import nearest
+from captum_scoremap.data.extras import import_extra
+from captum_scoremap.data.pictures import UnreadableError, is_picture_name, read_picture
 
 __all__ = ["DatasetSource", "FileSource", "Region", "Sample", "Source", "open_source"]
 
@@ -342,9 +343,8 @@ def _read_label_table(path: Path) -> dict[str, int | str | None]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet
-
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        parquet = import_extra("pyarrow.parquet", "audit")
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
         return rows
     if path.suffix.lower() != ".csv":
         raise ValueError(f"a list must be a .csv or .parquet file, got {path.name!r}.")

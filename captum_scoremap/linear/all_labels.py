@@ -134,7 +134,7 @@ def _pushed_back(
     if not sites:
         return {}
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {
-        tapped.values[0]: (lambda a, y=tapped.activations[0]: reduction(a, y)) for tapped in sites.values()
+        tapped.values[0]: reduction.at(tapped.activations[0]) for tapped in sites.values()
     }
     parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for start in range(0, len(seeds.labels), images):

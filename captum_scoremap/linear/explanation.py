@@ -65,8 +65,8 @@ class Explanation:
         """Take the coefficients at all sites in one pass over the transposed steps."""
         wanted: dict[Value, Callable[[Tensor], Tensor]] = {}
         for site in self._sites:
-            for place, value in enumerate(self.tapped(site).values):
-                wanted[value] = lambda a, site=site, place=place: self._reduction(a, self.activations(site)[place])
+            for value, y in zip(self.tapped(site).values, self.activations(site), strict=True):
+                wanted[value] = self._reduction.at(y)
         found = self.tape.transposed(self.seeds(torch.ones_like(self.score)), wanted, consume=consume)
         for site in self._sites:
             tapped = self.tapped(site)

@@ -1,6 +1,6 @@
 """What to make of coefficients A and activations Y: sub-scores, score maps, sums for each image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,10 @@ class Reduction:
             return (coefficients * activations).sum(channels, keepdim=True)
         pairs = zip(coefficients, activations, strict=True)
         return torch.stack([(a * y).sum(channels, keepdim=True) for a, y in pairs])
+
+    def at(self, activations: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the function from coefficients A to the result, for given activations Y."""
+        return lambda coefficients: self(coefficients, activations)
 
     def _channels(self, activations: Tensor) -> int | None:
         """The dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""

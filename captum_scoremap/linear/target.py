@@ -10,7 +10,16 @@ from torch import Tensor
 __all__ = ["Label", "Target", "select_scores"]
 
 Label = int | tuple[int, ...]
-Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | Callable[[Any], Tensor] | None
+Target = (
+    int
+    | np.integer[Any]
+    | tuple[int, ...]
+    | Tensor
+    | list[int]
+    | list[tuple[int, ...]]
+    | Callable[[Any], Tensor]
+    | None
+)
 
 
 def select_scores(output: Any, target: Target, images: int | None = None) -> Tensor:
@@ -71,9 +80,10 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
         raise ValueError(
             f"target must be None for a model that returns one score for each image, ({count},); got {target!r}."
         )
+    scores: Tensor = output
     for axis_index in reversed(_index(target, sizes)):
-        output = output[..., axis_index]
-    return output
+        scores = scores[..., axis_index]
+    return scores
 
 
 def _checked(scores: object) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from captum_scoremap.data.ahead import map_ahead
-from captum_scoremap.models import read_image
+from captum_scoremap.data.pictures import read_image
 from captum_scoremap.patches.geometry import Box, Geometry, geometry
 
 __all__ = ["Example", "Picture", "Preprocess", "Unreadable", "batches", "examples"]

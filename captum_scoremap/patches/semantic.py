@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from captum.attr import LayerActivation
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 from tqdm import tqdm
@@ -233,7 +232,7 @@ def _values(
     multiply = by == "score_map"
     values: Tensor
     if by == "activation":
-        values = LayerActivation(forward_func, layer).attribute(inputs).detach()
+        values = _activations(forward_func, layer, inputs)
     elif neuron is not None:
         neuron_map = NeuronScoreMap(forward_func, neuron[0], multiply_by_inputs=multiply)
         values = neuron_map.attribute(inputs, neuron[1], to_layer=layer)
@@ -246,6 +245,23 @@ def _values(
             raise ValueError(f"channel must be from 0 to {channels - 1}, got {channel}.")
         values = values.narrow(channel_dim, channel, 1)
     return values.abs().amax(channel_dim) if by == "gradient" else values.sum(channel_dim)
+
+
+def _activations(forward_func: Callable[..., Any], layer: nn.Module, inputs: Tensor) -> Tensor:
+    """The output of a layer, of its last call, as it was before anything changed it in place."""
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor | tuple[Tensor]) -> None:
+        (tensor,) = output if isinstance(output, tuple) else (output,)
+        outputs[:] = [tensor.clone()]
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            forward_func(inputs)
+    finally:
+        handle.remove()
+    return outputs[0]
 
 
 def _peaks(values: Tensor, boxes: Tensor, count: int) -> Iterator[tuple[int, int]]:

@@ -78,7 +78,8 @@ def _elu_slope(input: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: 
 
 
 def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
-    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    return distances
 
 
 WRITTEN_OUT[torch.ops.aten._cdist_forward.default] = _distances
@@ -321,7 +322,7 @@ def display_name(operation: Any) -> str:
         >>> display_name(torch.ops.aten.max_pool2d_with_indices.default), display_name(torch.ops.aten.relu.default)
         ('max_pool2d', 'relu')
     """
-    name = operation.overloadpacket.__name__
+    name: str = operation.overloadpacket.__name__
     if name.startswith("_scaled_dot_product"):
         return "scaled_dot_product_attention"
     return _DISPLAY.get(name, name.removeprefix("native_").removesuffix("_with_indices").removeprefix("_"))
@@ -332,8 +333,8 @@ def with_rules(rules: Mapping[Any, Rule] | None) -> Mapping[str, Rule]:
 
     Args:
         rules: Operation to its rule; None for no change. An operation is an ATen overload or packet
-            (``torch.ops.aten.gelu``), its name, a Python function of PyTorch's, or that function's name; a function that
-            PyTorch makes of several operations stands for those.
+            (``torch.ops.aten.gelu``), its name, a Python function of PyTorch's, or that function's name; a function
+            that PyTorch makes of several operations stands for those.
 
     Returns:
         The whole table, by name of the ATen operation.

@@ -167,7 +167,8 @@ class Memory:
 
 
 def geometry(tensor: Tensor) -> Geometry:
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
+    """Return where a tensor lies in its memory: shape, strides and offset."""
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
 def _fills(place: Geometry, length: int) -> bool:

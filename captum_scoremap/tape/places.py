@@ -148,7 +148,7 @@ def _calls_followed(places: Places) -> Iterator[None]:
     thread = threading.get_ident()
     with _lock:
         if not _followers:
-            nn.Module.__call__ = _followed_call
+            nn.Module.__call__ = _followed_call  # type: ignore[method-assign]  # as torch.fx does
         _followers.setdefault(thread, []).append(places)
     try:
         yield
@@ -158,7 +158,7 @@ def _calls_followed(places: Places) -> Iterator[None]:
             if not _followers[thread]:
                 del _followers[thread]
             if not _followers:
-                nn.Module.__call__ = _plain_call
+                nn.Module.__call__ = _plain_call  # type: ignore[method-assign]  # what it was before
 
 
 def _followed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

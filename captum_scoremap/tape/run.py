@@ -1,9 +1,9 @@
 """One run of a model, recorded: every ATen operation that a live tensor passes becomes a step of the tape.
 
-A ``TorchDispatchMode`` sits below autograd, where PyTorch has come down to a few hundred operations; scripted functions,
-``vmap``, custom autograd functions and gradients taken in the forward all arrive there as plain ones. A tensor is *live*
-if it depends on the image. Operations on tensors that are not live (on parameters, position tables, ...) run as they
-are. The user's code runs once; everything else is algebra on the tape.
+A ``TorchDispatchMode`` sits below autograd, where PyTorch has come down to a few hundred operations; scripted
+functions, ``vmap``, custom autograd functions and gradients taken in the forward all arrive there as plain ones. A
+tensor is *live* if it depends on the image. Operations on tensors that are not live (on parameters, position tables,
+...) run as they are. The user's code runs once; everything else is algebra on the tape.
 """
 
 import sys
@@ -173,7 +173,7 @@ class Recording(TorchDispatchMode):
         stop_at: Site | None = None,
         differentiable: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch has no types there
         self.forward_func = forward_func
         self.tape = Tape()
         self.places = Places(forward_func)

@@ -1,7 +1,7 @@
 """What a run cannot see: tensors that something else than PyTorch's dispatcher made or filled, on this thread.
 
-NumPy, other threads, and kernels that write to raw memory leave no operation behind. What they make would be taken for a
-constant, and its map for zero. They are found by what they leave: a tensor that appears during the run without an
+NumPy, other threads, and kernels that write to raw memory leave no operation behind. What they make would be taken for
+a constant, and its map for zero. They are found by what they leave: a tensor that appears during the run without an
 operation that made it, or one that holds something though nothing was written to it.
 """
 

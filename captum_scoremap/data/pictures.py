@@ -1,5 +1,8 @@
 """Image files of every kind that occur in the wild, as 8-bit RGB; and the samples that come installed."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,52 @@ from PIL import Image, ImageOps
 from captum_scoremap.checks import nearest
 from captum_scoremap.data.extras import import_extra
 
+__all__ = [
+    "SAMPLES",
+    "SAMPLE_PREFIX",
+    "UnreadableError",
+    "is_picture_name",
+    "read_image",
+    "read_picture",
+    "strict_decoding",
+]
+
 SAMPLE_PREFIX = "sample:"
 _SCIKIT_IMAGE_SAMPLES = ("chelsea", "coffee", "rocket", "astronaut")
 _SCIKIT_LEARN_SAMPLES = ("china", "flower")
 SAMPLES = _SCIKIT_IMAGE_SAMPLES + _SCIKIT_LEARN_SAMPLES
+
+
+class UnreadableError(ValueError):
+    """An image that cannot be audited; the message is the reason, without any path of this machine."""
+
+
+def is_picture_name(name: str) -> bool:
+    """Tell whether a file is called like a picture that Pillow can read.
+
+    Args:
+        name: Name or path of the file.
+
+    Returns:
+        Whether the name's ending is that of a picture.
+
+    Example:
+        >>> is_picture_name("cat.JPEG"), is_picture_name("labels.csv")
+        (True, False)
+    """
+    suffix = Path(name).suffix.lower()
+    return Image.registered_extensions().get(suffix) in Image.OPEN
+
+
+@contextmanager
+def strict_decoding() -> Iterator[None]:
+    """Make an oversized picture an error instead of a warning: few bytes can unpack to gigabytes.
+
+    All threads of a process share its warning filters, so that one place around the whole run is enough.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def read_image(source: str | Path) -> Image.Image:
@@ -39,15 +84,47 @@ def read_image(source: str | Path) -> Image.Image:
         return _read_sample(str(source).removeprefix(SAMPLE_PREFIX))
     path = Path(source)
     try:
+        return _decoded(path)
+    except UnreadableError as error:
+        hint = "" if path.exists() else _sample_hint(path)
+        raise ValueError(f"image must be a readable file, got {str(path)!r}: {error}.{hint}") from error
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture as 8-bit RGB, as people see it: first frame, upright by its EXIF orientation.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The picture, mode ``RGB``.
+
+    Raises:
+        UnreadableError: If the file is missing, empty, damaged, too large or no picture.
+    """
+    try:
+        return _decoded(path)
+    except UnreadableError as error:
+        raise UnreadableError(str(error).replace(str(path), path.name).rstrip(".")) from error
+
+
+def _decoded(path: Path) -> Image.Image:
+    """A picture file as RGB.
+
+    Returns:
+        The picture.
+
+    Raises:
+        UnreadableError: With the reason alone.
+    """
+    try:
         with Image.open(path) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise ValueError(
-            f"image must be a readable file, got {str(path)!r}: no such file.{_sample_hint(path)}"
-        ) from None
+        raise UnreadableError("no such file") from None
     except Exception as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, EOFError, ...
-        raise ValueError(f"image must be a readable file, got {str(path)!r}: {_reason(error, path)}.") from error
+        raise UnreadableError(f"{_reason(error, path)}") from error
 
 
 def _reason(error: Exception, path: Path) -> object:
