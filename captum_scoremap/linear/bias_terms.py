@@ -14,7 +14,7 @@ from .batching import over_rows
 from .explanation import warn_of_probabilities
 from .target import Target, select_scores
 
-__all__ = ["bias_terms", "shares_of_constants"]
+__all__ = ["bias_terms", "names_of_steps", "shares_of_constants"]
 
 
 def bias_terms(
@@ -86,10 +86,9 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     """
     constants: dict[Step, list[Tensor | None]] = {}
     for step in recording.tape.steps:
-        if not step.outputs or not may_have_constant(step):
+        if not step.outputs:
             continue
-        at_zero = step.forward([value.zeros() for value in step.values])
-        found = [constant if bool(constant.any()) else None for constant in at_zero]
+        found = [constant if constant is not None and bool(constant.any()) else None for constant in step.constants()]
         if any(constant is not None for constant in found):
             constants[step] = found
     seed = recording.tape.output_values.get(id(score))
@@ -98,16 +97,16 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     wanted = {
         value: (lambda a, o=constant: (a * o).sum())
         for step, parts in constants.items()
-        for value, constant in zip(step.outputs, parts, strict=True)
+        for value, constant in zip(step.outputs, parts, strict=False)
         if constant is not None
     }
     # one row for each image: to whom a step's coefficients belong is known only that way
     rows = torch.eye(len(score), dtype=score.dtype, device=score.device)
     found_shares = over_rows(lambda row: recording.tape.transposed({seed: row}, wanted, everywhere=True), rows)
-    names = _parameter_names(recording)
+    name_of = names_of_steps(recording)
     shares: dict[str, Tensor] = {}
     for step in constants:
-        name = _name_of(recording, step, names)
+        name = name_of(step)
         for value in step.outputs:
             if value in found_shares:
                 share = found_shares[value].to(score.dtype)
@@ -115,29 +114,24 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     return shares
 
 
-def may_have_constant(step: Step) -> bool:
-    """Whether a step's affine form may have a constant part; views and the like have none."""
-    if step.rule.kind != "linear" or not step.rule.keeps_gates:
-        return True
-    return bool(tensors_in((step.args, step.kwargs))) or any(isinstance(number, float) for number in step.args[1:])
+def names_of_steps(recording: Recording) -> Callable[[Step], str]:
+    """Return the name that a step's constant part goes by.
 
-
-def _parameter_names(recording: Recording) -> dict[int, str]:
-    return {
+    That is its module, or the parameter that it adds or puts beside live tensors: a token, an embedding.
+    """
+    places = recording.places
+    parameters = {
         parameter.untyped_storage()._cdata: name
-        for root in recording.places.roots()
+        for root in places.roots()
         for name, parameter in root.named_parameters()
     }
 
+    def name_of(step: Step) -> str:
+        if step.rule.keeps_gates:
+            for tensor in tensors_in((step.args, step.kwargs)):
+                name = parameters.get(tensor.untyped_storage()._cdata)
+                if name is not None:
+                    return (name.rpartition(".")[0] or name) if name.endswith("bias") else name
+        return places.call_name(step.module, display_name(step.operation))
 
-def _name_of(recording: Recording, step: Step, names: Mapping[int, str]) -> str:
-    """The call's module, or the parameter that the step adds or puts beside live tensors: a token, an embedding."""
-    places = recording.places
-    if step.rule.keeps_gates:
-        for tensor in tensors_in((step.args, step.kwargs)):
-            name = names.get(tensor.untyped_storage()._cdata)
-            if name is not None and not name.endswith("bias"):
-                return name
-            if name is not None:
-                return name.rpartition(".")[0] or name
-    return places.call_name(step.module, display_name(step.operation))
+    return name_of

@@ -75,7 +75,7 @@ class PiecewiseLinear(Rule):
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """Return slope * x + offset of the frozen piece."""
         x, breakpoints = call.input, self._breakpoints(call)
-        output = x * _chosen(breakpoints.slopes, state, x.dtype)
+        output: Tensor = x * _chosen(breakpoints.slopes, state, x.dtype)
         if any(not _is_zero(offset) for offset in breakpoints.offsets):
             output = output + _chosen(breakpoints.offsets, state, x.dtype)
         return output
@@ -88,6 +88,11 @@ class PiecewiseLinear(Rule):
         product = _times(gradient, _chosen(self._breakpoints(call).slopes, state, gradient.dtype))
         # a live bound of clamp stays as it was at the image
         return [summed_to(product, call.values[0]), *[None] * (len(call.values) - 1)]
+
+    def constants(self, call: Call, state: Tensor) -> Sequence[Tensor | None]:
+        """Return the offset of each element's piece."""
+        offsets = self._breakpoints(call).offsets
+        return () if all(map(_is_zero, offsets)) else (_chosen(offsets, state, call.values[0].dtype),)
 
     def switch(self, state: Tensor) -> Tensor:
         """Return the mask."""
@@ -163,7 +168,8 @@ class Choice(Rule):
 
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """Return the frozen choice."""
-        return torch.where(state, *call.args[:2])
+        first, second = call.args[:2]
+        return torch.where(state, first, second)
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients of each where it was taken."""
@@ -217,11 +223,16 @@ class Gate(Rule):
             is_zero = call.input == 0
             return torch.where(is_zero, slope, call.output / call.input.masked_fill(is_zero, 1.0))
         # 0/0 is where the limit goes
-        return (call.output / call.input).nan_to_num_(slope, torch.inf, -torch.inf)
+        gate: Tensor = call.output / call.input
+        return gate.nan_to_num_(slope, torch.inf, -torch.inf)
 
     def apply(self, call: Call, state: Tensor) -> Any:
         """Return gate * x."""
         return call.input * state
+
+    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
+        """Return none: it is proportional to its argument."""
+        return ()
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return gate * coefficients."""
@@ -236,7 +247,8 @@ class GatedLinearUnit(Rule):
 
     def freeze(self, call: Call) -> Tensor:
         """Return the sigmoid of the second half."""
-        return call.input.chunk(2, self._dim(call))[1].sigmoid()
+        gate: Tensor = call.input.chunk(2, self._dim(call))[1].sigmoid()
+        return gate
 
     def apply(self, call: Call, state: Tensor) -> Any:
         """Return the first half times the gate."""
@@ -249,6 +261,10 @@ class GatedLinearUnit(Rule):
             return [None]
         share = gradient * state
         return [torch.cat([share, torch.zeros_like(share)], self._dim(call))]
+
+    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
+        """Return none: it is proportional to its argument."""
+        return ()
 
     @staticmethod
     def _dim(call: Call) -> int:

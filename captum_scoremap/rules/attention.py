@@ -3,7 +3,7 @@
 Attention that a model writes out needs no rule here: its softmax is a gate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Attention(Rule):
         scale = call.kwargs.get("scale")
         if key.shape[-3] != query.shape[-3]:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores: Tensor = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if argument(self.causal, "is_causal", False):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
@@ -100,6 +100,10 @@ class Attention(Rule):
         place = sum(call.is_live(argument) for argument in call.args[:2])
         found[place] = share
         return found
+
+    def constants(self, call: Call, state: Tensor) -> Sequence[Tensor | None]:
+        """Return none where what is attended to is live."""
+        return () if call.is_live(call.args[2]) else super().constants(call, state)
 
     @staticmethod
     def _repeated(value: Tensor, weights: Tensor) -> Tensor:

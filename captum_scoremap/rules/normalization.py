@@ -4,6 +4,8 @@ Norms that PyTorch makes of smaller operations (RMS norm, ``F.normalize``, local
 scale is a gate, or the denominator of a quotient.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class Standardize(Rule):
         """Return weight and bias, shaped to the argument."""
         raise NotImplementedError
 
-    def freeze(self, call: Call) -> Tensor:
+    def freeze(self, call: Call) -> Tensor | None:
         """Return 1/std, eps included, as the kernel gives it as a by-product: (rows, 1)."""
         scale: Tensor = call.output[2]
         return scale.to(call.input.dtype).reshape(-1, 1)
@@ -60,6 +62,10 @@ class Standardize(Rule):
         grouped = self.grouped(call, gradient if weight is None else gradient * weight)
         shape, dtype = call.values[0].shape, call.values[0].dtype
         return [((grouped - grouped.mean(-1, keepdim=True)) * state).reshape(shape).to(dtype)]
+
+    def constants(self, call: Call, state: Tensor) -> Sequence[Tensor | None]:
+        """Return the bias."""
+        return (self.affine(call)[1],)
 
 
 class LayerNorm(Standardize):
@@ -117,7 +123,7 @@ class BatchNorm(Standardize):
                 f"image; got a batch of {call.input.shape[0]}. Call model.eval(); where the norm tracks no running "
                 "statistics, explain one image at a time."
             )
-        return call.output[2].to(call.input.dtype).reshape(-1, 1)
+        return super().freeze(call)
 
     def apply(self, call: Call, state: Tensor | None) -> tuple[Tensor, ...]:
         """Return the norm with its scale frozen."""
@@ -132,9 +138,19 @@ class BatchNorm(Standardize):
     def transpose(self, call: Call, state: Tensor | None, gradients: Gradients) -> list[Tensor | None]:
         """Return scale * coefficients."""
         gradient = gradients[0]
-        if state is not None or gradient is None:
-            return super().transpose(call, state, gradients) if gradient is not None else [None]
+        if gradient is None:
+            return [None]
+        if state is not None:
+            return super().transpose(call, state, gradients)
         return [gradient * self._scale(call)]
+
+    def constants(self, call: Call, state: Tensor | None) -> Sequence[Tensor | None]:
+        """Return the bias, less the scaled running mean."""
+        bias = self.affine(call)[1]
+        if state is not None:
+            return (bias,)
+        mean = _shaped(call.args[3], call.input) * self._scale(call)
+        return (-mean if bias is None else bias - mean,)
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """One row for each channel of the one image."""

@@ -57,6 +57,10 @@ class MaxPool(Rule):
         flat = torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(value.shape).flatten(spatial)
         return [flat.scatter_add(-1, state.flatten(spatial).long(), gradient.flatten(spatial)).reshape(value.shape)]
 
+    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
+        """Return none: it is proportional to its argument."""
+        return ()
+
     def switch(self, state: Tensor) -> Tensor:
         """Return the positions."""
         return state.long()
@@ -172,6 +176,10 @@ class Extremum(Rule):
         flat = flat.scatter_add(-1, state, gradient.reshape(*sizes, 1))
         return [flat.reshape(*sizes, *rest).permute([order.index(d) for d in range(value.ndim)])]
 
+    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
+        """Return none: it is proportional to its argument."""
+        return ()
+
     def switch(self, state: Tensor) -> Tensor:
         """Return the positions."""
         return state
@@ -237,6 +245,10 @@ class Ordered(Rule):
         if call.input.dim() and state.dim() < call.input.dim():
             return call.input.gather(dim, state.unsqueeze(dim)).squeeze(dim), state
         return call.input.gather(dim, state), state
+
+    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
+        """Return none: it is proportional to its argument."""
+        return ()
 
     def switch(self, state: Tensor) -> Tensor:
         """Return the positions."""

@@ -110,6 +110,12 @@ class Product(Rule):
                 found.append(summed_to(share if len(turns) == 1 else share / len(turns), argument))
         return found
 
+    def constants(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Sequence[Tensor | None]:
+        """Return the term that is added."""
+        if self.term is None or call.is_live(call.args[self.term]):
+            return ()
+        return (call.args[self.term] * call.kwargs.get("beta", 1),)
+
     @staticmethod
     def _of_term(call: Call, argument: Value, gradient: Tensor) -> Tensor:
         beta = call.kwargs.get("beta", 1)
@@ -132,7 +138,8 @@ class Product(Rule):
 
 def times(gradient: Tensor, other: Any, _: int) -> Tensor:
     """Return the coefficients of a factor of an elementwise product."""
-    return gradient * other
+    product: Tensor = gradient * other
+    return product
 
 
 def matrix_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
@@ -165,6 +172,13 @@ class Convolution(Product):
         value, weight, _, *geometry = call.args
         found = aten.convolution_backward(gradient, value.empty(), weight, None, *geometry, [True, False, False])
         return [found[0]]
+
+    def constants(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Sequence[Tensor | None]:
+        """Return the bias."""
+        bias = call.args[2]
+        if bias is None or call.is_live(bias):
+            return () if bias is None else super(Product, self).constants(call, state)
+        return (bias.reshape(-1, *[1] * (call.args[0].ndim - 2)),)
 
 
 class Division(Rule):
@@ -208,10 +222,15 @@ class Division(Rule):
         if gradient is None:
             return [None] * len(call.values)
         numerator, denominator = call.args
+        if state is None:
+            return [summed_to(gradient / denominator, numerator)]
         if not isinstance(numerator, Value):
             return [summed_to(-gradient * numerator / (state * state), denominator)]
-        share = summed_to(gradient / (denominator if state is None else state), numerator)
-        return [share] if state is None else [share, None]
+        return [summed_to(gradient / state, numerator), None]
+
+    def constants(self, call: Call, state: Tensor | None) -> Sequence[Tensor | None]:
+        """Return none where the numerator is live."""
+        return () if call.is_live(call.args[0]) else super().constants(call, state)
 
     def makes_gate(self, call: Call) -> bool:
         """Where the numerator is a gate (exp/sum of exp) or a constant (1/norm)."""
@@ -254,13 +273,17 @@ class Power(Rule):
     def apply(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Tensor:
         """Return slope * x + offset."""
         slope, offset = state
-        x = call.args[0]
-        return x * slope if offset is None else x * slope + offset  # type: ignore[no-any-return]
+        product: Tensor = call.args[0] * slope
+        return product if offset is None else product + offset
 
     def transpose(self, call: Call, state: tuple[Tensor, Tensor | None], gradients: Gradients) -> list[Tensor | None]:
         """Return slope * coefficients."""
         (gradient,) = gradients
         return [None if gradient is None else summed_to(gradient * state[0], call.values[0])]
+
+    def constants(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Sequence[Tensor | None]:
+        """Return the offset."""
+        return state[1:]
 
     def makes_gate(self, call: Call) -> bool:
         """Where the power is negative or a root: a scale."""

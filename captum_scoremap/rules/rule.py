@@ -86,6 +86,18 @@ class Rule(ABC):
         """
         return transposed_by_autograd(self, call, state, gradients)
 
+    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
+        """Return the constant part of each live output: what the frozen operation makes of zeros.
+
+        Args:
+            call: The call, with a :class:`Value` for each live argument.
+            state: What is frozen.
+
+        Returns:
+            Tensors that broadcast to the outputs; None stands for zero.
+        """
+        return floating(self.apply(call.filled([value.zeros() for value in call.values]), state))
+
     def is_affine(self, call: Call) -> bool:
         """Whether nothing is frozen: the operation, as called, is affine in its live arguments already."""
         return False
@@ -154,12 +166,12 @@ def _pushed_one_by_one(
     with torch.enable_grad():
         leaves = [point.detach().requires_grad_() for point in points]
         outs = function(*leaves)
+        elements = [out.reshape(-1).unbind() if out.requires_grad else () for out in outs]
     values, changes = [], []
-    for out in outs:
-        flat = out.reshape(-1)
-        change = torch.zeros_like(flat.detach())
-        for index in range(flat.numel()):
-            rows = torch.autograd.grad(flat[index], leaves, retain_graph=True, allow_unused=True)
+    for out, flat in zip(outs, elements, strict=True):
+        change = torch.zeros_like(out.detach()).reshape(-1)
+        for index, element in enumerate(flat):
+            rows = torch.autograd.grad(element, leaves, retain_graph=True, allow_unused=True)
             change[index] = sum(
                 float((row * move).sum()) for row, move in zip(rows, moves, strict=True) if row is not None
             )
@@ -175,6 +187,7 @@ class Linear(Rule):
         transpose: From the call and the coefficients of its first output to those of its live arguments; None to have
             autograd derive it.
         keeps_gates: Whether the output is a gate where all live arguments are.
+        homogeneous: Whether it makes zeros of zeros, unless there is a constant tensor among its arguments.
 
     Example:
         >>> from captum_scoremap import linear_form
@@ -191,9 +204,11 @@ class Linear(Rule):
         transpose: Callable[[Call, Tensor], Sequence[Tensor | None]] | None = None,
         *,
         keeps_gates: bool = False,
+        homogeneous: bool = False,
     ) -> None:
         self._transpose = transpose
         self.keeps_gates = keeps_gates
+        self.homogeneous = homogeneous
 
     def freeze(self, call: Call) -> None:
         """Nothing."""
@@ -207,6 +222,12 @@ class Linear(Rule):
         if self._transpose is None or gradients[0] is None:
             return transposed_by_autograd(self, call, state, gradients)
         return self._transpose(call, gradients[0])
+
+    def constants(self, call: Call, state: None) -> Sequence[Tensor | None]:
+        """Return what it makes of zeros."""
+        if self.homogeneous and not floating((call.args, dict(call.kwargs))):
+            return ()
+        return super().constants(call, state)
 
     def is_affine(self, call: Call) -> bool:
         """Always."""

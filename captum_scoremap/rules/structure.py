@@ -61,7 +61,7 @@ def _sliced(call: Call, gradient: Tensor) -> list[Tensor]:
         _: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
     ) -> tuple[int, int, int, int]:
         size = call.values[0].shape[dim]
-        first, last, _ = slice(start, end).indices(size)
+        first, last = slice(start, end).indices(size)[:2]
         return dim, first, max(first, last), step
 
     dim, start, end, step = bounds(*call.args, **call.kwargs)
@@ -185,7 +185,7 @@ class Split(Linear):
     """One tensor into several: the coefficients of the parts, side by side, with zeros for parts nobody reads."""
 
     def __init__(self) -> None:
-        super().__init__(keeps_gates=True)
+        super().__init__(keeps_gates=True, homogeneous=True)
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
         """Put the parts together."""
@@ -211,20 +211,22 @@ class Split(Linear):
         return 1 if operation is aten.unbind.int else 2
 
 
-def _positions(length: int, size: Any, stride: Any, offset: int | None, device: torch.device) -> Tensor:
-    """Where in a row of so many elements the elements of a view by strides lie."""
-    return torch.arange(length, device=device).as_strided(size, stride, offset or 0).flatten()
+def _positions(length: int, geometry: Sequence[Any], device: torch.device) -> Tensor:
+    """Where in a row of so many elements the elements of a view by strides lie: its size, strides and offset."""
+    size, stride, *offset = geometry
+    return torch.arange(length, device=device).as_strided(size, stride, *offset or (0,)).flatten()
 
 
 class AsStrided(Linear):
     """A view by strides of a tensor's memory: a gather."""
 
     def __init__(self) -> None:
-        super().__init__(keeps_gates=True)
+        super().__init__(keeps_gates=True, homogeneous=True)
 
     def apply(self, call: Call, state: None) -> Tensor:
         """Gather from the elements."""
-        return call.input.reshape(-1).index_select(0, self._elements(call)).reshape(call.args[1])
+        output: Tensor = call.input.reshape(-1).index_select(0, self._elements(call)).reshape(call.args[1])
+        return output
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
         """Add the coefficients to where they were gathered from."""
@@ -251,8 +253,9 @@ class AsStridedScatter(Linear):
     def apply(self, call: Call, state: None) -> Tensor:
         """Put the source where the view lies."""
         row, source, *geometry = call.args
-        positions = _positions(row.numel(), *geometry, row.device)
-        return row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
+        positions = _positions(row.numel(), geometry, row.device)
+        output: Tensor = row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
+        return output
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients of the row, zero where it is overwritten, and those of the source."""
@@ -260,7 +263,7 @@ class AsStridedScatter(Linear):
         if gradient is None:
             return [None] * len(call.values)
         row, source, *geometry = call.args
-        positions = _positions(row.shape.numel(), *geometry, gradient.device)
+        positions = _positions(row.shape.numel(), geometry, gradient.device)
         found: list[Tensor | None] = []
         if isinstance(row, Value):
             found.append(gradient.reshape(-1).index_fill(0, positions, 0).reshape(row.shape))
@@ -273,11 +276,12 @@ class View(Linear):
     """A view of another shape; a copy where the tensor does not lie in memory as at the image."""
 
     def __init__(self) -> None:
-        super().__init__(_reshaped, keeps_gates=True)
+        super().__init__(_reshaped, keeps_gates=True, homogeneous=True)
 
     def apply(self, call: Call, state: None) -> Tensor:
         """Reshape."""
-        return call.input.reshape(call.args[1])  # type: ignore[no-any-return]
+        output: Tensor = call.input.reshape(call.args[1])
+        return output
 
 
 class Copy(Linear):
@@ -290,7 +294,8 @@ class Copy(Linear):
     def apply(self, call: Call, state: None) -> Tensor:
         """Return the source, in the shape and type of what it is copied to."""
         target, source = call.args[:2]
-        return source.to(target.dtype).expand(target.shape)
+        output: Tensor = source.to(target.dtype).expand(target.shape)
+        return output
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients, summed over what was repeated."""
@@ -303,23 +308,25 @@ class Copy(Linear):
 
 STRUCTURAL: dict[str, Linear] = {
     **dict.fromkeys("view _unsafe_view reshape _reshape_alias view_copy".split(), View()),
-    **dict.fromkeys("squeeze unsqueeze flatten unflatten alias_copy".split(), Linear(_reshaped, keeps_gates=True)),
+    **dict.fromkeys(
+        "squeeze unsqueeze flatten unflatten alias_copy".split(), Linear(_reshaped, keeps_gates=True, homogeneous=True)
+    ),
     **dict.fromkeys(
         "clone _to_copy detach alias lift lift_fresh contiguous copy to detach_copy".split(),
-        Linear(_same, keeps_gates=True),
+        Linear(_same, keeps_gates=True, homogeneous=True),
     ),
-    "permute": Linear(_permuted, keeps_gates=True),
-    "transpose": Linear(_transposed, keeps_gates=True),
-    "t": Linear(_t, keeps_gates=True),
-    "expand": Linear(_expanded, keeps_gates=True),
-    "select": Linear(_selected, keeps_gates=True),
-    "slice": Linear(_sliced, keeps_gates=True),
+    "permute": Linear(_permuted, keeps_gates=True, homogeneous=True),
+    "transpose": Linear(_transposed, keeps_gates=True, homogeneous=True),
+    "t": Linear(_t, keeps_gates=True, homogeneous=True),
+    "expand": Linear(_expanded, keeps_gates=True, homogeneous=True),
+    "select": Linear(_selected, keeps_gates=True, homogeneous=True),
+    "slice": Linear(_sliced, keeps_gates=True, homogeneous=True),
     "add": Linear(_added, keeps_gates=True),
     "sub": Linear(_subtracted, keeps_gates=True),
     "rsub": Linear(_subtracted_from, keeps_gates=True),
-    "neg": Linear(_negated, keeps_gates=True),
-    "cat": Linear(_concatenated, keeps_gates=True),
-    "stack": Linear(_stacked, keeps_gates=True),
+    "neg": Linear(_negated, keeps_gates=True, homogeneous=True),
+    "cat": Linear(_concatenated, keeps_gates=True, homogeneous=True),
+    "stack": Linear(_stacked, keeps_gates=True, homogeneous=True),
     "constant_pad_nd": Linear(_padded, keeps_gates=True),
     **dict.fromkeys("split split_with_sizes unsafe_split unsafe_split_with_sizes unbind".split(), Split()),
     "as_strided": AsStrided(),
@@ -339,10 +346,10 @@ STRUCTURAL: dict[str, Linear] = {
 
 AFFINE: dict[str, Linear] = {
     "as_strided_scatter": AsStridedScatter(),
-    "sum": Linear(_summed),
-    "mean": Linear(_averaged),
-    **dict.fromkeys(("avg_pool2d", "avg_pool3d"), Linear(_average_pooled)),
-    **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), Linear(_adaptively_pooled)),
+    "sum": Linear(_summed, homogeneous=True),
+    "mean": Linear(_averaged, homogeneous=True),
+    **dict.fromkeys(("avg_pool2d", "avg_pool3d"), Linear(_average_pooled, homogeneous=True)),
+    **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), Linear(_adaptively_pooled, homogeneous=True)),
     **dict.fromkeys(
         """
         nansum cumsum im2col col2im max_unpool2d max_unpool3d affine_grid_generator index_add index_copy index_fill

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_scoremap.rules import Value
 
-from .steps import Step, Tape
+from .steps import Step, Tape, given_or_kept
 
 __all__ = ["Boundary", "nearest_boundary"]
 
@@ -76,7 +76,7 @@ def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, 
         if value is not None:
             values[value], changes[value] = tensor, change
     for step in tape.steps:
-        now = [values[v] if v in values else v.kept.tensor for v in step.values]
+        now = [given_or_kept(v, values) for v in step.values]
         speed = [changes[v] if v in changes else v.zeros() for v in step.values]
         found = step.rule.steps_to_boundary(step.filled(now), speed, step.frozen())
         if found is not None:

@@ -43,6 +43,9 @@ aten = torch.ops.aten
 
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
+# An argument that a kernel fills for its backward pass.
+_SCRATCH = "noise"
+
 _PROBABILITIES = {"_softmax", "_log_softmax", "sigmoid", "log_sigmoid_forward"}
 
 
@@ -91,12 +94,12 @@ class _Operation:
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
         arguments = operation._schema.arguments
-        self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != "noise"]
+        self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
         self.lists = {at for at in self.tensors if "List" in str(arguments[at].type)}
         changed = [
             (argument.name if argument.kwarg_only else position)
             for position, argument in enumerate(arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "noise"
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != _SCRATCH
         ]
         self.changes: int | str | None = changed[0] if changed else None
         self.changes_shape = torch.Tag.inplace_view in operation.tags
@@ -146,7 +149,10 @@ def _argument_types(operation: Any) -> list[str]:
 
 
 def _writes(operation: Any) -> bool:
-    return any(a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments)
+    return any(
+        one.alias_info is not None and one.alias_info.is_write and one.name != _SCRATCH
+        for one in operation._schema.arguments
+    )
 
 
 class Recording(TorchDispatchMode):
@@ -389,6 +395,8 @@ class Recording(TorchDispatchMode):
             if is_constant:
                 for tensor in tensors_in(output):
                     self._sight.made(tensor, operation.name)
+                if operation.name == "_local_scalar_dense":
+                    self._sight.leave_one()
                 if not self._inspect:
                     return output
             if not operation.is_trusted or is_constant or not rule.is_affine(step):

@@ -40,6 +40,7 @@ class Sight:
         self._known: dict[int, weakref.ref[Tensor]] = {}
         self._bare: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._exits: list[str] = []
+        self._single_exits = 0
         self.hidden: dict[tuple[str, str], None] = {}
 
     @contextmanager
@@ -52,6 +53,10 @@ class Sight:
         """Note that the numbers of a tensor leave it."""
         if self._is_live(tensor):
             self._exits.append(way)
+
+    def leave_one(self) -> None:
+        """Note that a single number of a live tensor leaves it, as ``item()`` and ``float()`` have it."""
+        self._single_exits += 1
 
     def made(self, tensor: Tensor, operation: str) -> None:
         """Account for a constant that an operation made."""
@@ -73,8 +78,10 @@ class Sight:
     def lift(self, tensor: Tensor) -> None:
         """Meet a tensor made of Python's or NumPy's numbers: a constant, unless numbers of live tensors went there.
 
-        Single numbers are always constants, as ``item()`` makes them.
+        Single numbers are always constants, as ``item()`` makes them; a list may be of as many as left one by one.
         """
+        if self._single_exits >= tensor.numel() > 1 and tensor.is_floating_point():
+            self._hide("what became of the numbers that left through Tensor.item()")
         if self._exits and tensor.numel() > 1 and tensor.is_floating_point():
             exits = " and ".join(f"Tensor.{name}()" for name in dict.fromkeys(self._exits))
             self._hide(f"what became of the numbers that left through {exits}")
@@ -88,7 +95,8 @@ class Sight:
         address = tensor.untyped_storage()._cdata
         state = (one for root in self._places.roots() for one in (*root.parameters(), *root.buffers()))
         if all(one.untyped_storage()._cdata != address for one in state):
-            self._hide("what made a tensor during the run (another thread, or a compiled kernel)")
+            exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self._exits))
+            self._hide(f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
 
     def read(self, tensor: Tensor) -> None:
         """Read a constant whose memory may have been filled by something unseen."""

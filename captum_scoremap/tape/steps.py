@@ -4,7 +4,7 @@ Every step reads values and makes values. Forward, from values on, the steps are
 the score down, they give its coefficients in any value. Nothing else is needed for S = A·Y + B.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.rules import Call, Rule, Value, floating, substituted
 
-__all__ = ["Kept", "Step", "Tape"]
+__all__ = ["Kept", "Step", "Tape", "given_or_kept"]
 
 
 class Kept:
@@ -64,9 +64,16 @@ class Step(Call):
             return tuple(one.tensor if isinstance(one, Kept) else one for one in state)
         return state
 
+    def constants(self) -> Sequence[Tensor | None]:
+        """Return the constant part of each output; None, or nothing at all, stands for zero."""
+        return self.rule.constants(self, self.frozen())
+
     def forward(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return the outputs of the affine step for given live arguments."""
         return floating(self.rule.apply(self.filled(tensors), self.frozen()))
+
+
+Visit = Callable[[Step, Sequence[Tensor | None], Sequence[Tensor | None]], None]
 
 
 @dataclass
@@ -147,7 +154,7 @@ class Tape:
         values = dict(known)
         with torch.enable_grad():
             for step in self.steps:
-                live = [values[value] if value in values else value.kept.tensor for value in step.values]
+                live = [given_or_kept(value, values) for value in step.values]
                 call = step.filled(live)
                 is_affine = step.rule.is_affine(step)
                 call.output = step.rule.apply(call, None) if is_affine else call.run()
@@ -163,6 +170,7 @@ class Tape:
         *,
         consume: bool = False,
         everywhere: bool = False,
+        visit: Visit | None = None,
     ) -> dict[Value, Tensor]:
         """Run the transposed steps from the score down: the coefficients A of Eq. (3).
 
@@ -171,6 +179,7 @@ class Tape:
             wanted: Values whose coefficients are asked for, each with what to make of them.
             consume: Whether to free each step once it is used.
             everywhere: Whether to go down to the inputs, even where nothing wanted depends on them.
+            visit: Called for each step on the way with the coefficients of its outputs and of its live arguments.
 
         Returns:
             For each wanted value that the score depends on, what was made of its coefficients.
@@ -190,14 +199,9 @@ class Tape:
                     found[value] = wanted[value](gradient)
             if all(gradient is None for gradient in gradients):
                 continue
-            if len(step.values) == 1:
-                value = step.values[0]
-                if value.sites & reach:
-                    (share,) = step.rule.transpose(step, step.frozen(), gradients)
-                    if share is not None:
-                        _add(coefficients, value, share)
-                continue
             shares = step.rule.transpose(step, step.frozen(), gradients)
+            if visit is not None:
+                visit(step, gradients, shares)
             for value, share in zip(step.values, shares, strict=True):
                 if share is not None and value.sites & reach:
                     _add(coefficients, value, share)
@@ -205,6 +209,15 @@ class Tape:
             if value not in found and value in coefficients:
                 found[value] = reduce(coefficients[value])
         return found
+
+
+def given_or_kept(value: Value, given: Mapping[Value, Tensor]) -> Tensor:
+    """Return a value's tensor as it is given; else as it was kept while recording."""
+    found = given.get(value)
+    if found is None:
+        kept: Kept = value.kept
+        found = kept.tensor
+    return found
 
 
 def _add(coefficients: dict[Value, Tensor], value: Value, share: Tensor) -> None:

@@ -1,0 +1,191 @@
+"""Nothing of S without a place: every constant part of every operation, at the position where it stands.
+
+S = A·Y + B, and B is a sum: every step k above the layer adds A_k·o_k, its coefficients times its constant part o_k (a
+bias, a norm's shift, the offset of a saturated unit). Where the step's output has positions, so has its share::
+
+    beta_k(p) = sum over channels c of A_k(c, p) o_k(c, p)
+    C_l       = M_l + sum over the steps k above l of beta_k
+    sum of C_l + placeless = S
+
+What bypasses the layer (a parallel branch) enters as its sub-scores, at its positions. Head biases and class tokens have
+no place in the image; their sum is the *placeless* rest.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.rules import Value
+from captum_scoremap.tape import Recording, Site, Step, Tape
+
+from .bias_terms import names_of_steps
+
+__all__ = ["Ledger", "ledgers", "resized"]
+
+# The most tokens that may stand before the patches: a class token, a distillation token, registers.
+_EXTRA_TOKENS = 8
+
+
+@dataclass
+class Ledger:
+    """The score at a layer, entry by entry: its score map and every constant above it.
+
+    Attributes:
+        maps: Name to what it adds, (N, 1, rows, columns), in logits, on its own grid; the layer's score map is ``""``.
+        placeless: Name to what it adds without a place in the image, (N,), in logits.
+    """
+
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    placeless: dict[str, Tensor] = field(default_factory=dict)
+
+    def enter(self, name: str, entry: tuple[Tensor | None, Tensor | None]) -> None:
+        """Enter a map, and what stands beside it without a place."""
+        for book, one in zip((self.maps, self.placeless), entry, strict=True):
+            if one is None:
+                continue
+            unique, number = name, 1
+            while unique in book and book[unique].shape != one.shape:  # a module with operations on several grids
+                number += 1
+                unique = f"{name}#{number}"
+            book[unique] = book[unique] + one if unique in book else one
+
+    def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the complete map C, with sums kept, (N, 1, *size), in logits; on the layer's own grid by default."""
+        own = self.maps[""]
+        grids: dict[tuple[int, int], Tensor] = {}
+        for one in self.maps.values():
+            grid = (one.shape[2], one.shape[3])
+            grids[grid] = grids[grid] + one if grid in grids else one
+        size = (own.shape[2], own.shape[3]) if size is None else size
+        return torch.stack([resized(one, size) for one in grids.values()]).sum(0)
+
+
+def ledgers(
+    recording: Recording,
+    seeds: Mapping[Value, Tensor],
+    score: Tensor,
+    sites: Sequence[Site | None],
+    image_shape: Sequence[int],
+) -> list[Ledger]:
+    """Return the ledger of each site, all from one pass over the transposed steps.
+
+    Args:
+        recording: A run that kept what bypasses its sites.
+        seeds: Where the pass starts: coefficients of the score in the value it is read from.
+        score: S, (N,).
+        sites: Places in the model; None is the image.
+        image_shape: Shape of the image, (N, C, H, W).
+
+    Returns:
+        The ledgers.
+    """
+    tape = recording.tape
+    names = names_of_steps(recording)
+    placed = _Placement(tape, image_shape)
+    books = [(Ledger(), recording.tapped[site]) for site in sites]
+
+    def visit(step: Step, gradients: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
+        reads = 0
+        for value in step.values:
+            reads |= value.sites
+        for gradient, constant in zip(gradients, step.constants(), strict=False):
+            if gradient is not None and constant is not None:
+                entry = placed(gradient * constant.to(gradient.dtype))
+                for book, tapped in books:
+                    if reads & tapped.bit:
+                        book.enter(names(step), entry)
+        for value, share in zip(step.values, shares, strict=True):
+            beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
+            if beside and share is not None:
+                entry = placed(share * value.kept.tensor)
+                for book in beside:
+                    book.enter(f"beside {names(step)}", entry)
+
+    wanted: dict[Value, Callable[[Tensor], Tensor]] = {
+        value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
+    }
+    found = tape.transposed(seeds, wanted, everywhere=True, visit=visit)
+    for book, tapped in books:
+        for value, y in zip(tapped.values, tapped.activations, strict=True):
+            book.enter("", placed(found[value] if value in found else torch.zeros_like(y)))
+        if not any(value.sites & tapped.bit for value in seeds):  # the score does not depend on the layer
+            book.enter("score", (None, score))
+    return [book for book, _ in books]
+
+
+class _Placement:
+    """Where the elements of a tensor stand in the image."""
+
+    def __init__(self, tape: Tape, image_shape: Sequence[int]) -> None:
+        self._image_shape = tuple(image_shape)
+        self._grids = {
+            (value.shape[2], value.shape[3])
+            for step in tape.steps
+            for value in step.outputs
+            if len(value.shape) == 4 and map_channel_dim(tuple(value.shape), self._image_shape) == 1
+        }
+
+    def __call__(self, product: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Sum a product A·o over channels: (N, 1, rows, columns), and (N,) of what has no place."""
+        images = self._image_shape[0]
+        channel_dim = map_channel_dim(tuple(product.shape), self._image_shape)
+        if channel_dim is None:
+            if product.shape[:1].numel() % images:
+                raise ValueError(
+                    f"every operation must keep the {images} images first, got {tuple(product.shape)}. Explain one "
+                    "image at a time."
+                )
+            return None, product.reshape(images, -1).sum(1)
+        summed = product.sum(channel_dim, keepdim=channel_dim == 1)
+        if product.dim() == 4:
+            return summed.reshape(images, 1, *summed.shape[-2:]), None
+        grid = self._grid_of(product.shape[1])
+        if grid is None:
+            return None, summed.sum(1)
+        extra = product.shape[1] - grid[0] * grid[1]
+        rest = summed[:, :extra].sum(1) if extra else None
+        return summed[:, extra:].reshape(images, 1, *grid), rest
+
+    def _grid_of(self, tokens: int) -> tuple[int, int] | None:
+        """Rows and columns of patches among so many tokens."""
+        side = math.isqrt(tokens)
+        known = [grid for grid in self._grids if 0 <= tokens - grid[0] * grid[1] <= _EXTRA_TOKENS]
+        grid = max(known, key=math.prod, default=(side, side))
+        return grid if tokens - math.prod(grid) <= _EXTRA_TOKENS else None
+
+
+def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a map in another size with its sum kept: each cell's number is spread by linear interpolation.
+
+    Args:
+        one: (N, 1, h, w).
+        size: Rows and columns.
+
+    Returns:
+        (N, 1, *size).
+
+    Example:
+        >>> resized(torch.ones(1, 1, 3, 3), (7, 5)).sum()
+        tensor(9.)
+    """
+    if tuple(one.shape[2:]) == tuple(size):
+        return one
+    rows, columns = (
+        _spread(old, new, one.dtype, one.device) for old, new in zip(one.shape[2:], size, strict=True)
+    )
+    return rows @ one @ columns.T
+
+
+def _spread(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How much of each of the old cells each of the new ones gets, (new, old); what an old one gives adds up to 1."""
+    cells = torch.eye(old, dtype=dtype, device=device)[None]
+    if new < old:  # a new cell takes the old ones that it covers
+        weights = F.adaptive_avg_pool1d(cells, new)[0]
+    else:
+        weights = F.interpolate(cells, size=new, mode="linear", align_corners=False)[0]
+    return (weights / weights.sum(1, keepdim=True)).T
