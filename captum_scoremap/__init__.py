@@ -31,10 +31,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from captum_scoremap import rules
-from captum_scoremap.attribution import FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap
+from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.layout import token_grid
-from captum_scoremap.linear import LinearForm, bias_terms, linear_form
+from captum_scoremap.linear import BiasMaps, LinearForm, bias_maps, bias_terms, linear_form
 from captum_scoremap.receptive_field import ReceptiveField, receptive_field
 from captum_scoremap.tape import Boundary, FrozenModel, freeze
 
@@ -58,7 +58,9 @@ _HOME = {
 }
 
 __all__ = [
+    "BiasMaps",
     "Boundary",
+    "CompleteScoreMap",
     "FrozenModel",
     "FusedScoreMap",
     "LayerScoreMap",
@@ -69,6 +71,7 @@ __all__ = [
     "ReceptiveField",
     "ScoreMap",
     "UnsupportedOperationError",
+    "bias_maps",
     "bias_terms",
     "freeze",
     "linear_form",

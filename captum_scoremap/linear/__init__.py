@@ -1,28 +1,35 @@
 """S = A·Y + B, Eq. (3) of Yu et al. 2015, read off the tape: forms, bias terms, all labels, and how exact it is."""
 
 from .all_labels import explain_targets
+from .bias_maps import BiasMaps, bias_maps, explain_completely
 from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
 from .explanation import Explanation, check_sites, explain, warn_of_probabilities
 from .form import LinearForm, linear_form
+from .ledger import Ledger, resized
 from .reduction import Reduction, image_sums
 from .target import Label, Target, select_scores
 
 __all__ = [
+    "BiasMaps",
     "Exactness",
     "Explanation",
     "Label",
     "LayerExactness",
+    "Ledger",
     "LinearForm",
     "Reduction",
     "Target",
+    "bias_maps",
     "bias_terms",
     "check_exactness",
     "check_sites",
     "explain",
+    "explain_completely",
     "explain_targets",
     "image_sums",
     "linear_form",
+    "resized",
     "select_scores",
     "warn_of_probabilities",
 ]

@@ -12,7 +12,7 @@ from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
 from .reduction import Reduction, image_sums
 
-__all__ = ["Explanation", "check_sites", "explain", "image_axis", "warn_of_probabilities"]
+__all__ = ["Explanation", "check_sites", "explain", "image_axis", "record_score", "warn_of_probabilities"]
 
 
 class Explanation:
@@ -190,6 +190,45 @@ def explain(
     Raises:
         ValueError: If a layer did not run, or gives no floating-point tensor.
     """
+    recording, score = record_score(
+        forward_func,
+        inputs,
+        select,
+        sites,
+        additional,
+        rules=rules,
+        keep=keep,
+        stop_at=stop_at,
+        create_graph=create_graph,
+    )
+    found = Explanation(recording, score, sites, reduction)
+    if create_graph:
+        found.retrace(inputs)
+    with torch.set_grad_enabled(create_graph):
+        found.push_back(consume=not keep)
+    return found
+
+
+def record_score(
+    forward_func: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    select: Callable[[Any], Tensor],
+    sites: Sequence[Site | None],
+    additional: tuple[Any, ...] = (),
+    *,
+    rules: Mapping[Any, Rule] | None = None,
+    keep: bool = False,
+    stop_at: Site | None = None,
+    create_graph: bool = False,
+) -> tuple[Recording, Tensor]:
+    """Record a run up to its scores, with the arguments of :func:`explain`.
+
+    Returns:
+        The run, and S, (N,).
+
+    Raises:
+        ValueError: If a layer did not run, or gives no floating-point tensor, or there is not one score for each image.
+    """
     taps = [site for site in sites if site is not None]
     recording = Recording(
         forward_func, with_rules(rules), taps, bypass=keep, stop_at=stop_at, differentiable=create_graph
@@ -205,12 +244,7 @@ def explain(
         _check_rows(scores, inputs[0].shape[0])
         return scores
 
-    found = Explanation(recording, recording.record(inputs, additional, checked), sites, reduction)
-    if create_graph:
-        found.retrace(inputs)
-    with torch.set_grad_enabled(create_graph):
-        found.push_back(consume=not keep)
-    return found
+    return recording, recording.record(inputs, additional, checked)
 
 
 def _check_rows(scores: Tensor, images: int) -> None:

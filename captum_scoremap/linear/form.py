@@ -1,7 +1,8 @@
 """Eq. (2)-(3) as objects: the score of a label as A·Y + B with the outputs Y of any layer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,12 +13,20 @@ from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
 from .explanation import explain
+from .ledger import Ledger, ledgers
 from .reduction import Reduction
 from .target import Target, select_scores
 
 __all__ = ["LinearForm", "linear_form"]
 
 Tensors = Tensor | tuple[Tensor, ...]
+
+
+def _no_ledger() -> Ledger:
+    raise ValueError(
+        "complete maps are those of a form of one layer with a place in the image, as linear_form returns it; got "
+        "another. Take the complete map of each form first."
+    )
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,26 @@ class LinearForm:
     bias: Tensor
     score: Tensor
     sums: Tensor
+    _ledger: Callable[[], Ledger] = field(repr=False, compare=False, default=_no_ledger)
+
+    def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the complete map C: the score map plus every constant above the layer, at its place.
+
+        C_l(p) = M_l(p) + sum over the operations k above l of beta_k(p); the sum over positions is S - ``placeless``.
+        Read it as sums over regions.
+
+        Args:
+            size: Rows and columns; None for the layer's own grid. Sums are kept.
+
+        Returns:
+            In logits, (N, 1, rows, columns).
+        """
+        return self._ledger().complete_map(size)
+
+    @property
+    def placeless(self) -> Tensor:
+        """What of S has no place in the image, (N,), in logits: head biases, class tokens."""
+        return sum(self._ledger().placeless.values(), torch.zeros_like(self.score))
 
     @property
     def sub_scores(self) -> Tensors:
@@ -158,10 +187,19 @@ def linear_form(
     )
     coefficients, activations = found.results[site], found.tapped(site).activations
     single = isinstance(inputs, Tensor) if site is None else not found.tapped(site).is_tuple
+
+    @torch.no_grad()
+    def ledger() -> Ledger:
+        if tensors[0].dim() != 4 or any(y.dim() < 3 for y in activations):
+            return _no_ledger()
+        seeds = found.seeds(torch.ones_like(found.score))
+        return ledgers(found.recording, seeds, found.score, [site], tensors[0].shape)[0]
+
     return LinearForm(
         coefficients[0] if single else coefficients,
         activations[0].clone() if single else tuple(y.clone() for y in activations),
         found.bias(site),
         found.score,
         found.sums(site),
+        cache(ledger),
     )

@@ -175,9 +175,7 @@ def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(one.shape[2:]) == tuple(size):
         return one
-    rows, columns = (
-        _spread(old, new, one.dtype, one.device) for old, new in zip(one.shape[2:], size, strict=True)
-    )
+    rows, columns = (_spread(old, new, one.dtype, one.device) for old, new in zip(one.shape[2:], size, strict=True))
     return rows @ one @ columns.T
 
 

@@ -498,6 +498,8 @@ class Recording(TorchDispatchMode):
             for tensor in tensors_in([args[at] for at in operation.tensors if at < len(args) and at != where]):
                 self._sight.read(tensor)
         output = func(*args, **kwargs)
+        if operation.name == "set":
+            self._sight.placed(args[0])
         if where is None:
             for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
                 self._sight.made(tensor, operation.name)

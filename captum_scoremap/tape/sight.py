@@ -22,7 +22,7 @@ from .places import Places
 __all__ = ["Sight"]
 
 # Ways for numbers to leave a tensor for Python or for raw memory.
-_EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr")
+_EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", *(_COPIES := ("__deepcopy__", "__reduce_ex__")))
 _UNFILLED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
@@ -65,6 +65,12 @@ class Sight:
             storage = tensor.untyped_storage()
             self._bare[storage._cdata] = StorageWeakRef(storage), operation in _ZEROS
 
+    def placed(self, tensor: Tensor) -> None:
+        """Note that a tensor was given other memory, as copies and pickles of tensors are."""
+        if any(way in _COPIES for way in self._exits):
+            storage = tensor.untyped_storage()
+            self._bare[storage._cdata] = StorageWeakRef(storage), False
+
     def written(self, tensor: Tensor) -> None:
         """Note that an operation wrote to a tensor's memory."""
         if self._bare:
@@ -102,7 +108,7 @@ class Sight:
         """Read a constant whose memory may have been filled by something unseen."""
         bare = self._bare.pop(tensor.untyped_storage()._cdata, None)
         if bare is not None and (not bare[1] or bool(tensor.any())):
-            self._hide("what filled a new tensor's memory (a compiled kernel, or NumPy)")
+            self._hide("what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
 
     @property
     def is_suspicious(self) -> bool:

@@ -1,0 +1,132 @@
+"""CompleteScoreMap: a map that adds up to the score."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from captum.attr import GradientAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.layout import main_modules
+from captum_scoremap.linear import Ledger, Target, explain_completely
+from captum_scoremap.rules import Rule
+from captum_scoremap.tape import Site, as_tuple_of_arguments
+
+__all__ = ["CompleteScoreMap"]
+
+Layers = nn.Module | Sequence[nn.Module] | Literal["image"] | None
+
+
+class CompleteScoreMap(GradientAttribution):
+    """The signed map that adds up to the score: the score map of a layer, and every constant above it at its place.
+
+    S = A·Y + B is exact at every layer, but at all layers but the last most of S is B, one number without a place. B is
+    made of the constant parts o_k of the operations above (biases, norms, saturated units), and each of them stands at
+    a position::
+
+        C_l(p) = M_l(p) + sum over k above l, over channels c, of A_k(c, p) o_k(c, p)
+        sum of C_l + placeless = S
+
+    ``placeless`` is what has no place in the image: head biases and class tokens.
+
+    The map is signed. Read it as sums over regions, in logits, not as its positive parts: neighboring cells cancel.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        layers: A module: its complete map on its own grid. Several: the mean of theirs, on the image's size. "image":
+            that of the image itself. None for the last main layer of each of the three coarsest resolutions (main
+            layers: those that the fewest modules enclose).
+        rules: Operation to rule, to replace or add some.
+
+    Example:
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(200, 10)
+        ... ).eval()
+        >>> image = torch.rand(2, 3, 16, 16)
+        >>> complete, placeless = CompleteScoreMap(model).attribute(image, target=7, return_placeless=True)
+        >>> complete.shape, bool(torch.allclose(complete.sum((1, 2, 3)) + placeless, model(image)[:, 7], atol=1e-5))
+        (torch.Size([2, 1, 16, 16]), True)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layers: Layers = None,
+        *,
+        rules: Mapping[Any, Rule] | None = None,
+    ) -> None:
+        check_callable(forward_func)
+        if isinstance(layers, str) and layers != "image":
+            check_layer(forward_func, layers)
+        for layer in _modules(layers) or ():
+            check_layer(forward_func, layer)
+        if not isinstance(layers, (nn.Module, str)) and layers is not None and not layers:
+            raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
+        super().__init__(forward_func)
+        self._layers = layers
+        self._rules = rules
+        self._found: dict[torch.Size, list[nn.Module]] = {}
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: object = None,
+        return_placeless: bool = False,
+    ) -> Any:
+        """Return the complete map.
+
+        Args:
+            inputs: The image, (N, C, H, W).
+            target: Label of each image in any of Captum's forms, or a function from the model's output to (N,).
+            additional_forward_args: Additional arguments of ``forward_func``; they are constants.
+            return_placeless: Whether to return what has no place in the image, too.
+
+        Returns:
+            Tensor in logits, (N, 1, h, w) for one layer, else (N, 1, H, W); in a tuple if ``inputs`` is one. With
+            ``return_placeless`` a pair of it and a tensor (N,) in logits.
+
+        Raises:
+            TypeError: If the input is not floating point, or a target has no known form.
+            ValueError: If the input, the target or a layer is not as it must be, or the model is in training mode.
+            RuntimeError: If ``torch.inference_mode`` is on.
+            UnsupportedOperationError: If operations have no rule; all are listed.
+        """
+        tensors = check_inputs(inputs)
+        additional = as_tuple_of_arguments(additional_forward_args)
+        forward_func = unwrap_parallel(self.forward_func)
+        modules = _modules(self._layers)
+        if modules is None and tensors[0].dim() == 4:
+            modules = self._default_layers(forward_func, tensors[0], additional)
+        sites: list[Site | None] = [(module, False) for module in modules or ()] or [None]
+        books, score = explain_completely(forward_func, inputs, target, sites, additional, rules=self._rules)
+        size = None if isinstance(self._layers, nn.Module) else (tensors[0].shape[2], tensors[0].shape[3])
+        with torch.no_grad():
+            complete = torch.stack([book.complete_map(size) for book in books]).mean(0)
+            placeless = torch.stack([_total(book, score) for book in books]).mean(0)
+        formatted = complete if isinstance(inputs, Tensor) else (complete,)
+        return (formatted, placeless) if return_placeless else formatted
+
+    def _default_layers(
+        self, forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...]
+    ) -> list[nn.Module]:
+        size = image.shape[1:]
+        if size not in self._found:
+            self._found[size] = main_modules(forward_func, image, additional, channels_first=True)[-3:]
+        return self._found[size]
+
+
+def _total(book: Ledger, score: Tensor) -> Tensor:
+    return sum(book.placeless.values(), torch.zeros_like(score))
+
+
+def _modules(layers: Layers) -> list[nn.Module] | None:
+    """The modules that are named; none for the image, None for the default."""
+    if layers is None:
+        return None
+    if isinstance(layers, nn.Module):
+        return [layers]
+    return [] if isinstance(layers, str) else list(layers)

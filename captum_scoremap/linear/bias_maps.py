@@ -1,0 +1,123 @@
+"""Where B is: the share of every operation's constant part, at its place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.rules import Rule
+from captum_scoremap.tape import Site, as_tuple_of_arguments
+
+from .explanation import record_score
+from .ledger import Ledger, ledgers
+from .target import Target, select_scores
+
+__all__ = ["BiasMaps", "bias_maps", "explain_completely"]
+
+
+@dataclass(frozen=True)
+class BiasMaps:
+    """B of Eq. (3), place by place.
+
+    Attributes:
+        maps: Name of the operation to the map of its constant part, (N, 1, h, w), in logits, on its own grid.
+        placeless: Name to what has no place in the image, (N,), in logits: head biases, class tokens.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> found = bias_maps(model, torch.rand(1, 3, 6, 6), target=7)
+        >>> {name: tuple(one.shape) for name, one in found.maps.items()}, list(found.placeless)
+        ({'0': (1, 1, 4, 4)}, ['3'])
+    """
+
+    maps: Mapping[str, Tensor]
+    placeless: Mapping[str, Tensor]
+
+
+def bias_maps(
+    forward_func: Callable[..., Any],
+    inputs: Tensor,
+    target: Target = None,
+    layer: nn.Module | None = None,
+    additional_forward_args: object = None,
+    *,
+    rules: Mapping[Any, Rule] | None = None,
+) -> BiasMaps:
+    """Return where B is: the map of every constant above a layer.
+
+    beta_k(p) = sum over channels of A_k(c, p) o_k(c, p), with o_k the constant part of operation k; the sum of all maps
+    and of what is placeless is B. What bypasses the layer on a parallel branch is B, too, named ``beside`` the
+    operation where it joins.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        inputs: The image, (N, C, H, W).
+        target: Label of each image in any of Captum's forms, or a function from the model's output to (N,).
+        layer: The layer; None for the image itself.
+        additional_forward_args: Additional arguments; they are constants.
+        rules: Operation to rule, to replace or add some.
+
+    Returns:
+        The maps.
+
+    Raises:
+        TypeError: As :func:`linear_form`.
+        ValueError: As :func:`linear_form`, or if the input is not one tensor of images.
+        RuntimeError: As :func:`linear_form`.
+        UnsupportedOperationError: As :func:`linear_form`.
+
+    Example:
+        >>> from captum_scoremap import linear_form
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> image = torch.rand(1, 3, 6, 6)
+        >>> found = bias_maps(model, image, 7, model[1])
+        >>> total = sum(one.sum() for one in (*found.maps.values(), *found.placeless.values()))
+        >>> bool(torch.allclose(total, linear_form(model, image, 7, model[1]).bias))
+        True
+    """
+    check_callable(forward_func)
+    if layer is not None:
+        check_layer(forward_func, layer)
+    site: Site | None = None if layer is None else (layer, False)
+    (ledger,), _ = explain_completely(
+        forward_func, inputs, target, [site], as_tuple_of_arguments(additional_forward_args), rules=rules
+    )
+    return BiasMaps({name: one for name, one in ledger.maps.items() if name}, dict(ledger.placeless))
+
+
+def explain_completely(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    target: Target,
+    sites: list[Site | None],
+    additional: tuple[Any, ...],
+    *,
+    rules: Mapping[Any, Rule] | None = None,
+) -> tuple[list[Ledger], Tensor]:
+    """Return the ledger of each site, and the score S, (N,).
+
+    Raises:
+        ValueError: If the input is not one tensor of images.
+    """
+    tensors = check_inputs(inputs)
+    if len(tensors) != 1 or tensors[0].dim() != 4:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise ValueError(f"inputs must be one tensor of images, (N, C, H, W), got {shapes}.")
+
+    def select(output: Any) -> Tensor:
+        return select_scores(output, target)
+
+    recording, score = record_score(
+        unwrap_parallel(forward_func), tensors, select, sites, additional, rules=rules, keep=True
+    )
+    for site in sites:
+        if any(len(y.shape) < 3 for y in recording.tapped[site].activations):
+            shape = tuple(recording.tapped[site].activations[0].shape)
+            raise ValueError(f"layer must return a map (N, C, h, w) or tokens (N, tokens, C), got {shape}.")
+    value = recording.tape.value_of_output()
+    with torch.no_grad():
+        seeds = {} if value is None else {value: torch.ones_like(score)}
+        return ledgers(recording, seeds, score, sites, tensors[0].shape), score

@@ -1,0 +1,84 @@
+"""Operations of torch.library: seen, refused by name, or under a rule of the user's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from captum_scoremap import ScoreMap
+from captum_scoremap.rules import Gate, Rule, Tangent
+from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, assert_refused, between, some_images
+
+LIBRARY = torch.library.Library("scoremap_tests", "FRAGMENT")
+LIBRARY.define("swish(Tensor x) -> Tensor")
+LIBRARY.impl("swish", lambda x: x * torch.sigmoid(x), "CompositeImplicitAutograd")
+LIBRARY.define("opaque(Tensor x) -> Tensor")
+LIBRARY.impl("opaque", lambda x: torch.from_numpy(np.maximum(x.numpy(), 0)), "CPU")
+
+
+@torch.library.custom_op("scoremap_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return torch.from_numpy(2 * x.detach().numpy() ** 2)
+
+
+doubled.register_autograd(
+    lambda ctx, gradient: 4 * ctx.saved_tensors[0] * gradient,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@torch.library.custom_op("scoremap_tests::without_formula", mutates_args=())
+def without_formula(x: Tensor) -> Tensor:
+    return x.clone().relu_() * 2
+
+
+class Doubled(Rule):
+    """2 x² with one factor frozen."""
+
+    def freeze(self, call: Any) -> Tensor:
+        return 2 * call.input
+
+    def apply(self, call: Any, state: Tensor) -> Tensor:
+        return state * call.input
+
+
+def test_operations_of_a_library_made_of_pytorchs_are_seen() -> None:
+    assert_as_plain(torch.ops.scoremap_tests.swish, lambda x: x * x.sigmoid())
+
+
+@pytest.mark.parametrize("name", ["doubled", "without_formula", "opaque"])
+def test_operations_of_a_library_are_refused_by_name(name: str) -> None:
+    assert_refused(getattr(torch.ops.scoremap_tests, name), rf"{name} in 'function'|{name} \(outside|{name}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["doubled", "scoremap_tests::doubled", torch.ops.scoremap_tests.doubled, torch.ops.scoremap_tests.doubled.default],
+)
+def test_operations_of_a_library_go_by_the_tangent_or_a_rule(key: Any) -> None:
+    plain = lambda x: 2 * x**2  # noqa: E731
+    assert_is_gradient(doubled, rules={key: Tangent()})
+    images, own, other = some_images(), between(doubled), between(plain)
+    expected = ScoreMap(other).attribute(images, 1)
+    assert_close(ScoreMap(own, rules={key: Doubled()}).attribute(images, 1), expected, **EXACT)
+    assert_exact(own, own.conv, images, rules={key: Doubled()})
+
+
+def test_operations_of_a_library_without_a_formula_take_a_gate_or_a_rule() -> None:
+    class Twice(Rule):
+        def freeze(self, call: Any) -> Tensor:
+            return 2.0 * (call.input > 0)
+
+        def apply(self, call: Any, state: Tensor) -> Tensor:
+            return state * call.input
+
+    expected = ScoreMap(between(lambda x: 2 * x.relu())).attribute(some_images(), 1)
+    for rule in (Twice(), Gate(0.0)):
+        model = between(without_formula)
+        assert_close(ScoreMap(model, rules={"without_formula": rule}).attribute(some_images(), 1), expected, **EXACT)
+        assert_exact(model, model.conv, some_images(), rules={"without_formula": rule})
