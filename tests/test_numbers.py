@@ -45,12 +45,6 @@ def by_array_of_new_memory(x: Tensor) -> Tensor:
     return out
 
 
-def by_storage(x: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    out.untyped_storage().copy_(x.contiguous().untyped_storage())
-    return out
-
-
 NUMBERS: dict[str, Function] = {
     "from_numpy(numpy())": lambda x: torch.from_numpy(np.maximum(x.detach().numpy(), 0)),
     "tensor(numpy())": lambda x: torch.tensor(x.detach().cpu().numpy() * 2),
@@ -72,7 +66,6 @@ NUMBERS: dict[str, Function] = {
     "pickle": lambda x: pickle.loads(pickle.dumps(x.detach())),
     "by pointer": by_pointer,
     "by pointer into zeros": by_pointer_into_zeros,
-    "by storage": by_storage,
 }
 
 

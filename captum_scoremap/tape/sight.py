@@ -67,7 +67,7 @@ class Sight:
 
     def placed(self, tensor: Tensor) -> None:
         """Note that a tensor was given other memory, as copies and pickles of tensors are."""
-        if any(way in _COPIES for way in self._exits):
+        if tensor.is_floating_point() and any(way in _COPIES for way in self._exits):
             storage = tensor.untyped_storage()
             self._bare[storage._cdata] = StorageWeakRef(storage), False
 
