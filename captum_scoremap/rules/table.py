@@ -209,6 +209,9 @@ _BACKWARD = """
     _log_softmax_backward_data log_sigmoid_backward native_layer_norm_backward native_batch_norm_backward
     native_group_norm_backward max_pool2d_with_indices_backward convolution_backward glu_backward
     _adaptive_avg_pool2d_backward avg_pool2d_backward upsample_bilinear2d_backward upsample_nearest2d_backward
+    upsample_bicubic2d_backward reflection_pad2d_backward replication_pad2d_backward adaptive_max_pool2d_backward
+    hardshrink_backward softshrink_backward _prelu_kernel_backward nll_loss_backward nll_loss2d_backward
+    mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward
 """
 
 _LINEAR: dict[str, Rule] = {
@@ -217,7 +220,7 @@ _LINEAR: dict[str, Rule] = {
     "copy": Copy(keeps_gates=True),
     "fill": Copy(),
     **dict.fromkeys(
-        "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align ps_roi_align deform_conv2d".split(),
+        "nll_loss_forward nll_loss2d_forward grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align ps_roi_align deform_conv2d".split(),
         FirstLinear(),
     ),
     **dict.fromkeys(_BACKWARD.split(), Backward()),

@@ -99,7 +99,8 @@ class Sight:
         if not tensor.is_floating_point() or not any(one is tensor for one in gc.get_objects(generation=0)):
             return
         address = tensor.untyped_storage()._cdata
-        state = (one for root in self._places.roots() for one in (*root.parameters(), *root.buffers()))
+        state = [one for root in self._places.roots() for one in (*root.parameters(), *root.buffers())]
+        state += [one.grad for one in state if one.grad is not None]
         if all(one.untyped_storage()._cdata != address for one in state):
             exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self._exits))
             self._hide(f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
