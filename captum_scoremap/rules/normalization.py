@@ -129,6 +129,8 @@ class BatchNorm(Standardize):
         """Return the norm with its scale frozen."""
         if state is not None:
             return super().apply(call, state)
+        if not torch.is_grad_enabled():  # the kernel, for the same rounding
+            return tuple(call.run()[:1])
         x = call.input
         scale = self._scale(call)
         mean, bias = (_per_channel(call.args[position], x) for position in (3, 2))
