@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
-from captum_scoremap.rules import Rule, display_name, tensors_in, with_rules
+from captum_scoremap.rules import Rule, display_name, tensors_in
 from captum_scoremap.tape import Recording, Step, as_tuple_of_arguments
 
 from .batching import over_rows
-from .explanation import warn_of_probabilities
+from .explanation import record_score
 from .target import Target, select_scores
 
 __all__ = ["bias_terms", "names_of_steps", "shares_of_constants"]
@@ -63,13 +63,12 @@ def bias_terms(
     check_callable(forward_func)
     tensors = check_inputs(inputs)
     forward_func = unwrap_parallel(forward_func)
-    recording = Recording(forward_func, with_rules(rules))
 
     def select(output: Any) -> Tensor:
-        warn_of_probabilities(recording, output)
         return select_scores(output, target, len(tensors[0]))
 
-    score = recording.record(tensors, as_tuple_of_arguments(additional_forward_args), select)
+    additional = as_tuple_of_arguments(additional_forward_args)
+    recording, score = record_score(forward_func, tensors, select, (), additional, rules=rules)
     with torch.no_grad():
         return shares_of_constants(recording, score)
 

@@ -64,6 +64,19 @@ def _convolution(*args: Any) -> Tensor:
     return torch.ops.aten.convolution(*args[:9])  # type: ignore[no-any-return]
 
 
+def _nll_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The score of each target with its sign changed; the total weight is constant."""
+    channel = min(1, input.dim() - 1)
+    kept = target != ignore_index
+    label = torch.where(kept, target, 0)
+    weights = kept.to(input.dtype) if weight is None else kept * weight[label]
+    losses = -input.gather(channel, label.unsqueeze(channel)).squeeze(channel) * weights
+    total = weights.sum()
+    return (losses, losses.sum() / total, losses.sum())[reduction], total
+
+
 def _lstm_layer(
     input: Tensor,
     weight_ih: Tensor,
@@ -106,5 +119,7 @@ COMPOSITE: dict[str, Rule] = {
     "addcmul": Composite(_addcmul),
     "addcdiv": Composite(_addcdiv),
     "_convolution": Composite(_convolution),
+    "nll_loss_forward": Composite(_nll_loss),
+    "nll_loss2d_forward": Composite(_nll_loss),
     "mkldnn_rnn_layer": Composite(_lstm_layer),
 }

@@ -149,8 +149,10 @@ def _pulled_back(function: Callable[..., Any], points: Sequence[Tensor], gradien
     with sdpa_kernel(SDPBackend.MATH):
         if torch._C._functorch.peek_interpreter_stack() is not None:  # coefficients of several labels at once
             return list(torch.func.vjp(outputs, *points)[1](chosen))
+        keeps_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaves = [point.detach().requires_grad_() if not point.requires_grad else point for point in points]
+            # a model that takes gradients has graphs of its own
+            leaves = [p if keeps_graph and p.requires_grad else p.detach().requires_grad_() for p in points]
             pairs = [pair for pair in zip(outputs(*leaves), chosen, strict=True) if pair[0].requires_grad]
         if not pairs:
             return [None] * len(leaves)

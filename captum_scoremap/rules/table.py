@@ -28,7 +28,8 @@ _FROZEN = """
     floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc zero zeros_like ones_like empty_like
     rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
     empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
-    multinomial _assert_async is_same_size is_pinned nms fake_quantize_per_tensor_affine_cachemask
+    multinomial _assert_async is_same_size is_pinned
+    _has_same_storage_numel nms fake_quantize_per_tensor_affine_cachemask
 """
 
 
@@ -176,7 +177,8 @@ _NONLINEAR: dict[str, Rule] = {
         atan2 hypot xlogy special_xlog1py lgamma digamma linalg_inv_ex linalg_det _linalg_det _linalg_slogdet
         linalg_solve_triangular _linalg_solve_ex linalg_qr linalg_cholesky_ex _linalg_eigh _linalg_svd
         angle logcumsumexp renorm i0 special_i0e _euclidean_dist roi_pool ps_roi_pool
-        pow.Tensor_Tensor _weight_norm_interface
+        pow.Tensor_Tensor _weight_norm_interface mse_loss smooth_l1_loss huber_loss binary_cross_entropy
+        binary_cross_entropy_with_logits
         """.split(),
         Tangent(),
     ),
@@ -220,7 +222,7 @@ _LINEAR: dict[str, Rule] = {
     "copy": Copy(keeps_gates=True),
     "fill": Copy(),
     **dict.fromkeys(
-        "nll_loss_forward nll_loss2d_forward grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align ps_roi_align deform_conv2d".split(),
+        "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align ps_roi_align deform_conv2d".split(),
         FirstLinear(),
     ),
     **dict.fromkeys(_BACKWARD.split(), Backward()),

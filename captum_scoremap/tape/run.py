@@ -613,7 +613,7 @@ class Recording(TorchDispatchMode):
             return taps[id(tensor)]
 
         passing = substituted(passing, tapped)
-        several = [*passing[0], *passing[1].values()] if site[1] else passing
+        several = None if site[1] else passing
         is_tuple = len(several) > 1 if isinstance(several, (tuple, list)) else len(values) > 1
         self.tapped[site] = Tapped(tuple(values), tuple(kept), is_tuple=is_tuple, bit=self._bits)
         return passing

@@ -1,0 +1,320 @@
+"""Backward passes of someone else's: custom autograd functions, and gradients that the forward takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import linear_form
+from tests.between import EXACT, assert_as_plain, assert_is_gradient, between, some_images
+
+Function = Callable[[Tensor], Tensor]
+
+
+class FrugalSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = x.sigmoid()
+        return gradient * gate * (1 + x * (1 - gate))
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return -ctx.factor * gradient, None
+
+
+class Guided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(min=0) * (ctx.saved_tensors[0] > 0)
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.relu_()
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+class Two(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        mask = x > 0
+        ctx.mark_non_differentiable(mask)
+        return x * weight * mask, mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        raise AssertionError("no one's backward pass runs")
+
+
+class NewStyle(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.abs()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].sign()
+
+
+class ByNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+WEIGHT = torch.linspace(0.5, 2, 4, dtype=torch.float64)[:, None, None]
+
+FUNCTIONS: dict[str, tuple[Function, Function]] = {
+    "frugal SiLU": (FrugalSiLU.apply, lambda x: x * x.sigmoid()),
+    "frugal SiLU, as the table has it": (FrugalSiLU.apply, F.silu),
+    "gradient reversal": (lambda x: Reversal.apply(x, 0.5), lambda x: x * 1),
+    "guided ReLU": (Guided.apply, torch.relu),
+    "in place": (InPlace.apply, torch.relu),
+    "in place, of a copy": (lambda x: InPlace.apply(x * 1) + x, lambda x: x.relu() + x),
+    "two outputs": (lambda x: Two.apply(x, WEIGHT)[0], lambda x: x.relu() * WEIGHT),
+    "of the new style": (NewStyle.apply, torch.abs),
+    "of the new style, in vmap": (torch.vmap(NewStyle.apply), torch.abs),
+    "one after another": (lambda x: Guided.apply(FrugalSiLU.apply(x)), lambda x: (x * x.sigmoid()).relu()),
+    "straight through, plus itself": (lambda x: StraightThrough.apply(x) + x, lambda x: x.round() + x),
+    "straight through by detach": (lambda x: x + (x.abs() - x).detach(), lambda x: x + (x.abs() - x)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_form_is_of_the_forward_that_ran(name: str) -> None:
+    assert_as_plain(*FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("function", [StraightThrough.apply, torch.round, torch.sign])
+def test_steps_are_constants(function: Function) -> None:
+    images, model = some_images(), between(function)
+    form = linear_form(model, images, 1)
+    assert not form.coefficients.any()
+    assert_close(form.bias, form.score, **EXACT)
+
+
+def test_functions_that_leave_for_numpy_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="numpy"):
+        linear_form(between(ByNumpy.apply), some_images(), 1)
+
+
+# --- gradients taken in the forward -------------------------------------------------------------------
+
+
+CONV = nn.Conv2d(4, 4, 3, padding=1).double()
+LINEAR = nn.Linear(64, 64).double()
+
+
+def quadratic(x: Tensor) -> Tensor:
+    return (CONV(x) ** 2).sum()
+
+
+def plain_quadratic(x: Tensor) -> Tensor:
+    """The gradient of the quadratic."""
+    return F.conv_transpose2d(2 * (CONV(x) - 0), CONV.weight, padding=1)
+
+
+def by_autograd(energy: Function, **kwargs: Any) -> Function:
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(energy(leaf).sum(), leaf, **kwargs)[0]
+
+    return gradient
+
+
+def by_backward(energy: Function) -> Function:
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            energy(leaf).sum().backward()
+        return leaf.grad
+
+    return gradient
+
+
+def by_func(energy: Function) -> Function:
+    return torch.func.grad(lambda x: energy(x).sum())
+
+
+def by_vjp(energy: Function) -> Function:
+    def gradient(x: Tensor) -> Tensor:
+        value, pull = torch.func.vjp(energy, x)
+        return pull(torch.ones_like(value))[0]
+
+    return gradient
+
+
+WAYS: dict[str, Callable[[Function], Function]] = {
+    "autograd.grad": by_autograd,
+    "autograd.grad, create_graph": lambda energy: by_autograd(energy, create_graph=True),
+    "backward": by_backward,
+    "func.grad": by_func,
+    "func.vjp": by_vjp,
+}
+
+# piecewise quadratic or linear: the gradient is piecewise linear
+ENERGIES: dict[str, Function] = {
+    "square": lambda x: (x**2).sum((1, 2, 3)),
+    "squared convolution": lambda x: (CONV(x) ** 2).sum((1, 2, 3)),
+    "squared ReLU": lambda x: (x.relu() ** 2).sum((1, 2, 3)),
+    "ReLU of a convolution": lambda x: (CONV(x).relu() ** 2).sum((1, 2, 3)),
+    "leaky ReLU": lambda x: (F.leaky_relu(x, 0.3) ** 2).sum((1, 2, 3)),
+    "linear": lambda x: (LINEAR(x.flatten(1)) ** 2).sum(1),
+    "average pool": lambda x: (F.avg_pool2d(x, 2) ** 2).sum((1, 2, 3)),
+    "max-pool": lambda x: (F.max_pool2d(x, 2) ** 2).sum((1, 2, 3)),
+    "sum, slices": lambda x: ((x[:, 1:] - x[:, :-1]) ** 2).sum((1, 2, 3)),
+    "interpolated": lambda x: (F.interpolate(x, scale_factor=2, mode="bilinear") ** 2).sum((1, 2, 3)),
+    "clamp": lambda x: (x.clamp(-0.5, 0.5) ** 2).sum((1, 2, 3)),
+    "hardtanh": lambda x: (F.hardtanh(x, -0.5, 0.5) ** 2).sum((1, 2, 3)),
+}
+
+CURVED: dict[str, Function] = {
+    "tanh": lambda x: x.tanh().sum((1, 2, 3)),
+    "sigmoid": lambda x: (x.sigmoid() * x).sum((1, 2, 3)),
+    "softmax": lambda x: (x.flatten(1).softmax(1) * x.flatten(1)).sum(1),
+    "log_softmax": lambda x: x.flatten(1).log_softmax(1)[:, :3].sum(1),
+    "gelu": lambda x: F.gelu(CONV(x)).sum((1, 2, 3)),
+    "silu": lambda x: F.silu(x).sum((1, 2, 3)),
+    "logsumexp": lambda x: x.flatten(1).logsumexp(1),
+    "softplus": lambda x: F.softplus(x).sum((1, 2, 3)),
+    "norm": lambda x: x.flatten(1).norm(dim=1),
+    "exp": lambda x: x.exp().sum((1, 2, 3)),
+    "layer norm": lambda x: (F.layer_norm(x, (4, 4)) ** 3).sum((1, 2, 3)),
+    "cross-entropy": lambda x: F.cross_entropy(x.flatten(1), torch.zeros(len(x), dtype=torch.long), reduction="none"),
+    "mean squared error": lambda x: F.mse_loss(x, x.detach().abs(), reduction="none").sum((1, 2, 3)),
+    "Huber": lambda x: F.huber_loss(x, 0 * x, reduction="none").sum((1, 2, 3)),
+    "smooth L1": lambda x: F.smooth_l1_loss(x, 0 * x, reduction="none").sum((1, 2, 3)),
+    "binary cross-entropy": lambda x: F.binary_cross_entropy(x.sigmoid(), 0 * x, reduction="none").sum((1, 2, 3)),
+    "logits": lambda x: F.binary_cross_entropy_with_logits(x, 0 * x + 1, reduction="none").sum((1, 2, 3)),
+    "padding": lambda x: (F.pad(x, (1, 1, 1, 1), mode="reflect") ** 3).sum((1, 2, 3)),
+    "prelu": lambda x: (F.prelu(x, 0.2 * x.new_ones(1)) ** 2).sum((1, 2, 3)),
+    "softshrink": lambda x: (F.softshrink(x, 0.1) ** 2).sum((1, 2, 3)),
+    "adaptive max-pool": lambda x: (F.adaptive_max_pool2d(x, 2) ** 2).sum((1, 2, 3)),
+    "bicubic": lambda x: (F.interpolate(x, scale_factor=2, mode="bicubic") ** 2).sum((1, 2, 3)),
+    "hardswish": lambda x: F.hardswish(x).sum((1, 2, 3)),
+    "elu": lambda x: F.elu(x).sum((1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+@pytest.mark.parametrize("way", ["autograd.grad, create_graph"])
+def test_piecewise_linear_gradients_have_their_gradient(way: str, energy: str) -> None:
+    images, model = some_images(), between(WAYS[way](ENERGIES[energy]))
+    leaf = images.clone().requires_grad_()
+    model(leaf)[:, 1].sum().backward()
+    form = linear_form(model, images, 1)
+    assert_close(form.score, model(images)[:, 1].detach(), **EXACT)
+    assert_close(form.coefficients, leaf.grad, **EXACT)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients_left() -> Iterator[None]:
+    yield
+    for parameter in (*CONV.parameters(), *LINEAR.parameters()):
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("energy", ["squared convolution", "squared ReLU", "max-pool", "linear"])
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_to_a_gradient_have_one_form(way: str, energy: str) -> None:
+    images, expected = some_images(), between(WAYS["autograd.grad, create_graph"](ENERGIES[energy]))
+    model = between(WAYS[way](ENERGIES[energy]))
+    model.energy = nn.ModuleList([CONV, LINEAR])
+    leaf = images.clone().requires_grad_()
+    expected(leaf)[:, 1].sum().backward()
+    form = linear_form(model, images, 1)
+    assert_close(form.coefficients, leaf.grad, **EXACT)
+    assert_close(form.sums + form.bias, expected(images)[:, 1].detach(), **EXACT)
+
+
+@pytest.mark.parametrize("energy", CURVED)
+@pytest.mark.parametrize("way", ["autograd.grad, create_graph", "func.grad"])
+def test_curved_gradients_are_exact_or_refused(way: str, energy: str) -> None:
+    images, model = some_images(), between(WAYS[way](CURVED[energy]))
+    expected = model(images)[:, 1].detach()
+    for site in (None, model.conv):
+        form = linear_form(model, images, 1, site)
+        assert_close(form.score, expected, **EXACT)
+        assert_close(form.sums + form.bias, expected, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_jvp_and_jacobians_in_the_forward() -> None:
+    direction = torch.ones(2, 4, 4, 4, dtype=torch.float64)
+    jvp = lambda x: torch.func.jvp(lambda y: CONV(y).relu() ** 2, (x,), (direction,))[1]  # noqa: E731
+    plain = lambda x: 2 * CONV(x).relu() * (CONV(direction) - CONV(0 * direction))  # noqa: E731
+    images = some_images()
+    for function in (jvp, plain):
+        model = between(function)
+        form = linear_form(model, images, 1)
+        assert_close(form.sums + form.bias, form.score, **EXACT)
+        assert_close(form.score, between(plain)(images)[:, 1].detach(), **EXACT)
+
+
+def test_a_step_down_an_energy() -> None:
+    def denoise(x: Tensor) -> Tensor:
+        return x - 0.1 * torch.func.grad(quadratic)(x)
+
+    assert_is_gradient(denoise)
+    assert_as_plain(denoise, lambda x: x - 0.1 * plain_quadratic(x))
+
+
+def test_the_gradient_of_attentions_kernel_is_refused_by_name() -> None:
+    energy = lambda x: F.scaled_dot_product_attention(x, x, x).sum((1, 2, 3))  # noqa: E731
+    for way in ("func.grad", "autograd.grad"):
+        with pytest.raises(NotImplementedError, match="scaled_dot_product_attention"):
+            linear_form(between(WAYS[way](energy)), some_images(), 1)
