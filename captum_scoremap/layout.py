@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-__all__ = ["layer_shapes", "main_layers", "main_modules", "map_channel_dim", "token_grid"]
+__all__ = ["layer_shapes", "main_layers", "main_modules", "map_channel_dim", "resized", "token_grid"]
 
 
 def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int | None:
@@ -76,6 +77,36 @@ def token_grid(score_map: Tensor, grid: tuple[int, int] | None = None) -> Tensor
         raise ValueError(f"grid must have at most {tokens} patches, one for each token, got {rows} x {columns}.")
     patches: Tensor = score_map[:, tokens - rows * columns :].unflatten(1, (rows, columns))
     return patches.movedim(-1, 1)
+
+
+def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a map in another size with its sum kept: each cell's number is spread by linear interpolation.
+
+    Args:
+        one: (N, 1, h, w).
+        size: Rows and columns.
+
+    Returns:
+        (N, 1, *size).
+
+    Example:
+        >>> resized(torch.ones(1, 1, 3, 3), (7, 5)).sum()
+        tensor(9.)
+    """
+    if tuple(one.shape[2:]) == tuple(size):
+        return one
+    rows, columns = (_spread(old, new, one.dtype, one.device) for old, new in zip(one.shape[2:], size, strict=True))
+    return rows @ one @ columns.T
+
+
+def _spread(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How much of each of the old cells each of the new ones gets, (new, old); what an old one gives adds up to 1."""
+    cells = torch.eye(old, dtype=dtype, device=device)[None]
+    if new < old:  # a new cell takes the old ones that it covers
+        weights = F.adaptive_avg_pool1d(cells, new)[0]
+    else:
+        weights = F.interpolate(cells, size=new, mode="linear", align_corners=False)[0]
+    return (weights / weights.sum(1, keepdim=True)).T
 
 
 def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]:

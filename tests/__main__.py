@@ -17,8 +17,7 @@ STEPS = (
 )
 
 CORE = """
-    test_reference test_paper test_run test_memory test_steps test_definition test_linear_form test_handwritten
-    test_targets test_bad_input
+    test_reference test_paper test_run test_memory test_linear_form test_handwritten test_bad_input
 """.split()
 
 

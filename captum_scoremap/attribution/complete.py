@@ -36,8 +36,9 @@ class CompleteScoreMap(GradientAttribution):
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         layers: A module: its complete map on its own grid. Several: the mean of theirs, on the image's size. "image":
-            that of the image itself. None for the last main layer of each of the three coarsest resolutions (main
-            layers: those that the fewest modules enclose).
+            that of the image itself. None for the last main layer of each of the two coarsest resolutions (main layers:
+            those that the fewest modules enclose), weighted by the size of their cells: late layers know what, the ones
+            before know better where. A network of one resolution has one.
         rules: Operation to rule, to replace or add some.
 
     Example:
@@ -105,8 +106,11 @@ class CompleteScoreMap(GradientAttribution):
         books, score = explain_completely(forward_func, inputs, target, sites, additional, rules=self._rules)
         size = None if isinstance(self._layers, nn.Module) else (tensors[0].shape[2], tensors[0].shape[3])
         with torch.no_grad():
-            complete = torch.stack([book.complete_map(size) for book in books]).mean(0)
-            placeless = torch.stack([_total(book, score) for book in books]).mean(0)
+            rows = torch.tensor([book.maps[""].shape[2] if "" in book.maps else 1.0 for book in books])
+            weights = (1 / rows if self._layers is None else torch.ones(len(books))).to(score)
+            weights = weights / weights.sum()
+            complete = sum(weight * book.complete_map(size) for weight, book in zip(weights, books, strict=True))
+            placeless = sum(weight * _total(book, score) for weight, book in zip(weights, books, strict=True))
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
 
@@ -115,7 +119,7 @@ class CompleteScoreMap(GradientAttribution):
     ) -> list[nn.Module]:
         size = image.shape[1:]
         if size not in self._found:
-            self._found[size] = main_modules(forward_func, image, additional, channels_first=True)[-3:]
+            self._found[size] = main_modules(forward_func, image, additional, channels_first=True)[-2:]
         return self._found[size]
 
 

@@ -6,7 +6,7 @@ from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
 from .explanation import Explanation, check_sites, explain, warn_of_probabilities
 from .form import LinearForm, linear_form
-from .ledger import Ledger, resized
+from .ledger import Ledger
 from .reduction import Reduction, image_sums
 from .target import Label, Target, select_scores
 
@@ -29,7 +29,6 @@ __all__ = [
     "explain_targets",
     "image_sums",
     "linear_form",
-    "resized",
     "select_scores",
     "warn_of_probabilities",
 ]

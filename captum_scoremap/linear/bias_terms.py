@@ -94,7 +94,7 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     if seed is None:
         return {}
     wanted = {
-        value: (lambda a, o=constant: (a * o).sum())
+        value: (lambda a, o=constant: torch.where(a == 0, 0, a * o).sum())  # o is infinite where a mask makes it so
         for step, parts in constants.items()
         for value, constant in zip(step.outputs, parts, strict=False)
         if constant is not None

@@ -16,16 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.layout import map_channel_dim, resized
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Recording, Site, Step, Tape
 
 from .bias_terms import names_of_steps
 
-__all__ = ["Ledger", "ledgers", "resized"]
+__all__ = ["Ledger", "ledgers"]
 
 # The most tokens that may stand before the patches: a class token, a distillation token, registers.
 _EXTRA_TOKENS = 8
@@ -55,13 +54,24 @@ class Ledger:
             book[unique] = book[unique] + one if unique in book else one
 
     def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the complete map C, with sums kept, (N, 1, *size), in logits; on the layer's own grid by default."""
-        own = self.maps[""]
+        """Return the complete map C, with sums kept, (N, 1, *size), in logits; on the layer's own grid by default.
+
+        Args:
+            size: Rows and columns; None for the layer's own grid.
+
+        Returns:
+            The map.
+
+        Raises:
+            ValueError: If the layer has no place in the image.
+        """
         grids: dict[tuple[int, int], Tensor] = {}
         for one in self.maps.values():
             grid = (one.shape[2], one.shape[3])
             grids[grid] = grids[grid] + one if grid in grids else one
-        size = (own.shape[2], own.shape[3]) if size is None else size
+        if "" not in self.maps:
+            raise ValueError("the layer must have a place in the image, (N, C, h, w) or (N, tokens, C); it has none.")
+        size = (self.maps[""].shape[2], self.maps[""].shape[3]) if size is None else size
         return torch.stack([resized(one, size) for one in grids.values()]).sum(0)
 
 
@@ -157,33 +167,3 @@ class _Placement:
         known = [grid for grid in self._grids if 0 <= tokens - grid[0] * grid[1] <= _EXTRA_TOKENS]
         grid = max(known, key=math.prod, default=(side, side))
         return grid if tokens - math.prod(grid) <= _EXTRA_TOKENS else None
-
-
-def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a map in another size with its sum kept: each cell's number is spread by linear interpolation.
-
-    Args:
-        one: (N, 1, h, w).
-        size: Rows and columns.
-
-    Returns:
-        (N, 1, *size).
-
-    Example:
-        >>> resized(torch.ones(1, 1, 3, 3), (7, 5)).sum()
-        tensor(9.)
-    """
-    if tuple(one.shape[2:]) == tuple(size):
-        return one
-    rows, columns = (_spread(old, new, one.dtype, one.device) for old, new in zip(one.shape[2:], size, strict=True))
-    return rows @ one @ columns.T
-
-
-def _spread(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """How much of each of the old cells each of the new ones gets, (new, old); what an old one gives adds up to 1."""
-    cells = torch.eye(old, dtype=dtype, device=device)[None]
-    if new < old:  # a new cell takes the old ones that it covers
-        weights = F.adaptive_avg_pool1d(cells, new)[0]
-    else:
-        weights = F.interpolate(cells, size=new, mode="linear", align_corners=False)[0]
-    return (weights / weights.sum(1, keepdim=True)).T

@@ -7,6 +7,7 @@ the inputs. Metrics return one value per image, never the mean: how many images 
 vary, belongs to the result. Infidelity and sensitivity are in ``captum.metrics``.
 """
 
+from captum_scoremap.metrics.cause import CauseGame, cause_game, single_deletion
 from captum_scoremap.metrics.completeness import completeness
 from captum_scoremap.metrics.maps import Attribution, input_sized
 from captum_scoremap.metrics.patch import patch_score, strongest_window
@@ -16,7 +17,9 @@ from captum_scoremap.metrics.randomization import parameter_randomization
 
 __all__ = [
     "Attribution",
+    "CauseGame",
     "PerturbationCurve",
+    "cause_game",
     "completeness",
     "deletion",
     "energy_pointing_game",
@@ -27,5 +30,6 @@ __all__ = [
     "parameter_randomization",
     "patch_score",
     "pointing_game",
+    "single_deletion",
     "strongest_window",
 ]

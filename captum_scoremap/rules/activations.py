@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Value
-from .rule import Gradients, Rule
+from .rule import Gradients, Rule, Tangent
 from .structure import summed_to
 
 __all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "GatedLinearUnit", "PReLU", "PiecewiseLinear"]
@@ -115,6 +115,35 @@ class PReLU(PiecewiseLinear):
         super().__init__(
             lambda input, weight: Breakpoints(((operator.gt, 0.0),), (weight, 1.0), (0.0, 0.0)),
         )
+
+
+_TANGENT = Tangent()
+
+
+class Absolute(PiecewiseLinear):
+    """The absolute value: piecewise linear of real numbers; the magnitude of complex ones goes by its tangent."""
+
+    def freeze(self, call: Call) -> Any:
+        """Return the pieces, or the complex numbers at the image."""
+        return _TANGENT.freeze(call) if call.input.is_complex() else super().freeze(call)
+
+    def apply(self, call: Call, state: Any) -> Any:
+        """Return the frozen piece, or the tangent."""
+        return _TANGENT.apply(call, state) if isinstance(state, tuple) else super().apply(call, state)
+
+    def transpose(self, call: Call, state: Any, gradients: Gradients) -> list[Tensor | None]:
+        """Return slope * coefficients."""
+        if isinstance(state, tuple):
+            return _TANGENT.transpose(call, state, gradients)
+        return super().transpose(call, state, gradients)
+
+    def switch(self, state: Any) -> Tensor | None:
+        """Return the pieces; there are none of complex numbers."""
+        return None if isinstance(state, tuple) else super().switch(state)
+
+    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Any) -> Tensor | None:
+        """Return the steps at which the sign changes."""
+        return None if isinstance(state, tuple) else super().steps_to_boundary(call, changes, state)
 
 
 class Clamp(PiecewiseLinear):

@@ -375,7 +375,7 @@ class Tangent(Rule):
         with sdpa_kernel(SDPBackend.MATH):
             try:
                 values, pull = torch.func.vjp(outputs, *state)[:2]
-                push = torch.func.vjp(pull, tuple(map(torch.zeros_like, values)))[1]
+                push = torch.func.vjp(pull, tuple(map(torch.ones_like, values)))[1]  # linear, so the same anywhere
                 (changes,) = push(moves)
             except (RuntimeError, NotImplementedError):  # a kernel that can be derived once
                 values, changes = _pushed_one_by_one(outputs, state, moves)

@@ -23,7 +23,13 @@ def summed_to(gradient: Tensor, value: Value) -> Tensor:
     """Return the transpose of broadcasting and casting: the sum over what was repeated, in the type of the value."""
     if gradient.shape != value.shape:
         gradient = gradient.sum_to_size(value.shape)
-    return gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)
+    return _cast(gradient, value)
+
+
+def _cast(gradient: Tensor, value: Value) -> Tensor:
+    if gradient.dtype == value.dtype:
+        return gradient
+    return (gradient.real if gradient.is_complex() and not value.dtype.is_complex else gradient).to(value.dtype)
 
 
 def _reshaped(call: Call, gradient: Tensor) -> list[Tensor]:
@@ -31,8 +37,7 @@ def _reshaped(call: Call, gradient: Tensor) -> list[Tensor]:
 
 
 def _same(call: Call, gradient: Tensor) -> list[Tensor]:
-    value = call.values[0]
-    return [gradient if gradient.dtype == value.dtype else gradient.to(value.dtype)]
+    return [_cast(gradient, call.values[0])]
 
 
 def _permuted(call: Call, gradient: Tensor) -> list[Tensor]:
@@ -356,6 +361,7 @@ AFFINE: dict[str, Linear] = {
         index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter
         tril triu trace embedding _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
         slice_backward expand_copy diff fft_fftshift fft_ifftshift index_reduce segment_reduce
+        block_diag
         """.split(),
         Linear(),
     ),

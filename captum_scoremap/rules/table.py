@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
+from .activations import Absolute, Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
 from .attention import Attention
 from .composite import COMPOSITE
 from .normalization import BatchNorm, GroupNorm, LayerNorm
@@ -28,7 +28,7 @@ _FROZEN = """
     floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc zero zeros_like ones_like empty_like
     rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
     empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
-    multinomial _assert_async is_same_size is_pinned
+    multinomial _assert_async is_same_size is_pinned heaviside
     _has_same_storage_numel nms fake_quantize_per_tensor_affine_cachemask
 """
 
@@ -46,7 +46,7 @@ def _rrelu(
     input: Any, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, _: Any = None
 ) -> Breakpoints:
     if training:
-        raise ValueError("rrelu must run in evaluation mode, got training mode. Call model.eval().")
+        raise ValueError("rrelu must run with training=False, got training=True. Pass model.training in its place.")
     return _leaky_relu(input, (lower + upper) / 2)
 
 
@@ -112,7 +112,7 @@ _NONLINEAR: dict[str, Rule] = {
     "clip": PiecewiseLinear(_clamp),
     "clamp_min": PiecewiseLinear(lambda input, min: _clamp(input, min)),
     "clamp_max": PiecewiseLinear(lambda input, max: _clamp(input, None, max)),
-    "abs": PiecewiseLinear(
+    "abs": Absolute(
         _fixed((operator.ge, 0.0), (operator.gt, 0.0), slopes=(-1.0, 0.0, 1.0), offsets=(0.0, 0.0, 0.0))
     ),
     # maxima: the switch
@@ -328,7 +328,7 @@ def display_name(operation: Any) -> str:
         ('max_pool2d', 'relu')
     """
     name: str = operation.overloadpacket.__name__
-    if name.startswith("_scaled_dot_product"):
+    if name.startswith("_scaled_dot_product") and not name.endswith("_backward"):
         return "scaled_dot_product_attention"
     return _DISPLAY.get(name, name.removeprefix("native_").removesuffix("_with_indices").removeprefix("_"))
 

@@ -25,6 +25,7 @@ from captum_scoremap.rules import (
     Copy,
     Linear,
     Rule,
+    Tangent,
     Value,
     display_name,
     floating,
@@ -114,6 +115,8 @@ class _Operation:
         self.display = display_name(self.functional or operation)
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
+        if self.rule is None and self.display not in DEFAULT:  # as errors call it
+            self.rule = rules.get(self.display)
         if self.functional is None or len(changed) > 1 or (name, overload) == ("view", "dtype"):
             self.rule = None
         self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
@@ -283,6 +286,9 @@ class Recording(TorchDispatchMode):
     def _meet(self, tensor: Tensor) -> Value | None:
         """Meet a tensor under a new identity: autograd hands on what it saved as another tensor of the same memory."""
         module = self.places.module
+        if tensor.layout is not torch.strided:  # has no memory of its own to share
+            self._sight.meet(tensor)
+            return None
         if module is not None and any(tensor is buffer for buffer in module._buffers.values()):
             return None
         address = tensor.untyped_storage()._cdata
@@ -633,8 +639,16 @@ class Recording(TorchDispatchMode):
     @staticmethod
     def _verify(where: str, rule: Rule, call: Call) -> None:
         """Raise unless a user's rule returns at the image what the operation returns."""
-        with torch.no_grad():
-            expected, frozen = call.output, rule.apply(call, rule.freeze(call))
+        try:
+            with torch.no_grad():
+                expected, frozen = call.output, rule.apply(call, rule.freeze(call))
+        except (RuntimeError, NotImplementedError) as error:
+            if not isinstance(rule, Tangent):
+                raise
+            raise ValueError(
+                f"{where} must have a derivative to take, got {str(error).splitlines()[0]!r}. Use Frozen() where the "
+                "operation is constant around the image, or derive a class from Rule."
+            ) from error
         pairs = list(zip(tensors_in(expected), tensors_in(frozen), strict=False))
         if not pairs and isinstance(expected, Tensor):
             raise TypeError(f"{where} must return a tensor, got {type(frozen).__name__}.")

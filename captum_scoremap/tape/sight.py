@@ -98,6 +98,9 @@ class Sight:
         self._known[id(tensor)] = weakref.ref(tensor)
         if not tensor.is_floating_point() or not any(one is tensor for one in gc.get_objects(generation=0)):
             return
+        if tensor.layout is not torch.strided:
+            self._hide("what made a tensor during the run (another thread, or a compiled kernel)")
+            return
         address = tensor.untyped_storage()._cdata
         state = [one for root in self._places.roots() for one in (*root.parameters(), *root.buffers())]
         state += [one.grad for one in state if one.grad is not None]

@@ -1,0 +1,249 @@
+"""What an error says to do works when it is done."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import LayerScoreMap, ScoreMap, UnsupportedOperationError, linear_form
+from captum_scoremap.rules import Tangent
+from tests.between import EXACT, between, some_images
+
+special = torch.special
+linalg = torch.linalg
+
+
+def squares(x: Tensor) -> Tensor:
+    """Positive definite matrices, one for each channel."""
+    return x @ x.transpose(2, 3) + torch.eye(4, dtype=x.dtype)
+
+
+BOXES = torch.tensor([[0, 0.2, 0.3, 2.9, 3.1], [1, 1.2, 0.0, 3.7, 2.2]], dtype=torch.float64)
+OFFSET = nn.Conv2d(4, 18, 3, padding=1).double()
+DEFORMED = nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{
+        name: getattr(special, name)
+        for name in "i0e i1 i1e ndtr erfcx digamma expit sinc log_ndtr gammaln psi exp2 expm1".split()
+    },
+    "bessel_j0": special.bessel_j0,
+    "bessel_j1": special.bessel_j1,
+    "spherical_bessel_j0": special.spherical_bessel_j0,
+    "entr": lambda x: special.entr(x.abs() + 0.1),
+    "log1p": lambda x: special.log1p(x.abs()),
+    "ndtri": lambda x: special.ndtri(x.sigmoid()),
+    "logit": lambda x: special.logit(x.sigmoid()),
+    "xlogy": lambda x: special.xlogy(x, x.sigmoid()),
+    "xlog1py": lambda x: special.xlog1py(x, x.sigmoid()),
+    "polygamma": lambda x: special.polygamma(1, x.abs() + 1),
+    "multigammaln": lambda x: special.multigammaln(x.abs() + 3, 2),
+    "gammainc": lambda x: special.gammainc(torch.full_like(x, 2.0), x.abs()),
+    "zeta": lambda x: special.zeta(torch.full_like(x, 2.0), x.abs() + 1),
+    "logaddexp": lambda x: torch.logaddexp(x, 2 * x),
+    "hypot": lambda x: torch.hypot(x, x + 1),
+    "atan2": lambda x: torch.atan2(x, x + 1),
+    "fmod": lambda x: torch.fmod(x, 0.7),
+    "remainder": lambda x: x % 0.7,
+    "frac": torch.frac,
+    "copysign": lambda x: torch.copysign(x, -x),
+    "heaviside": lambda x: x + torch.heaviside(x, torch.zeros((), dtype=x.dtype)),
+    "float_power": lambda x: torch.float_power(x, 2),
+    "square": torch.square,
+    "deg2rad": torch.deg2rad,
+    "nextafter": lambda x: x + torch.nextafter(x, x + 1).detach() * 0,
+    "ldexp": lambda x: torch.ldexp(x, torch.tensor(2)),
+    "frexp": lambda x: torch.frexp(x)[0],
+    "celu": F.celu,
+    "hardsigmoid": F.hardsigmoid,
+    "tanhshrink": F.tanhshrink,
+    "softsign": F.softsign,
+    "det": lambda x: x * linalg.det(squares(x))[..., None, None],
+    "logdet": lambda x: x * torch.logdet(squares(x))[..., None, None],
+    "slogdet": lambda x: x + linalg.slogdet(squares(x))[1][..., None, None],
+    "inv": lambda x: linalg.inv(squares(x)),
+    "pinv": lambda x: linalg.pinv(squares(x)),
+    "cholesky": lambda x: linalg.cholesky(squares(x)),
+    "cholesky_solve": lambda x: torch.cholesky_solve(x, linalg.cholesky(squares(x))),
+    "solve": lambda x: linalg.solve(squares(x), x),
+    "lu_factor": lambda x: linalg.lu_factor(squares(x))[0],
+    "lu": lambda x: linalg.lu(squares(x))[2],
+    "lstsq": lambda x: linalg.lstsq(squares(x), x)[0],
+    "qr": lambda x: linalg.qr(squares(x))[1],
+    "eigvalsh": lambda x: x + linalg.eigvalsh(squares(x))[..., None],
+    "svdvals": lambda x: x + linalg.svdvals(x + torch.eye(4, dtype=x.dtype))[..., None],
+    "matrix_exp": lambda x: linalg.matrix_exp(0.1 * x),
+    "matrix_power": lambda x: linalg.matrix_power(x, 3),
+    "cross": lambda x: linalg.cross(x[:, :3], x[:, 1:], dim=1).repeat(1, 2, 1, 1)[:, :4],
+    "householder": lambda x: linalg.householder_product(x, x[..., 0]),
+    "matrix norm": lambda x: x / linalg.matrix_norm(x, keepdim=True),
+    "nuclear norm": lambda x: x + linalg.matrix_norm(x + torch.eye(4, dtype=x.dtype), "nuc", keepdim=True),
+    "vander": lambda x: linalg.vander(x[..., 0], N=4),
+    "rfft": lambda x: torch.fft.irfft(torch.fft.rfft(x).abs() + 0j, n=4),
+    "fft2": lambda x: torch.fft.ifft2(torch.fft.fft2(x) * 2).real,
+    "hfft": lambda x: torch.fft.hfft(x + 0j, n=4),
+    "fft, angle": lambda x: torch.fft.fft(x + 0.1).angle(),
+    "stft": lambda x: (
+        torch
+        .stft(x.flatten(1), 16, hop_length=8, window=torch.ones(16, dtype=x.dtype), return_complex=True)
+        .abs()[:, :, :7]
+        .flatten(1)[:, :60]
+        .repeat(1, 2)[:, :64]
+        .view_as(x)
+    ),
+    "polar": lambda x: torch.polar(x.abs(), x).real,
+    "roi_align": lambda x: torchvision.ops.roi_align(x, BOXES, (4, 4)),
+    "roi_pool": lambda x: torchvision.ops.roi_pool(x, BOXES, (4, 4)),
+    "ps_roi_align": lambda x: torchvision.ops.ps_roi_align(x, BOXES, (2, 2)).repeat(1, 4, 2, 2),
+    "deform_conv2d": lambda x: torchvision.ops.deform_conv2d(x, OFFSET(x), DEFORMED, padding=1),
+    "nms": lambda x: x * torchvision.ops.nms(x[0, 0].abs() + x.new_tensor([0, 0, 5, 5]), x[0, 0, :, 0], 0.5).numel(),
+    "box_iou": lambda x: torchvision.ops.box_iou(x[0, 0].abs() + 1, x[0, 0].abs() + 1).mean() + x,
+    "focal loss": lambda x: torchvision.ops.sigmoid_focal_loss(x, torch.zeros_like(x), reduction="none"),
+    "drop_block": lambda x: torchvision.ops.drop_block2d(x, 0.2, 3, training=True),
+    "stochastic depth": lambda x: torchvision.ops.stochastic_depth(x, 0.5, "row", training=True),
+    "ctc_loss": lambda x: (
+        x
+        + F.ctc_loss(x.flatten(2).permute(2, 0, 1).log_softmax(2), torch.ones(2, 3, dtype=torch.long), (16, 16), (3, 3))
+    ),
+    "cdist": lambda x: torch.cdist(x, x + 1),
+    "pdist": lambda x: x + F.pdist(x.flatten(1)).mean(),
+    "cosine_similarity": lambda x: x * F.cosine_similarity(x, x + 1, dim=1)[:, None],
+    "fractional max-pool": lambda x: F.fractional_max_pool2d(x, 2, output_size=4) if False else fractional(x),
+    "lp_pool": lambda x: F.lp_pool2d(x, 2.0, 2).repeat(1, 1, 2, 2),
+    "embedding_bag": lambda x: x * F.embedding_bag(torch.tensor([[0, 1]]), x[0, 0])[0],
+    "renorm": lambda x: torch.renorm(x, 2, 1, 1.0),
+    "quantile": lambda x: x + torch.quantile(x, 0.3, dim=3, keepdim=True),
+    "nanmedian": lambda x: x + x.nanmedian(3, keepdim=True)[0],
+    "mode": lambda x: x + x.mode(3, keepdim=True)[0],
+    "kthvalue": lambda x: x + x.kthvalue(2, 3, keepdim=True)[0],
+    "cummax": lambda x: x.cummax(3)[0],
+    "logcumsumexp": lambda x: x.logcumsumexp(3),
+    "cumprod": lambda x: x.cumprod(3),
+    "trapezoid": lambda x: x + torch.trapezoid(x, dim=3)[..., None],
+    "cov": lambda x: x + torch.cov(x[0, 0]),
+    "corrcoef": lambda x: x + torch.corrcoef(x[0, 0]),
+    "unique": lambda x: x + x.unique().sum(),
+    "grid_sample": lambda x: F.grid_sample(x, x.permute(0, 2, 3, 1)[..., :2].tanh(), align_corners=False),
+    "scatter_reduce": lambda x: x.scatter_reduce(3, torch.zeros(2, 4, 4, 4, dtype=torch.long), x, "amax"),
+    "scatter_mean": lambda x: x.scatter_reduce(3, torch.zeros(2, 4, 4, 4, dtype=torch.long), x, "mean"),
+    "scatter_prod": lambda x: x.scatter_reduce(3, torch.zeros(2, 4, 4, 4, dtype=torch.long), x, "prod"),
+    "histc": lambda x: x + torch.histc(x, 4, -2, 2),
+    "sparse": lambda x: torch.sparse.mm(torch.eye(4, dtype=x.dtype).to_sparse(), x[0, 0]) + x,
+    "pow of two": lambda x: x.abs() ** x,
+    "pow of a number": lambda x: 2**x,
+    "gru": lambda x: nn.GRU(4, 4).double()(x[:, 0])[0][:, None] + x,
+    "rms_norm": lambda x: F.rms_norm(x, (4,)),
+    "fake_quantize": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x.exp()),
+    "lerp": lambda x: torch.lerp(x, 2 * x, 0.3),
+    "clamp by tensors": lambda x: x.clamp(-x.abs() - 1, x.abs() / 2),
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-1.0, 0.0, 1.0], dtype=x.dtype)),
+}
+
+
+def fractional(x: Tensor) -> Tensor:
+    samples = torch.full((2, 4, 2), 0.5, dtype=x.dtype)
+    return F.fractional_max_pool2d(x, 2, output_size=2, _random_samples=samples).repeat(1, 1, 2, 2)
+
+
+def total(out: Tensor) -> Tensor:
+    """A score of all images together, in equal parts: some operations mix them."""
+    return out[:, 1].sum()[None]
+
+
+def advised_rules(error: UnsupportedOperationError) -> dict[str, Any]:
+    """The rules that the text of an error says to hand over, and the same for what else it names."""
+    found = re.search(r"rules=(\{.*?\})", str(error))
+    assert found is not None, str(error)
+    name = ast.literal_eval(re.sub(r"Tangent\(\)", "None", found[1]))
+    assert list(name) == [error.operations[0][0]]
+    return {operation: Tangent() for operation, _ in error.operations}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*Sparse")
+def test_the_rule_that_an_error_suggests_works(name: str) -> None:
+    images, function = some_images(), OPERATIONS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = total(between(function)(images)).detach()
+    rules: dict[str, Any] = {}
+    for _ in range(4):
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = between(function)
+                form = linear_form(lambda x, model=model: total(model(x[0]))[None, 0], images[None], None, rules=rules)
+            break
+        except UnsupportedOperationError as error:
+            advised = advised_rules(error)
+            assert not advised.keys() & rules.keys(), f"{advised} was handed over"
+            rules |= advised
+    assert_close(form.score, expected, **EXACT)
+    assert_close(form.sums + form.bias, form.score, rtol=1e-10, atol=1e-11)
+
+
+def test_all_operations_without_a_rule_are_named_with_their_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Special(special.bessel_j0), Special(special.ndtri)).double()
+    with pytest.raises(UnsupportedOperationError) as problem:
+        ScoreMap(model).attribute(some_images(), (1, 1, 1))
+    assert [module for _, module in problem.value.operations] == ["1", "2"]
+    assert "bessel_j0" in str(problem.value)
+    assert "'1'" in str(problem.value)
+
+
+class Special(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+IN_EVAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch norm without statistics": nn.BatchNorm2d(4, track_running_stats=False).double().eval(),
+    "functional batch norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "functional rrelu": lambda x: F.rrelu(x, training=True),
+    "attention with dropout": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "instance norm": nn.InstanceNorm2d(4, track_running_stats=True).double().eval(),
+    "dropout": lambda x: F.dropout(x, 0.5, training=True),
+    "detached numpy": lambda x: torch.from_numpy(x.detach().cpu().numpy() + 1),
+    "detached tolist": lambda x: torch.tensor(x.detach().tolist(), dtype=x.dtype),
+    "detached dlpack": lambda x: torch.from_dlpack(x.detach()),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", IN_EVAL)
+def test_no_error_says_to_do_what_was_done(name: str, count: int) -> None:
+    images, model = some_images(count), between(IN_EVAL[name])
+    assert not any(module.training for module in model.modules())
+    try:
+        form = linear_form(model, images, 1)
+    except (UnsupportedOperationError, ValueError) as error:
+        said = str(error)
+        assert not re.search(r"[Cc]all (model)?\.detach|tensor\.detach\(\)", said)
+        assert not said.endswith("Call model.eval().")
+    else:
+        assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Dropout2d(0.5), nn.RReLU(), nn.AlphaDropout(0.2)]
+)
+def test_modules_in_training_mode_are_named_and_eval_helps(module: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), module, nn.Flatten(), nn.Linear(64, 3)).double().train()
+    with pytest.raises(ValueError, match=rf"'1' \({type(module).__name__}\) in training mode. Call model.eval"):
+        LayerScoreMap(model, model[0]).attribute(some_images(), 1)
+    LayerScoreMap(model.eval(), model[0]).attribute(some_images(), 1)

@@ -1,0 +1,115 @@
+"""Where a ray leaves the linear region: distances by hand, and ties, which go to the first switch in order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import Boundary, freeze
+
+ROW = torch.tensor([[2.0, -3.0, 5.0]], dtype=torch.float64)
+
+
+def boundary(model: object, direction: Tensor, image: Tensor = ROW) -> Boundary:
+    return freeze(model, image).distance_to_boundary(direction)  # type: ignore[arg-type]
+
+
+def test_the_nearest_of_several_flips() -> None:
+    found = boundary(nn.Sequential(nn.ReLU()), torch.tensor([[-1.0, 1.0, -1.0]], dtype=torch.float64))
+    assert_close(found.distance, torch.tensor([2.0], dtype=torch.float64))
+    assert found.switch == ("0",)
+
+
+def test_switches_behind_do_not_count() -> None:
+    found = boundary(nn.Sequential(nn.ReLU()), torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64))
+    assert found == Boundary(found.distance, ("",))
+    assert math.isinf(float(found.distance))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1 / 3, 7.0, 1e-3, 1e3])
+@pytest.mark.parametrize("slope", [-0.2, -1.0, -1 / 3, 0.3, 1e-3])
+def test_a_leaky_relu_before_a_relu_is_the_one_that_flips(slope: float, scale: float) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.LeakyReLU(slope), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x * scale) / 3)
+
+    found = boundary(Model(), torch.tensor([[-1.0, 1.0, -1.0]], dtype=torch.float64))
+    assert_close(found.distance, torch.tensor([2.0], dtype=torch.float64))
+    assert found.switch == ("first",)
+
+
+TIES: dict[str, tuple[nn.Module, str]] = {
+    "relu, relu": (nn.Sequential(nn.ReLU(), nn.ReLU()), "0"),
+    "abs, relu": (nn.Sequential(nn.Hardtanh(0.0, 9.0), nn.ReLU()), "0"),
+    "prelu, leaky": (nn.Sequential(nn.PReLU(init=-0.5), nn.LeakyReLU(-0.1)), "0"),
+    "batch norm between": (nn.Sequential(nn.LeakyReLU(-0.1), nn.Identity(), nn.Threshold(0.0, 0.0)), "0"),
+    "three": (nn.Sequential(nn.LeakyReLU(-0.3), nn.LeakyReLU(-0.7), nn.ReLU()), "0"),
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_go_to_the_first(name: str) -> None:
+    model, first = TIES[name]
+    found = boundary(model.double().eval(), torch.tensor([[-1.0, 0.0, 0.0]], dtype=torch.float64))
+    assert_close(found.distance, torch.tensor([2.0], dtype=torch.float64))
+    assert found.switch == (first,)
+
+
+def test_a_later_switch_that_is_nearer_wins() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Threshold(1.5, 0.0))
+    found = boundary(model, torch.tensor([[-1.0, 0.0, 0.0]], dtype=torch.float64))
+    assert_close(found.distance, torch.tensor([0.5], dtype=torch.float64))
+    assert found.switch == ("1",)
+
+
+def test_pools_flip_where_another_position_catches_up() -> None:
+    image = torch.tensor([[[[1.0, 4.0], [2.0, 3.0]]]], dtype=torch.float64)
+    direction = torch.tensor([[[[0.0, -1.0], [0.0, 1.0]]]], dtype=torch.float64)
+    found = boundary(nn.Sequential(nn.MaxPool2d(2)), direction, image)
+    assert_close(found.distance, torch.tensor([0.5], dtype=torch.float64))
+    assert found.switch == ("0",)
+
+
+def test_images_have_distances_of_their_own() -> None:
+    images = torch.tensor([[1.0], [2.0], [-3.0]], dtype=torch.float64)
+    found = boundary(nn.Sequential(nn.ReLU()), -torch.ones_like(images), images)
+    assert_close(found.distance, torch.tensor([1.0, 2.0, math.inf], dtype=torch.float64))
+    assert found.switch == ("0", "0", "")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_model_is_affine_up_to_the_boundary_and_not_beyond(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(-0.3), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+        image, direction = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+    frozen = freeze(model, image)
+    found = frozen.distance_to_boundary(direction)
+    if found.switch == ("",):
+        direction = -direction
+        found = frozen.distance_to_boundary(direction)
+    step = float(found.distance)
+    assert found.switch[0] in {"1", "3"}
+    assert frozen.same_region(freeze(model, image + (1 - 1e-9) * step * direction))
+    beyond = frozen.flipped(freeze(model, image + (1 + 1e-9) * step * direction))
+    assert found.switch[0] in beyond
+    inside = image + 0.5 * step * direction
+    assert_close(frozen(inside), model(inside).detach(), rtol=1e-12, atol=1e-13)
+
+
+def test_names_of_functions_are_numbered() -> None:
+    def model(x: Tensor) -> Tensor:
+        return F.relu(F.relu(x - 1) - 1.5)
+
+    found = boundary(model, torch.tensor([[0.0, 0.0, -1.0]], dtype=torch.float64))
+    assert_close(found.distance, torch.tensor([2.5], dtype=torch.float64))
+    assert found.switch == ("relu#2",)

@@ -1,0 +1,180 @@
+"""Complete maps: nothing of S without a place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import CompleteScoreMap, bias_maps, bias_terms, linear_form, prepare
+from captum_scoremap.layout import main_modules, resized
+from captum_scoremap.metrics import cause_game, single_deletion
+from tests.state import untouched
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18": (lambda: torchvision.models.resnet18(weights=None), 64),
+    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(weights=None), 64),
+    "densenet121": (lambda: torchvision.models.densenet121(weights=None), 64),
+    "googlenet": (lambda: torchvision.models.googlenet(weights=None, init_weights=False), 64),
+    "convnext_tiny": (lambda: torchvision.models.convnext_tiny(weights=None), 64),
+    "swin_t": (lambda: torchvision.models.swin_t(weights=None), 64),
+    "vit_tiny": (
+        lambda: timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64, depth=3),
+        64,
+    ),
+}
+
+
+def drawn(name: str, generator: torch.Generator) -> tuple[nn.Module, Tensor]:
+    build, side = NETWORKS[name]
+    model = build().double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases are zero as built
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model, torch.randn(2, 3, side, side, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_complete_maps_add_up_at_the_image_and_at_layers(name: str, generator: torch.Generator) -> None:
+    model, images = drawn(name, generator)
+    with torch.no_grad():
+        score = model(images)[:, 3]
+    layers = main_modules(model, images)[-3:]
+    choices = ["image", None, *layers] if len(layers) > 1 else ["image", *layers]
+    with untouched(model, images):
+        for choice in choices:
+            if isinstance(choice, nn.Module) and choice not in main_modules(model, images, channels_first=True):
+                continue
+            complete, placeless = CompleteScoreMap(model, choice).attribute(images, 3, return_placeless=True)
+            assert complete.shape[:2] == (2, 1)
+            assert_close(complete.sum((1, 2, 3)) + placeless, score, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bias_maps_add_up_to_the_bias_and_to_its_terms(name: str, generator: torch.Generator) -> None:
+    model, images = drawn(name, generator)
+    found = bias_maps(model, images, 3)
+    entries = [one.sum((1, 2, 3)) for one in found.maps.values()] + list(found.placeless.values())
+    assert_close(sum(entries), linear_form(model, images, 3).bias, rtol=1e-9, atol=1e-10)
+    terms = bias_terms(model, images, 3)
+    for term in terms:
+        places = [one for key, one in found.maps.items() if key.partition("#")[0] == term]
+        rest = found.placeless.get(term, torch.zeros(2, dtype=torch.float64))
+        total = sum((one.sum((1, 2, 3)) for one in places), rest)
+        assert_close(total, terms[term], rtol=1e-8, atol=1e-10)
+
+
+class Small(nn.Module):
+    """A convolution beside a shortcut, by hand: S = sum over positions of w·(relu(conv(x)) + x) + b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 2, 1), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.conv(x).relu() + x).sum((2, 3)))
+
+
+def test_a_network_by_hand(generator: torch.Generator) -> None:
+    model = Small().double().eval()
+    images = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        before = model.conv(images)
+        mask, weight = (before > 0).double(), model.head.weight[1]
+        bias = (mask * model.conv.bias[:, None, None] * weight[:, None, None]).sum(1, keepdim=True)
+        shortcut = (images * weight[:, None, None]).sum(1, keepdim=True)
+        branch = (before * mask * weight[:, None, None]).sum(1, keepdim=True)
+    at_image = bias_maps(model, images, 1)
+    assert_close(at_image.maps["conv"], bias)
+    assert_close(at_image.placeless["head"], model.head.bias[1].detach().expand(2))
+    complete = CompleteScoreMap(model, "image").attribute(images, 1)
+    assert_close(complete, branch + shortcut)
+    # at the convolution the shortcut is a bypass: it counts, at its place
+    form = linear_form(model, images, 1, model.conv)
+    assert_close(form.score_map(), branch)
+    assert_close(form.complete_map(), branch + shortcut)
+    assert_close(form.complete_map().sum((1, 2, 3)) + form.placeless, form.score)
+
+
+def test_folding_norms_does_not_change_the_map(generator: torch.Generator) -> None:
+    model = torchvision.models.resnet18(weights=None).double().eval()
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(0.1 * torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
+    images = torch.randn(1, 3, 64, 64, generator=generator, dtype=torch.float64)
+    folded = prepare(model)
+    for layer in ("image", "layer2", "layer4"):
+        maps = [
+            CompleteScoreMap(one, layer if layer == "image" else one.get_submodule(layer)).attribute(images, 5)
+            for one in (model, folded)
+        ]
+        assert_close(maps[0], maps[1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_mean_of_layers_is_the_mean_of_their_maps(generator: torch.Generator) -> None:
+    model, images = drawn("resnet18", generator)
+    layers = [model.layer2, model.layer4]
+    alone = [resized(CompleteScoreMap(model, layer).attribute(images, 1), (64, 64)) for layer in layers]
+    assert_close(CompleteScoreMap(model, layers).attribute(images, 1), (alone[0] + alone[1]) / 2)
+
+
+def test_a_score_that_does_not_depend_on_the_layer_is_placeless(generator: torch.Generator) -> None:
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(x)
+            return self.used(x).mean((2, 3))
+
+    model = Aside().double().eval()
+    images = torch.randn(2, 2, 3, 3, generator=generator, dtype=torch.float64)
+    complete, placeless = CompleteScoreMap(model, model.unused).attribute(images, 0, return_placeless=True)
+    assert not complete.any()
+    assert_close(placeless, model(images)[:, 0].detach())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (3, 2), (4, 9)])
+def test_resizing_keeps_sums(size: tuple[int, int], generator: torch.Generator) -> None:
+    one = torch.randn(2, 1, 4, 3, generator=generator, dtype=torch.float64)
+    assert_close(resized(one, size).sum((2, 3)), one.sum((2, 3)))
+
+
+def test_bad_layers_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
+    images = torch.rand(1, 3, 6, 6)
+    with pytest.raises(ValueError, match="must return a map"):
+        CompleteScoreMap(model, model[2]).attribute(images, 1)
+    with pytest.raises(ValueError, match="at least one module"):
+        CompleteScoreMap(model, [])
+    with pytest.raises(TypeError, match="layer must be a module"):
+        CompleteScoreMap(model, "0")
+    with pytest.raises(ValueError, match="one tensor of images"):
+        bias_maps(nn.Linear(3, 2), torch.rand(1, 3), 0)
+
+
+def test_cause_game_and_single_deletion_are_right_for_a_linear_model(generator: torch.Generator) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 8 * 8, 3)).double().eval()
+    images = torch.rand(3, 2, 8, 8, generator=generator, dtype=torch.float64)
+    changed = images.clone()
+    changed[:, :, 2:5, 1:4] += 1.0
+    target = torch.tensor([0, 1, 2])
+
+    def exact(inputs: Tensor, target: Tensor) -> Tensor:
+        return (model[1].weight[target].reshape(-1, 2, 8, 8) * inputs).detach()
+
+    game = cause_game(model, exact, images, changed, target)
+    assert_close(game.placed, game.rise)
+    assert game.error < 1e-12
+    assert game.correlation > 1 - 1e-9
+    assert_close(single_deletion(model, exact, images, target), torch.ones(3, dtype=torch.float64))
+    assert cause_game(model, lambda x, t: -exact(x, t), images, changed, target).error == pytest.approx(2)
+    with pytest.raises(ValueError, match="must differ"):
+        cause_game(model, exact, images, images, target)
