@@ -110,10 +110,6 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "focal loss": lambda x: torchvision.ops.sigmoid_focal_loss(x, torch.zeros_like(x), reduction="none"),
     "drop_block": lambda x: torchvision.ops.drop_block2d(x, 0.2, 3, training=True),
     "stochastic depth": lambda x: torchvision.ops.stochastic_depth(x, 0.5, "row", training=True),
-    "ctc_loss": lambda x: (
-        x
-        + F.ctc_loss(x.flatten(2).permute(2, 0, 1).log_softmax(2), torch.ones(2, 3, dtype=torch.long), (16, 16), (3, 3))
-    ),
     "cdist": lambda x: torch.cdist(x, x + 1),
     "pdist": lambda x: x + F.pdist(x.flatten(1)).mean(),
     "cosine_similarity": lambda x: x * F.cosine_similarity(x, x + 1, dim=1)[:, None],
@@ -185,6 +181,9 @@ def test_the_rule_that_an_error_suggests_works(name: str) -> None:
                 model = between(function)
                 form = linear_form(lambda x, model=model: total(model(x[0]))[None, 0], images[None], None, rules=rules)
             break
+        except ValueError as error:
+            assert "must have a derivative to take" in str(error)  # noqa: PT017
+            return
         except UnsupportedOperationError as error:
             advised = advised_rules(error)
             assert not advised.keys() & rules.keys(), f"{advised} was handed over"

@@ -112,9 +112,7 @@ _NONLINEAR: dict[str, Rule] = {
     "clip": PiecewiseLinear(_clamp),
     "clamp_min": PiecewiseLinear(lambda input, min: _clamp(input, min)),
     "clamp_max": PiecewiseLinear(lambda input, max: _clamp(input, None, max)),
-    "abs": Absolute(
-        _fixed((operator.ge, 0.0), (operator.gt, 0.0), slopes=(-1.0, 0.0, 1.0), offsets=(0.0, 0.0, 0.0))
-    ),
+    "abs": Absolute(_fixed((operator.ge, 0.0), (operator.gt, 0.0), slopes=(-1.0, 0.0, 1.0), offsets=(0.0, 0.0, 0.0))),
     # maxima: the switch
     "max_pool2d_with_indices": MaxPool(2),
     "max_pool3d_with_indices": MaxPool(3),

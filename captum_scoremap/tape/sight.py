@@ -110,6 +110,8 @@ class Sight:
 
     def read(self, tensor: Tensor) -> None:
         """Read a constant whose memory may have been filled by something unseen."""
+        if tensor.layout is not torch.strided:
+            return
         bare = self._bare.pop(tensor.untyped_storage()._cdata, None)
         if bare is not None and (not bare[1] or bool(tensor.any())):
             self._hide("what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
