@@ -318,3 +318,32 @@ def test_the_gradient_of_attentions_kernel_is_refused_by_name() -> None:
     for way in ("func.grad", "autograd.grad"):
         with pytest.raises(NotImplementedError, match="scaled_dot_product_attention"):
             linear_form(between(WAYS[way](energy)), some_images(), 1)
+
+
+# --- operators of a higher order ----------------------------------------------------------------------
+
+
+def by_cond(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 1e9, torch.abs, torch.relu, (x,))
+
+
+def by_while(x: Tensor) -> Tensor:
+    from torch._higher_order_ops import while_loop
+
+    return while_loop(lambda step, _: step < 3, lambda step, y: (step + 1, y.relu()), (torch.tensor(0), x))[1]
+
+
+def by_flex(x: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "plain"),
+    [(by_cond, torch.relu), (by_while, torch.relu), (by_flex, lambda x: F.scaled_dot_product_attention(x, x, x))],
+)
+@pytest.mark.filterwarnings("ignore:.*flex_attention")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_operators_of_a_higher_order_are_what_they_run(function: Function, plain: Function) -> None:
+    assert_as_plain(function, plain)

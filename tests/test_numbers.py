@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import io
 import math
 import pickle
 import re
@@ -45,7 +46,29 @@ def by_array_of_new_memory(x: Tensor) -> Tensor:
     return out
 
 
+def by_data(x: Tensor) -> Tensor:
+    holder = torch.empty(0, dtype=x.dtype)
+    holder.data = x.relu()
+    return holder
+
+
+def by_data_of_itself(x: Tensor) -> Tensor:
+    y = x * 1
+    y.data = torch.ones_like(x)
+    return y + x
+
+
+def by_file(x: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file)
+
+
 NUMBERS: dict[str, Function] = {
+    "data": by_data,
+    "data of itself": by_data_of_itself,
+    "save and load": by_file,
     "from_numpy(numpy())": lambda x: torch.from_numpy(np.maximum(x.detach().numpy(), 0)),
     "tensor(numpy())": lambda x: torch.tensor(x.detach().cpu().numpy() * 2),
     "as_tensor(np.asarray())": lambda x: torch.as_tensor(np.asarray(x.detach()) * 2),
@@ -75,7 +98,7 @@ def test_numbers_that_leave_and_come_back_are_refused_or_right(name: str) -> Non
     images, model = some_images(), between(NUMBERS[name])
     with pytest.raises(UnsupportedOperationError) as problem:
         linear_form(model, images, 1)
-    assert re.search(r"numpy|tolist|dlpack|item|NumPy|kernel|copy|__array__", str(problem.value))
+    assert re.search(r"numpy|tolist|Tensor.data|dlpack|item|NumPy|kernel|copy|__array__", str(problem.value))
     assert "must have a rule" not in str(problem.value)
     assert_refused(NUMBERS[name], "could not be seen")
 

@@ -303,6 +303,21 @@ class Recording(TorchDispatchMode):
 
     # -- the mode
 
+    supports_higher_order_operators = True
+
+    def _run_higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run control flow and the like as the operations that it is made of; what has none cannot be seen."""
+        if func is torch.ops.higher_order.cond:
+            predicate, *branches, operands = args
+            with self:
+                return branches[0 if predicate else 1](*operands)
+        kernel = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if kernel is None:
+            self._unsupported[func.name(), self.places.module_name] = None
+            raise UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
+        with self:
+            return kernel(*args, **kwargs)
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """No: nothing is compiled while a run records, so that its calls need no guard against it."""
@@ -312,6 +327,8 @@ class Recording(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._run_higher_order(func, args, kwargs)
         operation = self._operations.get(func)
         if operation is None:
             operation = self._operations[func] = _Operation(func, self._rules)
@@ -529,7 +546,11 @@ class Recording(TorchDispatchMode):
                 step.kwargs = {name: copied(argument) for name, argument in step.kwargs.items()}
 
     def _without_rule(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that has no rule, so that all of them can be named at the end."""
+        """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
+        with self:
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
         self._unsupported[operation.display, self.places.module_name] = None
         output = func(*args, **kwargs)
         for tensor in floating(output):

@@ -54,6 +54,11 @@ class Sight:
         if self._is_live(tensor):
             self._exits.append(way)
 
+    def replace(self, tensor: Tensor, data: Tensor) -> None:
+        """Note that a tensor gets other memory, by its attribute ``data``, of which no operation tells."""
+        if self._is_live(tensor) or self._is_live(data):
+            self._hide("what was assigned to Tensor.data")
+
     def leave_one(self) -> None:
         """Note that a single number of a live tensor leaves it, as ``item()`` and ``float()`` have it."""
         self._single_exits += 1
@@ -138,6 +143,7 @@ def _exits_watched(sight: Sight) -> Iterator[None]:
         if not _watching:
             for name in _EXITS:
                 setattr(torch.Tensor, name, _watched(name, getattr(torch.Tensor, name)))
+            torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment,method-assign]
         _watching.setdefault(thread, []).append(sight)
     try:
         yield
@@ -147,12 +153,22 @@ def _exits_watched(sight: Sight) -> Iterator[None]:
             if not _watching[thread]:
                 del _watching[thread]
             if not _watching:
+                del torch.Tensor.data
                 for name in _EXITS:
                     own = getattr(torch.Tensor, name).plain
                     if name in _OWN:
                         setattr(torch.Tensor, name, own)
                     else:
                         delattr(torch.Tensor, name)
+
+
+_DATA = torch.Tensor.data
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    for sight in _watching.get(threading.get_ident(), ()):
+        sight.replace(tensor, data)
+    _DATA.__set__(tensor, data)  # type: ignore[attr-defined]
 
 
 # Those that torch.Tensor defines itself, rather than its base class.
