@@ -540,8 +540,8 @@ gated.register_autograd(backward, setup_context=remember)
 class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Conv2d(1, 32, 8, stride=4)
-        self.head = nn.Linear(16 * 49, 10)
+        self.features = nn.Conv2d(1, 32, 8, stride=8)
+        self.head = nn.Linear(16 * 16, 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.head(gated(self.features(image)).flatten(1))
@@ -549,8 +549,9 @@ class Gated(nn.Module):
 
 torch.manual_seed(0)
 network = train(Gated(), epochs=6, rate=1e-2)
+few, their_labels = shown[:3], named[:3]
 try:
-    linear_form(network, shown, named)
+    linear_form(network, few, their_labels)
 except UnsupportedOperationError as error:
     print(error)
 
@@ -570,7 +571,7 @@ def in_small_operations(x):
 
 ways["gates"] = Composite(in_small_operations)
 for name, rule in ways.items():
-    form = linear_form(network, shown, named, rules={"gated": rule})
+    form = linear_form(network, few, their_labels, rules={"gated": rule})
     print(f"{name:8s} share of B {share_of_b(form):5.1%}")
     assert form.relative_residual.max() < 1e-4
 
