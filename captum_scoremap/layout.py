@@ -156,7 +156,7 @@ def main_modules(
     Args:
         forward_func: The model, or a function that calls it; it runs once.
         inputs: Images, (N, C, H, W).
-        additional: Further arguments.
+        additional: Additional arguments.
         channels_first: Whether only outputs (N, C, h, w) count, not (N, h, w, C).
 
     Returns:

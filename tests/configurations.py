@@ -141,7 +141,7 @@ class Configuration:
         inputs: The images.
         layer: Name of the layer.
         target: In one of Captum's forms.
-        additional: Further arguments of the model.
+        additional: Additional arguments of the model.
         at_input: Whether the layer's input is meant.
         wrap: Makes of the model what is handed to the method.
         device_ids: For the constructors of layer and neuron methods.

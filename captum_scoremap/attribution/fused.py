@@ -85,7 +85,7 @@ class FusedScoreMap(GradientAttribution):
         Args:
             inputs: The image, (N, C, H, W).
             target: Label of each image, in any of Captum's forms.
-            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            additional_forward_args: Additional arguments of ``forward_func``; they are constants.
 
         Returns:
             Tensor (N, 1, H, W), in a tuple if ``inputs`` is one; positive where there is evidence for the label.

@@ -67,7 +67,7 @@ class ScoreMap(GradientAttribution):
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
             target: Label of each image, in any of Captum's forms.
-            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             return_convergence_delta: Whether to return S - (A·x + B) too, with B from the frozen model at zero.
             grad_kwargs: With ``create_graph=True`` the result can be differentiated, in the inputs and in the model's
                 parameters; the other options of ``torch.autograd.grad`` are accepted for compatibility with Captum.

@@ -39,7 +39,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
         forward_func: The model in evaluation mode, or a function that calls it.
         layer: A module, or a list of modules, for which one run and one backward pass serve. If a module runs more
             than once, its last call counts. None where it is set later, as TCAV does.
-        device_ids: Taken for Captum's sake: a ``DataParallel`` model is explained on the device of its module.
+        device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its module.
         multiply_by_inputs: Whether to multiply by the activations Y; else the coefficients A are returned.
         rules: Operation to rule, to replace or add some.
 
@@ -93,7 +93,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs; tokens may be int64.
             target: Label of each image, in any of Captum's forms.
-            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
             attr_dim_summation: Whether to sum over channels.
@@ -166,7 +166,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
             targets: Labels, the same for all images; None for every label.
-            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
             channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).

@@ -32,7 +32,7 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         layer: The neuron's layer. Nothing above it is run.
-        device_ids: Taken for Captum's sake: a ``DataParallel`` model is explained on the device of its module.
+        device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its module.
         multiply_by_inputs: Whether to return the sub-scores A·Y, or the coefficients A.
         rules: Operation to rule, to replace or add some.
 
@@ -81,7 +81,7 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
             neuron_selector: Index of the neuron in the layer's output without its batch dimension: an int, a tuple of
                 ints and slices (whose neurons are summed), or a function, linear, from the layer's output to (N,).
-            additional_forward_args: Further arguments of ``forward_func``; they are constants.
+            additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             attribute_to_neuron_input: Whether the neuron is one of the layer's input.
             to_layer: The lower layer whose output Y is; None for the input.
             attr_dim_summation: Whether to sum over channels: the neuron's score map.

@@ -35,7 +35,7 @@ def bias_terms(
         forward_func: The model in evaluation mode, or a function that calls it.
         inputs: The image, (N, C, H, W), or a tuple of such inputs.
         target: Label of each image, in any of Captum's forms.
-        additional_forward_args: Further arguments; they are constants.
+        additional_forward_args: Additional arguments; they are constants.
         rules: Operation to rule, to replace or add some.
 
     Returns:

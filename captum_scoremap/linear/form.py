@@ -147,7 +147,7 @@ def linear_form(
         inputs: The image, (N, C, H, W), or a tuple of such inputs.
         target: Label of each image, in any of Captum's forms.
         layer: The layer; None for the image itself. If it runs more than once, its last call counts.
-        additional_forward_args: Further arguments; they are constants.
+        additional_forward_args: Additional arguments; they are constants.
         attribute_to_layer_input: Whether Y is the layer's input.
         rules: Operation to rule, to replace or add some.
 

@@ -153,7 +153,7 @@ def freeze(
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         inputs: The image, (N, C, H, W), or a tuple of such inputs.
-        additional_forward_args: Further arguments; they are constants.
+        additional_forward_args: Additional arguments; they are constants.
         rules: Operation to rule, to replace or add some.
 
     Returns:
