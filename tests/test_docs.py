@@ -65,7 +65,7 @@ def test_arguments_and_result_are_said(name: str) -> None:
     assert len(text.splitlines()) > 1
     said = sections(text)
     if dataclasses.is_dataclass(value):
-        parameters = [field.name for field in dataclasses.fields(value)]
+        parameters = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
     else:
         function = value.__init__ if inspect.isclass(value) else value  # type: ignore[misc]
         signature = inspect.signature(function) if inspect.isfunction(function) else inspect.Signature()

@@ -150,6 +150,16 @@ class Clamp(PiecewiseLinear):
     """ReLU, ReLU6, hardtanh: the identity between a lower and an upper bound, which are numbers.
 
     Its mask shows in its output, which is at a bound exactly where the argument is at it or beyond.
+
+    Args:
+        breakpoints: The bounds, and slopes 0 and 1, from the operation's own arguments.
+        gate: Whether the output is a gate.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> rule = Clamp(lambda input: Breakpoints(((operator.gt, 0.0),), (0.0, 1.0), (0.0, 0.0)))
+        >>> freeze(torch.relu, torch.tensor([[-1.0, 2.0]]), rules={"relu": rule})(torch.full((1, 2), 3.0))
+        tensor([[0., 3.]])
     """
 
     in_place = True

@@ -13,6 +13,11 @@ __all__ = ["Call", "Value", "substituted", "tensors_in"]
 class Value:
     """A tensor that depends on the image: not its numbers, but its place in the list of steps.
 
+    Args:
+        tensor: The tensor.
+        gate: See below.
+        sites: See below.
+
     Attributes:
         shape: Its shape.
         stride: Its strides at the image, in elements.
@@ -24,6 +29,11 @@ class Value:
         step: Number of the step that makes it; -1 where the tape begins.
         kept: Its tensor, where a pass over part of the tape will read it.
         root: For a view, the value it is a view of, and where that lies in memory: shape, strides, offset.
+
+    Example:
+        >>> value = Value(torch.ones(2, 3))
+        >>> value.shape, value.zeros().sum()
+        (torch.Size([2, 3]), tensor(0.))
     """
 
     __slots__ = ("device", "dtype", "gate", "kept", "probability", "root", "shape", "sites", "step", "stride")

@@ -69,7 +69,14 @@ class Standardize(Rule):
 
 
 class LayerNorm(Standardize):
-    """``native_layer_norm(input, normalized_shape, weight, bias, eps)``: statistics over the last dimensions."""
+    """``native_layer_norm(input, normalized_shape, weight, bias, eps)``: statistics over the last dimensions.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(torch.nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]))  # standard deviation 1
+        >>> frozen(torch.tensor([[0.0, 8.0]])).detach().round()
+        tensor([[-4.,  4.]])
+    """
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """One row for each position."""
@@ -81,7 +88,14 @@ class LayerNorm(Standardize):
 
 
 class GroupNorm(Standardize):
-    """``native_group_norm(input, weight, bias, N, C, HxW, group, eps)``: statistics over each group of channels."""
+    """``native_group_norm(input, weight, bias, N, C, HxW, group, eps)``: statistics over each group of channels.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(torch.nn.GroupNorm(1, 2), torch.tensor([[1.0, 3.0]]))  # standard deviation 1
+        >>> frozen(torch.tensor([[0.0, 8.0]])).detach().round()
+        tensor([[-4.,  4.]])
+    """
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """One row for each image and group."""
@@ -100,6 +114,12 @@ class BatchNorm(Standardize):
 
     Without, statistics go over the batch, which is how PyTorch computes an instance norm: a batch of one image whose
     channels are those of all images.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> frozen = freeze(torch.nn.BatchNorm1d(2).eval(), torch.tensor([[1.0, 3.0]]))
+        >>> frozen(torch.tensor([[0.0, 8.0]])).detach().round()
+        tensor([[0., 8.]])
     """
 
     def is_affine(self, call: Call) -> bool:

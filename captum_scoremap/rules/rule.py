@@ -129,7 +129,18 @@ class Rule(ABC):
 
 
 def floating(value: Any) -> list[Tensor]:
-    """Return the floating-point (or complex) tensors in a nested value, which alone can be live."""
+    """Return the floating-point (or complex) tensors in a nested value, which alone can be live.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The tensors, in order.
+
+    Example:
+        >>> floating((torch.ones(1), [torch.arange(3)]))
+        [tensor([1.])]
+    """
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point() or tensor.is_complex()]
 
 

@@ -290,7 +290,18 @@ class View(Linear):
 
 
 class Copy(Linear):
-    """``copy(self, source)``, what ``self.copy_(source)`` leaves: only the source counts."""
+    """``copy(self, source)``, what ``self.copy_(source)`` leaves: only the source counts.
+
+    Args:
+        transpose: As for :class:`Linear`; not used.
+        keeps_gates: Whether the output is a gate where the source is.
+        homogeneous: As for :class:`Linear`.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> freeze(lambda x: torch.zeros(1, 2).copy_(x), torch.ones(1, 2))(torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
+    """
 
     def is_constant(self, call: Call) -> bool:
         """Where the source is not live."""
