@@ -59,7 +59,7 @@ class CompleteScoreMap(GradientAttribution):
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
         check_callable(forward_func)
-        if isinstance(layers, str) and layers != "image":
+        if isinstance(layers, str) and str(layers) != "image":
             check_layer(forward_func, layers)
         for layer in _modules(layers) or ():
             check_layer(forward_func, layer)

@@ -39,7 +39,8 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
         forward_func: The model in evaluation mode, or a function that calls it.
         layer: A module, or a list of modules, for which one run and one backward pass serve. If a module runs more
             than once, its last call counts. None where it is set later, as TCAV does.
-        device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its module.
+        device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its
+            module.
         multiply_by_inputs: Whether to multiply by the activations Y; else the coefficients A are returned.
         rules: Operation to rule, to replace or add some.
 

@@ -32,7 +32,8 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         layer: The neuron's layer. Nothing above it is run.
-        device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its module.
+        device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its
+            module.
         multiply_by_inputs: Whether to return the sub-scores A·Y, or the coefficients A.
         rules: Operation to rule, to replace or add some.
 

@@ -7,8 +7,8 @@ bias, a norm's shift, the offset of a saturated unit). Where the step's output h
     C_l       = M_l + sum over the steps k above l of beta_k
     sum of C_l + placeless = S
 
-What bypasses the layer (a parallel branch) enters as its sub-scores, at its positions. Head biases and class tokens have
-no place in the image; their sum is the *placeless* rest.
+What bypasses the layer (a parallel branch) enters as its sub-scores, at its positions. Head biases and class tokens
+have no place in the image; their sum is the *placeless* rest.
 """
 
 import math

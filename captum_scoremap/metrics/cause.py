@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -125,8 +126,8 @@ def single_deletion(
     sums, drops = [], []
     with torch.no_grad():
         score = label_scores(forward_func, inputs, target)
-        for top, bottom in zip(rows, rows[1:], strict=False):
-            for left, right in zip(columns, columns[1:], strict=False):
+        for top, bottom in pairwise(rows):
+            for left, right in pairwise(columns):
                 deleted = inputs.clone()
                 deleted[..., top:bottom, left:right] = 0
                 drops.append(score - label_scores(forward_func, deleted, target))

@@ -94,11 +94,11 @@ class PiecewiseLinear(Rule):
         offsets = self._breakpoints(call).offsets
         return () if all(map(_is_zero, offsets)) else (_chosen(offsets, state, call.values[0].dtype),)
 
-    def switch(self, state: Tensor) -> Tensor:
+    def switch(self, state: Tensor) -> Tensor | None:
         """Return the mask."""
         return state
 
-    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
+    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor | None:
         """Return the step at which the argument reaches a breakpoint."""
         x, change = call.input, changes[0]
         steps = [(point - x) / change for _, point in self._breakpoints(call).comparisons]

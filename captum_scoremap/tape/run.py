@@ -682,11 +682,11 @@ class Recording(TorchDispatchMode):
                 raise ValueError(f"{where} must return {one.dtype}, as the operation does, got {other.dtype}.")
             if one.is_floating_point() and one.numel():
                 tolerance = 1e3 * torch.finfo(one.dtype).eps
-                error = (one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
-                if not error <= tolerance:
+                difference = (one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
+                if not difference <= tolerance:
                     raise ValueError(
                         f"{where} must return the operation's value at the image, got a relative difference of "
-                        f"{float(error):.1e}. Check that apply(call, freeze(call)) equals call.run()."
+                        f"{float(difference):.1e}. Check that apply(call, freeze(call)) equals call.run()."
                     )
 
 

@@ -143,7 +143,7 @@ def _exits_watched(sight: Sight) -> Iterator[None]:
         if not _watching:
             for name in _EXITS:
                 setattr(torch.Tensor, name, _watched(name, getattr(torch.Tensor, name)))
-            torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment,method-assign]
+            torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment]  # on the class
         _watching.setdefault(thread, []).append(sight)
     try:
         yield
@@ -162,13 +162,13 @@ def _exits_watched(sight: Sight) -> Iterator[None]:
                         delattr(torch.Tensor, name)
 
 
-_DATA = torch.Tensor.data
+_DATA: Any = torch.Tensor.data  # the descriptor, read off the class
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
     for sight in _watching.get(threading.get_ident(), ()):
         sight.replace(tensor, data)
-    _DATA.__set__(tensor, data)  # type: ignore[attr-defined]
+    _DATA.__set__(tensor, data)
 
 
 # Those that torch.Tensor defines itself, rather than its base class.
