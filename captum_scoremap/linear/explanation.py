@@ -110,10 +110,7 @@ class Explanation:
     def _axis(self, value: Value, activations: Tensor, product: Tensor) -> int | None:
         """The dimension of a layer's tensor that holds the images."""
         count = len(self.score)
-        candidates = [axis for axis, size in enumerate(product.shape) if size and size % count == 0]
-        if count == 1:
-            return 0
-        if candidates == [0] and product.shape[0] == count:
+        if count == 1 or [axis for axis, size in enumerate(product.shape) if size == count] == [0]:
             return 0
         return image_axis(self.tape, self.seeds, value, count, activations)
 
