@@ -203,6 +203,7 @@ def explain(
         found.retrace(inputs)
     with torch.set_grad_enabled(create_graph):
         found.push_back(consume=not keep)
+    _warn_of_empty_maps(found)
     return found
 
 
@@ -242,6 +243,18 @@ def record_score(
         return scores
 
     return recording, recording.record(inputs, additional, checked)
+
+
+def _warn_of_empty_maps(found: Explanation) -> None:
+    """Warn where a map is zero everywhere because the values of operations such as argmin are frozen."""
+    broken = found.recording.broken
+    if broken and any(not any(bool(one.any()) for one in results) for results in found.results.values()):
+        names = ", ".join(f"{name} in {module!r}" if module else name for name, module in broken)
+        warnings.warn(
+            f"a map is zero everywhere: the values of these operations are frozen, and nothing else reaches the score: "
+            f"{names}. All of S is in B. Explain a layer above them.",
+            stacklevel=5,
+        )
 
 
 def _check_rows(scores: Tensor, images: int) -> None:

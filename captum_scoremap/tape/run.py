@@ -47,6 +47,9 @@ _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 # An argument that a kernel fills for its backward pass.
 _SCRATCH = "noise"
 
+# Where a value is frozen that a model may rely on, so that a map below it can be empty.
+_BREAKS = {"argmax", "argmin", "round", "floor", "ceil", "trunc", "sign", "bucketize", "searchsorted", "nonzero"}
+
 _PROBABILITIES = {"_softmax", "_log_softmax", "sigmoid", "log_sigmoid_forward"}
 
 
@@ -187,6 +190,7 @@ class Recording(TorchDispatchMode):
         self.tape = Tape()
         self.places = Places(forward_func)
         self.tapped: dict[Site | None, Tapped] = {}
+        self.broken: dict[tuple[str, str], None] = {}
         self._rules = rules
         self._sites, self._stop_at = tuple(sites), stop_at
         self._bypass, self._inspect, self._differentiable = bypass, inspect, differentiable
@@ -416,6 +420,8 @@ class Recording(TorchDispatchMode):
         else:
             is_constant = rule.is_constant(step)
             if is_constant:
+                if operation.name in _BREAKS:
+                    self.broken[operation.display, self.places.module_name] = None
                 for tensor in tensors_in(output):
                     self._sight.made(tensor, operation.name)
                 if operation.name == "_local_scalar_dense":
