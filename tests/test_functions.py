@@ -316,7 +316,7 @@ def test_a_step_down_an_energy() -> None:
 def test_the_gradient_of_attentions_kernel_is_refused_by_name() -> None:
     energy = lambda x: F.scaled_dot_product_attention(x, x, x).sum((1, 2, 3))  # noqa: E731
     for way in ("func.grad", "autograd.grad"):
-        with pytest.raises(NotImplementedError, match="scaled_dot_product_.*backward"):
+        with pytest.raises(NotImplementedError, match=r"scaled_dot_product_.*backward"):
             linear_form(between(WAYS[way](energy)), some_images(), 1)
 
 

@@ -515,8 +515,10 @@ except ValueError as error:
 # LSTM, for one, is taken apart into its gates. But an operation may come from an extension, with a fast kernel that
 # nobody can look into. This network has such an activation, half of its channels passing the other half:
 
-
 # %%
+torch.manual_seed(0)
+
+
 @torch.library.custom_op("tutorial::gated", mutates_args=())
 def gated(x: torch.Tensor) -> torch.Tensor:
     content, leave = x.chunk(2, dim=1)
@@ -547,7 +549,6 @@ class Gated(nn.Module):
         return self.head(gated(self.features(image)).flatten(1))
 
 
-torch.manual_seed(0)
 network = train(Gated(), epochs=6, rate=1e-2)
 few, their_labels = shown[:3], named[:3]
 try:
