@@ -17,11 +17,11 @@ from torchvision.models import (
     squeezenet1_1,
 )
 
+from captum_scoremap.data import extras
 from captum_scoremap.layout import main_layers, map_channel_dim
 from captum_scoremap.models import (
     LoadedModel,
     efficientnet_lite,
-    extras,
     load_model,
     read_image,
 )
