@@ -282,8 +282,9 @@ def test_grad_kwargs_reach_autograd(cls: type) -> None:
     method = constructed(cls, case, explained, layer)
     expected = attribute(cls, method, case, inputs, 1)
     found = attribute(cls, method, case, inputs, 1, grad_kwargs={"create_graph": True})
-    assert found.grad_fn is None
-    assert_close(found, expected, rtol=0, atol=0)
+    # the graph is there to train through, as in Captum; values may round otherwise
+    assert found.grad_fn is not None
+    assert_close(found.detach(), expected, rtol=1e-6, atol=1e-7)
     with pytest.raises(TypeError, match="no_such_option"):
         attribute(cls, method, case, inputs, 1, grad_kwargs={"no_such_option": True})
 
