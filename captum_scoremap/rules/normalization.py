@@ -12,7 +12,7 @@ from torch import Tensor
 from .call import Call, Value
 from .rule import Gradients, Rule
 
-__all__ = ["BatchNorm", "GroupNorm", "LayerNorm"]
+__all__ = ["BatchNorm", "EvaluatedBatchNorm", "GroupNorm", "LayerNorm"]
 
 
 class Standardize(Rule):
@@ -115,12 +115,17 @@ class BatchNorm(Standardize):
     Without, statistics go over the batch, which is how PyTorch computes an instance norm: a batch of one image whose
     channels are those of all images.
 
+    Attributes:
+        eps: Position of eps among the arguments.
+
     Example:
         >>> from captum_scoremap import freeze
         >>> frozen = freeze(torch.nn.BatchNorm1d(2).eval(), torch.tensor([[1.0, 3.0]]))
         >>> frozen(torch.tensor([[0.0, 8.0]])).detach().round()
         tensor([[0., 8.]])
     """
+
+    eps = 7
 
     def is_affine(self, call: Call) -> bool:
         """Where it goes by running statistics."""
@@ -186,13 +191,22 @@ class BatchNorm(Standardize):
     def _training(call: Call) -> bool:
         return bool(call.args[5])
 
-    @staticmethod
-    def _scale(call: Call) -> Tensor:
+    def _scale(self, call: Call) -> Tensor:
         """Weight / std, shaped to the argument."""
-        weight, variance, eps = call.args[1], call.args[4], call.args[7]
+        weight, variance, eps = call.args[1], call.args[4], call.args[self.eps]
         scale = (variance + eps).rsqrt()
         scale = scale if weight is None else scale * weight
         return _shaped(scale.to(call.input.dtype), call.input)
+
+
+class EvaluatedBatchNorm(BatchNorm):
+    """``_native_batch_norm_legit_no_training(input, weight, bias, running_mean, running_var, momentum, eps)``."""
+
+    eps = 6
+
+    @staticmethod
+    def _training(call: Call) -> bool:
+        return False
 
 
 def _per_channel(values: Tensor | None, input: Tensor | Value) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .activations import Absolute, Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
 from .attention import Attention
 from .composite import COMPOSITE
-from .normalization import BatchNorm, GroupNorm, LayerNorm
+from .normalization import BatchNorm, EvaluatedBatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
 from .rule import WRITTEN_OUT, Backward, Comparison, FirstLinear, Frozen, Rule, Tangent
@@ -166,7 +166,8 @@ _NONLINEAR: dict[str, Rule] = {
     # scales
     "native_layer_norm": LayerNorm(),
     "native_group_norm": GroupNorm(),
-    "native_batch_norm": BatchNorm(),
+    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), BatchNorm()),
+    "_native_batch_norm_legit_no_training": EvaluatedBatchNorm(),
     # no gates and f(0) != 0: the tangent with its offset
     **dict.fromkeys(
         """
@@ -239,6 +240,13 @@ TANGENT: Mapping[str, Rule] = {
     for name, rule in _NONLINEAR.items()
 }
 
+_BATCH_NORMS = (
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_native_batch_norm_legit_no_training",
+)
+
 # What PyTorch's Python functions become, where the name changes.
 _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "softmax": ("_softmax", "_safe_softmax"),
@@ -247,8 +255,8 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "logsigmoid": ("log_sigmoid_forward",),
     "layer_norm": ("native_layer_norm",),
     "group_norm": ("native_group_norm",),
-    "batch_norm": ("native_batch_norm",),
-    "instance_norm": ("native_batch_norm",),
+    "batch_norm": _BATCH_NORMS,
+    "instance_norm": _BATCH_NORMS,
     **{f"conv{d}d": ("convolution",) for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": ("convolution",) for d in (1, 2, 3)},
     "linear": ("addmm", "mm", "linear"),

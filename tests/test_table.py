@@ -1,0 +1,45 @@
+"""The table of rules: whole kernels of any device take their arguments where their rules look for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from captum_scoremap.rules import DEFAULT, TANGENT, Rule, display_name
+
+# Position of an argument that a rule reads, to a part of its name.
+KERNELS = {
+    "native_batch_norm": {3: "running_mean", 4: "running_var", 5: "training", 7: "eps"},
+    "cudnn_batch_norm": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 5: "training", 7: "eps"},
+    "miopen_batch_norm": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 5: "training", 7: "eps"},
+    "_native_batch_norm_legit_no_training": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 6: "eps"},
+    "native_layer_norm": {1: "normalized_shape", 2: "weight", 3: "bias", 4: "eps"},
+    "native_group_norm": {1: "weight", 2: "bias", 3: "N", 6: "group"},
+    "convolution": {0: "input", 1: "weight", 2: "bias"},
+    "_scaled_dot_product_flash_attention_for_cpu": {2: "value", 3: "dropout_p", 4: "is_causal"},
+    "_scaled_dot_product_flash_attention": {2: "value", 3: "dropout_p", 4: "is_causal"},
+    "_scaled_dot_product_efficient_attention": {2: "value", 3: "attn_bias", 5: "dropout_p", 6: "is_causal"},
+    "_scaled_dot_product_cudnn_attention": {2: "value", 3: "attn_bias", 5: "dropout_p", 6: "is_causal"},
+    "_scaled_dot_product_fused_attention_overrideable": {2: "value", 3: "attn_bias", 4: "dropout_p", 5: "is_causal"},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rules_look_where_the_arguments_are(name: str) -> None:
+    arguments = getattr(torch.ops.aten, name).default._schema.arguments
+    for position, argument in KERNELS[name].items():
+        assert arguments[position].name == argument
+    assert name in DEFAULT
+
+
+def test_every_row_is_a_rule_of_an_operation_that_exists() -> None:
+    for table in (DEFAULT, TANGENT):
+        assert all(isinstance(rule, Rule) for rule in table.values())
+    assert set(TANGENT) <= set(DEFAULT)
+
+
+def test_names_are_those_that_users_know() -> None:
+    aten = torch.ops.aten
+    assert display_name(aten._softmax.default) == "softmax"
+    assert display_name(aten.max_pool2d_with_indices.default) == "max_pool2d"
+    assert display_name(aten._scaled_dot_product_flash_attention.default) == "scaled_dot_product_attention"
