@@ -10,8 +10,8 @@ from captum_scoremap.rules import DEFAULT, TANGENT, Rule, display_name
 # Position of an argument that a rule reads, to a part of its name.
 KERNELS = {
     "native_batch_norm": {3: "running_mean", 4: "running_var", 5: "training", 7: "eps"},
-    "cudnn_batch_norm": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 5: "training", 7: "eps"},
-    "miopen_batch_norm": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 5: "training", 7: "eps"},
+    "cudnn_batch_norm": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 5: "training", 7: "epsilon"},
+    "miopen_batch_norm": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 5: "training", 7: "epsilon"},
     "_native_batch_norm_legit_no_training": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var", 6: "eps"},
     "native_layer_norm": {1: "normalized_shape", 2: "weight", 3: "bias", 4: "eps"},
     "native_group_norm": {1: "weight", 2: "bias", 3: "N", 6: "group"},
