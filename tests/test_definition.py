@@ -174,8 +174,8 @@ def by_autograd(model: nn.Module, inputs: Tensor, label: int, layers: dict[str, 
         leaf = activations.clone().requires_grad_()
         score = frozen(inputs, {layers[name]: leaf})[:, label].sum()
         # a layer that only feeds a gate has no coefficients
-        coefficients = torch.autograd.grad(score, leaf)[0] if score.requires_grad else torch.zeros_like(leaf)
-        products = coefficients * activations
+        gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
+        products = activations * (0 if gradient is None else gradient)
         maps[name] = products.sum(1, keepdim=True) if products.dim() > 1 else products
     return maps
 

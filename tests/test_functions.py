@@ -137,6 +137,7 @@ def test_the_form_is_of_the_forward_that_ran(name: str) -> None:
     assert_as_plain(*FUNCTIONS[name])
 
 
+@pytest.mark.filterwarnings("ignore:a map is zero everywhere")
 @pytest.mark.parametrize("function", [StraightThrough.apply, torch.round, torch.sign])
 def test_steps_are_constants(function: Function) -> None:
     images, model = some_images(), between(function)

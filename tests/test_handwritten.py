@@ -469,6 +469,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:a map is zero everywhere")  # where positions are all that goes on
 @pytest.mark.parametrize(("forward", "parts", "shape"), CASES)
 def test_identity_holds(
     forward: Forward,

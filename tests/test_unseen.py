@@ -307,3 +307,17 @@ THREADS: dict[str, Function] = {
 @pytest.mark.parametrize("name", THREADS)
 def test_other_threads_are_refused(name: str) -> None:
     assert_refused(THREADS[name], "thread")
+
+
+def test_a_map_that_frozen_values_leave_empty_says_so() -> None:
+    """A straight-through quantizer: the positions are frozen, and what goes past them cancels."""
+    book = torch.rand(7, 4, dtype=torch.float64)
+
+    def quantized(z: Tensor) -> Tensor:
+        nearest = book[torch.cdist(z, book).argmin(1)]
+        return (z + (nearest - z).detach()).sum(1)
+
+    with pytest.warns(UserWarning, match="a map is zero everywhere: .* argmin"):
+        form = linear_form(quantized, torch.rand(2, 4, dtype=torch.float64))
+    assert not form.coefficients.any()
+    assert_close(form.bias, form.score)
