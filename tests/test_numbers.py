@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 
-from captum_scoremap import UnsupportedOperationError, linear_form
+from captum_scoremap import LayerScoreMap, UnsupportedOperationError, linear_form
 from tests.between import assert_as_plain, assert_is_gradient, assert_refused, between, some_images
 
 Function = Callable[[Tensor], Tensor]
@@ -240,3 +241,42 @@ def test_tables_of_a_dictionary_cached_by_shape_are_constants() -> None:
 
     for _ in range(2):
         assert_is_gradient(function)
+
+
+def test_what_a_thread_returns_is_refused_as_the_output_itself() -> None:
+    """Nothing reads the output after it: it must be met all the same."""
+
+    def forward(x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.tanh, x).result()
+
+    class Threaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self.layer(x))
+
+    model = Threaded().double().eval()
+    with pytest.raises(UnsupportedOperationError, match="another thread"):
+        LayerScoreMap(model, model.layer).attribute_targets(some_numbers(), [0])
+
+
+def test_a_changed_view_may_be_logged() -> None:
+    """The numbers are read from the memory's last value, and nothing comes back."""
+    seen = []
+
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :1] += 1
+        seen.append(y.numpy().mean())
+        return y.sum(1)
+
+    form = linear_form(forward, some_numbers())
+    assert_close(form.coefficients, torch.full_like(form.coefficients, 2))
+    assert_close(form.bias, torch.ones_like(form.bias))
+
+
+def some_numbers() -> Tensor:
+    return torch.rand(2, 4, dtype=torch.float64)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.rules import (
@@ -41,8 +41,6 @@ from .steps import Kept, Step, Tape
 __all__ = ["Recording", "Tapped"]
 
 aten = torch.ops.aten
-
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 # An argument that a kernel fills for its backward pass.
 _SCRATCH = "noise"
@@ -197,7 +195,7 @@ class Recording(TorchDispatchMode):
         self._operations = _OPERATIONS if rules is DEFAULT else {}
         self._values: dict[int, tuple[weakref.ref[Tensor], Value, int]] = {}
         self._memory = Memory(self._record)
-        self._sight = Sight(lambda tensor: self.value_of(tensor) is not None, self.places)
+        self._sight = Sight(self._is_live, self.places)
         self._bits = 1
         self._unsupported: dict[tuple[str, str], None] = {}
         self._unverified: list[tuple[str, Rule, Call]] = []
@@ -239,22 +237,21 @@ class Recording(TorchDispatchMode):
             self._sight.watching(),
             torch.set_grad_enabled(self._differentiable),
             self.places.watched([site for site in sites if site is not None], self._at_site),
-            self,
         ):
-            try:
-                output = self.forward_func(*copies, *additional)
-            except StopRun as stop:
-                (output,) = stop.args
-            if select is not None and not self._unsupported:
-                output = select(output)
+            with self:
+                try:
+                    output = self.forward_func(*copies, *additional)
+                except StopRun as stop:
+                    (output,) = stop.args
+                if select is not None and not self._unsupported:
+                    output = select(output)
+            # while what the run made can still be told from what was there before
+            values = {id(tensor): self.value_of(tensor) for tensor in tensors_in(output)}
         self.raise_unsupported()
         for one in self._unverified:
             self._verify(*one)
         self.tape.output = output
-        for tensor in tensors_in(output):
-            value = self.value_of(tensor)
-            if value is not None:
-                self.tape.output_values[id(tensor)] = value
+        self.tape.output_values = {key: value for key, value in values.items() if value is not None}
         return output
 
     def raise_unsupported(self) -> None:
@@ -286,6 +283,11 @@ class Recording(TorchDispatchMode):
         if type(tensor) is not Parameter and not self._sight.knows(tensor):
             return self._meet(tensor)
         return None
+
+    def _is_live(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the image, asked from the model's own code."""
+        with _disable_current_modes():  # to read changed memory takes operations
+            return self.value_of(tensor) is not None
 
     def _meet(self, tensor: Tensor) -> Value | None:
         """Meet a tensor under a new identity: autograd hands on what it saved as another tensor of the same memory."""
@@ -630,9 +632,7 @@ class Recording(TorchDispatchMode):
             if not tensor.is_floating_point():
                 return tensor
             if id(tensor) not in taps:
-                # no view in autograd's eyes, so that it is itself the base of the views that are taken of it
-                with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-                    passed = aten.alias.default(tensor)
+                passed = aten.alias.default(tensor)
                 value = self.value_of(passed)
                 if value is None:  # a layer that does not depend on the image
                     value = self._born(passed, 0)
