@@ -34,8 +34,10 @@ class MaxPool(Rule):
         self.adaptive = adaptive
 
     def freeze(self, call: Call) -> Tensor:
-        """Return the flat position of each window's maximum in the argument's trailing dimensions."""
-        return call.output[1]  # type: ignore[no-any-return]
+        """Return the flat position of each window's maximum, in as few bytes as it needs."""
+        positions: Tensor = call.output[1]
+        cells = torch.Size(call.input.shape[-self.dimensions :]).numel()
+        return positions.to(torch.int16 if cells <= 2**15 else torch.int32)
 
     def apply(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values at the frozen positions, and the positions."""
