@@ -72,6 +72,13 @@ def filled_with_a_constant(y: Tensor, c: Tensor) -> Tensor:
 
 
 @change
+def copied_onto_itself(y: Tensor, c: Tensor) -> Tensor:
+    y[:, :] += c
+    y.copy_(y)
+    return y * 3
+
+
+@change
 def overwritten_by_constants(y: Tensor, c: Tensor) -> Tensor:
     other = y.clone()
     y.copy_(c)

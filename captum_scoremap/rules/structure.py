@@ -314,12 +314,13 @@ class Copy(Linear):
         return output
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients, summed over what was repeated."""
+        """Return the coefficients of the source, summed over what was repeated; it may be the target itself."""
         (gradient,) = gradients
-        return [
-            summed_to(gradient, value) if gradient is not None and value is call.args[1] else None
-            for value in call.values
-        ]
+        source = call.args[1]
+        if gradient is None or not isinstance(source, Value):
+            return [None] * len(call.values)
+        share = summed_to(gradient, source)
+        return [None, share] if isinstance(call.args[0], Value) else [share]
 
 
 STRUCTURAL: dict[str, Linear] = {
