@@ -15,6 +15,7 @@ __all__ = [
     "as_tuple",
     "check_callable",
     "check_grad_kwargs",
+    "check_images",
     "check_inputs",
     "check_layer",
     "is_tuple_of_one",
@@ -180,6 +181,27 @@ def check_grad_kwargs(grad_kwargs: Mapping[str, object] | None) -> None:
             raise TypeError(
                 f"grad_kwargs must name arguments of torch.autograd.grad, got {name!r}.{nearest(name, known)}"
             )
+
+
+def check_images(inputs: object) -> Tensor:
+    """The inputs as one tensor of images, for what has a place in them.
+
+    Args:
+        inputs: Tensor (N, C, H, W), or a tuple of one.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: As :func:`check_inputs`.
+        ValueError: As :func:`check_inputs`, or if it is not one tensor of images.
+        RuntimeError: As :func:`check_inputs`.
+    """
+    tensors = check_inputs(inputs)
+    if len(tensors) != 1 or tensors[0].dim() != 4:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise ValueError(f"inputs must be one tensor of images, (N, C, H, W), got {shapes}.")
+    return tensors[0]
 
 
 def is_tuple_of_one(inputs: object) -> bool:

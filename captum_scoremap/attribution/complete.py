@@ -8,9 +8,9 @@ from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
 from captum_scoremap.layout import main_modules
-from captum_scoremap.linear import Ledger, Target, explain_completely
+from captum_scoremap.linear import Target, explain_completely
 from captum_scoremap.rules import Rule
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
@@ -96,21 +96,21 @@ class CompleteScoreMap(GradientAttribution):
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
-        tensors = check_inputs(inputs)
+        image = check_images(inputs)
         additional = as_tuple_of_arguments(additional_forward_args)
         forward_func = unwrap_parallel(self.forward_func)
         modules = _modules(self._layers)
-        if modules is None and tensors[0].dim() == 4:
-            modules = self._default_layers(forward_func, tensors[0], additional)
+        if modules is None:
+            modules = self._default_layers(forward_func, image, additional)
         sites: list[Site | None] = [(module, False) for module in modules or ()] or [None]
         books, score = explain_completely(forward_func, inputs, target, sites, additional, rules=self._rules)
-        size = None if isinstance(self._layers, nn.Module) else (tensors[0].shape[2], tensors[0].shape[3])
+        size = None if isinstance(self._layers, nn.Module) else (image.shape[2], image.shape[3])
         with torch.no_grad():
             rows = torch.tensor([book.maps[""].shape[2] if "" in book.maps else 1.0 for book in books])
             weights = (1 / rows if self._layers is None else torch.ones(len(books))).to(score)
             weights = weights / weights.sum()
             complete = sum(weight * book.complete_map(size) for weight, book in zip(weights, books, strict=True))
-            placeless = sum(weight * _total(book, score) for weight, book in zip(weights, books, strict=True))
+            placeless = sum(weight * book.placeless_sum(score) for weight, book in zip(weights, books, strict=True))
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
 
@@ -121,10 +121,6 @@ class CompleteScoreMap(GradientAttribution):
         if size not in self._found:
             self._found[size] = main_modules(forward_func, image, additional, channels_first=True)[-2:]
         return self._found[size]
-
-
-def _total(book: Ledger, score: Tensor) -> Tensor:
-    return sum(book.placeless.values(), torch.zeros_like(score))
 
 
 def _modules(layers: Layers) -> list[nn.Module] | None:

@@ -9,7 +9,7 @@ from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
 from captum_scoremap.layout import main_modules
 from captum_scoremap.linear import Target, check_sites, select_scores, warn_of_probabilities
 from captum_scoremap.rules import Rule, Value, with_rules
@@ -96,18 +96,14 @@ class FusedScoreMap(GradientAttribution):
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
-        tensors = check_inputs(inputs)
-        if len(tensors) != 1 or tensors[0].dim() != 4:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise ValueError(f"inputs must be one tensor of images, (N, C, H, W), got {shapes}.")
-        image = tensors[0]
+        image = check_images(inputs)
         additional = as_tuple_of_arguments(additional_forward_args)
         forward_func = unwrap_parallel(self.forward_func)
         layers = self._layers_for(forward_func, image, additional)
 
         sites: list[Site] = [(layer, False) for layer in layers]
         recording = Recording(forward_func, with_rules(self._rules), sites)
-        output = recording.record(tensors, additional)
+        output = recording.record((image,), additional)
         check_sites(recording, sites)
         warn_of_probabilities(recording, output)
         with torch.enable_grad():

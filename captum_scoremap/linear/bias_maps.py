@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
 from captum_scoremap.rules import Rule
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
@@ -102,16 +102,13 @@ def explain_completely(
     Raises:
         ValueError: If the input is not one tensor of images.
     """
-    tensors = check_inputs(inputs)
-    if len(tensors) != 1 or tensors[0].dim() != 4:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise ValueError(f"inputs must be one tensor of images, (N, C, H, W), got {shapes}.")
+    image = check_images(inputs)
 
     def select(output: Any) -> Tensor:
         return select_scores(output, target)
 
     recording, score = record_score(
-        unwrap_parallel(forward_func), tensors, select, sites, additional, rules=rules, keep=True
+        unwrap_parallel(forward_func), (image,), select, sites, additional, rules=rules, keep=True
     )
     for site in sites:
         if any(len(y.shape) < 3 for y in recording.tapped[site].activations):
@@ -120,4 +117,4 @@ def explain_completely(
     value = recording.tape.value_of_output()
     with torch.no_grad():
         seeds = {} if value is None else {value: torch.ones_like(score)}
-        return ledgers(recording, seeds, score, sites, tensors[0].shape), score
+        return ledgers(recording, seeds, score, sites, image.shape), score

@@ -70,7 +70,7 @@ class LinearForm:
     @property
     def placeless(self) -> Tensor:
         """What of S has no place in the image, (N,), in logits: head biases, class tokens."""
-        return sum(self._ledger().placeless.values(), torch.zeros_like(self.score))
+        return self._ledger().placeless_sum(self.score)
 
     @property
     def sub_scores(self) -> Tensors:

@@ -53,6 +53,10 @@ class Ledger:
                 unique = f"{name}#{number}"
             book[unique] = book[unique] + one if unique in book else one
 
+    def placeless_sum(self, score: Tensor) -> Tensor:
+        """Return all that has no place, (N,), shaped and typed like the score."""
+        return sum(self.placeless.values(), torch.zeros_like(score))
+
     def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return the complete map C, with sums kept, (N, 1, *size), in logits; on the layer's own grid by default.
 

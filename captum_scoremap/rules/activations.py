@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Value
-from .rule import Gradients, Rule, Tangent
+from .rule import Gradients, Rule, Tangent, steps_until_equal
 from .structure import summed_to
 
 __all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "GatedLinearUnit", "PReLU", "PiecewiseLinear"]
@@ -229,9 +229,7 @@ class Choice(Rule):
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which the two are equal."""
         first, second = call.args[:2]
-        remaining = iter(changes)
-        speeds = [next(remaining) if call.is_live(argument) else 0.0 for argument in (first, second)]
-        return (second - first) / (speeds[0] - speeds[1])  # type: ignore[no-any-return]
+        return steps_until_equal(call, first, second, changes)
 
 
 class Gate(Rule):

@@ -129,11 +129,7 @@ class Product(Rule):
     def _turns(self, call: Call) -> list[int]:
         """Positions of the live factors that are no gates; of all of them, if all are."""
         live = self._live(call)
-        return [position for position in live if not self._is_gate(call, position)] or live
-
-    @staticmethod
-    def _is_gate(call: Call, position: int) -> bool:
-        return call.is_gate(call.args[position])
+        return [position for position in live if not call.is_gate(call.args[position])] or live
 
 
 def times(gradient: Tensor, other: Any, _: int) -> Tensor:

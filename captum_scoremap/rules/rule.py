@@ -25,6 +25,7 @@ __all__ = [
     "Rule",
     "Tangent",
     "floating",
+    "steps_until_equal",
     "transposed_by_autograd",
 ]
 
@@ -126,6 +127,13 @@ class Rule(ABC):
             The steps, in any shape; None without switches.
         """
         return None
+
+
+def steps_until_equal(call: Call, first: Any, second: Any, changes: Sequence[Tensor]) -> Tensor:
+    """Return the steps along a direction at which two arguments of a call are equal, infinite where they never are."""
+    remaining = iter(changes)
+    speeds = [next(remaining) if call.is_live(argument) else 0.0 for argument in (first, second)]
+    return (second - first) / (speeds[0] - speeds[1])  # type: ignore[no-any-return]  # one of the two is a tensor
 
 
 def floating(value: Any) -> list[Tensor]:
@@ -299,9 +307,7 @@ class Comparison(Frozen):
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Any) -> Tensor:
         """Return the step at which the two are equal."""
         first, second = (call.args[0], self.other) if self.other is not None else call.args[:2]
-        remaining = iter(changes)
-        speeds = [next(remaining) if call.is_live(argument) else 0.0 for argument in (first, second)]
-        return (second - first) / (speeds[0] - speeds[1])  # type: ignore[no-any-return]
+        return steps_until_equal(call, first, second, changes)
 
 
 class FirstLinear(Rule):

@@ -430,11 +430,12 @@ class Recording(TorchDispatchMode):
                     self._sight.leave_one()
                 if not self._inspect:
                     return output
-            if not operation.is_trusted or is_constant or not rule.is_affine(step):
+            is_frozen = is_constant or not rule.is_affine(step)
+            if is_frozen or not operation.is_trusted:
                 call = Call(step.operation, args, kwargs, tuple(live), step.values, output)
                 if not operation.is_trusted:
                     self._verify_later(operation.display, rule, call)
-                if is_constant or not rule.is_affine(step):
+                if is_frozen:
                     step.state = self._held(rule.freeze(call), live, output)
             if is_constant:
                 self.tape.steps.append(step)
