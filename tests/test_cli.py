@@ -73,6 +73,10 @@ def test_numbers_are_those_of_the_linear_form(folder: Path, capsys: pytest.Captu
             assert maps["0/totals"][place] == pytest.approx(float(form.sums), rel=1e-10)
             assert maps["0/biases"][place] == pytest.approx(float(form.bias), rel=1e-10)
             assert maps["0/score"] == pytest.approx(float(form.score), rel=1e-12)
+            complete = maps[f"0/complete_maps/{maps['0/layers'][place]}"]
+            np.testing.assert_allclose(complete, form.complete_map()[0, 0].numpy(), rtol=1e-6, atol=1e-8)
+            assert complete.sum() + maps["0/placeless"][place] == pytest.approx(maps["0/score"], rel=1e-5)
+        assert maps["0/complete_map"].shape == (224, 224)
         assert maps["0/residuals"].max() <= 1e-12
 
 

@@ -17,9 +17,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
+from captum_scoremap.models import Preprocessing
 from captum_scoremap.visualization import (
     MapStyle,
     visualize_crops,
@@ -66,9 +68,9 @@ def patches(count: int) -> list[SimpleNamespace]:
     ]
 
 
-def drawn(ax: Axes) -> np.ndarray:
+def drawn(ax: Axes, layer: int = -1) -> np.ndarray:
     """The values of the map in an axes: what was drawn last."""
-    return np.asarray(ax.images[-1].get_array())
+    return np.asarray(ax.images[layer].get_array())
 
 
 @compared
@@ -270,9 +272,18 @@ def test_titles_say_how_the_score_adds_up(image: Tensor) -> None:
     _, axes = visualize_layer_score_maps(maps, image, label="cat", score=score, biases=biases)
     assert [ax.get_title() for ax in axes] == [
         "cat\nS = 4.50 logits",
-        "conv\nΣ A·Y = 6.00, B = −1.50",
-        "pool\nΣ A·Y = −1.25, B = 5.75",
+        "conv\nΣ A·Y = 6.00, B = −1.50\n133% of S is here",
+        "pool\nΣ A·Y = −1.25, B = 5.75\n|B| > |S|: most of S is in B",
     ]
+    _, axes = visualize_layer_score_maps(maps, image, biases=biases)
+    assert axes[1].get_title() == "conv\nΣ A·Y = 6.00, B = −1.50"
+    placeless = {"conv": -1.5, "pool": torch.tensor(5.75)}
+    _, axes = visualize_layer_score_maps(maps, image, score=score, placeless=placeless)
+    assert [ax.get_title() for ax in axes[1:]] == [
+        "conv\nΣ C = 6.00 (133% of S)\nplaceless: −1.50",
+        "pool\nΣ C = −1.25 (−28% of S)\nplaceless: 5.75",
+    ]
+    assert "sums over regions" in axes[0].get_xlabel()
     _, axes = visualize_layer_score_maps(maps, image)
     assert [ax.get_title() for ax in axes] == ["", "conv\nΣ A·Y = 6.00", "pool\nΣ A·Y = −1.25"]
 
@@ -368,12 +379,12 @@ NAN = torch.full((4, 4), torch.nan)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"score_map": np.ones((4, 4))}, TypeError, "score_map must be a tensor, got ndarray. Use torch.as_te"),
+        ({"score_map": [[1.0]]}, TypeError, "score_map must be a tensor or an array, got list. Use torch.as_te"),
         ({"score_map": NAN}, ValueError, "score_map must be finite, got NaN or infinite values"),
         ({"score_map": torch.ones(4)}, ValueError, r"score_map must be one map, .* got \(4,\)"),
         ({"score_map": torch.ones(1, 3, 4, 4)}, ValueError, r"got \(1, 3, 4, 4\)\. .* sum the channels"),
         ({"score_map": torch.ones(0, 4)}, ValueError, r"got \(0, 4\)"),
-        ({"image": np.ones((3, 4, 4))}, TypeError, "image must be a tensor, got ndarray"),
+        ({"image": [[1.0]]}, TypeError, "image must be a tensor or an array, got list"),
         ({"image": torch.ones(4, 4)}, ValueError, r"image must be \(C, H, W\) with 1 or 3 channels, got \(4, 4\)"),
         ({"image": torch.ones(2, 3, 4, 4)}, ValueError, r"got \(2, 3, 4, 4\)"),
         ({"image": NAN[None]}, ValueError, "image must be finite"),
@@ -445,3 +456,47 @@ def test_bad_patches(chosen: dict[str, dict[str, list[SimpleNamespace]]], messag
 def test_bad_style(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MapStyle(**setting)
+
+
+def test_a_batch_is_drawn_image_by_image() -> None:
+    maps, images = torch.randn(3, 1, 4, 4), torch.rand(3, 3, 8, 8)
+    _, axes = visualize_score_map(maps, images, title="first")
+    assert [ax.get_title() for ax in axes] == ["first", "", ""]
+    assert_close(torch.from_numpy(drawn(axes[1], 0)), images[1].permute(1, 2, 0) @ torch.tensor([0.299, 0.587, 0.114]))
+    with pytest.raises(ValueError, match="one for each of the 3, got 2"):
+        visualize_score_map(maps, images[:2])
+
+
+def test_arrays_and_photographs_are_taken_as_captum_and_pil_have_them() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3)).astype(np.uint8)
+    pixels.flags.writeable = False
+    score_map = np.ones((4, 6))
+    shown = [
+        drawn(visualize_score_map(score_map, picture)[1], 0)
+        for picture in (pixels, Image.fromarray(pixels), torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    ]
+    for one in shown[1:]:
+        np.testing.assert_array_equal(one, shown[0])
+
+
+def test_a_map_lies_where_the_network_saw_the_photograph() -> None:
+    photograph = Image.new("RGB", (640, 480))
+    box = Preprocessing(256, 224).box(photograph.size)
+    _, ax = visualize_score_map(torch.ones(7, 7), photograph, box=box)
+    assert ax.images[-1].get_extent() == [109.5, 529.5, 449.5, 29.5]
+    assert ax.get_xlim() == (-0.5, 639.5)
+    with pytest.raises(ValueError, match="within the image"):
+        visualize_score_map(torch.ones(7, 7), photograph, box=(0, 0, 641, 480))
+    with pytest.raises(ValueError, match="must come with the image"):
+        visualize_score_map(torch.ones(7, 7), box=box)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 451), (256, 256), (200, 2000)])
+def test_the_box_is_what_the_preprocessing_cuts_out(size: tuple[int, int]) -> None:
+    rows, columns = torch.meshgrid(torch.arange(size[1]), torch.arange(size[0]), indexing="ij")
+    ramps = torch.stack([columns * 255 / size[0], rows * 255 / size[1], torch.zeros(size[1], size[0])], -1)
+    seen = Preprocessing(256, 224, (0, 0, 0), (1, 1, 1))(Image.fromarray(ramps.byte().numpy()))
+    x0, y0, x1, y1 = Preprocessing(256, 224).box(size)
+    for channel, start, end, length in ((0, x0, x1, size[0]), (1, y0, y1, size[1])):
+        assert float(seen[channel].min()) == pytest.approx(start / length, abs=0.02)
+        assert float(seen[channel].max()) == pytest.approx(end / length, abs=0.02)

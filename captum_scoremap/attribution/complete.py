@@ -9,10 +9,11 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
-from captum_scoremap.layout import main_modules
 from captum_scoremap.linear import Target, explain_completely
 from captum_scoremap.rules import Rule
 from captum_scoremap.tape import Site, as_tuple_of_arguments
+
+from .main_layers import MainLayers
 
 __all__ = ["CompleteScoreMap"]
 
@@ -68,7 +69,7 @@ class CompleteScoreMap(GradientAttribution):
         super().__init__(forward_func)
         self._layers = layers
         self._rules = rules
-        self._found: dict[torch.Size, list[nn.Module]] = {}
+        self._main_layers = MainLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -101,7 +102,7 @@ class CompleteScoreMap(GradientAttribution):
         forward_func = unwrap_parallel(self.forward_func)
         modules = _modules(self._layers)
         if modules is None:
-            modules = self._default_layers(forward_func, image, additional)
+            modules = self._main_layers(forward_func, image, additional)[-2:]
         sites: list[Site | None] = [(module, False) for module in modules or ()] or [None]
         books, score = explain_completely(forward_func, inputs, target, sites, additional, rules=self._rules)
         size = None if isinstance(self._layers, nn.Module) else (image.shape[2], image.shape[3])
@@ -113,14 +114,6 @@ class CompleteScoreMap(GradientAttribution):
             placeless = sum(weight * book.placeless_sum(score) for weight, book in zip(weights, books, strict=True))
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
-
-    def _default_layers(
-        self, forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...]
-    ) -> list[nn.Module]:
-        size = image.shape[1:]
-        if size not in self._found:
-            self._found[size] = main_modules(forward_func, image, additional, channels_first=True)[-2:]
-        return self._found[size]
 
 
 def _modules(layers: Layers) -> list[nn.Module] | None:

@@ -12,12 +12,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from captum_scoremap.attribution import CompleteScoreMap
 from captum_scoremap.cli.console import make_console
-from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers
+from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers, score_of
 from captum_scoremap.cli.options import (
     PICTURE_FORMATS,
     DeviceOption,
@@ -36,6 +38,16 @@ from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
 from captum_scoremap.multiview import MultiView
 from captum_scoremap.visualization import visualize_layer_score_maps
+
+# Pixels of the longer side of a photograph in a picture.
+_LARGEST_DRAWN = 640
+
+
+class Maps(str, Enum):
+    """What is drawn of each layer."""
+
+    complete = "complete"
+    score = "score"
 
 
 class View(str, Enum):
@@ -93,6 +105,12 @@ def explain(
         str | None,
         typer.Option("--contrast", "-c", metavar="LABEL", help="Explain why the target and not this label."),
     ] = None,
+    maps: Annotated[
+        Maps,
+        typer.Option(
+            "--maps", help="complete: B is drawn, too, where it comes from, and maps add up to S; score: A·Y alone."
+        ),
+    ] = Maps.complete,
     view: Annotated[
         View,
         typer.Option("--view", help="single: the center of the image; multi: the mean over all views of it."),
@@ -112,8 +130,9 @@ def explain(
     """Draw where in an image the score of a label comes from, at several layers.
 
     At every layer the score is an exact sum, S = A·Y + B. The score map shows A·Y place by place, in logits:
-    red adds to the score, blue takes from it. The table has the same numbers, and the residual
-    |S − (A·Y + B)| / (|S| + |A·Y|), which is rounding only.
+    red adds to the score, blue takes from it. B is the sum of all constants above the layer; the complete map
+    adds each of them where it stands, and so adds up to S. Read its sums over regions: red and blue cancel.
+    The table has A·Y, B, and the residual |S − (A·Y + B)| / (|S| + |A·Y|), which is rounding only.
 
     **Examples**
 
@@ -139,9 +158,9 @@ def explain(
     preprocess = loaded.preprocessing if view is View.single else loaded.preprocessing.whole
     console = make_console()
 
-    def read(name: str) -> tuple[str, Tensor, tuple[int, int]]:
+    def read(name: str) -> tuple[str, Tensor, Image.Image]:
         picture = read_image(name)
-        return name, preprocess(picture)[None].to(place, dtype.torch), picture.size
+        return name, preprocess(picture)[None].to(place, dtype.torch), picture
 
     with closing(map_ahead(read, names, ahead=1)) as pictures:
         first = next(pictures)
@@ -154,19 +173,20 @@ def explain(
         arrays: dict[str, Any] = {}
         numbers = count(1)
         with tqdm(total=total * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
-            for name, inputs, size in chain([first], pictures):
+            for name, inputs, picture in chain([first], pictures):
                 if view is View.multi:
-                    _note_enlarged(console, name, size, loaded.preprocessing.crop)
+                    _note_enlarged(console, name, picture.size, loaded.preprocessing.crop)
                 for label in _targets(target, network, inputs, loaded):
                     question = _Question(name, inputs, label, other, _label(loaded, label, other))
                     explanation = _answer(network, question, found, progress)
                     number = next(numbers)
                     path = out if total == 1 else _numbered(out, number, question)
-                    _draw(explanation, loaded, path)
+                    _draw(explanation, loaded, maps, picture if view is View.single else None, path)
                     if save_maps:
                         arrays |= {f"{number - 1}/{key}": value for key, value in explanation.arrays().items()}
                     with tqdm.external_write_mode():
                         console.print(explanation.table())
+                        console.print(explanation.where_it_is(), soft_wrap=True)
                         console.print(f"Picture: {path}", soft_wrap=True)
     if save_maps:
         np.savez_compressed(save_maps, **arrays)
@@ -222,13 +242,16 @@ def _numbered(out: Path, number: int, question: _Question) -> Path:
 def _answer(
     network: nn.Module, question: _Question, layers: dict[str, nn.Module | None], progress: "tqdm[Any]"
 ) -> Explanation:
-    """The linear form at every layer."""
+    """The linear form at every layer, and the complete map."""
     score = 0.0
     numbers = []
     for name, layer in layers.items():
         score, row = layer_numbers(network, question.inputs, question.target, question.contrast, name, layer)
         numbers.append(row)
         progress.update()
+    complete, placeless = CompleteScoreMap(network).attribute(
+        question.inputs, score_of(question.target, question.contrast), return_placeless=True
+    )
     return Explanation(
         question.image,
         question.label,
@@ -237,20 +260,41 @@ def _answer(
         score,
         question.inputs[0],
         tuple(numbers),
+        complete[0, 0],
+        float(placeless),
     )
 
 
-def _draw(explanation: Explanation, loaded: LoadedModel, path: Path) -> None:
-    """Write the picture (Fig. 2 of the paper)."""
-    panels = 1 + len(explanation.layers)
+def _draw(
+    explanation: Explanation, loaded: LoadedModel, maps: Maps, photograph: Image.Image | None, path: Path
+) -> None:
+    """Write the picture (Fig. 2 of the paper), on the photograph if there is one, else on what the network saw."""
+    rows = explanation.layers
+    if maps is Maps.complete:
+        drawn = {"complete map": explanation.complete_map} | {row.layer: row.complete_map for row in rows}
+        rest = {"complete map": explanation.placeless} | {row.layer: row.placeless for row in rows}
+        sums: dict[str, Any] = {"placeless": rest}
+    else:
+        drawn = {row.layer: row.score_map for row in rows}
+        sums = {"biases": {row.layer: row.bias for row in rows}}
+    preprocessing = loaded.preprocessing
+    if photograph is None:
+        scene: dict[str, Any] = {
+            "image": explanation.inputs.float().cpu(),
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+        }
+    else:
+        small = photograph.copy()
+        small.thumbnail((_LARGEST_DRAWN, _LARGEST_DRAWN))
+        scene = {"image": small, "box": preprocessing.box(small.size)}
+    panels = 1 + len(drawn)
     figure, _ = visualize_layer_score_maps(
-        {row.layer: row.score_map.float().cpu() for row in explanation.layers},
-        explanation.inputs.float().cpu(),
+        {name: one.float().cpu() for name, one in drawn.items()},
+        **scene,
         label=explanation.label,
         score=explanation.score,
-        biases={row.layer: row.bias for row in explanation.layers},
+        **sums,
         columns=math.ceil(panels / math.ceil(panels / 5)),
-        mean=loaded.preprocessing.mean,
-        std=loaded.preprocessing.std,
     )
     figure.canvas.print_figure(path, dpi=150)

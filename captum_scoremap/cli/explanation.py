@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import nearest
 from captum_scoremap.layout import map_channel_dim, token_grid
-from captum_scoremap.linear import linear_form
+from captum_scoremap.linear import Target, linear_form
 from captum_scoremap.rules import tensors_in
 
 INPUT = "input"
@@ -29,6 +29,8 @@ class LayerNumbers:
         total: Σ A·Y, in logits.
         bias: B, in logits.
         residual: |S - (Σ A·Y + B)| / (|S| + |Σ A·Y|), a fraction.
+        complete_map: The score map plus every constant above it at its place, in logits, (h, w).
+        placeless: S less the sum of the complete map, in logits: head biases, class tokens.
     """
 
     layer: str
@@ -37,6 +39,8 @@ class LayerNumbers:
     total: float
     bias: float
     residual: float
+    complete_map: Tensor
+    placeless: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Explanation:
         score: S, in logits.
         inputs: What the network saw, (C, H, W), normalized.
         layers: The numbers of each layer.
+        complete_map: The complete map of the image's size, in logits, (H, W).
+        placeless: S less its sum, in logits.
     """
 
     image: str
@@ -60,6 +66,13 @@ class Explanation:
     score: float
     inputs: Tensor
     layers: tuple[LayerNumbers, ...]
+    complete_map: Tensor
+    placeless: float
+
+    def where_it_is(self) -> str:
+        """Return how much of the score has a place, in a sentence."""
+        held = self.score - self.placeless
+        return f"The complete map holds {held:.4f} of S; {self.placeless:.4f} has no place in the image."
 
     def table(self) -> Table:
         """The numbers of all layers, to be printed."""
@@ -82,6 +95,7 @@ class Explanation:
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """The numbers as arrays: one map by name of its layer, the rest in the order of ``layers``."""
         maps = {f"maps/{row.layer}": row.score_map.float().cpu().numpy() for row in self.layers}
+        maps |= {f"complete_maps/{row.layer}": row.complete_map.float().cpu().numpy() for row in self.layers}
         return {
             "image": np.array(self.image),
             "label": np.array(self.label),
@@ -92,6 +106,8 @@ class Explanation:
             "totals": np.array([row.total for row in self.layers]),
             "biases": np.array([row.bias for row in self.layers]),
             "residuals": np.array([row.residual for row in self.layers]),
+            "placeless": np.array([row.placeless for row in self.layers]),
+            "complete_map": self.complete_map.float().cpu().numpy(),
             **maps,
         }
 
@@ -141,9 +157,7 @@ def layer_numbers(
     Raises:
         ValueError: The output of the layer has no rows and columns.
     """
-    form = linear_form(network, inputs, target, layer)
-    if contrast is not None:
-        form = form - linear_form(network, inputs, contrast, layer)
+    form = linear_form(network, inputs, score_of(target, contrast), layer)
     if not isinstance(form.activations, Tensor):
         raise ValueError(f"layers must give one tensor, got {name}, which gives {len(form.activations)}.")
     size = tuple(form.activations.shape)
@@ -157,5 +171,27 @@ def layer_numbers(
     score_map = score_map if channel_dim == 1 else token_grid(score_map)
     residual = float(form.relative_residual)
     return float(form.score), LayerNumbers(
-        name, size[1:], score_map[0, 0], float(form.sums), float(form.bias), residual
+        name,
+        size[1:],
+        score_map[0, 0],
+        float(form.sums),
+        float(form.bias),
+        residual,
+        form.complete_map()[0, 0],
+        float(form.placeless),
     )
+
+
+def score_of(target: int, contrast: int | None) -> Target:
+    """Return the score to explain: a label's, or how much more it has than another.
+
+    Args:
+        target: Index of the label.
+        contrast: Index of the label whose score is taken off; None for none.
+
+    Returns:
+        A target as all of this package take it.
+    """
+    if contrast is None:
+        return target
+    return lambda scores: scores[:, target] - scores[:, contrast]

@@ -43,6 +43,27 @@ class Preprocessing:
         """The same without the crop, (C, H, W): every part of the image, at the scale of training."""
         return self._normalized(self._resized(image))
 
+    def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return which part of a photograph the model sees, so that maps can be drawn on the photograph itself.
+
+        Args:
+            size: Width and height of the photograph in pixels, as ``PIL.Image.Image.size``.
+
+        Returns:
+            Pixels ``x0, y0, x1, y1`` of the photograph, ends excluded.
+
+        Example:
+            >>> Preprocessing(resize=256, crop=224).box((640, 480))
+            (110, 30, 530, 450)
+        """
+        if self.crop is None:
+            return (0, 0, *size)
+        scale = min(size) / self.resize
+        starts = [max(0.0, (side - self.crop * scale) / 2) for side in size]
+        x0, y0 = (round(start) for start in starts)
+        x1, y1 = (round(side - start) for side, start in zip(size, starts, strict=True))
+        return x0, y0, x1, y1
+
     def picture(self, inputs: Tensor) -> Tensor:
         """What the model saw, to be looked at.
 

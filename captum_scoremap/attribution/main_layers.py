@@ -1,0 +1,43 @@
+"""The layers that maps of the image's size are made of, where the user names none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_scoremap.layout import main_modules
+from captum_scoremap.multiview import MultiView
+
+__all__ = ["MainLayers"]
+
+
+class MainLayers:
+    """The last main layer of each resolution of a model, found once for each size of the image.
+
+    Of a multi-view network those below the sliding layer count: above it, a position is a view, not a place.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[torch.Size, list[nn.Module]] = {}
+
+    def __call__(self, forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...]) -> list[nn.Module]:
+        """Return the layers, finest first; the model runs once more where the size of the image is a new one.
+
+        Args:
+            forward_func: The model, or a function that calls it.
+            image: (N, C, H, W).
+            additional: Additional arguments.
+
+        Returns:
+            Modules that return maps (N, C, h, w); empty if there are none.
+        """
+        size = image.shape[1:]
+        if size not in self._found:
+            if isinstance(forward_func, MultiView):
+                ten = forward_func.views == "ten-crop"  # the layers see every image twice, also mirrored
+                found = [] if ten else main_modules(forward_func.features, image, channels_first=True)
+            else:
+                found = main_modules(forward_func, image, additional, channels_first=True)
+            self._found[size] = found
+        return self._found[size]
