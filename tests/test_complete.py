@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import CompleteScoreMap, bias_maps, bias_terms, linear_form, prepare
+from captum_scoremap import CompleteScoreMap, MultiView, bias_maps, bias_terms, linear_form, prepare
 from captum_scoremap.layout import main_modules, resized
 from captum_scoremap.metrics import cause_game, single_deletion
 from tests.state import untouched
@@ -68,6 +68,63 @@ def test_bias_maps_add_up_to_the_bias_and_to_its_terms(name: str, generator: tor
         rest = found.placeless.get(term, torch.zeros(2, dtype=torch.float64))
         total = sum((one.sum((1, 2, 3)) for one in places), rest)
         assert_close(total, terms[term], rtol=1e-8, atol=1e-10)
+
+
+def test_bias_maps_of_tokens_leave_out_the_class_token(generator: torch.Generator) -> None:
+    model, images = drawn("vit_tiny", generator)
+    layer = model.blocks[1]
+    found = bias_maps(model, images, 3, layer)
+    total = sum([one.sum((1, 2, 3)) for one in found.maps.values()] + list(found.placeless.values()))
+    form = linear_form(model, images, 3, layer)
+    assert form.sub_scores[:, 0].abs().max() > 0
+    assert_close(total, form.bias, rtol=1e-9, atol=1e-10)
+    complete, placeless = CompleteScoreMap(model, layer).attribute(images, 3, return_placeless=True)
+    assert complete.shape == (2, 1, 4, 4)
+    assert_close(complete.sum((1, 2, 3)) + placeless, form.score, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18"])
+def test_multi_view_networks_have_complete_maps_of_the_whole_image(name: str, generator: torch.Generator) -> None:
+    model = torchvision.models.get_model(name).double().eval()
+    views = MultiView.from_classifier(model)
+    images = torch.randn(2, 3, 256, 288, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        score = views(images)[:, 3]
+    for layers, size in (
+        (None, (256, 288)),
+        ("image", (256, 288)),
+        (views.sliding, views.view_scores(images).shape[2:]),
+    ):
+        complete, placeless = CompleteScoreMap(views, layers).attribute(images, 3, return_placeless=True)
+        assert complete.shape == (2, 1, *size)
+        assert_close(complete.sum((1, 2, 3)) + placeless, score, rtol=1e-10, atol=1e-10)
+    below = main_modules(views.features, images, channels_first=True)[-2:]
+    by_default, by_hand = (CompleteScoreMap(views, chosen).attribute(images, 3) for chosen in (None, below[-1:]))
+    assert set(below) <= set(views.features.modules())
+    assert float(torch.corrcoef(torch.stack([by_default.flatten(), by_hand.flatten()]))[0, 1]) > 0.5
+
+
+def test_the_preprocessing_mean_moves_score_between_map_and_bias_at_the_same_place(generator: torch.Generator) -> None:
+    """What an origin of the pixels takes from A·Y it gives to the constant at the same place: regional sums stay."""
+    model, images = drawn("resnet18", generator)
+    mean = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64).view(3, 1, 1)
+    shifted = nn.Sequential(AddConstant(mean), model).eval()
+    assert_close(shifted(images - mean), model(images))
+    plain = [linear_form(one, x, 3).sums for one, x in ((model, images), (shifted, images - mean))]
+    assert (plain[0] - plain[1]).abs().max() > 1e-3
+    maps = [CompleteScoreMap(one, "image").attribute(x, 3) for one, x in ((model, images), (shifted, images - mean))]
+    assert_close(maps[0], maps[1], rtol=1e-9, atol=1e-10)
+
+
+class AddConstant(nn.Module):
+    """Give pixels another origin."""
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("constant", constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.constant
 
 
 class Small(nn.Module):

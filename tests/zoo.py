@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from captum_scoremap import LayerScoreMap, freeze, linear_form
 from captum_scoremap.checks import UnsupportedOperationError
+from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.linear import explain_completely
 from tests.layers import called_once
 
 MANY = 1_000_003  # random numbers; tensors with more repeat them
@@ -275,6 +277,8 @@ class Row:
         checked: number of layers checked.
         layers: number of layers there are.
         forward: relative difference of the frozen model's scores from the model's own.
+        complete: worst |sum of C + placeless - S| / |S| at the image and the layers checked that are maps.
+        bias_maps: worst |sum of the bias maps - B| / (|S| + |A·Y|), with B from the frozen model.
         problem: why there are no numbers.
     """
 
@@ -285,6 +289,8 @@ class Row:
     checked: int = 0
     layers: int = 0
     forward: float = math.nan
+    complete: float = math.nan
+    bias_maps: float = math.nan
     problem: str = ""
 
 
@@ -320,10 +326,72 @@ def measure(entry: Entry, model: nn.Module, inputs: Tensor, most: int | None = N
     chosen = {name: layers[name] for name in names}
     sub_scores = LayerScoreMap(model, list(chosen.values())).attribute(inputs, label, attr_dim_summation=False)
     biases = at_zero(model, inputs, label, chosen)
+    complete, of_bias_maps = completeness(model, inputs, label, score, {"": form.bias} | biases, chosen)
     worst = (0.0, "")
     for (name, bias), products in zip(biases.items(), sub_scores, strict=True):
         worst = max(worst, (relative_residual(score, products.sum()[None], bias), name))
-    return Row(entry, at_input, worst[0], worst[1], len(names), len(layers), float(difference))
+    return Row(entry, at_input, worst[0], worst[1], len(names), len(layers), float(difference), complete, of_bias_maps)
+
+
+def completeness(
+    model: nn.Module,
+    inputs: Tensor,
+    label: int,
+    score: Tensor,
+    biases: Mapping[str, Tensor],
+    layers: Mapping[str, nn.Module],
+) -> tuple[float, float]:
+    """How well complete maps add up to S, and bias maps to B, at the image and at the layers that are maps.
+
+    Args:
+        model: the model in evaluation mode.
+        inputs: one image, (1, C, H, W).
+        label: index of the score.
+        score: S of the model itself, (1,).
+        biases: B by name of the layer, "" for the image, found without the bias maps.
+        layers: name to module.
+
+    Returns:
+        The two worst residuals; NaN for what is no image (a video).
+    """
+    if inputs.dim() != 4:
+        return math.nan, math.nan
+    shapes = {name: shape for name, shape in shapes_of(model, inputs, layers).items() if is_map(shape, inputs)}
+    sites = [None, *((layers[name], False) for name in shapes)]
+    books, _ = explain_completely(model, inputs, label, sites, ())
+    complete = of_bias_maps = 0.0
+    for name, book in zip(["", *shapes], books, strict=True):
+        entries = [*book.maps.items(), *book.placeless.items()]
+        own, above = (sum((one.sum() for key, one in entries if bool(key) == of), 0 * score) for of in (False, True))
+        complete = max(complete, float((own + above - score).abs() / score.abs()))
+        size = float(score.abs() + (score - biases[name]).abs())
+        of_bias_maps = max(of_bias_maps, float((above - biases[name]).abs()) / size)
+    return complete, of_bias_maps
+
+
+def is_map(shape: tuple[int, ...], inputs: Tensor) -> bool:
+    """Whether a layer's output has places in the image."""
+    return map_channel_dim(shape, tuple(inputs.shape)) is not None
+
+
+def shapes_of(model: nn.Module, inputs: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the outputs of layers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def hook(name: str, output: Tensor) -> None:
+        shapes[name] = tuple(output.shape)
+
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, name=name: hook(name, output))
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(inputs.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
 
 
 def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -414,12 +482,14 @@ Random weights, biases and norm statistics in float64, one image, the highest sc
 |S - (A·Y + B)| / (|S| + |A·Y|): S from the model, A·Y from the attribution, B from the frozen model with the
 layer at zero. *Layers* are the modules that run once and give a float tensor, of which some, spread over the
 model, were looked at. *Forward* is the relative difference of the frozen model's scores at the image from the
-model's own. Models marked * compute a part in float32, whatever they are given.
+model's own. *Complete* is the worst |sum of C + placeless - S| / |S| of complete maps, and *bias maps* the worst
+|sum of the bias maps - B| / (|S| + |A·Y|), at the image and at those of the layers that are maps. Models marked *
+compute a part in float32, whatever they are given.
 
 Written by `python -m tests.zoo` with torch {torch}, torchvision {torchvision}{timm}.
 
-| model | image | residual at the image | worst at a layer | layers | forward |
-| --- | --- | --- | --- | --- | --- |
+| model | image | residual at the image | worst at a layer | layers | forward | complete | bias maps |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -427,10 +497,10 @@ def line(row: Row) -> str:
     size = "×".join(str(n) for n in row.entry.shape[1:])
     name = f"{row.entry}{'*' if in_single_precision(row.entry) else ''}"
     if row.problem:
-        return f"| {name} | {size} | {row.problem} | | | |"
+        return f"| {name} | {size} | {row.problem} | | | | | |"
     return (
         f"| {name} | {size} | {row.at_input:.0e} | {row.at_layers:.0e} "
-        f"| {row.checked} of {row.layers} | {row.forward:.0e} |"
+        f"| {row.checked} of {row.layers} | {row.forward:.0e} | {row.complete:.0e} | {row.bias_maps:.0e} |"
     )
 
 

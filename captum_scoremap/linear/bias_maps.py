@@ -85,7 +85,9 @@ def bias_maps(
     (ledger,), _ = explain_completely(
         forward_func, inputs, target, [site], as_tuple_of_arguments(additional_forward_args), rules=rules
     )
-    return BiasMaps({name: one for name, one in ledger.maps.items() if name}, dict(ledger.placeless))
+    # the layer's own sub-scores, of its class token too, are no part of B
+    above = ({name: one for name, one in book.items() if name} for book in (ledger.maps, ledger.placeless))
+    return BiasMaps(*above)
 
 
 def explain_completely(

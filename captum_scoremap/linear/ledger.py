@@ -36,7 +36,8 @@ class Ledger:
 
     Attributes:
         maps: Name to what it adds, (N, 1, rows, columns), in logits, on its own grid; the layer's score map is ``""``.
-        placeless: Name to what it adds without a place in the image, (N,), in logits.
+        placeless: Name to what it adds without a place in the image, (N,), in logits; of the layer itself, such as
+            its class token, ``""``.
     """
 
     maps: dict[str, Tensor] = field(default_factory=dict)
