@@ -57,20 +57,24 @@ def ranked(maps: Tensor) -> list[tuple[float, int, int, int]]:
 def reference(model: nn.Module, layer: nn.Module, inputs: Tensor, target: Any, by: str) -> Tensor:
     """What cells are ranked by, (N, H, W): for this piecewise-linear network, from plain autograd."""
     kept: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _, __, output: kept.append(output))
+    above = model[2]
+    handles = [one.register_forward_hook(lambda _, __, output: kept.append(output)) for one in (layer, above)]
     scores = model(inputs)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     score = scores[torch.arange(len(inputs)), torch.as_tensor(target)].sum()
-    (coefficients,) = torch.autograd.grad(score, kept[0])
+    coefficients, above_it = torch.autograd.grad(score, kept)
     activations = kept[0].detach()
     return {
         "score_map": (coefficients * activations).sum(1),
+        "complete_map": (coefficients * activations).sum(1)
+        + torch.einsum("nchw,c->nhw", above_it, above.bias.detach()),
         "gradient": coefficients.abs().amax(1),
         "activation": activations.sum(1),
     }[by]
 
 
-@pytest.mark.parametrize("by", ["score_map", "gradient", "activation"])
+@pytest.mark.parametrize("by", ["score_map", "complete_map", "gradient", "activation"])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_the_best_cell_of_each_image(model: nn.Sequential, pictures: Tensor, by: Any, batch_size: int) -> None:
     target = [0, 1, 2, 3, 0, 1, 2]
@@ -307,7 +311,7 @@ def test_pictures_can_be_drawn(bright: nn.Sequential) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"by": "score"}, r"^by must be one of score_map, gradient, activation, got 'score'\.$"),
+        ({"by": "score"}, r"^by must be one of score_map, complete_map, gradient, activation, got 'score'\.$"),
         ({"k": 0}, r"^k must be at least 1, got 0\.$"),
         ({"per_image": 0}, r"^per_image must be at least 1, got 0\.$"),
         ({"k": 15, "per_image": 2}, r"^k must be at most 14, per_image of each of the 7 images, got 15\. Lower k"),
@@ -317,6 +321,8 @@ def test_pictures_can_be_drawn(bright: nn.Sequential) -> None:
         ({"size": 25}, r"^size must be from 1 to the input's 24 x 24 pixels, got 25 x 25\.$"),
         ({"size": (4, 0)}, r"^size must be from 1 to the input's 24 x 24 pixels, got 4 x 0\.$"),
         ({"channel": 8}, r"^channel must be from 0 to 7, got 8\.$"),
+        ({"channel": 1, "by": "complete_map"}, r"^channel must be left out by complete_map"),
+        ({"neuron": (nn.ReLU(), 0), "by": "complete_map"}, r"^neuron must come without targets"),
         ({"neuron": (nn.ReLU(), 0), "targets": 1}, r"^neuron must come without targets"),
         ({"images": ["a.png"] * 9}, r"^preprocess must be given for files and PIL images, got None\."),
         ({"images": ["a.png"] * 9, "preprocess": halved}, r"^image must be a readable file, got 'a.png'"),
@@ -401,6 +407,8 @@ def test_command_takes_one_ranking_of_one_label(
     assert "SMSM" not in said
     assert said.count("cat") == 2
     assert "dog" not in said
+    assert main(["patches", str(folder), *options, "--by", "complete_map", *MODEL]) == 0
+    assert capsys.readouterr().out.count("complete map") == 2
 
 
 @pytest.mark.parametrize(

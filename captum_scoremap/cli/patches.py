@@ -26,7 +26,7 @@ from captum_scoremap.cli.options import (
 )
 from captum_scoremap.data.sources import FileSource, open_source
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
-from captum_scoremap.patches import Patch, semantic_patches
+from captum_scoremap.patches import By, Patch, semantic_patches
 from captum_scoremap.visualization import visualize_patches
 
 
@@ -34,6 +34,7 @@ class Ranking(str, Enum):
     """What the positions of a layer are ranked by."""
 
     score_map = "score_map"
+    complete_map = "complete_map"
     gradient = "gradient"
     both = "both"
 
@@ -63,7 +64,10 @@ def patches(
     ] = None,
     by: Annotated[
         Ranking,
-        typer.Option("--by", help="Rank by score_map (SMSM), gradient (GSM, Simonyan et al. 2013), or both in turn."),
+        typer.Option(
+            "--by",
+            help="Rank by score_map (SMSM), complete_map, gradient (GSM, Simonyan et al. 2013), or both SMSM and GSM.",
+        ),
     ] = Ranking.both,
     k: Annotated[int, typer.Option("--k", "-k", help="Patches of each layer.")] = 9,
     per_image: Annotated[int, typer.Option("--per-image", help="How many may come from one image.")] = 1,
@@ -109,13 +113,13 @@ def patches(
 
     left_out: dict[Path, ValueError] = {}
 
-    def ranked(layer: nn.Module, ranking: Ranking) -> list[Patch]:
+    def ranked(layer: nn.Module, ranking: By) -> list[Patch]:
         return semantic_patches(
             network,
             layer,
             files,
             targets,
-            "gradient" if ranking is Ranking.gradient else "score_map",
+            ranking,
             k,
             per_image=per_image,
             size=size,
@@ -124,11 +128,9 @@ def patches(
             on_unreadable=left_out.__setitem__,
         )
 
-    rankings = {"SMSM": Ranking.score_map, "GSM": Ranking.gradient}
-    found = {
-        name: {title: ranked(layer, one) for title, one in rankings.items() if by in {one, Ranking.both}}
-        for name, layer in modules.items()
-    }
+    titles: dict[By, str] = {"score_map": "SMSM", "complete_map": "complete map", "gradient": "GSM"}
+    rankings = [one for one in titles if by.value == one or (by is Ranking.both and one != "complete_map")]
+    found = {name: {titles[one]: ranked(layer, one) for one in rankings} for name, layer in modules.items()}
     if len(left_out) < len(files):
         figure, _ = visualize_patches(found, show_values=False)  # they stand in the table
         figure.canvas.print_figure(out, dpi=150)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from captum_scoremap.attribution import LayerScoreMap, NeuronScoreMap
+from captum_scoremap.attribution import CompleteScoreMap, LayerScoreMap, NeuronScoreMap
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
 from captum_scoremap.receptive_field import ReceptiveField, receptive_field
 
 __all__ = ["By", "Patch", "semantic_patches"]
 
-By: TypeAlias = Literal["score_map", "gradient", "activation"]
+By: TypeAlias = Literal["score_map", "complete_map", "gradient", "activation"]
 Neuron: TypeAlias = tuple[nn.Module, int | tuple[int | slice, ...]]
 
 
@@ -33,8 +33,8 @@ class Patch:
         box: ``x0, y0, x1, y1`` in pixels of the original image, x1 and y1 exclusive.
         row: Row of the layer's cell.
         col: Column of the layer's cell.
-        value: What the patch was chosen by: in logits by score map, in logits per unit of the layer's output by
-            gradient, in units of that output by activation.
+        value: What the patch was chosen by: in logits by score map and complete map, in logits per unit of the
+            layer's output by gradient, in units of that output by activation.
         pixels: The region, (C, H, W), in the resolution of the original image: uint8 of a file or PIL image, of
             a tensor as it was given.
 
@@ -83,8 +83,10 @@ def semantic_patches(
         images: Paths, PIL images, or tensors (C, H, W) as the network takes them; any iterable.
         targets: Label whose score is explained: one for all images, or one for each; None for the label that
             scores highest. For the patches of a single label, pass its images.
-        by: ``"score_map"``: the score map M (SMSM). ``"gradient"``: the largest ``|A|`` of all channels (GSM), the
-            saliency of Simonyan et al. 2013. ``"activation"``: the sum of Y over channels, whatever the label.
+        by: ``"score_map"``: the score map M (SMSM). ``"complete_map"``: M plus every constant above the layer, at
+            its place, so that the values of an image add up to its score. ``"gradient"``: the largest ``|A|`` of
+            all channels (GSM), the saliency of Simonyan et al. 2013. ``"activation"``: the sum of Y over channels,
+            whatever the label.
         k: Number of patches.
         per_image: How many may come from one image; these do not overlap.
         size: Height and width of a patch in pixels of the network's input, around the center of the receptive
@@ -117,7 +119,7 @@ def semantic_patches(
         >>> len(patches), patches[0].pixels.shape
         (5, torch.Size([3, 3, 3]))
     """
-    _check(images, targets, by, k, per_image, batch_size, neuron)
+    _check(images, targets, by, k, per_image, batch_size, channel, neuron)
     windows: dict[torch.Size, Tensor] = {}
     best: list[tuple[float, int, Patch]] = []  # a heap, the worst first, of equal values the latest
     found = 0
@@ -156,6 +158,7 @@ def _check(
     k: int,
     per_image: int,
     batch_size: int,
+    channel: int | None,
     neuron: Neuron | None,
 ) -> None:
     """Refuse options that cannot be meant.
@@ -168,8 +171,10 @@ def _check(
     for name, number in (("k", k), ("per_image", per_image), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
-    if neuron is not None and (targets is not None or by == "activation"):
+    if neuron is not None and (targets is not None or by in {"activation", "complete_map"}):
         raise ValueError("neuron must come without targets, and by score_map or gradient: it stands for a label.")
+    if by == "complete_map" and channel is not None:
+        raise ValueError(f"channel must be left out by complete_map, which is of all channels, got {channel}.")
     if not isinstance(images, Sized):
         return
     if k > per_image * len(images):
@@ -231,6 +236,9 @@ def _values(
     """What the cells of the layer are ranked by, (N, H, W)."""
     multiply = by == "score_map"
     values: Tensor
+    if by == "complete_map":
+        complete: Tensor = CompleteScoreMap(forward_func, layer).attribute(inputs, labels)
+        return complete[:, 0]
     if by == "activation":
         values = _activations(forward_func, layer, inputs)
     elif neuron is not None:
