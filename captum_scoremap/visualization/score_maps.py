@@ -130,7 +130,7 @@ def visualize_layer_score_maps(
         placeless: Of complete maps, what has no place in logits by name; its presence says that they are complete.
         mean: What was subtracted from the image.
         std: What the image was divided by.
-        box: As for :func:`visualize_score_map`.
+        box: As for :func:`visualize_score_map`; it is framed on the image, and the maps show it close up.
         limit: Logits at the ends of the color scales; by default each map has its own, ``"shared"`` takes the
             largest of them for all.
         style: How the maps are drawn.
@@ -168,7 +168,8 @@ def visualize_layer_score_maps(
     shared = None
     if limit is not None:
         shared = checked_limit(None if limit == "shared" else limit, [*values.values()], style)
-    figure, axes = axes_grid(plt_fig_axis, 1 + len(values), columns, fig_size, picture.shape[0] / picture.shape[1])
+    x0, y0, x1, y1 = (0, 0, picture.shape[1], picture.shape[0]) if box is None else box
+    figure, axes = axes_grid(plt_fig_axis, 1 + len(values), columns, fig_size, (y1 - y0) / (x1 - x0))
     draw_picture(axes[0], picture)
     if box is not None:
         draw_box(axes[0], box, "")
@@ -180,6 +181,7 @@ def visualize_layer_score_maps(
         axes[0].set_xlabel("Read sums over regions:\nred and blue cancel.")
     for ax, (layer, layer_values) in zip(axes[1:], values.items(), strict=True):
         draw_map(figure, ax, layer_values, picture, checked_limit(shared, [layer_values], style), style, box)
+        ax.set(xlim=(x0 - 0.5, x1 - 0.5), ylim=(y1 - 0.5, y0 - 0.5))  # close up, where the image is more than the map
         total = float(layer_values.double().sum())
         if placeless is None:
             lines = _what_a_score_map_holds(total, score, (biases or {}).get(layer))
