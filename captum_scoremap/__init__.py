@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from captum_scoremap import rules
+from captum_scoremap import rules, scores
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.layout import token_grid
@@ -80,6 +80,7 @@ __all__ = [
     "receptive_field",
     "rules",
     "score_map_crops",
+    "scores",
     "semantic_patches",
     "token_grid",
     "visualization",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "InvalidTypeError",
+    "InvalidValueError",
     "UnsupportedOperationError",
     "as_tuple",
     "check_callable",
@@ -22,6 +24,24 @@ __all__ = [
     "nearest",
     "unwrap_parallel",
 ]
+
+
+class InvalidValueError(ValueError, AssertionError):
+    """A value or shape that cannot be meant, where Captum asserts: code that catches either goes on.
+
+    Example:
+        >>> issubclass(InvalidValueError, AssertionError)
+        True
+    """
+
+
+class InvalidTypeError(TypeError, AssertionError):
+    """A kind of argument that cannot be meant, where Captum asserts: code that catches either goes on.
+
+    Example:
+        >>> issubclass(InvalidTypeError, AssertionError)
+        True
+    """
 
 
 class UnsupportedOperationError(NotImplementedError):
@@ -123,15 +143,18 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
     """The inputs as a tuple of finite floating-point tensors of one batch size.
 
     Args:
-        inputs: Tensor or tuple of tensors, each ``(N, ...)``.
-        indices: Whether int64 will do as well: indices of tokens, where it is not the input itself that is explained.
+        inputs: Tensor or tuple of tensors, each ``(N, ...)``, or (N,) with one number for each example.
+        indices: Whether int32 and int64 will do as well: indices of tokens, where it is not the input itself that is
+            explained.
 
     Returns:
         The tensors.
 
     Raises:
-        TypeError: If something is not a floating-point tensor.
-        ValueError: If a batch is missing, empty or not aligned, or a value is not finite.
+        TypeError: If a tensor is not floating point.
+        InvalidTypeError: If something is no tensor.
+        ValueError: If a batch is missing or empty, or a value is not finite.
+        InvalidValueError: If batches are not aligned.
         RuntimeError: If ``torch.inference_mode`` is on, or an input was made under it.
     """
     if torch.is_inference_mode_enabled():
@@ -144,19 +167,22 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
         raise ValueError("inputs must hold at least one tensor, got none.")
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}.")
+            raise InvalidTypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}.")
         shape = tuple(tensor.shape)
-        if not (tensor.is_floating_point() or (indices and tensor.dtype == torch.int64)):
-            raise TypeError(
-                f"inputs must be floating point, got {tensor.dtype}. Convert and normalize images, "
-                "inputs.float() / 255; for token ids, explain a layer such as the embedding."
+        are_indices = tensor.dtype in {torch.int32, torch.int64}
+        if not (tensor.is_floating_point() or (indices and are_indices)):
+            advice = (
+                "Of token ids explain a layer, such as the embedding: LayerScoreMap(model, model.embedding)."
+                if are_indices and not indices
+                else "Convert and normalize images: inputs.float() / 255."
             )
+            raise TypeError(f"inputs must be floating point, got {tensor.dtype}. {advice}")
         if tensor.is_inference():
             raise RuntimeError(
                 "inputs must not be made under torch.inference_mode. Copy them outside of it: inputs.clone()."
             )
-        if tensor.dim() < 2:
-            raise ValueError(f"inputs must have a batch dimension, (N, ...); got {shape}. Use inputs[None].")
+        if tensor.dim() == 0:
+            raise ValueError("inputs must have a batch dimension, (N, ...); got a single number. Use inputs[None].")
         if tensor.numel() == 0:
             raise ValueError(f"inputs must hold at least one image, got an empty batch of shape {shape}.")
         # a finite sum is the fast proof; a sum may also overflow
@@ -165,7 +191,7 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
             raise ValueError(f"inputs must be finite, got {count} values that are NaN or infinite. Replace them first.")
     sizes = {tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor)}
     if len(sizes) > 1:
-        raise ValueError(f"all inputs must have the same batch size, got {sorted(sizes)}.")
+        raise InvalidValueError(f"all inputs must have the same batch size, got {sorted(sizes)}.")
     return tuple(tensor for tensor in tensors if isinstance(tensor, Tensor))
 
 

@@ -238,11 +238,25 @@ def test_no_error_says_to_do_what_was_done(name: str, count: int) -> None:
         assert_close(form.sums + form.bias, form.score, **EXACT)
 
 
-@pytest.mark.parametrize(
-    "module", [nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Dropout2d(0.5), nn.RReLU(), nn.AlphaDropout(0.2)]
-)
+@pytest.mark.parametrize("module", [nn.BatchNorm2d(4), nn.RReLU()])
 def test_modules_in_training_mode_are_named_and_eval_helps(module: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), module, nn.Flatten(), nn.Linear(64, 3)).double().train()
     with pytest.raises(ValueError, match=rf"'1' \({type(module).__name__}\) in training mode. Call model.eval"):
         LayerScoreMap(model, model[0]).attribute(some_images(), 1)
     LayerScoreMap(model.eval(), model[0]).attribute(some_images(), 1)
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.Dropout1d(0.3), nn.AlphaDropout(0.2)])
+def test_dropout_in_training_mode_is_frozen_and_said_once(module: nn.Module) -> None:
+    """Captum takes it, too; the noise is that of one run, so the form is exact for that run."""
+    first = nn.Flatten(2) if isinstance(module, nn.Dropout1d) else nn.Identity()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), first, module, nn.ReLU(), module, nn.Flatten(1), nn.Linear(64, 3)
+    ).double()
+    with pytest.warns(UserWarning, match=r"dropout is in training mode at '2'") as said:
+        form = linear_form(model, some_images(), 1, model[0])
+    assert len(said) == 1
+    assert_close(form.sums + form.bias, form.score, **EXACT)
+    assert form.coefficients.eq(0).any() or isinstance(module, nn.AlphaDropout)
+    model.eval()
+    assert_close(linear_form(model, some_images(), 1).score, model(some_images())[:, 1], **EXACT)

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captum import attr as captum
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import LayerScoreMap, NeuronScoreMap, ScoreMap, linear_form
+from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap, linear_form
 from tests.configurations import (
     CONFIGURATIONS,
     Configuration,
     Image,
     InPlace,
     OneInputUnderTheOther,
+    OneScore,
     SeveralTensors,
     TwoInputs,
     X,
@@ -293,10 +295,19 @@ def test_grad_kwargs_reach_autograd(cls: type) -> None:
 def test_layer_may_be_set_after_construction(cls: type) -> None:
     """As TCAV does."""
     model = built(Image)
+    options = {"attr_dim_summation": False} if cls is LayerScoreMap else {}
     method = cls(model, None, multiply_by_inputs=False)
     method.layer = model.relu
-    expected = cls(model, model.relu, multiply_by_inputs=False).attribute(X[0], 1)
-    assert_close(method.attribute(X[0], 1), expected, rtol=0, atol=0)
+    expected = cls(model, model.relu, multiply_by_inputs=False).attribute(X[0], 1, **options)
+    assert_close(method.attribute(X[0], 1, **options), expected, rtol=0, atol=0)
+
+
+def test_a_layer_set_later_says_what_tcav_takes() -> None:
+    model = built(Image)
+    for method in (LayerScoreMap(model, None), LayerScoreMap(model, model.conv)):
+        method.layer = model.relu
+        with pytest.raises(ValueError, match=r"attr_dim_summation must be False .* multiply_by_inputs=False\)"):
+            method.attribute.__wrapped__(method, X[0], target=1, attribute_to_layer_input=False)
 
 
 def test_layer_that_was_never_set_is_named() -> None:
@@ -399,6 +410,114 @@ def test_properties_say_what_is_returned() -> None:
         ):
             assert method.multiplies_by_inputs is multiply
             assert method.has_convergence_delta()
+
+
+# --- what Captum's base classes bring along --------------------------------------------------------------------------
+
+
+def ours(model: Any) -> list[Any]:
+    return [
+        ScoreMap(model),
+        LayerScoreMap(model, model.relu),
+        NeuronScoreMap(model, model.relu),
+        FusedScoreMap(model),
+        CompleteScoreMap(model),
+    ]
+
+
+def test_futures_are_refused_in_words() -> None:
+    for method in ours(built(Image)):
+        with pytest.raises(NotImplementedError, match=f"attribute_future .* {type(method).__name__}. Use attribute"):
+            method.attribute_future(X[0], 1)
+
+
+def test_gradient_functions_are_refused() -> None:
+    for method in ours(built(Image)):
+        method.gradient_func = method.gradient_func  # Captum's own
+        with pytest.raises(ValueError, match=r"gradient_func must be left as it is.*rules="):
+            method.gradient_func = lambda *_: None
+
+
+@each_case
+def test_deltas_of_attributions_that_were_computed_before(case: Configuration) -> None:
+    _, explained, layer, inputs = case.call()
+    zero = torch.zeros(len(X[0]), dtype=torch.float64)[: len(tensors(inputs)[0])]
+    for cls in (ScoreMap, LayerScoreMap):
+        method = constructed(cls, case, explained, layer)
+        found = attribute(cls, method, case, inputs, case.target)
+        options = {"attribute_to_layer_input": case.at_input} if cls is LayerScoreMap else {}
+        for start in (None, 0):
+            delta = method.compute_convergence_delta(found, start, inputs, case.target, case.additional, **options)
+            assert_close(delta, zero, rtol=0, atol=1e-10)
+        off = tuple(one + 1 for one in found) if isinstance(found, tuple) else found + 1
+        wrong = method.compute_convergence_delta(off, None, inputs, case.target, case.additional, **options)
+        assert bool((wrong < -0.5).all())
+
+
+def test_deltas_that_cannot_be_are_refused() -> None:
+    model, x = built(Image), X[0]
+    found = ScoreMap(model).attribute(x, 1)
+    for method in ours(model)[2:]:
+        with pytest.raises(NotImplementedError, match=f"compute_convergence_delta .* {type(method).__name__}"):
+            method.compute_convergence_delta(found, 0, x, 1)
+    with pytest.raises(ValueError, match=r"start_point must be None or zero"):
+        ScoreMap(model).compute_convergence_delta(found, x, x, 1)
+    with pytest.raises(ValueError, match=r"needs A·Y"):
+        ScoreMap(model, multiply_by_inputs=False).compute_convergence_delta(found, 0, x, 1)
+    with pytest.raises(AssertionError, match=r"attributions must be shaped like .* got \[\(1, 2, 6, 6\)\]"):
+        ScoreMap(model).compute_convergence_delta(found[:1], 0, x, 1)
+
+
+def test_what_captum_asserts_is_an_assertion_error() -> None:
+    model, x = built(Image), X[0]
+    calls: list[Callable[[], Any]] = [
+        lambda: ScoreMap(model).attribute(x, (9999,) * 20),
+        lambda: ScoreMap(model).attribute(x, 9),
+        lambda: ScoreMap(model).attribute(x, [0, 1, 2]),
+        lambda: ScoreMap(model).attribute(x, None),
+        lambda: ScoreMap(model).attribute(x, "cat"),
+        lambda: ScoreMap(model).attribute("cat", 1),
+        lambda: ScoreMap(built(lambda: OneScore(False))).attribute(x, 1),
+        lambda: NeuronScoreMap(model, model.relu).attribute(x, (9999,) * 20),
+        lambda: LayerScoreMap(model, model.relu).attribute(x, (0, 1)),
+    ]
+    for call in calls:
+        with pytest.raises(AssertionError, match="must"):
+            call()
+
+
+def test_grad_kwargs_may_come_fifth() -> None:
+    model, x = built(Image), X[0].clone()
+    options = {"create_graph": True}
+    ours = LayerScoreMap(model, model.relu, None, True, False)  # memory_efficient
+    theirs = captum.LayerGradientXActivation(model, model.relu, None, True, False)
+    found, expected = (method.attribute(x, 1, None, False, options) for method in (ours, theirs))
+    assert found.grad_fn is not None
+    assert_close(found.detach(), expected.detach().sum(1, keepdim=True), **EXACT)
+
+
+def test_selector_that_sums_over_the_batch() -> None:
+    model, x = built(Image), X[0].clone()
+    ours = NeuronScoreMap(model, model.relu, multiply_by_inputs=False)
+    found, delta = ours.attribute(x, torch.sum, return_convergence_delta=True)
+    each = ours.attribute(x, lambda layer: layer.flatten(1).sum(1))
+    assert_close(found, each, **EXACT)
+    theirs = quiet(captum.NeuronGradient(model, model.relu).attribute)(x[:1], torch.sum)
+    assert_close(found[:1], theirs, **EXACT)
+    assert_close(delta, torch.zeros(1, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_one_number_for_each_example() -> None:
+    """A batch of one dimension, as in Captum's own tests."""
+    x, y = torch.tensor([3.0, -2.0, 1.0]), torch.tensor([1.0, 0.5, -4.0])
+
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        return 1 - F.relu(1 - F.relu(x) - 2 * y)
+
+    found, delta = ScoreMap(model).attribute((x, y), return_convergence_delta=True)
+    expected = quiet(captum.InputXGradient(model).attribute)((x.clone(), y.clone()))
+    assert_close(found, tuple(one.detach() for one in expected), **EXACT)
+    assert_close(delta, torch.zeros(3), rtol=0, atol=1e-6)
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------

@@ -405,8 +405,24 @@ def test_tokens_are_explained_at_their_embedding() -> None:
     assert_close(score_map, expected.detach().sum(-1, keepdim=True), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tokens_of_either_type(dtype: torch.dtype) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.EmbeddingBag(9, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens.reshape(-1, 1)))
+
+    model, tokens = built(Words), torch.tensor([2, 0, 1], dtype=dtype)
+    found, delta = LayerScoreMap(model, model.embedding).attribute(tokens, 1, return_convergence_delta=True)
+    assert found.shape == (3, 1)
+    assert_close(delta, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_tokens_themselves_have_no_map() -> None:
-    with pytest.raises(TypeError, match=r"inputs must be floating point, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"inputs must be floating point, got torch\.int64\. Of token ids explain"):
         ScoreMap(built(Language)).attribute(torch.tensor([[2, 0, 1]]), 3)
 
 

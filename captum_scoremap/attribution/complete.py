@@ -4,15 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
-from captum_scoremap.linear import Target, explain_completely
+from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
+from captum_scoremap.linear import explain_completely
 from captum_scoremap.rules import Rule
+from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
+from .contract import Contract
 from .main_layers import MainLayers
 
 __all__ = ["CompleteScoreMap"]
@@ -20,7 +21,7 @@ __all__ = ["CompleteScoreMap"]
 Layers = nn.Module | Sequence[nn.Module] | Literal["image"] | None
 
 
-class CompleteScoreMap(GradientAttribution):
+class CompleteScoreMap(Contract):
     """The signed map that adds up to the score: the score map of a layer, and every constant above it at its place.
 
     S = A·Y + B is exact at every layer, but at all layers but the last most of S is B, one number without a place. B is
@@ -59,16 +60,14 @@ class CompleteScoreMap(GradientAttribution):
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
-        check_callable(forward_func)
+        super().__init__(forward_func, rules)
         if isinstance(layers, str) and str(layers) != "image":
             check_layer(forward_func, layers)
         for layer in _modules(layers) or ():
             check_layer(forward_func, layer)
         if not isinstance(layers, (nn.Module, str)) and layers is not None and not layers:
             raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
-        super().__init__(forward_func)
         self._layers = layers
-        self._rules = rules
         self._main_layers = MainLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]

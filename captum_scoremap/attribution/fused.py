@@ -5,20 +5,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
 from captum_scoremap.layout import main_modules
-from captum_scoremap.linear import Target, check_sites, select_scores, warn_of_probabilities
+from captum_scoremap.linear import check_sites, warn_of_probabilities
 from captum_scoremap.rules import Rule, Value, with_rules
+from captum_scoremap.scores import Target, is_function, select_scores
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
+
+from .contract import Contract
 
 __all__ = ["FusedScoreMap"]
 
 
-class FusedScoreMap(GradientAttribution):
+class FusedScoreMap(Contract):
     """One map of the size of the image that says where the evidence for a label is, and against all other labels.
 
     A late layer's score map knows what is where, but only coarsely; an early one shows detail, but also much that has
@@ -36,9 +38,10 @@ class FusedScoreMap(GradientAttribution):
        exactly zero: what the label does not see is no evidence for it, whatever it says against others.
 
     It is a map for looking, pointing and cropping, without unit; for one that adds up to the score take
-    :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, that is
-    taken for the log-odds, as before a sigmoid. It takes one forward and two backward passes, of which the second ends
-    at the first of the layers, and at the first image of each size one more forward pass that finds the layers.
+    :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, or the
+    target is a function, that is taken for the log-odds, as before a sigmoid. It takes one forward and two backward
+    passes, of which the second ends at the first of the layers, and at the first image of each size one more forward
+    pass that finds the layers.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
@@ -59,18 +62,17 @@ class FusedScoreMap(GradientAttribution):
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layers: Sequence[nn.Module] | None = None,
+        layers: nn.Module | Sequence[nn.Module] | None = None,
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
-        check_callable(forward_func)
-        for layer in layers or ():
+        super().__init__(forward_func, rules)
+        named = [layers] if isinstance(layers, nn.Module) else layers
+        for layer in named or ():
             check_layer(forward_func, layer)
-        if layers is not None and not layers:
+        if named is not None and not named:
             raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
-        super().__init__(forward_func)
-        self._layers = None if layers is None else list(layers)
-        self._rules = rules
+        self._layers = None if named is None else list(named)
         self._found: dict[torch.Size, list[nn.Module]] = {}
 
     @log_usage()  # type: ignore[untyped-decorator]
@@ -84,7 +86,7 @@ class FusedScoreMap(GradientAttribution):
 
         Args:
             inputs: The image, (N, C, H, W).
-            target: Label of each image, in any of Captum's forms.
+            target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
             additional_forward_args: Additional arguments of ``forward_func``; they are constants.
 
         Returns:
@@ -103,12 +105,18 @@ class FusedScoreMap(GradientAttribution):
 
         sites: list[Site] = [(layer, False) for layer in layers]
         recording = Recording(forward_func, with_rules(self._rules), sites)
-        output = recording.record((image,), additional)
+
+        def select(output: Any) -> Tensor:
+            warn_of_probabilities(recording, output)
+            scores = select_scores(output, target, len(image))
+            return scores if is_function(target) else output
+
+        output = recording.record((image,), additional, select)
         check_sites(recording, sites)
-        warn_of_probabilities(recording, output)
+        label = None if is_function(target) else target
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            score, odds = select_scores(leaf, target, len(image)), log_odds(leaf, target)
+            score, odds = select_scores(leaf, label), log_odds(leaf, label)
             of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
         taps = [_map_of(recording.tapped[site], site[0]) for site in sites]
         with torch.no_grad():

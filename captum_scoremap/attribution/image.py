@@ -3,19 +3,21 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from captum.attr import GradientAttribution
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_scoremap.checks import check_callable, check_grad_kwargs, check_inputs, unwrap_parallel
-from captum_scoremap.linear import Reduction, Target, explain, select_scores
+from captum_scoremap.checks import check_grad_kwargs, check_inputs, unwrap_parallel
+from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule
+from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import as_tuple_of_arguments
+
+from .contract import Contract, exact_delta
 
 __all__ = ["ScoreMap"]
 
 
-class ScoreMap(GradientAttribution):
+class ScoreMap(Contract):
     """Sub-scores A·x of the image x: S = A·x + B, Eq. (3) of Yu et al. 2015 at l = 0.
 
     For piecewise-linear networks this equals Captum's ``InputXGradient``; for others the coefficients A are exact where
@@ -48,10 +50,8 @@ class ScoreMap(GradientAttribution):
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
-        check_callable(forward_func)
-        super().__init__(forward_func)
+        super().__init__(forward_func, rules)
         self._multiply_by_inputs = multiply_by_inputs
-        self._rules = rules
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -66,7 +66,7 @@ class ScoreMap(GradientAttribution):
 
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
-            target: Label of each image, in any of Captum's forms.
+            target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
             additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             return_convergence_delta: Whether to return S - (A·x + B) too, with B from the frozen model at zero.
             grad_kwargs: With ``create_graph=True`` the result can be differentiated, in the inputs and in the model's
@@ -109,6 +109,31 @@ class ScoreMap(GradientAttribution):
     def has_convergence_delta(self) -> bool:
         """True: S = A·x + B is exact, and the delta checks it."""
         return True
+
+    def compute_convergence_delta(
+        self,
+        attributions: Tensor | tuple[Tensor, ...],
+        start_point: object,
+        end_point: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: object = None,
+    ) -> Tensor:
+        """S - (A·x + B) for sub-scores that were computed before.
+
+        Args:
+            attributions: The sub-scores.
+            start_point: None, or zero, where B is taken.
+            end_point: The image.
+            target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
+            additional_forward_args: Additional arguments of ``forward_func``.
+
+        Returns:
+            (N,), in logits.
+
+        Raises:
+            ValueError: If the sub-scores do not fit the image, or the start point is not zero.
+        """
+        return exact_delta(self, None, attributions, start_point, end_point, target, additional_forward_args)
 
     @property
     def multiplies_by_inputs(self) -> bool:

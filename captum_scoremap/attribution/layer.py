@@ -4,26 +4,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from captum.attr import GradientAttribution, LayerAttribution
+from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import (
-    check_callable,
     check_grad_kwargs,
     check_inputs,
     check_layer,
     is_tuple_of_one,
     unwrap_parallel,
 )
-from captum_scoremap.linear import Reduction, Target, explain, explain_targets, select_scores
+from captum_scoremap.linear import Reduction, explain, explain_targets
 from captum_scoremap.rules import Rule
+from captum_scoremap.scores import Label, Target, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments
+
+from .contract import Contract, exact_delta
 
 __all__ = ["LayerScoreMap"]
 
 
-class LayerScoreMap(LayerAttribution, GradientAttribution):
+class LayerScoreMap(LayerAttribution, Contract):
     """The score map of a layer: M(x, y) = sum over channels of A·Y, Eq. (4) of Yu et al. 2015.
 
     S = A·Y + B holds for the output Y of every layer; the map says what each of its positions adds to the score. With
@@ -38,10 +40,12 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         layer: A module, or a list of modules, for which one run and one backward pass serve. If a module runs more
-            than once, its last call counts. None where it is set later, as TCAV does.
+            than once, its last call counts. None where it is set later, as TCAV does; such a method returns no sums
+            over channels.
         device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its
             module.
         multiply_by_inputs: Whether to multiply by the activations Y; else the coefficients A are returned.
+        memory_efficient: Accepted for compatibility with Captum: activations are freed as the coefficients go by.
         rules: Operation to rule, to replace or add some.
 
     Example:
@@ -61,20 +65,20 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layer: nn.Module | list[nn.Module] | None,
+        layer: nn.Module | Sequence[nn.Module] | None,
         device_ids: list[int] | None = None,
         multiply_by_inputs: bool = True,
+        memory_efficient: bool = False,
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
-        check_callable(forward_func)
-        if layer is not None:
-            _check_layers(forward_func, layer)
         # Captum declares a type variable where it means either
         LayerAttribution.__init__(self, forward_func, layer, device_ids)  # type: ignore[type-var]
-        GradientAttribution.__init__(self, forward_func)
+        Contract.__init__(self, forward_func, rules)
+        if layer is not None:
+            _check_layers(forward_func, layer)
+        self._made_for = layer
         self._multiply_by_inputs = multiply_by_inputs
-        self._rules = rules
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -83,7 +87,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
         target: Target = None,
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
-        relu_attributions: bool = False,
+        relu_attributions: bool | Mapping[str, Any] = False,
         attr_dim_summation: bool = True,
         grad_kwargs: dict[str, Any] | None = None,
         return_convergence_delta: bool = False,
@@ -93,10 +97,11 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
 
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs; tokens may be int64.
-            target: Label of each image, in any of Captum's forms.
+            target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
             additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             attribute_to_layer_input: Whether Y is the layer's input.
-            relu_attributions: Whether to return the positive part only.
+            relu_attributions: Whether to return the positive part only. ``grad_kwargs``, if it comes fifth, as in
+                Captum's ``LayerGradientXActivation``.
             attr_dim_summation: Whether to sum over channels.
             grad_kwargs: With ``create_graph=True`` the result can be differentiated, in the inputs and in the model's
                 parameters; the other options of ``torch.autograd.grad`` are accepted for compatibility with Captum.
@@ -115,10 +120,18 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
+        if isinstance(relu_attributions, Mapping):  # where LayerGradientXActivation has it
+            grad_kwargs, relu_attributions = dict(relu_attributions), False
         check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=True)
         additional = as_tuple_of_arguments(additional_forward_args)
         sites = self._sites(attribute_to_layer_input)
+        if attr_dim_summation and self.layer is not self._made_for:
+            raise ValueError(
+                "attr_dim_summation must be False where the layer is set later, as TCAV does, which takes coefficients "
+                "shaped like the layer: LayerScoreMap(model, None, multiply_by_inputs=False) and "
+                "tcav.interpret(..., attr_dim_summation=False). For a score map, name the layer when making the method."
+            )
 
         def select(output: Any) -> Tensor:
             return select_scores(output, target, len(tensors[0]))
@@ -151,7 +164,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
     def attribute_targets(
         self,
         inputs: Tensor | tuple[Tensor, ...],
-        targets: Sequence[int | tuple[int, ...]] | None = None,
+        targets: Sequence[Label] | None = None,
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
@@ -166,7 +179,8 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
 
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
-            targets: Labels, the same for all images; None for every label.
+            targets: Labels, the same for all images, or functions from the model's output to (N,); None for every
+                label.
             additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
@@ -203,6 +217,38 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
         """True: S = A·Y + B is exact, and the delta checks it."""
         return True
 
+    def compute_convergence_delta(
+        self,
+        attributions: Any,
+        start_point: object,
+        end_point: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: object = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Any:
+        """S - (A·Y + B) for score maps or sub-scores that were computed before.
+
+        Args:
+            attributions: What :meth:`attribute` returned.
+            start_point: None, or zero, where B is taken.
+            end_point: The image.
+            target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
+            additional_forward_args: Additional arguments of ``forward_func``.
+            attribute_to_layer_input: Whether Y is the layer's input.
+
+        Returns:
+            (N,), in logits; a list for a list of layers.
+
+        Raises:
+            ValueError: If the maps do not fit the layer, or the start point is not zero.
+        """
+        given = attributions if isinstance(self.layer, (list, tuple)) else [attributions]
+        deltas = [
+            exact_delta(self, site, one, start_point, end_point, target, additional_forward_args)
+            for site, one in zip(self._sites(attribute_to_layer_input), given, strict=True)
+        ]
+        return deltas if isinstance(self.layer, (list, tuple)) else deltas[0]
+
     @property
     def multiplies_by_inputs(self) -> bool:
         """Whether coefficients are multiplied by the activations."""
@@ -213,7 +259,7 @@ class LayerScoreMap(LayerAttribution, GradientAttribution):
         return [(layer, at_input) for layer in layers]
 
     def _formatted(self, maps: list[Any], deltas: list[Tensor] | None) -> Any:
-        if isinstance(self.layer, list):
+        if isinstance(self.layer, (list, tuple)):
             return maps if deltas is None else (maps, deltas)
         return maps[0] if deltas is None else (maps[0], deltas[0])
 
@@ -228,7 +274,7 @@ def _check_layers(forward_func: Callable[..., Any], layer: object) -> list[nn.Mo
         TypeError: If something in it is not a module.
         ValueError: If the model does not contain it.
     """
-    layers: list[Any] = layer if isinstance(layer, list) else [layer]
+    layers: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
     for one in layers:
         check_layer(forward_func, one)
     return layers

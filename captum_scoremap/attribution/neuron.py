@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from captum.attr import GradientAttribution, NeuronAttribution
+import numpy as np
+from captum.attr import NeuronAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import (
-    check_callable,
+    InvalidTypeError,
+    InvalidValueError,
     check_grad_kwargs,
     check_inputs,
     check_layer,
@@ -19,12 +21,14 @@ from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
+from .contract import Contract
+
 __all__ = ["NeuronScoreMap"]
 
-Selector = int | tuple[int | slice, ...] | Callable[[Any], Tensor]
+Selector = int | np.integer[Any] | tuple[int | np.integer[Any] | slice, ...] | Callable[[Any], Tensor]
 
 
-class NeuronScoreMap(NeuronAttribution, GradientAttribution):
+class NeuronScoreMap(NeuronAttribution, Contract):
     """Sub-scores of a neuron: its activation as A·Y + B with the input, or with the output Y of any lower layer.
 
     "The output of a neuron is a linear combination of the outputs of any lower layer" (Yu et al. 2015, Section 2).
@@ -56,12 +60,10 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
-        check_callable(forward_func)
-        check_layer(forward_func, layer)
         NeuronAttribution.__init__(self, forward_func, layer, device_ids)
-        GradientAttribution.__init__(self, forward_func)
+        Contract.__init__(self, forward_func, rules)
+        check_layer(forward_func, layer)
         self._multiply_by_inputs = multiply_by_inputs
-        self._rules = rules
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -81,7 +83,8 @@ class NeuronScoreMap(NeuronAttribution, GradientAttribution):
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
             neuron_selector: Index of the neuron in the layer's output without its batch dimension: an int, a tuple of
-                ints and slices (whose neurons are summed), or a function, linear, from the layer's output to (N,).
+                ints and slices (whose neurons are summed), or a function from the layer's output to (N,), or to their
+                sum over the batch, as ``torch.sum`` is.
             additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             attribute_to_neuron_input: Whether the neuron is one of the layer's input.
             to_layer: The lower layer whose output Y is; None for the input.
@@ -152,42 +155,44 @@ def select_neuron(value: Any, selector: Selector) -> Tensor:
     """The activation that a selector names in a layer's output.
 
     Returns:
-        The activation, (N,).
+        The activation, (N,), or one number where a function sums over the batch, too.
 
     Raises:
-        TypeError: If the selector has no known form, or does not return a tensor.
-        ValueError: If it is out of range, or does not select one number for each image.
+        InvalidTypeError: If the selector has no known form, or does not return a tensor.
+        InvalidValueError: If it is out of range, or does not select one number for each image.
     """
     tensors = tuple(tensor for tensor in tensors_in(value) if tensor.is_floating_point())
     if not tensors:
-        raise ValueError("layer must have a floating-point output, got none. Name another layer.")
+        raise InvalidValueError("layer must have a floating-point output, got none. Name another layer.")
     if callable(selector):
         chosen = selector(tensors if len(tensors) > 1 else tensors[0])
         if not isinstance(chosen, Tensor):
-            raise TypeError(f"neuron_selector must return a tensor (N,), got {type(chosen).__name__}.")
+            raise InvalidTypeError(f"neuron_selector must return a tensor (N,), got {type(chosen).__name__}.")
     else:
         index = selector if isinstance(selector, tuple) else (selector,)
-        if not all(isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index):
-            raise TypeError(
+        if not all(isinstance(i, (int, np.integer, slice)) and not isinstance(i, bool) for i in index):
+            raise InvalidTypeError(
                 f"neuron_selector must be an int, a tuple of ints and slices, or a function, got {selector!r}."
             )
         if len(tensors) != 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"neuron_selector must be a function for a layer of {len(tensors)} tensors, got {selector!r}."
             )
         sizes = tuple(tensors[0].shape[1:])
         if len(index) != len(sizes):
-            raise ValueError(
+            raise InvalidValueError(
                 f"neuron_selector must have {len(sizes)} indices for a layer of {sizes}, got {selector!r}."
             )
         for i, size in zip(index, sizes, strict=True):
-            if isinstance(i, int) and not -size <= i < size:
-                raise ValueError(f"neuron_selector must be from 0 to {size - 1}, got {i}.")
+            if not isinstance(i, slice) and not -size <= i < size:
+                raise InvalidValueError(f"neuron_selector must be from 0 to {size - 1}, got {i}.")
         place: tuple[Any, ...] = (slice(None), *index)
         chosen = tensors[0][place]
         chosen = chosen.flatten(1).sum(1) if chosen.dim() > 1 else chosen
     if chosen.dim() > 1 and chosen[0].numel() == 1:
         chosen = chosen.reshape(-1)
-    if chosen.dim() != 1:
-        raise ValueError(f"neuron_selector must select one number for each image, (N,), got {tuple(chosen.shape)}.")
+    if chosen.dim() > 1:
+        raise InvalidValueError(
+            f"neuron_selector must select one number for each image, (N,), got {tuple(chosen.shape)}."
+        )
     return chosen

@@ -1,5 +1,7 @@
 """S = A·Y + B, Eq. (3) of Yu et al. 2015, read off the tape: forms, bias terms, all labels, and how exact it is."""
 
+from captum_scoremap.scores import Label, Target, select_scores
+
 from .all_labels import explain_targets
 from .bias_maps import BiasMaps, bias_maps, explain_completely
 from .bias_terms import bias_terms
@@ -8,7 +10,6 @@ from .explanation import Explanation, check_sites, explain, warn_of_probabilitie
 from .form import LinearForm, linear_form
 from .ledger import Ledger
 from .reduction import Reduction, image_sums
-from .target import Label, Target, select_scores
 
 __all__ = [
     "BiasMaps",

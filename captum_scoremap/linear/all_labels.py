@@ -4,16 +4,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from captum_scoremap.rules import Rule, Value, with_rules
+from captum_scoremap.scores import Label, is_function, select_scores
 from captum_scoremap.tape import Recording, Site, Tapped
 
 from .batching import over_rows, quiet_batching
 from .explanation import check_sites, image_axis, warn_of_probabilities
 from .reduction import Reduction
-from .target import Label, select_scores
 
 __all__ = ["explain_targets"]
 
@@ -42,7 +43,7 @@ def explain_targets(
     Args:
         forward_func: The model, or a function that calls it.
         inputs: The image.
-        targets: Labels, the same for all images; None for every label of an output (N, K).
+        targets: Labels, the same for all images, or functions of the output; None for every label of an output (N, K).
         sites: Places in the model.
         reduction: What to make of A and Y there; it sums over channels, whose place the labels take.
         additional: Additional arguments.
@@ -56,12 +57,19 @@ def explain_targets(
         ValueError: If targets are missing where needed, or out of range, or a layer has several tensors.
     """
     recording = Recording(forward_func, with_rules(rules), sites)
-    output = recording.record(inputs, additional)
+    count, functions = len(inputs[0]), _have_functions(targets)
+
+    def select(output: Any) -> Any:
+        warn_of_probabilities(recording, output)
+        if targets is None or not functions:
+            return output
+        return torch.stack([select_scores(output, label, count) for label in targets], 1)
+
+    output = recording.record(inputs, additional, select)
     check_sites(recording, sites)
-    warn_of_probabilities(recording, output)
-    labels = _labels(output, targets)
+    labels = _labels(output, None if functions else targets)
     for label in labels[:1] if targets is None else labels:
-        select_scores(output, label, len(inputs[0]))  # names what is wrong before any work is done
+        select_scores(output, label, count)  # names what is wrong before any work is done
     for site in sites:
         tensors = len(recording.tapped[site].values)
         if tensors != 1:
@@ -176,6 +184,13 @@ def _pushed_forward(seeds: _Seeds, tapped: Tapped, channels: int, positions_at_o
     # (positions, N, K) -> (N, ..., K) -> the labels where the channels were
     maps = (scores[:-1] - scores[-1]).permute(1, 0, 2).reshape(activations.shape[0], *shape, -1)
     return maps.movedim(-1, channels)
+
+
+def _have_functions(targets: Sequence[Label] | None) -> bool:
+    """Whether some of the targets are functions of the output, which are part of the run."""
+    if is_function(targets) or isinstance(targets, (int, np.integer)):
+        raise TypeError(f"targets must be a sequence of labels, got {targets!r}. Put it in a list.")
+    return targets is not None and any(map(is_function, targets))
 
 
 def _labels(output: Any, targets: Sequence[Label] | None) -> list[Label]:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
 from captum_scoremap.rules import Rule
+from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
 from .explanation import record_score
 from .ledger import Ledger, ledgers
-from .target import Target, select_scores
 
 __all__ = ["BiasMaps", "bias_maps", "explain_completely"]
 
@@ -107,7 +107,7 @@ def explain_completely(
     image = check_images(inputs)
 
     def select(output: Any) -> Tensor:
-        return select_scores(output, target)
+        return select_scores(output, target, len(image))
 
     recording, score = record_score(
         unwrap_parallel(forward_func), (image,), select, sites, additional, rules=rules, keep=True

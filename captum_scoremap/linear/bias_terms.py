@@ -8,11 +8,11 @@ from torch import Tensor
 
 from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
 from captum_scoremap.rules import Rule, display_name, tensors_in
+from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Recording, Step, as_tuple_of_arguments
 
 from .batching import over_rows
 from .explanation import record_score
-from .target import Target, select_scores
 
 __all__ = ["bias_terms", "names_of_steps", "shares_of_constants"]
 
@@ -34,7 +34,7 @@ def bias_terms(
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         inputs: The image, (N, C, H, W), or a tuple of such inputs.
-        target: Label of each image, in any of Captum's forms.
+        target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
         additional_forward_args: Additional arguments; they are constants.
         rules: Operation to rule, to replace or add some.
 

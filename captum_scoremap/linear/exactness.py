@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import UnsupportedOperationError, check_callable, check_inputs
 from captum_scoremap.rules import Rule, display_name, with_rules
+from captum_scoremap.scores import select_scores
 from captum_scoremap.tape import Recording, Site
 
 from .bias_terms import shares_of_constants
 from .explanation import Explanation, warn_of_probabilities
 from .reduction import Reduction
-from .target import select_scores
 
 __all__ = ["Exactness", "LayerExactness", "check_exactness"]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_scoremap.checks import InvalidValueError
 from captum_scoremap.rules import Rule, Value, with_rules
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
@@ -96,11 +97,15 @@ class Explanation:
     @torch.no_grad()
     def sums(self, site: Site | None) -> Tensor:
         """Return the sum of A·Y for each image, (N,)."""
+        results, activations = self.results[site], self.tapped(site).activations
+        if self._reduction.multiply:
+            return self.sums_of(results, site)
+        return self.sums_of([a * y for a, y in zip(results, activations, strict=True)], site)
+
+    @torch.no_grad()
+    def sums_of(self, products: Sequence[Tensor], site: Site | None) -> Tensor:
+        """Return the sum for each image, (N,), of what is shaped like a site, or like it without its channels."""
         tapped = self.tapped(site)
-        results = self.results[site]
-        products = (
-            results if self._reduction.multiply else [a * y for a, y in zip(results, tapped.activations, strict=True)]
-        )
         axes = [
             self._axis(value, y, product)
             for value, y, product in zip(tapped.values, tapped.activations, products, strict=True)
@@ -234,11 +239,15 @@ def record_score(
 
     def checked(output: Any) -> Tensor:
         if stop_at is not None and not recording.places.calls[stop_at[0]]:
-            raise ValueError(f"layer must run when the model does, got a {type(stop_at[0]).__name__} that never ran.")
+            raise InvalidValueError(
+                f"layer must run when the model does, got a {type(stop_at[0]).__name__} that never ran."
+            )
         check_sites(recording, taps, stop_at)
         if stop_at is None:
             warn_of_probabilities(recording, output)
         scores = select(output)
+        if scores.dim() == 0:  # one number for the whole batch
+            return scores.reshape(1)
         _check_rows(scores, inputs[0].shape[0])
         return scores
 
@@ -274,7 +283,8 @@ def check_sites(recording: Recording, sites: Sequence[Site], below: Site | None 
     """Raise for layers that did not run or have nothing to explain; warn of those that ran more than once.
 
     Raises:
-        ValueError: If so.
+        InvalidValueError: If one did not run.
+        ValueError: If one has nothing to explain, or does not lie below the neuron.
     """
     for site in sites:
         layer, at_input = site
@@ -285,7 +295,7 @@ def check_sites(recording: Recording, sites: Sequence[Site], below: Site | None 
                 "between the input and the neuron."
             )
         if site not in recording.tapped:
-            raise ValueError(
+            raise InvalidValueError(
                 f"layer must run when the model does, got a {name} that never ran. Name a layer on the way to "
                 "the score."
             )

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
 from captum_scoremap.rules import Rule, tensors_in
+from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
 from .explanation import explain
 from .ledger import Ledger, ledgers
 from .reduction import Reduction
-from .target import Target, select_scores
 
 __all__ = ["LinearForm", "linear_form"]
 
@@ -145,7 +145,7 @@ def linear_form(
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         inputs: The image, (N, C, H, W), or a tuple of such inputs.
-        target: Label of each image, in any of Captum's forms.
+        target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
         layer: The layer; None for the image itself. If it runs more than once, its last call counts.
         additional_forward_args: Additional arguments; they are constants.
         attribute_to_layer_input: Whether Y is the layer's input.

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,8 @@ from torch import nn
 
 __all__ = ["Places", "Site", "StopRun", "root_module"]
 
-_TRAINED_BY_CHANCE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
+# In training mode these change the model, or what they do is not one thing for each image.
+_NOT_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.RReLU)
 
 # A place in the model: a module and whether its input is meant, or its output.
 Site = tuple[nn.Module, bool]
@@ -48,6 +50,7 @@ class Places:
         self._names: dict[nn.Module, str] = {}
         self.module: nn.Module | None = None
         self._thread = 0
+        self._dropped = False
         root = root_module(forward_func)
         if root is not None:
             self._roots.append(root)
@@ -121,7 +124,9 @@ class Places:
     def _enter(self, module: nn.Module) -> None:
         if self.module is None and module not in self._roots:
             self._roots.append(module)
-        if module.training and isinstance(module, _TRAINED_BY_CHANCE):
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
+            self._warn_of_dropout(module)
+        if module.training and isinstance(module, _NOT_IN_TRAINING):
             raise ValueError(
                 f"the model must be in evaluation mode, got {self.name_of(module) or type(module).__name__!r} "
                 f"({type(module).__name__}) in training mode. Call model.eval()."
@@ -132,6 +137,16 @@ class Places:
                 f"{self.name_of(module) or type(module).__name__!r}. Remove it first (the handle's remove())."
             )
         self.calls[module] += 1
+
+    def _warn_of_dropout(self, module: nn.Module) -> None:
+        """Warn, once in a run."""
+        if not self._dropped:
+            warnings.warn(
+                f"dropout is in training mode at {self.name_of(module) or type(module).__name__!r}: the map is that of "
+                "the units that this run kept, and another run gives another. Call model.eval() unless you mean it.",
+                stacklevel=2,
+            )
+        self._dropped = True
 
 
 _plain_call = nn.Module.__call__

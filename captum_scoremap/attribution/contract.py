@@ -1,0 +1,126 @@
+"""What every attribution class here promises Captum, or refuses in words."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from captum._utils.gradient import compute_gradients
+from captum.attr import GradientAttribution
+from torch import Tensor
+
+from captum_scoremap.checks import InvalidValueError, as_tuple, check_callable, check_inputs, unwrap_parallel
+from captum_scoremap.linear import Reduction, explain
+from captum_scoremap.rules import Rule
+from captum_scoremap.scores import Target, select_scores
+from captum_scoremap.tape import Site, as_tuple_of_arguments
+
+__all__ = ["Contract", "exact_delta"]
+
+
+class Contract(GradientAttribution):
+    """The base of all attribution classes here.
+
+    Args:
+        forward_func: The model in evaluation mode, or a function that calls it.
+        rules: Operation to rule, to replace or add some.
+    """
+
+    def __init__(self, forward_func: Callable[..., Any], rules: Mapping[Any, Rule] | None = None) -> None:
+        check_callable(forward_func)
+        super().__init__(forward_func)
+        self._rules = rules
+
+    @property
+    def gradient_func(self) -> Callable[..., Any]:
+        """Captum's own: coefficients are read off the record of the run, and nothing else would be asked."""
+        return compute_gradients
+
+    @gradient_func.setter
+    def gradient_func(self, function: Callable[..., Any]) -> None:
+        if function is not compute_gradients:
+            raise ValueError(
+                "gradient_func must be left as it is: coefficients are read off the record of the run, not taken by "
+                "it. Use rules= to say what an operation passes on."
+            )
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
+        """Not implemented, as in most of Captum's methods.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}. Use attribute.")
+
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refuse Captum's delta, which measures against the model at a start point rather than against B.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"compute_convergence_delta is not implemented for {type(self).__name__}, whose maps are not differences "
+            "between two inputs."
+        )
+
+
+def exact_delta(
+    method: Contract,
+    site: Site | None,
+    attributions: Tensor | tuple[Tensor, ...],
+    start_point: object,
+    end_point: Tensor | tuple[Tensor, ...],
+    target: Target,
+    additional_forward_args: object,
+) -> Tensor:
+    """Return S - (sum of the attributions + B) for attributions that were computed before.
+
+    Args:
+        method: The method that computed them.
+        site: The place that they belong to; None for the input.
+        attributions: Sub-scores, or their sums over channels.
+        start_point: None, or zero: where B is taken.
+        end_point: The image.
+        target: Label of each image.
+        additional_forward_args: Additional arguments.
+
+    Returns:
+        (N,), in logits.
+
+    Raises:
+        ValueError: If the method returns coefficients, or the start point is not zero.
+        InvalidValueError: If the attributions do not fit.
+    """
+    if not method.multiplies_by_inputs:
+        raise ValueError(
+            "compute_convergence_delta needs A·Y, got a method of coefficients. Use multiply_by_inputs=True."
+        )
+    if any(bool(one.any()) if isinstance(one, Tensor) else bool(one) for one in as_tuple(start_point)):
+        raise ValueError(
+            "start_point must be None or zero: S = A·Y + B is exact at the image, with B the frozen model at zero."
+        )
+    inputs = check_inputs(end_point, indices=site is not None)
+
+    def select(output: Any) -> Tensor:
+        return select_scores(output, target, len(inputs[0]))
+
+    found = explain(
+        unwrap_parallel(method.forward_func),
+        inputs,
+        select,
+        [site],
+        Reduction(multiply=False),
+        as_tuple_of_arguments(additional_forward_args),
+        rules=method._rules,
+        keep=True,
+    )
+    given = tuple(one for one in as_tuple(attributions) if isinstance(one, Tensor))
+    shapes, expected = [tuple(one.shape) for one in given], [tuple(y.shape) for y in found.tapped(site).activations]
+    fits = len(shapes) == len(expected) and all(map(_is_shape_or_sum, shapes, expected))
+    if not fits:
+        raise InvalidValueError(f"attributions must be shaped like what they explain, {expected}, got {shapes}.")
+    return found.score - found.sums_of(given, site) - found.bias(site)
+
+
+def _is_shape_or_sum(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a shape is that of the whole, or of its sum over one dimension, which is not the first."""
+    summed = [axis for axis, (one, other) in enumerate(zip(shape, whole, strict=False)) if one != other]
+    return len(shape) == len(whole) and (not summed or (len(summed) == 1 and summed[0] > 0 and shape[summed[0]] == 1))
