@@ -266,9 +266,9 @@ print(f"espresso, first view: {views[0, target, 0, 0]:.2f} among all views, {cro
 assert views[0, :, 0, 0].argmax() == crop.argmax()
 
 # %% [markdown]
-# More than two logits, and still the same best label. Over all labels the difference is smaller: the README, under
-# *Images of any size*, says how small, and how often the best label stays. A network without padding, like the one of
-# the digits, has no such difference.
+# More than two logits, and still the same best label. Over all labels the difference is smaller: [Images of any
+# size](site/any_size.md#padding) says how small, and how often the best label stays. A network without padding, like
+# the one of the digits, has no such difference.
 #
 # ## Where to go from here
 #

@@ -191,10 +191,11 @@ for name in ("blocks.2", "bn2"):
 assert spread < 1e-4
 
 # %% [markdown]
-# Beyond that, **six photographs prove nothing**. On 63 photographs (README, *Semantic patches*) score map and gradient
-# do about equally well before the last layer, at the last one the score map is far ahead, and both beat the activation,
-# which does not know the label. And squares as large as 160 pixels are no better than the middle of the image, where
-# photographers put what they mean to show. [Tutorial 6](06_which_method_when.ipynb) is about reading such tables.
+# Beyond that, **six photographs prove nothing**. On 63 photographs
+# ([Benchmarks](site/benchmarks.md#semantic-patches)) score map and gradient do about equally well before the last
+# layer, at the last one the score map is far ahead, and both beat the activation, which does not know the label. And
+# squares as large as 160 pixels are no better than the middle of the image, where photographers put their subject.
+# [Tutorial 6](06_which_method_when.ipynb) is about reading such tables.
 #
 # ## Where to go from here
 #

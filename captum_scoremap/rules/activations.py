@@ -46,6 +46,9 @@ class PiecewiseLinear(Rule):
     Which piece a breakpoint itself belongs to follows autograd's convention, so that masks and gradients agree even
     there.
 
+    Equation:
+        y = s̄ · x + ō, with s̄, ō the slope and offset of the piece that x̄ is on
+
     Args:
         breakpoints: The function's breakpoints, slopes and offsets, from the operation's own arguments.
         gate: Whether the output is a gate.
@@ -109,7 +112,11 @@ class PiecewiseLinear(Rule):
 
 
 class PReLU(PiecewiseLinear):
-    """PReLU: its slope is a tensor that broadcasts against the argument."""
+    """PReLU: its slope is a tensor that broadcasts against the argument.
+
+    Equation:
+        y = s̄ · x, with s̄ = 1 where x̄ > 0, else the weight
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -121,7 +128,11 @@ _TANGENT = Tangent()
 
 
 class Absolute(PiecewiseLinear):
-    """The absolute value: piecewise linear of real numbers; the magnitude of complex ones goes by its tangent."""
+    """The absolute value: piecewise linear of real numbers; the magnitude of complex ones goes by its tangent.
+
+    Equation:
+        y = s̄ · x, with s̄ = sign(x̄)
+    """
 
     def freeze(self, call: Call) -> Any:
         """Return the pieces, or the complex numbers at the image."""
@@ -150,6 +161,9 @@ class Clamp(PiecewiseLinear):
     """ReLU, ReLU6, hardtanh: the identity between a lower and an upper bound, which are numbers.
 
     Its mask shows in its output, which is at a bound exactly where the argument is at it or beyond.
+
+    Equation:
+        y = m̄ · x + (1 − m̄) · b̄, with m̄ = 1 between the bounds, else 0, and b̄ the bound that was reached
 
     Args:
         breakpoints: The bounds, and slopes 0 and 1, from the operation's own arguments.
@@ -184,6 +198,9 @@ class Clamp(PiecewiseLinear):
 
 class Choice(Rule):
     """The larger or smaller of two tensors, elementwise, with the choice frozen: a mask gathers from both.
+
+    Equation:
+        z = m̄ · x + (1 − m̄) · y, with m̄ = 1 where x̄ was taken, else 0
 
     Args:
         compare: Where the first is taken: ``operator.ge`` for the larger, ``operator.le`` for the smaller.
@@ -238,6 +255,9 @@ class Gate(Rule):
     The alternative, the tangent, moves part of the value into the offset B; the gate leaves the output proportional to
     the input, as a ReLU's mask does, so that nothing is attributed to an activation that is off.
 
+    Equation:
+        y = ḡ · x, with ḡ = f(x̄) / x̄; f'(0) where x̄ = 0
+
     Args:
         slope: f'(0), or a function of the operation's arguments that gives it.
 
@@ -278,7 +298,11 @@ class Gate(Rule):
 
 
 class GatedLinearUnit(Rule):
-    """``glu``: the first half times the sigmoid of the second, which is a gate."""
+    """``glu``: the first half times the sigmoid of the second, which is a gate.
+
+    Equation:
+        y = ḡ · a, with x = (a, b), ḡ = sigmoid(b̄)
+    """
 
     kind = "gate"
 

@@ -18,6 +18,9 @@ __all__ = ["Attention"]
 class Attention(Rule):
     """softmax(q kᵀ scale + mask) v with the softmax frozen: weights @ v.
 
+    Equation:
+        y = W̄ v, with W̄ = softmax(q̄ k̄ᵀ · scale + mask)
+
     Args:
         mask: Position of the mask among the arguments; None where the kernel takes none.
         causal: Position of ``is_causal``.

@@ -15,6 +15,9 @@ __all__ = ["COMPOSITE", "Composite"]
 class Composite(Rule):
     """An operation made of smaller ones, which are recorded in its place.
 
+    Equation:
+        y = f_n(… f_2(f_1(x))), each f_i by its own rule
+
     Args:
         body: The same computation, with the operation's signature.
 

@@ -71,6 +71,9 @@ class Standardize(Rule):
 class LayerNorm(Standardize):
     """``native_layer_norm(input, normalized_shape, weight, bias, eps)``: statistics over the last dimensions.
 
+    Equation:
+        y = w · r̄ · (x − mean(x)) + b, with r̄ = 1 / √(var(x̄) + ε), over the last dimensions
+
     Example:
         >>> from captum_scoremap import freeze
         >>> frozen = freeze(torch.nn.LayerNorm(2), torch.tensor([[1.0, 3.0]]))  # standard deviation 1
@@ -89,6 +92,9 @@ class LayerNorm(Standardize):
 
 class GroupNorm(Standardize):
     """``native_group_norm(input, weight, bias, N, C, HxW, group, eps)``: statistics over each group of channels.
+
+    Equation:
+        y = w · r̄ · (x − mean(x)) + b, with r̄ = 1 / √(var(x̄) + ε), over each group of channels
 
     Example:
         >>> from captum_scoremap import freeze
@@ -114,6 +120,10 @@ class BatchNorm(Standardize):
 
     Without, statistics go over the batch, which is how PyTorch computes an instance norm: a batch of one image whose
     channels are those of all images.
+
+    Equation:
+        y = w · r · (x − μ) + b, with r = 1 / √(σ² + ε) and the running μ, σ²: nothing is frozen
+        y = w · r̄ · (x − mean(x)) + b, with r̄ = 1 / √(var(x̄) + ε), where there are no running statistics
 
     Attributes:
         eps: Position of eps among the arguments.
@@ -200,7 +210,11 @@ class BatchNorm(Standardize):
 
 
 class EvaluatedBatchNorm(BatchNorm):
-    """``_native_batch_norm_legit_no_training(input, weight, bias, running_mean, running_var, momentum, eps)``."""
+    """``_native_batch_norm_legit_no_training(input, weight, bias, running_mean, running_var, momentum, eps)``.
+
+    Equation:
+        y = w · r · (x − μ) + b, with r = 1 / √(σ² + ε) and the running μ, σ²: nothing is frozen
+    """
 
     eps = 6
 

@@ -15,6 +15,9 @@ __all__ = ["Extremum", "MaxPool", "Ordered"]
 class MaxPool(Rule):
     """Max-pooling over windows, fixed or adaptive: gather from the frozen positions, which the operation returns too.
 
+    Equation:
+        y[p] = x[j̄(p)], with j̄(p) the position of the maximum of window p
+
     Args:
         dimensions: How many trailing dimensions a window spans.
         adaptive: Whether the windows follow from the output size.
@@ -135,6 +138,9 @@ def _axis(value: Any, axis: int) -> int:
 class Extremum(Rule):
     """The maximum or minimum over a dimension, or over all, with its position frozen.
 
+    Equation:
+        y = x[j̄], with j̄ = argmax x̄, or argmin x̄
+
     Args:
         position: ``torch.argmax`` or ``torch.argmin``.
 
@@ -225,6 +231,9 @@ class Extremum(Rule):
 
 class Ordered(Rule):
     """``sort``, ``topk``, ``median``, ``kthvalue``: values gathered along a dimension from frozen positions.
+
+    Equation:
+        y[i] = x[j̄(i)], with j̄ the positions that the operation returns at the image
 
     Args:
         dim: Position of the dimension among the arguments, and its default.

@@ -25,6 +25,11 @@ class Product(Rule):
 
     Terms that are added (addmm's first argument, a convolution's bias) enter every share alike and so stay as they are.
 
+    Equation:
+        z = x · y, where one factor is live: nothing is frozen
+        z = ḡ · x, where the other factor is a gate g
+        z = ½ (ȳ · x + x̄ · y), where both are live and of equal standing
+
     Args:
         factors: Positions of the factors.
         adjoint: From the coefficients of the output, the other factor and the position to the coefficients of the
@@ -153,6 +158,10 @@ class Convolution(Product):
     """A convolution, or its transpose, of a batch.
 
     PyTorch also convolves a single image without a batch dimension; it gives it one of size 1 first.
+
+    Equation:
+        y = w * x + b, where the image alone is live: nothing is frozen
+        y = ½ (w̄ * x + w * x̄) + b, where the weight is live, too
     """
 
     def __init__(self) -> None:
@@ -181,6 +190,9 @@ class Division(Rule):
     """A quotient x / y with the denominator frozen: a normalization's norm is a scale, not a score of its own.
 
     A live denominator under a constant numerator is a scale with nothing to multiply: its tangent is taken.
+
+    Equation:
+        z = x / ȳ
 
     Example:
         >>> from captum_scoremap import freeze
@@ -235,6 +247,9 @@ class Division(Rule):
 
 class Power(Rule):
     """A constant power xⁿ: for n > 0 the gate xⁿ⁻¹ times x, else the tangent (a scale such as 1/√x).
+
+    Equation:
+        y = ḡ · x, with ḡ = x̄ⁿ⁻¹, for n > 0; else the tangent
 
     Example:
         >>> from captum_scoremap import freeze

@@ -204,6 +204,9 @@ def _pushed_one_by_one(
 class Linear(Rule):
     """An operation that is affine in its live arguments: nothing is frozen.
 
+    Equation:
+        y = F x + b
+
     Args:
         transpose: From the call and the coefficients of its first output to those of its live arguments; None to have
             autograd derive it.
@@ -258,6 +261,9 @@ class Linear(Rule):
 class Frozen(Rule):
     """An operation that is constant around the image, such as a comparison or rounding: its value is frozen.
 
+    Equation:
+        y = ȳ
+
     Example:
         >>> from captum_scoremap import freeze
         >>> frozen = freeze(lambda x: x * x.round(), torch.tensor([[1.2, 2.6]]), rules={"round": Frozen()})
@@ -291,6 +297,9 @@ class Frozen(Rule):
 class Comparison(Frozen):
     """A comparison of two values: a mask that flips where they are equal.
 
+    Equation:
+        y = ȳ, a mask or a sign
+
     Args:
         other: What the first is compared with where the operation has one argument.
 
@@ -312,6 +321,9 @@ class Comparison(Frozen):
 
 class FirstLinear(Rule):
     """An operation linear in its first argument, with whatever else is live frozen: where to sample.
+
+    Equation:
+        y = F̄ x, with F̄ the linear map that the other live arguments make at the image
 
     Example:
         >>> from captum_scoremap import freeze
@@ -361,6 +373,9 @@ class Tangent(Rule):
     """The local linearization: f(x) + f'(x) (· - x), with everything else in the offset.
 
     This is the rule for any differentiable operation that is no gate; then A is the ordinary gradient.
+
+    Equation:
+        y = f(x̄) + f'(x̄) · (x − x̄)
 
     Args:
         gate: Whether the output is a gate.
@@ -414,6 +429,9 @@ class Backward(FirstLinear):
     """A backward operation of PyTorch's, as a model that takes a gradient runs it: linear in the gradient it is given.
 
     What was saved for it is frozen; where only that is live, its tangent is taken.
+
+    Equation:
+        y = F̄ g, with g the gradient it is given and F̄ from what was saved, at the image
     """
 
     def freeze(self, call: Call) -> tuple[Tensor, ...] | None:

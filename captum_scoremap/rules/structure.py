@@ -187,7 +187,11 @@ def _adaptively_pooled(call: Call, gradient: Tensor) -> list[Tensor]:
 
 
 class Split(Linear):
-    """One tensor into several: the coefficients of the parts, side by side, with zeros for parts nobody reads."""
+    """One tensor into several: the coefficients of the parts, side by side, with zeros for parts nobody reads.
+
+    Equation:
+        y_i = x[range i]
+    """
 
     def __init__(self) -> None:
         super().__init__(keeps_gates=True, homogeneous=True)
@@ -223,7 +227,11 @@ def _positions(length: int, geometry: Sequence[Any], device: torch.device) -> Te
 
 
 class AsStrided(Linear):
-    """A view by strides of a tensor's memory: a gather."""
+    """A view by strides of a tensor's memory: a gather.
+
+    Equation:
+        y[i] = x[j(i)], with j given by the strides
+    """
 
     def __init__(self) -> None:
         super().__init__(keeps_gates=True, homogeneous=True)
@@ -253,7 +261,11 @@ class AsStrided(Linear):
 
 
 class AsStridedScatter(Linear):
-    """New values for a view by strides of a row of elements."""
+    """New values for a view by strides of a row of elements.
+
+    Equation:
+        y[j] = source[i] where j = j(i), else x[j]
+    """
 
     def apply(self, call: Call, state: None) -> Tensor:
         """Put the source where the view lies."""
@@ -278,7 +290,11 @@ class AsStridedScatter(Linear):
 
 
 class View(Linear):
-    """A view of another shape; a copy where the tensor does not lie in memory as at the image."""
+    """A view of another shape; a copy where the tensor does not lie in memory as at the image.
+
+    Equation:
+        y[i] = x[j(i)], with j given by the shapes
+    """
 
     def __init__(self) -> None:
         super().__init__(_reshaped, keeps_gates=True, homogeneous=True)
@@ -291,6 +307,9 @@ class View(Linear):
 
 class Copy(Linear):
     """``copy(self, source)``, what ``self.copy_(source)`` leaves: only the source counts.
+
+    Equation:
+        y = source
 
     Args:
         transpose: As for :class:`Linear`; not used.
