@@ -1,8 +1,8 @@
 """Build the documentation site: ``python -m tests.docs [FOLDER]``.
 
-MkDocs builds it from ``tutorials/`` and the docstrings, as ``.mkdocs.yml`` says. This file is its hook: it makes pages of
-the executed notebooks, of the public names, of the command line, of the rules' equations and of the changelog, so that
-none of them is written twice. Formulas become MathML, which browsers set themselves.
+MkDocs builds it from ``tutorials/`` and the docstrings, as ``.mkdocs.yml`` says. This file is its hook: it makes pages
+of the executed notebooks, of the public names, of the command line, of the rules' equations and of the changelog, so
+that none of them is written twice. Formulas become MathML, which browsers set themselves.
 """
 
 import argparse
@@ -67,11 +67,11 @@ def as_markdown(text: str, obj: griffe.Object | None = None) -> str:
 
 def equations() -> str:
     """Every rule of the table: what it freezes, its equation, and the operations that have it."""
-    from captum_scoremap.rules.table import DEFAULT
+    from captum_scoremap.rules.table import DEFAULT, display_name
 
     operations = defaultdict(list)
     for name, rule in DEFAULT.items():
-        operations[type(rule)].append(name.removeprefix("_"))
+        operations[type(rule)].append(display_name(name))
     parts = []
     for kind, names in operations.items():
         text = inspect.cleandoc(kind.__doc__ or "")
@@ -81,12 +81,14 @@ def equations() -> str:
             raise ValueError(f"{kind.__name__} must have a section Equation in its docstring.")
         lines = inspect.cleandoc(equation[1])
         listed = ", ".join(f"`{name}`" for name in sorted(set(names)))
-        frozen = "nothing is frozen" if kind.kind == "linear" else f"frozen: {kind.kind}"
+        frozen = "Nothing is frozen" if kind.kind == "linear" else f"Frozen: {kind.kind}"
         parts += [
             f"### {kind.__name__} {{ #rule-{kind.__name__} }}",
             as_markdown(summary),
             f"```text\n{lines}\n```",
-            f"*{frozen}*, for {listed}." if len(names) < 9 else f"??? note \"{frozen}; {len(names)} operations\"\n    {listed}",
+            f"*{frozen}*, for {listed}."
+            if len(names) < 20
+            else f'??? note "{frozen}; {len(names)} operations"\n    {listed}',
         ]
     return "\n\n".join(parts)
 
@@ -99,17 +101,42 @@ def command_line() -> str:
     from captum_scoremap.cli import app
 
     command = typer.main.get_command(app)
-    text: str = get_docs_for_click(obj=command, ctx=typer.Context(command), name="captum-scoremap", title="Command line")
-    return text.replace("\\[", "[")
+    text: str = get_docs_for_click(
+        obj=command, ctx=typer.Context(command), name="captum-scoremap", title="Command line"
+    )
+    commands = re.search(r"\*\*Commands\*\*:\n.*?(?=\n## )", text, flags=re.DOTALL)  # their first lines, cut short
+    return text.replace(commands[0] if commands else "", "").replace("\\[", "[")
 
 
 def reference(module: str) -> str:
     """The page of a module: what it is for, and all of its public names."""
     text = as_markdown(inspect.cleandoc(importlib.import_module(module).__doc__ or ""))
-    names = [f"::: {module}.{name}" for name, value in public(module).items() if not isinstance(value, ModuleType)]
-    return "\n\n".join([f"# {module}", text, *names])
+    parts = [f"# {module}", text]
+    for name, value in public(module).items():
+        path = f"{module}.{name}"
+        if isinstance(value, ModuleType):
+            continue
+        home = getattr(value, "__module__", module)
+        if home.endswith(f".{name}"):  # a function in a file of its own name, which the path would mean
+            parts += [f'<span class="alias" id="{path}"></span>', f"::: {home}.{name}"]
+        else:
+            parts.append(f"::: {path}")
+    return "\n\n".join(parts)
 
 
+def gallery() -> str:
+    """Every tutorial with its first paragraph and its largest picture."""
+    cards = []
+    for source in sorted((ROOT / "tutorials").glob("*.ipynb")):
+        text, pictures = notebook(source)
+        title = text.partition("\n")[0].removeprefix("# ")
+        largest = max(pictures, key=lambda name: len(pictures[name]))
+        link = f"../{source.stem}.md"
+        cards.append(f"<div markdown>\n[![{title}](../{largest})]({link})\n\n[{title}]({link})\n</div>")
+    return "\n".join(['<div class="gallery" markdown>', *cards, "</div>"])
+
+
+@functools.cache
 def notebook(source: Path) -> tuple[str, dict[str, bytes]]:
     """An executed notebook as Markdown, and its pictures by file name."""
     exporter = MarkdownExporter()
@@ -143,7 +170,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Put in what is read off the code, where a page asks for it."""
-    return markdown.replace("<!-- rules -->", equations()) if "<!-- rules -->" in markdown else markdown
+    made = {"<!-- rules -->": equations, "<!-- gallery -->": gallery}
+    for mark, make in made.items():
+        markdown = markdown.replace(mark, make()) if mark in markdown else markdown
+    return markdown.replace(" ± ", "\u00a0±\u00a0")
 
 
 @functools.cache
@@ -152,8 +182,10 @@ def mathml(formula: str, display: str) -> str:
     return convert(formula, display=display)
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Turn formulas into MathML."""
+def on_page_content(html: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Turn formulas into MathML, and let cross-references find names that have two paths."""
+    for alias in re.findall(r'<span class="alias" id="([\w.]+)">', html):
+        config.plugins["autorefs"].register_anchor(page, alias, primary=True)  # type: ignore[attr-defined]
     unescape = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
     def inline(match: re.Match[str]) -> str:

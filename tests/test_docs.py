@@ -1,4 +1,4 @@
-"""The API reference is built without a warning, and has all of every public name: arguments, result, example."""
+"""The site is built without a warning, its links lead somewhere, and its reference shows all of our docstrings."""
 
 from __future__ import annotations
 
@@ -9,38 +9,146 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 import pytest
+from bs4 import BeautifulSoup, Tag
 
 from tests.docs import PAGES, public
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = {f"{page}.{name}": value for page in PAGES for name, value in public(page).items()}
+PUBLIC = {f"{module}.{name}": value for module in PAGES.values() for name, value in public(module).items()}
 EXPLAINED = {name: value for name, value in PUBLIC.items() if inspect.isclass(value) or inspect.isfunction(value)}
 
 each_name = pytest.mark.parametrize("name", EXPLAINED)
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The HTML of every page."""
-    folder = tmp_path_factory.mktemp("api")
-    subprocess.run([sys.executable, "-m", "tests.docs", str(folder)], cwd=ROOT, check=True)
-    files = {page: folder / f"{page.replace('.', '/')}.html" for page in PAGES}
-    return {page: file.read_text(encoding="utf-8") for page, file in files.items()}
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BeautifulSoup]:
+    """Every page of the site, by its address."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "tests.docs", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert built.stderr == ""
+    files = sorted(folder.rglob("*.html"))
+    return {
+        file.relative_to(folder).as_posix(): BeautifulSoup(file.read_text(encoding="utf-8"), "html.parser")
+        for file in files
+        if file.name != "404.html"
+    }
 
 
-def test_every_public_name_is_in_the_reference(pages: dict[str, str]) -> None:
-    for page, html in pages.items():
-        anchors = set(re.findall(r'id="([\w.]+)"', html))
-        for name, value in public(page).items():
-            if isinstance(value, ModuleType):
-                assert f"{page}.{name}" in pages
+def page_of(name: str) -> str:
+    """Where a public name is described."""
+    module = next(
+        module for module in PAGES.values() if name.startswith(f"{module}.") and name.rpartition(".")[0] == module
+    )
+    return f"api/{next(page for page, its in PAGES.items() if its == module)}.html"
+
+
+def rendered(site: dict[str, BeautifulSoup], name: str, member: str = "") -> str:
+    """What the reference says of a name or of its member, without what it says of its members."""
+    heading = site[page_of(name)].find(id=f"{name}.{member}" if member else name)
+    assert isinstance(heading, Tag), f"the reference lacks {name} {member}"
+    contents = heading.find_next("div", class_="doc-contents")
+    assert isinstance(contents, Tag)
+    copy = BeautifulSoup(str(contents), "html.parser")
+    for children in copy.find_all("div", class_="doc-children"):
+        children.decompose()
+    return " ".join(words(copy.get_text(" ")))
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def statements(docstring: str) -> list[str]:
+    """What a docstring says, each paragraph and each entry by itself, without headings and markup."""
+    text = re.sub(r":\w+:`~?([\w.]+)`", r"\1", inspect.cleandoc(docstring))
+    text = re.sub(r"^(Args|Attributes|Returns|Yields|Raises|Example|Equation):$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^    (\w+): ", r"\n\n\1\n\n", text, flags=re.MULTILINE)  # an entry
+    text = re.sub(r"^\s*(?:\d+\.|-) ", "\n\n", text, flags=re.MULTILINE)  # an item of a list
+    text = re.sub(r"^\s*>>>|^\s*\.\.\.", "\n\n", text, flags=re.MULTILINE)
+    return [" ".join(words(one)) for one in re.split(r"\n\s*\n", text) if words(one)]
+
+
+def own_members(value: object) -> dict[str, str]:
+    """Public members of a class that have a docstring of their own."""
+    if not inspect.isclass(value):
+        return {}
+    return {
+        name: documented(member)
+        for name, member in vars(value).items()
+        if is_public_method(name, member) and documented(member)
+    }
+
+
+@each_name
+def test_reference_shows_the_docstring(site: dict[str, BeautifulSoup], name: str) -> None:
+    texts = {"": documented(EXPLAINED[name]), **own_members(EXPLAINED[name])}
+    for member, docstring in texts.items():
+        shown = rendered(site, name, member)
+        missing = [statement for statement in statements(docstring) if statement not in shown]
+        assert missing == [], f"{name} {member}"
+
+
+def test_every_public_name_is_in_the_reference(site: dict[str, BeautifulSoup]) -> None:
+    for name, value in PUBLIC.items():
+        if not isinstance(value, ModuleType):
+            assert site[page_of(name)].find(id=name), f"the reference lacks {name}"
+
+
+def test_attribute_has_our_words(site: dict[str, BeautifulSoup]) -> None:
+    shown = rendered(site, "captum_scoremap.LayerScoreMap", "attribute")
+    for said in ("channel_dim", "N 1 h w for a layer of N C h w", "UnsupportedOperationError", "LayerScoreMap model"):
+        assert said in shown, said
+
+
+def test_links_lead_somewhere(site: dict[str, BeautifulSoup]) -> None:
+    anchors = {page: {tag["id"] for tag in soup.find_all(id=True)} for page, soup in site.items()}
+    broken = []
+    for page, soup in site.items():
+        for link in soup.find_all("a", href=True):
+            path, _, anchor = unquote(str(link["href"])).partition("#")
+            if re.match(r"\w+:", path):
                 continue
-            assert name in anchors, f"{page} lacks {name}"
-            if inspect.isclass(value):
-                own = {f"{name}.{member}" for member, it in vars(value).items() if is_public_method(member, it)}
-                assert own <= anchors, f"{page} lacks {', '.join(sorted(own - anchors))}"
+            target = (Path("/") / page).parent.joinpath(path).as_posix() if path else f"/{page}"
+            parts: list[str] = []
+            for part in target.split("/"):
+                parts = parts[:-1] if part == ".." else [*parts, part] if part not in {"", "."} else parts
+            found = "/".join(parts) or "index.html"
+            if found.endswith(".html") and (found not in site or (anchor and anchor not in anchors[found])):
+                broken.append(f"{page}: {link['href']}")
+    assert broken == []
+
+
+def test_every_page_is_reached_from_the_first(site: dict[str, BeautifulSoup]) -> None:
+    first = {str(link["href"]).partition("#")[0] for link in site["index.html"].find_all("a", href=True)}
+    for page in site:
+        assert page in first or page == "index.html", f"no way leads to {page}"
+
+
+def test_pictures_have_a_text(site: dict[str, BeautifulSoup]) -> None:
+    for page, soup in site.items():
+        assert [str(image) for image in soup.find_all("img") if not image.get("alt")] == [], page
+
+
+def test_nothing_is_loaded_from_elsewhere(site: dict[str, BeautifulSoup]) -> None:
+    for page, soup in site.items():
+        for tag in soup.find_all(["script", "link", "img", "iframe"]):
+            assert not str(tag.get("src") or tag.get("href") or "").startswith(("http:", "https:", "//")), page
+
+
+def test_no_source_is_left(site: dict[str, BeautifulSoup]) -> None:
+    for page, soup in site.items():
+        for code in soup.find_all(["pre", "code", "script"]):
+            code.decompose()
+        text = soup.get_text()
+        found = re.findall(
+            r":(?:class|meth|func|mod):|^::: .*|\$[^$\n]+\$|\\\(|::$|\]\[|<!--", text, flags=re.MULTILINE
+        )
+        assert found == [], page
 
 
 def is_public_method(name: str, member: object) -> bool:

@@ -1,4 +1,4 @@
-"""README.md: its Python runs, its command lines are accepted, its links lead somewhere, tests that it names exist."""
+"""README.md and the site's pages: Python runs, command lines are accepted, links lead somewhere, named tests exist."""
 
 import operator
 import re
@@ -11,28 +11,47 @@ import typer
 
 import captum_scoremap
 from captum_scoremap.cli import app
+from captum_scoremap.models import load_model, read_image
 
 ROOT = Path(__file__).parent.parent
+TUTORIALS = ROOT / "tutorials"
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in TUTORIALS.rglob("*.md"))]
 
 
 def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-TEXT = read("README.md")
-# "python needs=zennit" marks a block for which a package beyond the extra dev must be installed
-BLOCKS = re.findall(r"^```(\w+)(?: needs=(\w+))?\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
-PYTHON = [(needs, code) for language, needs, code in BLOCKS if language == "python"]
-LINES = [line for language, _, code in BLOCKS if language == "console" for line in code.splitlines()]
-COMMANDS = [line.rpartition("&& ")[2] for line in LINES if "captum-scoremap " in line.rpartition("&& ")[2]]
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """Language, package beyond the extra dev that it needs ("python needs=zennit"), and text of every block."""
+    return re.findall(r"^```(\w+)(?: needs=(\w+))?\n(.*?)^```", read(page), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize(("needs", "code"), PYTHON)
-def test_python_runs(needs: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def lines(page: str) -> list[str]:
+    """What is to be typed."""
+    return [line for language, _, code in blocks(page) if language == "console" for line in code.splitlines()]
+
+
+PYTHON = [
+    pytest.param(page, needs, code, id=f"{Path(page).stem}-{number}")
+    for page in PAGES
+    for number, (language, needs, code) in enumerate(blocks(page))
+    if language == "python"
+]
+COMMANDS = sorted({
+    line.rpartition("&& ")[2]
+    for page in PAGES
+    for line in lines(page)
+    if line.rpartition("&& ")[2].startswith("captum-scoremap ")
+})
+
+
+@pytest.mark.parametrize(("page", "needs", "code"), PYTHON)
+def test_python_runs(page: str, needs: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if needs:
         pytest.importorskip(needs)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, page, "exec"), {"__name__": "page"})
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -49,14 +68,40 @@ def test_command_lines_are_accepted(line: str) -> None:
 
 
 def test_there_are_two_commands() -> None:
-    installing = [line for line in LINES if line.startswith("python -m pip install")]
+    installing = [line for line in lines("README.md") if line.startswith('python -m pip install "')]
+    installing += [line for line in lines("README.md") if line.startswith('python -m pip install -e ".[dev]')]
     assert [line.rpartition(" && ")[2] for line in installing] == ["captum-scoremap explain", "python -m tests"]
+
+
+def test_readme_takes_five_minutes() -> None:
+    assert len(read("README.md").splitlines()) <= 200
+
+
+def test_numbers_of_the_cat() -> None:
+    cat = load_model()
+    inputs, target = cat.preprocessing(read_image("sample:chelsea"))[None], cat.label_index("tiger cat")
+    layers = {"blocks.4": cat.module.blocks[4], "image": None, "bn2": cat.module.bn2}
+    forms = {name: captum_scoremap.linear_form(cat.module, inputs, target, layer) for name, layer in layers.items()}
+    score, b = f"{forms['bn2'].score.item():.2f}", {name: f"{form.bias.item():.2f}" for name, form in forms.items()}
+    sums = f"{forms['blocks.4'].sums.item():.2f}"
+    assert f"At this layer S = {score}, A·Y = {sums} and B = {b['blocks.4']}:" in read("README.md")
+    said = (
+        f"S = {score}, with B = {b['blocks.4']} at `blocks.4`, {b['image']} at the image and "
+        f"{b['bn2'].replace('-', '−')} at `bn2`"
+    )
+    assert said in " ".join(read("tutorials/site/faq.md").split())
 
 
 def links(text: str) -> list[str]:
     return sorted(set(re.findall(r"\]\(([^)\s]+)\)", text)))
 
 
+def heading_anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# links of the site's pages to pages that are made are followed where the site is built
 @pytest.mark.parametrize(
     ("page", "target"), [(page, target) for page in ("README.md", "CHANGELOG.md") for target in links(read(page))]
 )
@@ -66,17 +111,16 @@ def test_links_lead_somewhere(page: str, target: str) -> None:
         return
     assert (ROOT / path).exists()
     if anchor:
-        headings = re.findall(r"^#+ (.*)$", read(path or page), flags=re.MULTILINE)
-        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        assert anchor in anchors
+        assert anchor in heading_anchors(read(path or page))
 
 
-TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)))
-NAMES = re.findall(r"^\|[^|]*\| `([\w.]+)`[^|]*\| `tests/[\w/]+\.py::", TEXT, flags=re.MULTILINE)
+MATHEMATICS = read("tutorials/site/mathematics.md")
+TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", MATHEMATICS)))
+NAMES = re.findall(r"^\|[^|]*\| `([\w.]+)`[^|]*\| `tests/[\w/]+\.py::", MATHEMATICS, flags=re.MULTILINE)
 
 
 def test_every_row_about_the_paper_names_a_test() -> None:
-    section = TEXT.partition("## Where the paper is\n")[2].partition("\n## ")[0]
+    section = MATHEMATICS.partition("## Where the paper is\n")[2].partition("\n## ")[0]
     _, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
     assert rows
     assert len(NAMES) == len(rows)
@@ -100,5 +144,5 @@ def test_ci_finds_the_two_commands() -> None:
     patterns = re.findall(r'\$\(command_line "(.*)"\)', script)
     assert len(patterns) == 2
     for pattern in patterns:
-        assert sum(bool(re.match(rf"python -m pip install .* && {pattern}$", line)) for line in LINES) == 1
+        assert sum(bool(re.match(rf"python -m pip install .* && {pattern}$", line)) for line in lines("README.md")) == 1
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)

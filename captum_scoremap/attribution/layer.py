@@ -93,7 +93,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         return_convergence_delta: bool = False,
         channel_dim: int = 1,
     ) -> Any:
-        """The score map (or sub-scores) of the layer.
+        """Return the score map, or the sub-scores, of the layer.
 
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs; tokens may be int64.
@@ -119,6 +119,18 @@ class LayerScoreMap(LayerAttribution, Contract):
             ValueError: If an input, the target or the layer is not as it must be, or the model is in training mode.
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+            >>> image = torch.rand(1, 3, 6, 6)
+            >>> score_map = LayerScoreMap(model, model[1]).attribute(image, target=7)
+            >>> score_map.shape
+            torch.Size([1, 1, 4, 4])
+            >>> sub_scores = LayerScoreMap(model, model[1]).attribute(image, 7, attr_dim_summation=False)
+            >>> bool(torch.allclose(sub_scores.sum(1, keepdim=True), score_map, atol=1e-6))
+            True
         """
         if isinstance(relu_attributions, Mapping):  # where LayerGradientXActivation has it
             grad_kwargs, relu_attributions = dict(relu_attributions), False
@@ -171,7 +183,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         channel_dim: int = 1,
         internal_batch_size: int | None = None,
     ) -> Any:
-        """The score maps of many labels from one forward pass.
+        """Return the score maps of many labels from one forward pass.
 
         Either the score of each label is pushed back through the frozen layers above (one pass per label), or the
         activation of each position alone is pushed forward through them (one pass per position, all labels at once);

@@ -324,7 +324,7 @@ def display_name(operation: Any) -> str:
     """Return the name of an ATen operation as users know it.
 
     Args:
-        operation: A ``torch.ops`` overload.
+        operation: A ``torch.ops`` overload, or its name.
 
     Returns:
         Its name, without what tells kernels apart.
@@ -333,7 +333,7 @@ def display_name(operation: Any) -> str:
         >>> display_name(torch.ops.aten.max_pool2d_with_indices.default), display_name(torch.ops.aten.relu.default)
         ('max_pool2d', 'relu')
     """
-    name: str = operation.overloadpacket.__name__
+    name: str = operation if isinstance(operation, str) else operation.overloadpacket.__name__
     if name.startswith("_scaled_dot_product") and not name.endswith("_backward"):
         return "scaled_dot_product_attention"
     return _DISPLAY.get(name, name.removeprefix("native_").removesuffix("_with_indices").removeprefix("_"))
