@@ -121,7 +121,7 @@ assert linear_form(lambda x: x * x, x, 0).coefficients.allclose(x)  # half of th
 # | attention | its weights | weights @ values |
 # | a product of equals | each factor in turn | half and half |
 #
-# The whole table is on the page [Mathematics](site/mathematics.md#beyond-the-paper-any-network). Enough of single numbers.
+# The whole table is under [Mathematics](site/mathematics.md#beyond-the-paper-any-network). Enough of single numbers.
 #
 # ## A transformer, trained in the notebook
 #

@@ -409,9 +409,9 @@ assert chosen > others
 
 # %% [markdown]
 # The difference is the **selection bias**: nothing but luck, reported as progress. It concerns this package too.
-# `FusedScoreMap` was chosen among many variants, on photographs like those it is measured on; the
-# page on [faithfulness](site/benchmarks.md#faithfulness) says which numbers are held out and which are not. Ask the same of every table
-# you read.
+# `FusedScoreMap` was chosen among many variants, on photographs like those it is measured on; the page on
+# [faithfulness](site/benchmarks.md#faithfulness) says which numbers are held out and which are not. Ask the same of
+# every table you read.
 #
 # ## Which map for which question
 #
