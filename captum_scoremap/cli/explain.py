@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from captum_scoremap.attribution import CompleteScoreMap
+from captum_scoremap.cli.bundle import Bundle
 from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers, score_of
 from captum_scoremap.cli.options import (
@@ -77,6 +78,7 @@ class _Question:
 
 
 def explain(
+    context: typer.Context,
     images: Annotated[
         list[str] | None,
         typer.Argument(
@@ -123,6 +125,14 @@ def explain(
         Path | None,
         typer.Option("--save-maps", metavar="FILE.npz", help="Save maps and numbers as NumPy arrays, too."),
     ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            metavar="FOLDER",
+            help="File it all in a new folder: pictures, arrays, and a manifest with residuals, versions, the command.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.float32,
     prepare_model: PrepareOption = True,
@@ -149,6 +159,10 @@ def explain(
     check_suffix("out", out, PICTURE_FORMATS)
     if save_maps:
         check_suffix("save-maps", save_maps, (".npz",))
+    filed = None
+    if bundle is not None:
+        filed = context.with_resource(Bundle(bundle))
+        out, save_maps = bundle / out.name, bundle / (save_maps.name if save_maps else "maps.npz")
     for path in filter(None, (out, save_maps)):
         check_writable(path)
 
@@ -171,6 +185,7 @@ def explain(
         other = None if contrast is None else loaded.label_index(contrast)
         total = len(names) * len(_targets(target, network, first[1], loaded))
         arrays: dict[str, Any] = {}
+        explanations: list[Explanation] = []
         numbers = count(1)
         with tqdm(total=total * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
             for name, inputs, picture in chain([first], pictures):
@@ -182,6 +197,7 @@ def explain(
                     number = next(numbers)
                     path = out if total == 1 else _numbered(out, number, question)
                     _draw(explanation, loaded, maps, picture if view is View.single else None, path)
+                    explanations.append(explanation)
                     if save_maps:
                         arrays |= {f"{number - 1}/{key}": value for key, value in explanation.arrays().items()}
                     with tqdm.external_write_mode():
@@ -191,6 +207,9 @@ def explain(
     if save_maps:
         np.savez_compressed(save_maps, **arrays)
         console.print(f"Maps: {save_maps}", soft_wrap=True)
+    if filed is not None:
+        filed.write(context, loaded.module, explanations)
+        console.print(f"Bundle: {bundle}", soft_wrap=True)
 
 
 def _note_enlarged(console: Console, name: str, size: tuple[int, int], view_size: int | None) -> None:
