@@ -1,4 +1,4 @@
-"""Wheel and sdist are built, hold what they should, and work where they are installed; metadata agree with each other."""
+"""Wheel and sdist are built, hold what they should, and work once installed; all metadata agree."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def test_sdist_holds_what_is_needed_to_test_and_document(built: dict[str, Path])
         assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)} <= names
 
 
+@pytest.mark.slow
 def test_wheel_works_where_it_is_installed(built: dict[str, Path], tmp_path: Path) -> None:
     place = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place), str(built["wheel"]))
@@ -66,7 +67,10 @@ def test_wheel_works_where_it_is_installed(built: dict[str, Path], tmp_path: Pat
     code = f"import sys; sys.path.insert(0, {str(place)!r}); {program}"
     assert str(place) in run(sys.executable, "-I", "-c", code, cwd=tmp_path)
     code = f"import sys; sys.path.insert(0, {str(place)!r}); from captum_scoremap.cli import main; main(['--version'])"
-    assert run(sys.executable, "-I", "-c", code, cwd=tmp_path).split() == ["captum-scoremap", captum_scoremap.__version__]
+    assert run(sys.executable, "-I", "-c", code, cwd=tmp_path).split() == [
+        "captum-scoremap",
+        captum_scoremap.__version__,
+    ]
 
 
 def test_metadata_agree() -> None:
@@ -78,7 +82,9 @@ def test_metadata_agree() -> None:
     assert citation["keywords"] == PROJECT["keywords"]
     for author in citation["preferred-citation"]["authors"]:
         assert f"{author['family-names']}, {author['given-names']}" in readme
-    assert re.search(rf"^## \[{re.escape(captum_scoremap.__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.search(
+        rf"^## \[{re.escape(captum_scoremap.__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
 
 
 def test_conda_recipe_needs_what_the_package_needs() -> None:
