@@ -124,7 +124,7 @@ def ledgers(
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {
         value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
     }
-    found = tape.transposed(seeds, wanted, everywhere=True, visit=visit)
+    found = tape.transposed(seeds, wanted, visit=visit)
     for book, tapped in books:
         for value, y in zip(tapped.values, tapped.activations, strict=True):
             book.enter("", placed(found[value] if value in found else torch.zeros_like(y)))
