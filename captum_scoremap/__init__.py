@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from captum_scoremap.multiview import MultiView
     from captum_scoremap.patches import Patch, semantic_patches
 
-# What brings further packages along is loaded where it is first used, so that importing this one costs no more than
-# importing Captum.
+# What needs more packages is loaded on first use, so that importing this package costs no more than importing Captum.
 _HOME = {
     "MultiView": "multiview",
     "Patch": "patches",

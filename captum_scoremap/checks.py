@@ -1,4 +1,4 @@
-"""Checks of what a user hands in, made once, at the public entries.
+"""Checks of a user's arguments, made once, at the public entry points.
 
 Every message says what must be, what was, and what to do. Nothing here changes its arguments.
 """
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class InvalidValueError(ValueError, AssertionError):
-    """A value or shape that cannot be meant, where Captum asserts: code that catches either goes on.
+    """A wrong value or shape, where Captum asserts: code that catches either error keeps working.
 
     Example:
         >>> issubclass(InvalidValueError, AssertionError)
@@ -36,7 +36,7 @@ class InvalidValueError(ValueError, AssertionError):
 
 
 class InvalidTypeError(TypeError, AssertionError):
-    """A kind of argument that cannot be meant, where Captum asserts: code that catches either goes on.
+    """A wrong kind of argument, where Captum asserts: code that catches either error keeps working.
 
     Example:
         >>> issubclass(InvalidTypeError, AssertionError)
@@ -87,26 +87,26 @@ def _listed(items: Sequence[tuple[str, str]]) -> str:
 
 
 def as_tuple(value: object) -> tuple[object, ...]:
-    """The value as a tuple: tuples and lists item by item, anything else alone, None as nothing."""
+    """Return the value as a tuple: tuples and lists item by item, anything else alone, None as nothing."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message that suggests the names most like ``name``, or an empty string."""
+    """Return the end of an error message that suggests the names most like ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
 def unwrap_parallel(forward_func: Callable[..., object]) -> Callable[..., object]:
-    """The module inside a ``DataParallel`` wrapper: its replicas run in threads that no function mode reaches."""
+    """Return the module inside a ``DataParallel`` wrapper, whose replicas run in threads that no mode reaches."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return forward_func.module if isinstance(forward_func, wrappers) else forward_func
 
 
 def check_callable(forward_func: object) -> None:
-    """Raise unless ``forward_func`` is a model whose inside can be seen.
+    """Raise unless ``forward_func`` is a model that is neither compiled nor scripted.
 
     Raises:
         TypeError: If it is not callable, or is compiled or scripted.
@@ -140,7 +140,7 @@ def check_visible(module: object) -> None:
 
 
 def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]:
-    """The inputs as a tuple of finite floating-point tensors of one batch size.
+    """Return the inputs as a tuple of finite floating-point tensors of one batch size.
 
     Args:
         inputs: Tensor or tuple of tensors, each ``(N, ...)``, or (N,) with one number for each example.
@@ -210,7 +210,7 @@ def check_grad_kwargs(grad_kwargs: Mapping[str, object] | None) -> None:
 
 
 def check_images(inputs: object) -> Tensor:
-    """The inputs as one tensor of images, for what has a place in them.
+    """Return the inputs as one tensor of images, for what has a place in them.
 
     Args:
         inputs: Tensor (N, C, H, W), or a tuple of one.
@@ -231,9 +231,9 @@ def check_images(inputs: object) -> Tensor:
 
 
 def is_tuple_of_one(inputs: object) -> bool:
-    """Whether a single input came as a tuple: then its result is one too.
+    """Return whether a single input came as a tuple: then its result is one too.
 
-    ``sensitivity_max`` hands inputs over as a tuple, and takes a tensor that comes back apart into images.
+    ``sensitivity_max`` passes inputs as a tuple, and splits a tensor that is returned into images.
 
     Args:
         inputs: Tensor or tuple of tensors.

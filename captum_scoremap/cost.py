@@ -69,12 +69,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Median and range of values."""
+        """Return median and range of values."""
         return cls(statistics.median(values), min(values), max(values))
 
     @classmethod
     def ratio(cls, values: Sequence[float], against: Sequence[float]) -> "Spread":
-        """Median and range of the ratios of values that were measured in the same round."""
+        """Return median and range of the ratios of values that were measured in the same round."""
         return cls.of([value / base for value, base in zip(values, against, strict=True)])
 
     def __format__(self, spec: str) -> str:
@@ -82,12 +82,12 @@ class Spread:
 
 
 def forward_backward(model: nn.Module, inputs: Tensor, label: int) -> Tensor:
-    """The plain pass that explanations are compared with: the score's gradient, of the model as it comes.
+    """Run the plain pass that explanations are compared with: the score's gradient, of the model as it comes.
 
     Args:
         model: The model, (N, K) scores.
         inputs: Images, (N, C, H, W).
-        label: Whose score.
+        label: The label whose score is differentiated.
 
     Returns:
         The gradient in the images, (N, C, H, W), in logits per unit of input.
@@ -109,10 +109,10 @@ def interleaved(
     at_least: float = 0.2,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, list[float]]:
-    """Seconds that each of several jobs takes, measured in turn.
+    """Measure the seconds that each of several jobs takes, in turn.
 
-    Every round does every job, in an order drawn by lot: what a job leaves in memory and caches slows the next one,
-    which should not always be the same. The draws are the same every time. A short job is repeated, a whole number of
+    Every round does every job, in random order: what a job leaves in memory and caches slows the next one,
+    which should not always be the same. The order is the same every time. A short job is repeated, a whole number of
     times that is the same in all rounds, until a reading takes long enough for the clock.
 
     Args:
@@ -146,7 +146,7 @@ def interleaved(
 
 
 def _repetitions(job: Job, device: torch.device, at_least: float) -> int:
-    """How often a job is to be repeated within one reading."""
+    """Return how often a job is to be repeated within one reading."""
     taken = _seconds(job, 1, device)
     if taken < 10 * at_least:  # the first time loads libraries, too, which matters to a short job
         taken = _seconds(job, 1, device)
@@ -154,7 +154,7 @@ def _repetitions(job: Job, device: torch.device, at_least: float) -> int:
 
 
 def _seconds(job: Job, repetitions: int, device: torch.device) -> float:
-    """Mean time of repetitions, in seconds."""
+    """Return the mean time of repetitions, in seconds."""
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(repetitions):
@@ -219,7 +219,7 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process that are in memory, now (VmRSS) or at the peak (VmHWM)."""
+    """Return the bytes of this process that are in memory, now (VmRSS) or at the peak (VmHWM)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0
@@ -313,7 +313,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 def setting(
     device: torch.device | str = "cpu", packages: Sequence[str] = ("torch", "torchvision", "captum", "captum-scoremap")
 ) -> dict[str, str | int]:
-    """What a measurement was made on, to be told with its numbers.
+    """Describe what a measurement was made on, to be reported with its numbers.
 
     Args:
         device: Where it computed.
@@ -337,7 +337,7 @@ def setting(
 
 
 def _processor() -> str:
-    """The processor's name and how many cores of it there are."""
+    """Return the processor's name and how many cores of it there are."""
     known = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", known.read_text(encoding="utf-8")) if known.exists() else None
     name = found[1].strip() if found else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Where channels, positions and tokens are in a layer's output, and which layers of a model are worth a look."""
+"""Where channels, positions and tokens are in a layer's output, and which layers of a model are worth explaining."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ __all__ = ["layer_shapes", "main_layers", "main_modules", "map_channel_dim", "re
 
 
 def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int | None:
-    """Axis of the channels of a layer's output, found by its rows and columns being like those of the image.
+    """Return the axis of the channels of a layer's output, found by its rows and columns being like those of the image.
 
     Args:
         shape: Shape of the output.
@@ -100,7 +100,7 @@ def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _spread(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """How much of each of the old cells each of the new ones gets, (new, old); what an old one gives adds up to 1."""
+    """Return the share of each old cell that each new one gets, (new, old); the shares of an old one add up to 1."""
     cells = torch.eye(old, dtype=dtype, device=device)[None]
     if new < old:  # a new cell takes the old ones that it covers
         weights = F.adaptive_avg_pool1d(cells, new)[0]
@@ -110,7 +110,7 @@ def _spread(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of the outputs of all modules that run once and give one floating-point tensor.
+    """Return the shapes of the outputs of all modules that run once and give one floating-point tensor.
 
     Args:
         model: The model; it runs once.
@@ -148,7 +148,7 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]
 def main_modules(
     forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...] = (), *, channels_first: bool = False
 ) -> list[nn.Module]:
-    """The last module of each resolution on the main path, in the order in which they run.
+    """Return the last module of each resolution on the main path, in the order in which they run.
 
     Of all modules that run once and return maps of one size, those count that the fewest modules enclose, and of them
     the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut.
@@ -171,7 +171,7 @@ def main_modules(
 
 
 def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
-    """The names of the main modules; a transformer that keeps one resolution throughout is cut at its quarters.
+    """Return the names of the main modules; a transformer that keeps one resolution throughout is cut at its quarters.
 
     Args:
         model: The model; it runs once.
@@ -242,7 +242,7 @@ def _last_of_each_resolution(
 
 
 def _quarters(token_layers: list[str]) -> list[str]:
-    """The blocks after a quarter, a half and three quarters of the longest row of blocks."""
+    """Return the blocks after a quarter, a half and three quarters of the longest row of blocks."""
     rows: dict[str, list[str]] = {}
     for name in token_layers:
         rows.setdefault(name.rpartition(".")[0], []).append(name)

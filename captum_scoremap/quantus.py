@@ -28,7 +28,7 @@ def explain_func(
     device: str | torch.device | None = None,
     method: str | None = None,
 ) -> NDArray[Any]:
-    """The sub-scores of images, or the score maps of a layer on them.
+    """Return the sub-scores of images, or the score maps of a layer on them.
 
     Pass it to a metric of Quantus, and options in ``explain_func_kwargs``. Sub-scores of the image add up to S - B, as
     ``quantus.Completeness`` asks of a model without biases; a map interpolated from a layer is for metrics that compare
@@ -38,7 +38,7 @@ def explain_func(
         model: The model in evaluation mode.
         inputs: Images, (N, C, H, W).
         targets: Label of each image, (N,).
-        layer: Name of the layer, for Quantus explains copies of the model too; None for the image itself.
+        layer: Name of the layer, because Quantus also explains copies of the model; None for the image itself.
         relu_attributions: Whether to return the positive part only.
         rules: Operation to rule, to replace or add some.
         device: Where to compute; None for where the model is.

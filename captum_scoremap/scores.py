@@ -25,7 +25,7 @@ Target = (
 
 
 def select_scores(output: Any, target: Target, images: int | None = None) -> Tensor:
-    """The scores (N,) that a target selects from a model's output.
+    """Return the scores (N,) that a target selects from a model's output.
 
     Args:
         output: (N,), or (N, ...); whatever the model returns, for a function.
@@ -102,7 +102,7 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
 
 
 def is_function(target: object) -> TypeGuard[Callable[[Any], Tensor]]:
-    """Whether a target is a function of the model's output."""
+    """Return whether a target is a function of the model's output."""
     return callable(target) and not isinstance(target, Tensor)
 
 
@@ -240,7 +240,7 @@ def detection(label: int, box: Sequence[float] | Tensor | None = None) -> Callab
 
 
 def _detected(found: Mapping[str, Tensor], label: int, best: Callable[[Tensor, Tensor], int]) -> Tensor:
-    """The logit of a detection in one image."""
+    """Return the logit of a detection in one image."""
     labels = found["labels"].tolist()
     places = [place for place, one in enumerate(labels) if one == label]
     if not places:
@@ -265,7 +265,7 @@ def _entry(output: Any, key: str) -> Tensor:
 
 
 def _checked(scores: object, images: int | None) -> Tensor:
-    """What a target function returned.
+    """Return what a target function returned.
 
     Returns:
         The scores.

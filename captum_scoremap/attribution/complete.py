@@ -116,7 +116,7 @@ class CompleteScoreMap(Contract):
 
 
 def _modules(layers: Layers) -> list[nn.Module] | None:
-    """The modules that are named; none for the image, None for the default."""
+    """Return the modules that are named; none for the image, None for the default."""
     if layers is None:
         return None
     if isinstance(layers, nn.Module):

@@ -1,4 +1,4 @@
-"""What every attribution class here promises Captum, or refuses in words."""
+"""What every attribution class here promises Captum, or refuses with an error."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +31,7 @@ class Contract(GradientAttribution):
 
     @property
     def gradient_func(self) -> Callable[..., Any]:
-        """Captum's own: coefficients are read off the record of the run, and nothing else would be asked."""
+        """Captum's own: coefficients are read off the recorded run, and nothing else would be called."""
         return compute_gradients
 
     @gradient_func.setter
@@ -121,6 +121,6 @@ def exact_delta(
 
 
 def _is_shape_or_sum(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Whether a shape is that of the whole, or of its sum over one dimension, which is not the first."""
+    """Return whether a shape is that of the whole, or of its sum over one dimension, which is not the first."""
     summed = [axis for axis, (one, other) in enumerate(zip(shape, whole, strict=False)) if one != other]
     return len(shape) == len(whole) and (not summed or (len(summed) == 1 and summed[0] > 0 and shape[summed[0]] == 1))

@@ -25,13 +25,13 @@ class FusedScoreMap(Contract):
 
     A late layer's score map knows what is where, but only coarsely; an early one shows detail, but also much that has
     nothing to do with the label. The fused map takes the detail of all resolutions, as each finer one says better which
-    pixels of an object count, and believes it where the last one does:
+    pixels of an object count, and trusts it where the last one does:
 
     1. The score that is explained is the label's log-odds, L = S_c - log sum over the others of exp S_k, whose
        sigmoid is the label's probability: what also speaks for another label is no evidence for this one.
     2. R, the detail: the score maps of L of the image itself and of all layers, each divided by its largest absolute
        value and interpolated to the size of the image, are added.
-    3. G, the belief: as L = sum of M + B is exact, h·w·M(x, y) + B is the log-odds if the last layer, of h x w
+    3. G, the trust: as L = sum of M + B is exact, h·w·M(x, y) + B is the log-odds if the last layer, of h x w
        positions, looked everywhere as it does at (x, y), and G its sigmoid: the probability of the label there.
     4. The map is R² G where R is positive, and -R² where it is negative.
     5. Cells of a layer that add nothing at all to the label's own score S_c, whose score map is exactly zero there, are
@@ -82,7 +82,7 @@ class FusedScoreMap(Contract):
         target: Target = None,
         additional_forward_args: object = None,
     ) -> Any:
-        """The fused map of the image.
+        """Return the fused map of the image.
 
         Args:
             inputs: The image, (N, C, H, W).
@@ -140,7 +140,7 @@ class FusedScoreMap(Contract):
 
 
 def log_odds(output: Tensor, target: Target) -> Tensor:
-    """The log-odds of a label: S_c - log sum over all others of exp S_k; its sigmoid is the softmax of S_c.
+    """Return the log-odds of a label: S_c - log sum over all others of exp S_k; its sigmoid is the softmax of S_c.
 
     Args:
         output: Scores, (N, K) or (N, K, ...); (N,) or (N, 1) are taken for log-odds.
@@ -186,7 +186,7 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Ten
 
 
 def _map_of(tapped: Tapped, layer: nn.Module) -> tuple[Value, Tensor]:
-    """The value and the tensor of a layer that returns one map."""
+    """Return the value and the tensor of a layer that returns one map."""
     activations = tapped.activations
     if len(activations) != 1 or activations[0].dim() != 4:
         got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
@@ -200,7 +200,7 @@ def _map_at(activations: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]]) -> list[Tensor]:
-    """The score maps of layers for given coefficients of the output; zero where it does not depend on one."""
+    """Return the score maps of layers for given coefficients of the output; zero where it does not depend on one."""
     output = tape.value_of_output()
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {value: _map_at(y) for value, y in layers if value is not None}
     found = {} if output is None else tape.transposed({output: coefficients}, wanted)

@@ -24,7 +24,7 @@ class ScoreMap(Contract):
     the gradient is not, and B says what the sub-scores leave out.
 
     In ``captum.metrics.infidelity``, use ``multiply_by_inputs=True`` with a ``perturb_func`` decorated by
-    ``infidelity_perturb_func_decorator(True)``, and ``False`` with ``False``: sub-scores answer to relative
+    ``infidelity_perturb_func_decorator(True)``, and ``False`` with ``False``: sub-scores respond to relative
     perturbations, coefficients to absolute ones.
 
     Args:
@@ -62,7 +62,7 @@ class ScoreMap(Contract):
         return_convergence_delta: bool = False,
         grad_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """The sub-scores (or coefficients) of the inputs.
+        """Return the sub-scores (or coefficients) of the inputs.
 
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
@@ -107,7 +107,7 @@ class ScoreMap(Contract):
         return formatted, found.score - found.sums(None) - found.bias(None)
 
     def has_convergence_delta(self) -> bool:
-        """True: S = A·x + B is exact, and the delta checks it."""
+        """Return True: S = A·x + B is exact, and the delta checks it."""
         return True
 
     def compute_convergence_delta(
@@ -118,7 +118,7 @@ class ScoreMap(Contract):
         target: Target = None,
         additional_forward_args: object = None,
     ) -> Tensor:
-        """S - (A·x + B) for sub-scores that were computed before.
+        """Return S - (A·x + B) for sub-scores that were computed before.
 
         Args:
             attributions: The sub-scores.

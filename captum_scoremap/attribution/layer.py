@@ -45,7 +45,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         device_ids: Accepted for compatibility with Captum: a ``DataParallel`` model is explained on the device of its
             module.
         multiply_by_inputs: Whether to multiply by the activations Y; else the coefficients A are returned.
-        memory_efficient: Accepted for compatibility with Captum: activations are freed as the coefficients go by.
+        memory_efficient: Accepted for compatibility with Captum: activations are freed during the backward pass.
         rules: Operation to rule, to replace or add some.
 
     Example:
@@ -197,7 +197,7 @@ class LayerScoreMap(LayerAttribution, Contract):
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
             channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
-            internal_batch_size: Bound on the images in work at once, so on memory; None for a moderate one.
+            internal_batch_size: Bound on the images processed at once, and thereby on memory; None for a moderate one.
 
         Returns:
             Tensor in logits, (N, K, h, w) for a layer of (N, C, h, w): the labels take the place of the channels. A
@@ -226,7 +226,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         return self._formatted(maps, None)
 
     def has_convergence_delta(self) -> bool:
-        """True: S = A·Y + B is exact, and the delta checks it."""
+        """Return True: S = A·Y + B is exact, and the delta checks it."""
         return True
 
     def compute_convergence_delta(
@@ -238,7 +238,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
     ) -> Any:
-        """S - (A·Y + B) for score maps or sub-scores that were computed before.
+        """Return S - (A·Y + B) for score maps or sub-scores that were computed before.
 
         Args:
             attributions: What :meth:`attribute` returned.

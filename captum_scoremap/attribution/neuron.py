@@ -78,7 +78,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
         return_convergence_delta: bool = False,
         channel_dim: int = 1,
     ) -> Any:
-        """The sub-scores (or coefficients) of a neuron.
+        """Return the sub-scores (or coefficients) of a neuron.
 
         Args:
             inputs: The image, (N, C, H, W), or a tuple of such inputs.
@@ -142,7 +142,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
         return formatted, found.score - found.sums(site) - found.bias(site)
 
     def has_convergence_delta(self) -> bool:
-        """True: the sum A·Y + B is exact, and the delta checks it."""
+        """Return True: the sum A·Y + B is exact, and the delta checks it."""
         return True
 
     @property
@@ -152,7 +152,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
 
 
 def select_neuron(value: Any, selector: Selector) -> Tensor:
-    """The activation that a selector names in a layer's output.
+    """Return the activation that a selector names in a layer's output.
 
     Returns:
         The activation, (N,), or one number where a function sums over the batch, too.

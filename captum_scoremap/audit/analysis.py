@@ -102,7 +102,7 @@ class _Pair:
 
 
 def analyze(shards: Shards, layers: Sequence[str]) -> Analysis:
-    """Sum up what the finished shards hold, and write it to the folder ``analysis`` beside them.
+    """Summarize what the finished shards hold, and write it to the folder ``analysis`` beside them.
 
     The *shortcut score* of a label tells how much of its score comes from one and the same place in all its
     images, a place that no other label uses as much. It is the product of two numbers from 0 to 1:
@@ -119,7 +119,7 @@ def analyze(shards: Shards, layers: Sequence[str]) -> Analysis:
         layers: The audit's layers; maps of the last one are compared.
 
     Returns:
-        What there is to say.
+        The analysis.
     """
     labels: dict[int, _Label] = defaultdict(_Label)
     pairs: dict[tuple[int, int], _Pair] = defaultdict(_Pair)
@@ -267,7 +267,7 @@ def _compare_image(
 
 
 def _private_maps(labels: Mapping[int, _Label]) -> dict[int, Array]:
-    """What of each label's mean map lies above the mean map of every other label."""
+    """Return what of each label's mean map lies above the mean map of every other label."""
     found = {index: label.share_sum / label.maps for index, label in labels.items() if label.maps}
     if len(found) < 2:
         return {}
@@ -380,7 +380,7 @@ def _pooled(map_: Array, grid: tuple[int, int]) -> Array:
 
 
 def _unit(map_: Array, grid: tuple[int, int]) -> Array:
-    """The positive part, of length one; zero where nothing is positive."""
+    """Return the positive part, of length one; zero where nothing is positive."""
     positive = _pooled(np.maximum(map_, 0), grid)
     length = np.linalg.norm(positive)
     return positive / length if length > 0 else positive

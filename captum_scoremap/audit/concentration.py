@@ -11,7 +11,7 @@ __all__ = ["border_share", "peak", "region_share", "resized", "top_share"]
 
 
 def top_share(maps: Tensor, area: float = 0.1) -> Tensor:
-    """Share of the positive score in the part of the area where it is highest.
+    """Return the share of the positive score in the part of the area where it is highest.
 
     Args:
         maps: Score maps ``(N, H, W)``.
@@ -31,7 +31,7 @@ def top_share(maps: Tensor, area: float = 0.1) -> Tensor:
 
 
 def border_share(maps: Tensor, width: float = 0.1) -> Tensor:
-    """Share of the positive score in the border of the image.
+    """Return the share of the positive score in the border of the image.
 
     Args:
         maps: Score maps ``(N, H, W)``.
@@ -51,7 +51,7 @@ def border_share(maps: Tensor, width: float = 0.1) -> Tensor:
 
 
 def region_share(maps: Tensor, regions: Tensor) -> Tensor:
-    """Share of the positive score in a region.
+    """Return the share of the positive score in a region.
 
     Args:
         maps: Score maps ``(N, H, W)``.
@@ -66,7 +66,7 @@ def region_share(maps: Tensor, regions: Tensor) -> Tensor:
 
 
 def peak(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Center of the highest cell, as fractions of height and width.
+    """Return the center of the highest cell, as fractions of height and width.
 
     Args:
         maps: Score maps ``(N, H, W)``.
@@ -103,14 +103,14 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _overlap(new: int, old: int, like: Tensor) -> Tensor:
-    """The share of each of ``new`` cells that each of ``old`` cells covers, ``(new, old)``."""
+    """Return the share of each of ``new`` cells that each of ``old`` cells covers, ``(new, old)``."""
     edges = [torch.arange(size + 1, dtype=like.dtype, device=like.device) / size for size in (new, old)]
     (top, bottom), (start, end) = ((edge[:-1], edge[1:]) for edge in edges)
     return (torch.minimum(bottom[:, None], end) - torch.maximum(top[:, None], start)).clamp(min=0) * new
 
 
 def _inside(size: int, width: float, like: Tensor) -> Tensor:
-    """How much of each of ``size`` cells lies further than ``width`` from both ends."""
+    """Return how much of each of ``size`` cells lies further than ``width`` from both ends."""
     starts = torch.arange(size, dtype=like.dtype, device=like.device) / size
     ends = starts + 1 / size
     return (ends.clamp(max=1 - width) - starts.clamp(min=width)).clamp(min=0) * size

@@ -40,7 +40,7 @@ class Condition:
     limit: float
 
     def holds(self, value: float | None) -> bool:
-        """Whether a value meets the condition; what is not known meets none."""
+        """Return whether a value meets the condition; what is not known meets none."""
         return value is not None and _COMPARE[self.comparison](value, self.limit)
 
     def __str__(self) -> str:

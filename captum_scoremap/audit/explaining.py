@@ -104,7 +104,7 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
 
 
 def _tapped(recording: Recording, site: Site, name: str) -> Tapped:
-    """What a layer returned.
+    """Return what a layer returned.
 
     Args:
         recording: The run.
@@ -128,7 +128,7 @@ def _tapped(recording: Recording, site: Site, name: str) -> Tapped:
 def _score_maps(
     tape: Tape, coefficients: Tensor | None, layers: Mapping[MapLayer, Tapped]
 ) -> Mapping[MapLayer, Tensor]:
-    """A·Y of each layer, summed over channels, for given coefficients of the scores; zero where nothing depends on it.
+    """Return each layer's A·Y, summed over channels, for given coefficients of the scores; zero where there are none.
 
     Args:
         tape: The recorded run.
@@ -153,7 +153,7 @@ def _score_maps(
 
 
 def _scores_at_zero(tape: Tape, scores: Tensor, tapped: Tapped) -> Tensor:
-    """The scores (N, K) of the frozen model with a layer at zero: B of every label. This does not use A."""
+    """Return the scores (N, K) of the frozen model with a layer at zero: B of every label. This does not use A."""
     output = tape.value_of_output()
     if output is None or not output.sites & tapped.bit:
         return scores

@@ -49,7 +49,7 @@ class Plan:
         return range(-(-self.count // self.shard_size))
 
     def size(self, shard: int) -> int:
-        """Number of images of a shard."""
+        """Return the number of images of a shard."""
         return min(self.shard_size, self.count - shard * self.shard_size)
 
     def batches(self, shard: int) -> Iterator[list[int]]:

@@ -43,7 +43,7 @@ def write_report(
     Args:
         shards: The results.
         settings: The audit's settings.
-        analysis: What there is to say of the whole set.
+        analysis: The analysis of the whole set.
         path_of: The file of each image, where the page shall name it. By default no path of the machine that
             ran the audit is on the page.
 
@@ -107,7 +107,7 @@ def _shard(shards: Shards, number: int, layers: Sequence[str], assets: Path) -> 
 def _maps_of(
     shards: Shards, number: int, layers: Sequence[str], measured: Mapping[tuple[int, str], Mapping[str, Any]]
 ) -> dict[int, list[dict[str, Any]]]:
-    """For each image and layer its numbers, and its maps in 255 steps."""
+    """Return for each image and layer its numbers, and its maps in 255 steps."""
     content: dict[int, list[dict[str, Any]]] = {}
     table = shards.read("maps", number)
     for row, values in zip(table.drop_columns(["values"]).to_pylist(), lists(table["values"]), strict=True):
@@ -173,7 +173,7 @@ def _label(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shift(center: float) -> float:
-    """Where the enlarged picture must begin, in percent of the patch, so that its patch shows."""
+    """Return where the enlarged picture must begin, in percent of the patch, so that its patch shows."""
     return -400 * min(max(center - 0.125, 0), 0.75)
 
 
@@ -215,7 +215,7 @@ def _plots(images: Mapping[int, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def heat(values: Sequence[float], rows: int, columns: int) -> str:
-    """A map as a small picture for a page: white at zero, red above, blue below.
+    """Return a map as a small picture for a page: white at zero, red above, blue below.
 
     Args:
         values: The map, row by row.
@@ -239,7 +239,7 @@ def heat(values: Sequence[float], rows: int, columns: int) -> str:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """A number with few digits.
+    """Return a number with few digits.
 
     Args:
         value: The number.
@@ -256,11 +256,11 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with six digits, to spare the page; anything else as it is."""
+    """Return floats with six digits, to spare the page; anything else as it is."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _script(value: Any) -> str:
-    """JSON that is safe within a script, whatever its strings hold."""
+    """Return JSON that is safe within a script, whatever its strings hold."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

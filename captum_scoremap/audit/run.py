@@ -42,7 +42,7 @@ class Audit:
     Attributes:
         folder: Where its results lie.
         settings: What was asked for: model, layers, source and the like.
-        analysis: What there is to say of the whole set.
+        analysis: The analysis of the whole set.
         report: The page to look at.
 
     Example:
@@ -99,9 +99,9 @@ def audit(
         labels: True labels of a folder's images: a list, or a mapping from path to label.
         layers: Names of the layers to map, from image to score; by default the last layer of each of the
             three coarsest resolutions. The last one is what rankings use.
-        metrics: Further measures of each image: ``"insertion"``, ``"deletion"``.
+        metrics: Additional metrics of each image: ``"insertion"``, ``"deletion"``.
         limit: Take this many images, evenly spread over the source.
-        resume: Go on with what lies in ``out``, made with the same settings.
+        resume: Continue the audit in ``out``, made with the same settings.
         ray: Address of a Ray cluster to compute on: ``"local"``, ``"auto"``, ``"ray://HOST:PORT"``; None computes in
             this process. The images must have the same path on all its machines.
         workers: Number of actors on the cluster.
@@ -166,7 +166,7 @@ def _work(worker: Worker, shards: Shards, ray: str | None, workers: int, show: b
 
 
 def _as_loaded(model: str | nn.Module | LoadedModel) -> LoadedModel:
-    """The model with all that belongs to it."""
+    """Return the model with all that belongs to it."""
     if isinstance(model, str):
         return load_model(model)
     if isinstance(model, nn.Module):
@@ -184,7 +184,7 @@ def _check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _choose_layers(module: nn.Module, names: Sequence[str] | None, inputs: Tensor) -> tuple[MapLayer, ...]:
-    """The layers asked for, or the last of each of the coarsest resolutions."""
+    """Return the layers asked for, or the last of each of the coarsest resolutions."""
     if not names:
         names = main_layers(module, inputs)[-_RESOLUTIONS:]
         if not names:
@@ -197,7 +197,7 @@ def _choose_layers(module: nn.Module, names: Sequence[str] | None, inputs: Tenso
 
 
 def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, Any]:
-    """What decides the results: two runs with equal settings yield equal tables."""
+    """Return what decides the results: two runs with equal settings yield equal tables."""
     plan = worker.plan
     return {
         "format": 1,

@@ -83,7 +83,7 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
     "images": _schema(
         _INDEX,
         Column("name", pa.string(), "path below the source's folder, or the position in a data set"),
-        Column("error", pa.string(), "why the image could not be audited: all further columns are null then"),
+        Column("error", pa.string(), "why the image could not be audited: all other columns are then null"),
         Column("width", pa.int32(), "width of the input the model saw, in pixels"),
         Column("height", pa.int32(), "height of the input the model saw, in pixels"),
         Column("predicted", pa.int32(), "label of the highest score"),
@@ -123,7 +123,7 @@ COMMIT = "images"
 
 
 def describe() -> str:
-    """The tables and their columns as text, for people.
+    """Return the tables and their columns as text, for people.
 
     Returns:
         A line for each table and each column.

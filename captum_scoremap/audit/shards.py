@@ -2,7 +2,7 @@
 
 A shard is one file in each table's folder, ``images/00003.parquet`` and so on. Every file is written under a
 temporary name, flushed to the disk and renamed into place, ``images`` last; a shard without that file is not
-done and is written anew. So a program killed at any moment loses at most the shard in work, and what is there
+done and is written anew. So a program killed at any moment loses at most the shard it was writing, and what is there
 can be read at any time.
 """
 
@@ -41,11 +41,11 @@ class Shards:
         self.folder = folder
 
     def path(self, table: str, number: int) -> Path:
-        """The file of one shard of one table."""
+        """Return the file of one shard of one table."""
         return self.folder / table / f"{number:05d}.parquet"
 
     def finished(self) -> list[int]:
-        """Numbers of the shards that are done, ascending."""
+        """Return the numbers of the shards that are done, ascending."""
         return sorted(int(path.stem) for path in (self.folder / COMMIT).glob("[0-9]*.parquet"))
 
     def write(self, number: int, tables: Mapping[str, pa.Table]) -> None:
@@ -59,7 +59,7 @@ class Shards:
             write_table(self.path(name, number), tables[name])
 
     def read(self, table: str, number: int) -> pa.Table:
-        """One shard of one table."""
+        """Return one shard of one table."""
         return pq.ParquetFile(self.path(table, number)).read()
 
     def each(self, table: str) -> Iterator[tuple[int, pa.Table]]:
@@ -68,7 +68,7 @@ class Shards:
             yield number, self.read(table, number)
 
     def table(self, name: str) -> pa.Table:
-        """All finished shards of one table in one."""
+        """Return all finished shards of one table in one."""
         parts = [part for _, part in self.each(name)]
         return pa.concat_tables(parts) if parts else TABLES[name].empty_table()
 
@@ -131,7 +131,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def _explained(folder: Path, what: str) -> Iterator[None]:
-    """Turn the system's refusal to write into a message that says what to do."""
+    """Turn an error on writing into a message that says what to do."""
     try:
         yield
     except OSError as error:

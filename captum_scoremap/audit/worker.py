@@ -54,7 +54,7 @@ class Worker:
         plan: Which of them make which shard and batch.
         model: The model, its preprocessing and its labels.
         layers: The layers to map, from image to score; the last one is what rankings use.
-        metrics: Names of further measures, of `METRICS`; each costs many forward passes an image.
+        metrics: Names of additional metrics, of `METRICS`; each costs many forward passes an image.
         device: Where the model computes.
         threads: Threads that decode images.
     """
@@ -246,7 +246,7 @@ class Worker:
 
 
 def _crops(maps: Tensor, size: tuple[int, int]) -> list[list[list[int]]]:
-    """The box of the largest sum on each map (N, 1, H, W), in pixels; none where nothing is positive."""
+    """Return the box of the largest sum on each map (N, 1, H, W), in pixels; none where nothing is positive."""
     height, width = maps.shape[2:]
     positive = maps.flatten(1).amax(1) > 0
     boxes: list[list[list[int]]] = [[] for _ in maps]
@@ -259,7 +259,7 @@ def _crops(maps: Tensor, size: tuple[int, int]) -> list[list[list[int]]]:
 
 
 def encode(picture: Image.Image) -> tuple[str, bytes]:
-    """A picture as a file's content and its media type: without loss where it is small."""
+    """Return a picture as a file's content and its media type: without loss where it is small."""
     buffer = io.BytesIO()
     if min(picture.size) < _SMALL:
         picture.save(buffer, "PNG")
@@ -269,7 +269,7 @@ def encode(picture: Image.Image) -> tuple[str, bytes]:
 
 
 def _as_picture(inputs: Tensor, model: LoadedModel) -> Image.Image:
-    """An input that came as a tensor ``(C, H, W)``, as a picture: fractions of white stay as they are."""
+    """Return an input that came as a tensor ``(C, H, W)``, as a picture: fractions of white stay as they are."""
     pixels = inputs.float().cpu()
     if pixels.shape[0] != 3:
         pixels = pixels.mean(0, keepdim=True)

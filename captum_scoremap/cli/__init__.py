@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            # Deprecations inside of other packages are not for the user of a program.
+            # Deprecations within other packages do not concern the user of a program.
             warnings.simplefilter("ignore", DeprecationWarning)
             app(args=arguments, prog_name="captum-scoremap")
     except SystemExit as end:

@@ -67,7 +67,7 @@ def audit(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Take N images, evenly spread over the source.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the audit that lies in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the audit in DIR.")] = False,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""``captum-scoremap bench``: what explaining costs with a model of one's own, beside a plain pass."""
+"""``captum-scoremap bench``: what explaining costs with your own model, beside a plain pass."""
 
 import json
 import warnings
@@ -45,7 +45,7 @@ class _Subject:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to come by the subject, in whichever process.
+    """How to load the subject, in any process.
 
     Attributes:
         model: Name of the model.
@@ -187,7 +187,7 @@ def bench(
 
 
 def _layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, int]:
-    """Layers to explain, and the dimension of their channels."""
+    """Return the layers to explain, and the dimension of their channels."""
     with torch.no_grad():
         scores = model(image)
     if not isinstance(scores, Tensor) or scores.ndim != 2:
@@ -212,14 +212,14 @@ def _prepared(subject: _Subject) -> _Subject:
 
 
 def _named(name: str, subject: _Subject) -> Job:
-    """The job of this name."""
+    """Return the job of this name."""
     if name.endswith(PREPARED):
         return _WORK[name.removesuffix(PREPARED)](_prepared(subject))
     return _WORK[name](subject)
 
 
 def _alone(name: str, recipe: _Recipe) -> Job:
-    """The job in a process of its own, in which the model has run before, so that its libraries are loaded."""
+    """Return the job in a process of its own, in which the model has run before, so that its libraries are loaded."""
     warnings.simplefilter("ignore")  # they have been shown
     return _named(name, recipe.subject())
 
@@ -231,7 +231,7 @@ def _warm_up(name: str, device: str, dtype: torch.dtype) -> None:
 
 
 def _row(name: str, seconds: Mapping[str, list[float]], peaks: Mapping[str, int | None]) -> dict[str, Any]:
-    """The cost of one job, as JSON has it."""
+    """Return the cost of one job, as JSON has it."""
     peak, plain = peaks[name], peaks[PLAIN]
     return {
         "job": name,

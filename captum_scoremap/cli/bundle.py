@@ -116,7 +116,7 @@ def _numbers(explanation: Explanation) -> dict[str, Any]:
 
 
 def _command(context: typer.Context) -> str:
-    """The command line, with the options that were given."""
+    """Return the command line, with the options that were given."""
     words = [*context.command_path.split()]
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
@@ -133,7 +133,7 @@ def _command(context: typer.Context) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Return a value as JSON has it."""
     value = getattr(value, "value", value)  # of an enumeration
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
@@ -141,7 +141,7 @@ def _plain(value: Any) -> Any:
 
 
 def _image(name: str) -> dict[str, str | None]:
-    """The sum of a file's bytes; samples come with a package."""
+    """Return the sum of a file's bytes; samples come with a package."""
     return {"sha256": None if name.startswith(SAMPLE_PREFIX) else _sha256(Path(name))}
 
 
@@ -158,7 +158,7 @@ def _sha256(path: Path) -> str:
 
 @torch.no_grad()
 def _fingerprint(network: nn.Module) -> str:
-    """A sum of all parameters and buffers with their names."""
+    """Return a sum of all parameters and buffers with their names."""
     total = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         if isinstance(tensor, torch.Tensor):

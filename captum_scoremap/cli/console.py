@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 def make_console() -> Console:
-    """The console of every command: as wide as the terminal, or 120 columns where there is none.
+    """Return the console of every command: as wide as the terminal, or 120 columns where there is none.
 
     Names of files, labels and layers are printed as they are: no markup, no emoji in ``sample:coffee:``.
 

@@ -141,7 +141,7 @@ def explain(
 
     At every layer the score is an exact sum, S = A·Y + B. The score map shows A·Y place by place, in logits:
     red adds to the score, blue takes from it. B is the sum of all constants above the layer; the complete map
-    adds each of them where it stands, and so adds up to S. Read its sums over regions: red and blue cancel.
+    adds each of them where it arises, and so adds up to S. Read its sums over regions: red and blue cancel.
     The table has A·Y, B, and the residual |S − (A·Y + B)| / (|S| + |A·Y|), which is rounding only.
 
     **Examples**
@@ -150,7 +150,7 @@ def explain(
 
     * `captum-scoremap explain photo.jpg --target top:3`
 
-    * `captum-scoremap explain photo.jpg --target "Egyptian cat" --contrast lynx`
+    * `captum-scoremap explain photo.jpg --target "tiger cat" --contrast lynx`
 
     * `captum-scoremap explain a.jpg b.jpg --model torchvision:resnet50 --layers layer3,layer4`
 
@@ -220,14 +220,14 @@ def _note_enlarged(console: Console, name: str, size: tuple[int, int], view_size
 
 
 def _default_layers(network: nn.Module, inputs: Tensor) -> list[str]:
-    """The image and the main layers; of a multi-view network those below its sliding layer."""
+    """Return the image and the main layers; of a multi-view network those below its sliding layer."""
     if isinstance(network, MultiView):
         return [INPUT, *(f"features.{name}" for name in main_layers(network.features, inputs))]
     return [INPUT, *main_layers(network, inputs)]
 
 
 def _targets(target: str, network: nn.Module, inputs: Tensor, loaded: LoadedModel) -> list[int]:
-    """Indices of the labels to explain on one image."""
+    """Return the indices of the labels to explain on one image."""
     with torch.no_grad():
         scores = network(inputs)
     if not isinstance(scores, Tensor) or scores.ndim != 2:
@@ -246,13 +246,13 @@ def _targets(target: str, network: nn.Module, inputs: Tensor, loaded: LoadedMode
 
 
 def _label(loaded: LoadedModel, target: int, contrast: int | None) -> str:
-    """What a picture is called: the name of the label, or of both."""
+    """Return what a picture is called: the name of the label, or of both."""
     name = loaded.label_name(target)
     return name if contrast is None else f"{name} − {loaded.label_name(contrast)}"
 
 
 def _numbered(out: Path, number: int, question: _Question) -> Path:
-    """The path of one picture of several: it says what is on it."""
+    """Return the path of one picture of several: it says what is on it."""
     image = Path(question.image.removeprefix(SAMPLE_PREFIX)).stem
     words = "_".join(re.findall(r"\w+", f"{image} {question.label}"))
     return out.with_stem(f"{out.stem}_{number}_{words}")
@@ -261,7 +261,7 @@ def _numbered(out: Path, number: int, question: _Question) -> Path:
 def _answer(
     network: nn.Module, question: _Question, layers: dict[str, nn.Module | None], progress: "tqdm[Any]"
 ) -> Explanation:
-    """The linear form at every layer, and the complete map."""
+    """Explain: the linear form at every layer, and the complete map."""
     score = 0.0
     numbers = []
     for name, layer in layers.items():

@@ -75,7 +75,7 @@ class Explanation:
         return f"The complete map holds {held:.4f} of S; {self.placeless:.4f} has no place in the image."
 
     def table(self) -> Table:
-        """The numbers of all layers, to be printed."""
+        """Return the numbers of all layers, to be printed."""
         table = Table(title=f"{self.image}: {self.label}, S = {self.score:.4f} logits", title_justify="left")
         table.add_column("layer", overflow="fold")
         for heading in ("size", "Σ A·Y", "B", "S", "residual"):
@@ -93,7 +93,7 @@ class Explanation:
         return table
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The numbers as arrays: one map by name of its layer, the rest in the order of ``layers``."""
+        """Return the numbers as arrays: one map by name of its layer, the rest in the order of ``layers``."""
         maps = {f"maps/{row.layer}": row.score_map.float().cpu().numpy() for row in self.layers}
         maps |= {f"complete_maps/{row.layer}": row.complete_map.float().cpu().numpy() for row in self.layers}
         return {
@@ -113,7 +113,7 @@ class Explanation:
 
 
 def find_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module | None]:
-    """Modules by the names that a user typed.
+    """Return modules by the names that a user typed.
 
     Args:
         network: The model.
@@ -141,7 +141,7 @@ def layer_numbers(
     name: str,
     layer: nn.Module | None,
 ) -> tuple[float, LayerNumbers]:
-    """Score and linear form at one layer.
+    """Return score and linear form at one layer.
 
     Args:
         network: The model.

@@ -62,7 +62,7 @@ PrepareOption = Annotated[
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device that the user named.
+    """Return the device that the user named.
 
     Args:
         name: ``auto`` or what `torch.device` takes.

@@ -101,7 +101,7 @@ def patches(
 
     * `captum-scoremap patches photos --layer blocks.2 --layer blocks.4`
 
-    * `captum-scoremap patches photos --layer blocks.4 --label "Egyptian cat" --size 96 --per-image 3`
+    * `captum-scoremap patches photos --layer blocks.4 --label "tiger cat" --size 96 --per-image 3`
 
     * `captum-scoremap patches photos --layer layer3 --model torchvision:resnet50 --labels labels.csv`
     """
@@ -155,7 +155,7 @@ def _report(left_out: Mapping[Path, ValueError], files: Sequence[Path]) -> None:
 
 
 def _modules(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers that the user named."""
+    """Return the layers that the user named."""
     found = find_layers(network, names)
     modules = {name: module for name, module in found.items() if module is not None}
     if len(modules) < len(found):
@@ -166,7 +166,7 @@ def _modules(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 def _files(
     folder: str, labels: Path | None, label: str | None, loaded: LoadedModel
 ) -> tuple[list[Path], list[int | None]]:
-    """Image files and their labels, None where not known; of one label only, if the user named one."""
+    """Return image files and their labels, None where not known; of one label only, if the user named one."""
     source = open_source(folder, labels, loaded.labels or None)
     if not isinstance(source, FileSource):
         raise ValueError(f"FOLDER must be a folder or a list of image files, got {folder!r}.")
@@ -182,7 +182,7 @@ def _files(
 
 
 def _table(found: Mapping[str, Mapping[str, Sequence[Patch]]], loaded: LoadedModel) -> Table:
-    """All patches, where they come from and what they were chosen by."""
+    """Return all patches, where they come from and what they were chosen by."""
     table = Table()
     for heading in ("layer", "by", "image", "label"):
         table.add_column(heading, overflow="fold")

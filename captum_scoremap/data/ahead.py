@@ -20,7 +20,7 @@ def map_ahead(
     Args:
         function: What makes a result of an item.
         items: The items; taken in the caller's thread, when their turn comes.
-        ahead: How many results there may be, or be in work, that the caller has not seen.
+        ahead: How many results may be finished or in progress that the caller has not seen.
         threads: How many are made at a time.
 
     Yields:

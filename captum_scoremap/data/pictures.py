@@ -109,7 +109,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def _decoded(path: Path) -> Image.Image:
-    """A picture file as RGB.
+    """Return a picture file as RGB.
 
     Returns:
         The picture.
@@ -128,7 +128,7 @@ def _decoded(path: Path) -> Image.Image:
 
 
 def _reason(error: Exception, path: Path) -> object:
-    """What is wrong with a file, in words for its owner."""
+    """Return what is wrong with a file, in words for its owner."""
     if not isinstance(error, PIL.UnidentifiedImageError):
         return error
     return "not an image file that Pillow knows" if path.stat().st_size else "the file is empty"

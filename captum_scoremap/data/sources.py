@@ -69,11 +69,11 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many images there are, readable or not."""
+        """Return how many images there are, readable or not."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the image is called in results and report: never a path of this machine."""
+        """Return what the image is called in results and report: never a path of this machine."""
 
     @abstractmethod
     def read(self, index: int) -> Sample:
@@ -90,7 +90,7 @@ class Source(ABC):
         """
 
     def path(self, index: int) -> Path | None:
-        """The file of an image, or None where it has none."""
+        """Return the file of an image, or None where it has none."""
         return None
 
     @abstractmethod
@@ -129,11 +129,11 @@ class FileSource(Source):
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """The path below the source's folder, with forward slashes."""
+        """Return the path below the source's folder, with forward slashes."""
         return printable(Path(self.paths[index]).as_posix())
 
     def path(self, index: int) -> Path:
-        """The picture's file."""
+        """Return the picture's file."""
         return self.root / self.paths[index]
 
     def read(self, index: int) -> Sample:
@@ -184,7 +184,7 @@ class DatasetSource(Source):
         return len(self.dataset)
 
     def name(self, index: int) -> str:
-        """The position, padded so that names sort."""
+        """Return the position, padded so that names sort."""
         return f"{index:0{len(str(max(len(self) - 1, 0)))}d}"
 
     def read(self, index: int) -> Sample:
@@ -271,7 +271,7 @@ def open_source(
 
 
 def printable(name: str) -> str:
-    """The name as valid Unicode: bytes of a file name that are none are written as escapes."""
+    """Return the name as valid Unicode: bytes of a file name that are none are written as escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

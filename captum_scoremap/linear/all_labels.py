@@ -96,30 +96,30 @@ class _Seeds:
         self.values = self.tape.output_values
 
     def scores(self, output: Any) -> Tensor:
-        """The scores of all labels, (N, K)."""
+        """Return the scores of all labels, (N, K)."""
         if isinstance(output, Tensor) and output.dim() == 2 and list(self.labels) == list(range(output.shape[1])):
             return output
         return torch.stack([select_scores(output, label) for label in self.labels], 1)
 
     def rows(self, labels: Sequence[Label]) -> Tensor:
-        """The derivative of the score of each label in the output, (labels, *output)."""
+        """Return the derivative of the score of each label in the output, (labels, *output)."""
         with torch.enable_grad():
             leaf = self.output.detach().requires_grad_()
             return torch.stack([torch.autograd.grad(select_scores(leaf, label).sum(), leaf)[0] for label in labels])
 
     def back(self, row: Tensor) -> dict[Value, Tensor]:
-        """Seeds for a derivative in the output."""
+        """Return the seeds for a derivative in the output."""
         value = self.values.get(id(self.output))
         return {} if value is None else {value: row}
 
     def weighed(self, weights: Tensor) -> dict[Value, Tensor]:
-        """Seeds for the first label's scores, each image by a weight."""
+        """Return the seeds for the first label's scores, each image by a weight."""
         row = self.rows(self.labels[:1])[0]
         return self.back(row * weights.reshape(-1, *[1] * (row.dim() - 1)))
 
 
 def _is_forward(seeds: _Seeds, tapped: Tapped, reduction: Reduction, channels: int) -> bool:
-    """Whether there are fewer positions than labels, in a layer whose images come first."""
+    """Return whether there are fewer positions than labels, in a layer whose images come first."""
     (value,), (y,) = tapped.values, tapped.activations
     if not reduction.multiply or _positions(y, channels) >= len(seeds.labels):
         return False
@@ -158,7 +158,7 @@ def _pushed_back(
 
 
 def _pushed_forward(seeds: _Seeds, tapped: Tapped, channels: int, positions_at_once: int) -> Tensor:
-    """The scores that each position's activation makes alone, the labels where the channels were."""
+    """Return the scores that each position's activation makes alone, the labels where the channels were."""
     (layer,), (activations,) = tapped.values, tapped.activations
     channels %= activations.dim()
     shape = [size for axis, size in enumerate(activations.shape) if axis not in {0, channels}]
@@ -187,7 +187,7 @@ def _pushed_forward(seeds: _Seeds, tapped: Tapped, channels: int, positions_at_o
 
 
 def _have_functions(targets: Sequence[Label] | None) -> bool:
-    """Whether some of the targets are functions of the output, which are part of the run."""
+    """Return whether some of the targets are functions of the output, which are part of the run."""
     if is_function(targets) or isinstance(targets, (int, np.integer)):
         raise TypeError(f"targets must be a sequence of labels, got {targets!r}. Put it in a list.")
     return targets is not None and any(map(is_function, targets))
@@ -205,5 +205,5 @@ def _labels(output: Any, targets: Sequence[Label] | None) -> list[Label]:
 
 
 def _positions(activations: Tensor, channel_dim: int) -> int:
-    """How many positions a layer has: its elements per image and channel."""
+    """Return how many positions a layer has: its elements per image and channel."""
     return math.prod(activations.shape[1:]) // activations.shape[channel_dim]

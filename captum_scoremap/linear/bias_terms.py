@@ -114,7 +114,7 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
 
 
 def names_of_steps(recording: Recording) -> Callable[[Step], str]:
-    """Return the name that a step's constant part goes by.
+    """Return the name of a step's constant part.
 
     That is its module, or the parameter that it adds or puts beside live tensors: a token, an embedding.
     """

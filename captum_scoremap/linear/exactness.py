@@ -94,7 +94,7 @@ def check_exactness(
         The findings. Unsupported operations are among them rather than raised.
 
     Raises:
-        TypeError: If the model's inside cannot be seen, or an input is not floating point.
+        TypeError: If the model is compiled or scripted, or an input is not floating point.
         ValueError: If an input or the target is not as it must be, or the model is in training mode.
         RuntimeError: If ``torch.inference_mode`` is on.
 
@@ -147,7 +147,7 @@ def check_exactness(
 
 
 def _operations(recording: Recording) -> dict[str, Counter[tuple[str, str]]]:
-    """For each module, in the order in which they run, the operations of its own and what their rules freeze."""
+    """Return for each module, in the order in which they run, the operations of its own and what their rules freeze."""
     found: dict[str, Counter[tuple[str, str]]] = {}
     for step in recording.tape.steps:
         if display_name(step.operation) == "alias":  # a tap of ours
@@ -164,7 +164,7 @@ def _residuals(
     names: Mapping[nn.Module, str],
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[str, float]:
-    """The relative residual at the input and at every module with one output that runs once."""
+    """Return the relative residual at the input and at every module with one output that runs once."""
     sites: list[Site | None] = [None]
     for site, tapped in recording.tapped.items():
         if site is None or recording.places.calls[site[0]] != 1 or len(tapped.values) != 1 or tapped.is_tuple:
@@ -184,7 +184,7 @@ def _residuals(
 
 
 def _module_of(key: str, modules: Mapping[str, nn.Module]) -> str:
-    """The module that a bias term's name points into."""
+    """Return the module that a bias term's name points into."""
     name = key.split("#")[0].split(":")[0]
     while name and name not in modules:
         name = name.rpartition(".")[0]

@@ -113,7 +113,7 @@ class Explanation:
         return image_sums(products, axes, self.score)
 
     def _axis(self, value: Value, activations: Tensor, product: Tensor) -> int | None:
-        """The dimension of a layer's tensor that holds the images."""
+        """Return the dimension of a layer's tensor that holds the images."""
         count = len(self.score)
         if count == 1 or [axis for axis, size in enumerate(product.shape) if size == count] == [0]:
             return 0

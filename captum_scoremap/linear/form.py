@@ -80,7 +80,7 @@ class LinearForm:
         return tuple(a * y for a, y in zip(self.coefficients, self.activations, strict=True))
 
     def score_map(self, channel_dim: int = 1) -> Tensors:
-        """The score map M, Eq. (4): the sub-scores summed over channels, kept with size 1.
+        """Return the score map M, Eq. (4): the sub-scores summed over channels, kept with size 1.
 
         Args:
             channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
@@ -95,7 +95,7 @@ class LinearForm:
 
     @property
     def residual(self) -> Tensor:
-        """S - (A·Y + B), (N,), in logits: zero but for rounding. S, A and B come from three different computations."""
+        """S - (A·Y + B), (N,), in logits: zero except for rounding. S, A and B come from three computations."""
         return self.score - (self.sums + self.bias)
 
     @property
@@ -105,7 +105,7 @@ class LinearForm:
         return self.residual.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
     def __sub__(self, other: "LinearForm") -> "LinearForm":
-        """The contrast "why this label and not that": coefficients, bias and score subtracted; Y is the same."""
+        """Return the contrast "why this label and not that": coefficients, bias and score subtracted; Y is the same."""
         if not isinstance(other, LinearForm):
             return NotImplemented
         mine, others = list(tensors_in(self.activations)), list(tensors_in(other.activations))
@@ -137,7 +137,7 @@ def linear_form(
     attribute_to_layer_input: bool = False,
     rules: Mapping[Any, Rule] | None = None,
 ) -> LinearForm:
-    """The score of a label as A·Y + B with the output Y of a layer, Eq. (3) of Yu et al. 2015.
+    """Return the score of a label as A·Y + B with the output Y of a layer, Eq. (3) of Yu et al. 2015.
 
     A comes from one backward pass, B from the frozen model with the layer set to zero, S from the model itself, so that
     ``residual`` is a check of all three.
@@ -155,7 +155,7 @@ def linear_form(
         The linear form.
 
     Raises:
-        TypeError: If the model's inside cannot be seen, an input is not floating point, or the layer is no module.
+        TypeError: If the model is compiled or scripted, an input is not floating point, or the layer is no module.
         ValueError: If an input, the target or the layer is not as it must be.
         RuntimeError: If ``torch.inference_mode`` is on.
         UnsupportedOperationError: If operations have no rule; all are listed.

@@ -1,4 +1,4 @@
-"""Nothing of S without a place: every constant part of every operation, at the position where it stands.
+"""Nothing of S without a place: every constant part of every operation, at the position where it arises.
 
 S = A·Y + B, and B is a sum: every step k above the layer adds A_k·o_k, its coefficients times its constant part o_k (a
 bias, a norm's shift, the offset of a saturated unit). Where the step's output has positions, so has its share::
@@ -167,7 +167,7 @@ class _Placement:
         return summed[:, extra:].reshape(images, 1, *grid), rest
 
     def _grid_of(self, tokens: int) -> tuple[int, int] | None:
-        """Rows and columns of patches among so many tokens."""
+        """Return rows and columns of patches among so many tokens."""
         side = math.isqrt(tokens)
         known = [grid for grid in self._grids if 0 <= tokens - grid[0] * grid[1] <= _EXTRA_TOKENS]
         grid = max(known, key=math.prod, default=(side, side))

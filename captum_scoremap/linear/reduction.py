@@ -50,7 +50,7 @@ class Reduction:
         return lambda coefficients: self(coefficients, activations)
 
     def _channels(self, activations: Tensor) -> int | None:
-        """The dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
+        """Return the dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
         dims = activations.dim()
         if self.channel_dim is None or not -dims <= self.channel_dim < dims:
             return None

@@ -1,4 +1,4 @@
-"""Do signed maps place the score where it comes from? Known causes, and cells that are taken away."""
+"""Do signed maps place the score where it comes from? Known causes, and cells that are deleted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +143,6 @@ def _rank_correlation(one: Tensor, other: Tensor) -> float:
 
 
 def _with_sums(attributions: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Maps of the size of the image that add up to what the attributions do, (N, H, W)."""
+    """Return maps of the size of the image that add up to what the attributions do, (N, H, W)."""
     maps = attributions.detach().sum(1, keepdim=True)
     return resized(maps, (size[0], size[1]))[:, 0]

@@ -43,7 +43,7 @@ _INVERTED_NAMES = {
 
 
 def build(name: str) -> nn.Module:
-    """The architecture with random weights.
+    """Return the architecture with random weights.
 
     Args:
         name: One of `NAMES`.
@@ -56,7 +56,7 @@ def build(name: str) -> nn.Module:
 
 
 def packaged_weights(name: str) -> dict[str, Tensor]:
-    """ImageNet weights from the installed package, under timm's names.
+    """Return ImageNet weights from the installed package, under timm's names.
 
     Args:
         name: One of `NAMES`.
@@ -70,7 +70,7 @@ def packaged_weights(name: str) -> dict[str, Tensor]:
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """Resize, crop and normalization with which the weights were trained.
+    """Return resize, crop and normalization with which the weights were trained.
 
     Args:
         name: One of `NAMES`.

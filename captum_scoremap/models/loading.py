@@ -32,7 +32,7 @@ class LoadedModel:
         name: How it was asked for, for titles and messages.
         module: The network, in eval mode.
         preprocessing: PIL image in, tensor (C, H, W) out.
-        labels: Names of the labels, in the order of the scores; empty where nobody knows them.
+        labels: Names of the labels, in the order of the scores; empty where they are unknown.
 
     Example:
         >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_name(1)
@@ -45,11 +45,11 @@ class LoadedModel:
     labels: tuple[str, ...] = ()
 
     def label_name(self, index: int) -> str:
-        """Name of a label, or ``"label 7"`` where names are not known."""
+        """Return the name of a label, or ``"label 7"`` where names are not known."""
         return self.labels[index] if index < len(self.labels) else f"label {index}"
 
     def label_index(self, label: str) -> int:
-        """Place of a label among the scores.
+        """Return the place of a label among the scores.
 
         Args:
             label: Its name, in any case, or its index in digits.
@@ -86,7 +86,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Load a model of a zoo, or one that a function of yours returns.
+    """Load a model of a zoo, or one that your own function returns.
 
     Args:
         name: ``efficientnet_lite0`` or ``efficientnet_lite1`` (ImageNet weights from installed packages,
@@ -135,14 +135,14 @@ def load_model(
 
 
 def _nearest_model(name: str) -> str:
-    """Suggestions for a name without a source; a bare name of torchvision is the commonest slip."""
+    """Return suggestions for a name without a source; a bare torchvision name is the most common slip."""
     if name in list_models():
         return f" Did you mean 'torchvision:{name}'?"
     return nearest(name, efficientnet_lite.NAMES)
 
 
 def _weights_file(weights: str) -> Path | None:
-    """The path, where ``weights`` is one rather than a name."""
+    """Return the path, where ``weights`` is one rather than a name."""
     path = Path(weights)
     if path.is_file():
         return path
@@ -162,7 +162,7 @@ def _load_efficientnet_lite(name: str, weights: str) -> LoadedModel:
 
 
 def imagenet_labels() -> tuple[str, ...]:
-    """Names of the 1000 ImageNet labels, which torchvision's weights carry.
+    """Return the names of the 1000 ImageNet labels, which torchvision's weights carry.
 
     Returns:
         The names, in the usual order.
@@ -182,7 +182,7 @@ def _load_torchvision(name: str, weights: str) -> LoadedModel:
     entry = _torchvision_weights(name, enum, weights)
     # Preprocessing and labels are those of the default weights where the weights themselves bring none.
     described = entry or enum["DEFAULT"]
-    # Models of detection and segmentation fetch a trained backbone unless told not to.
+    # Detection and segmentation models download a trained backbone unless told not to.
     has_backbone = "weights_backbone" in inspect.signature(get_model_builder(name)).parameters
     backbone = {"weights_backbone": None} if has_backbone else {}
     with _seeded(), warnings.catch_warnings():
@@ -195,7 +195,7 @@ def _load_torchvision(name: str, weights: str) -> LoadedModel:
 
 
 def _torchvision_weights(name: str, enum: type[WeightsEnum], weights: str) -> WeightsEnum | None:
-    """The entry of the enum that ``weights`` names; None for random weights."""
+    """Return the entry of the enum that ``weights`` names; None for random weights."""
     if weights == "none":
         return None
     wanted = weights.rpartition(".")[2]
@@ -207,7 +207,7 @@ def _torchvision_weights(name: str, enum: type[WeightsEnum], weights: str) -> We
 
 
 def _from_preset(name: str, preset: Any) -> Preprocessing:
-    """Preprocessing as in torchvision's preset, where that is one for single images."""
+    """Return the preprocessing as in torchvision's preset, where that is one for single images."""
     if not hasattr(preset, "resize_size") or len(preset.resize_size) != 1:
         raise ValueError(f"model must take one image, got {name}, which takes {type(preset).__name__} input.")
     crop = getattr(preset, "crop_size", [None])[0]
@@ -241,7 +241,7 @@ def _load_timm(name: str, weights: str) -> LoadedModel:
 
 
 def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedModel:
-    """What a function of the user returns: a module, or a whole `LoadedModel`."""
+    """Return what a function of the user returns: a module, or a whole `LoadedModel`."""
     name = f"{module_path}:{attribute}"
     if weights != "default":
         raise ValueError(f"weights of {name} must be default or a state-dict file, got {weights!r}.")
@@ -283,7 +283,7 @@ def _load_file(model: LoadedModel, path: Path) -> None:
 
 
 def _check_fit(own: dict[str, Tensor], loaded: dict[str, Tensor], name: str, path: Path) -> None:
-    """Raise, with the first name of each kind, unless the file has just the tensors of the model."""
+    """Raise, with the first name of each kind, unless the file has exactly the tensors of the model."""
     wrong_shape = [key for key in own if key in loaded and own[key].shape != loaded[key].shape]
     faults = (
         ("missing", [key for key in own if key not in loaded]),

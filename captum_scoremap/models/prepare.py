@@ -101,7 +101,7 @@ class _Tracer(fx.Tracer):
 
 
 def _traced_pairs(model: nn.Module) -> Pairs:
-    """Convolutions whose only reader is a norm, as the traced graph shows it."""
+    """Return the convolutions whose only reader is a norm, as the traced graph shows it."""
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     with warnings.catch_warnings():
@@ -145,7 +145,7 @@ class _Readers(TorchFunctionMode):
 
 
 def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs:
-    """Convolutions whose only reader is a norm, as one run shows it."""
+    """Return the convolutions whose only reader is a norm, as one run shows it."""
     readers = _Readers()
     calls: Counter[str] = Counter()
     # Outputs of convolutions and inputs of norms; holding them keeps their identities from being used again.
@@ -191,7 +191,7 @@ def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs
 
 
 def _are_fusible(model: nn.Module, convolution: str, norm: str) -> bool:
-    """Whether fusion is defined for these two, and a hook of the user watches neither."""
+    """Return whether fusion is defined for these two, and a hook of the user watches neither."""
     linear, affine = model.get_submodule(convolution), model.get_submodule(norm)
     return (
         isinstance(linear, _CONVOLUTIONS)
@@ -225,13 +225,13 @@ def _fold(model: nn.Module, convolution: str, norm: str) -> None:
 
 
 def _trial_input(conv: Any) -> Tensor:
-    """Random input a little larger than the kernel, (1, C, ...)."""
+    """Return random input a little larger than the kernel, (1, C, ...)."""
     sides = [(size - 1) * step + 2 for size, step in zip(conv.kernel_size, conv.dilation, strict=True)]
     values = torch.randn(1, conv.in_channels, *sides, generator=torch.Generator().manual_seed(0))
     return values.to(conv.weight.device, conv.weight.dtype)
 
 
 def _what_remains(norm: nn.Module) -> nn.Module:
-    """What a norm does besides normalizing: nothing, or what timm's carry under ``drop`` and ``act``."""
+    """Return what a norm does besides normalizing: nothing, or what timm's carry under ``drop`` and ``act``."""
     parts = dict(norm.named_children())
     return nn.Sequential(OrderedDict(parts)).eval() if parts else nn.Identity().eval()

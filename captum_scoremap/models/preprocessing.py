@@ -35,12 +35,12 @@ class Preprocessing:
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The tensor (C, H, W) that the model takes, float32."""
+        """Return the tensor (C, H, W) that the model takes, float32."""
         resized = self._resized(image)
         return self._normalized(resized if self.crop is None else CenterCrop(self.crop)(resized))
 
     def whole(self, image: Image.Image) -> Tensor:
-        """The same without the crop, (C, H, W): every part of the image, at the scale of training."""
+        """Return the same without the crop, (C, H, W): every part of the image, at the scale of training."""
         return self._normalized(self._resized(image))
 
     def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -65,7 +65,7 @@ class Preprocessing:
         return x0, y0, x1, y1
 
     def picture(self, inputs: Tensor) -> Tensor:
-        """What the model saw, to be looked at.
+        """Return what the model saw, to be looked at.
 
         Args:
             inputs: Normalized image, (C, H, W).

@@ -107,7 +107,7 @@ def _densenet(model: Any) -> Parts:
 
 
 def _convnext(model: Any) -> Parts:
-    """The classifier flattens by itself."""
+    """Divide a ConvNeXt, whose classifier flattens by itself."""
     return model.features, _chain([("avgpool", model.avgpool), *_layers(model, "classifier")])
 
 

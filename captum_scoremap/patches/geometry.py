@@ -1,6 +1,6 @@
 """Where a pixel of the network's input lies in the image as it was before preprocessing.
 
-Nobody says what a preprocessing function does to an image, so it is asked: pictures of the image's size go
+A preprocessing function does not say what it does to an image, so it is probed: pictures of the image's size go
 through it, black, white, and some that brighten or darken evenly along an axis. How bright a pixel of such a ramp
 comes out, between black and white, is where it comes from.
 """
@@ -37,7 +37,7 @@ class Geometry:
     height: int
 
     def to_original(self, box: Box) -> Box:
-        """The pixels of the original that a box of the input shows.
+        """Return the pixels of the original that a box of the input shows.
 
         Args:
             box: ``x0, y0, x1, y1`` in pixels of the input, x1 and y1 exclusive.
@@ -51,7 +51,7 @@ class Geometry:
 
 
 def _span(axis: Axis, start: int, stop: int, length: int) -> tuple[int, int]:
-    """The pixels between two borders of the input; preprocessing may have mirrored them."""
+    """Return the pixels between two borders of the input; preprocessing may have mirrored them."""
     scale, shift = axis
     low, high = sorted((round(scale * start + shift), round(scale * stop + shift)))
     first = min(max(low, 0), length - 1)
@@ -96,7 +96,7 @@ def geometry(preprocess: Callable[[Image.Image], Tensor], image: Image.Image) ->
 
 
 def _line(brightness: Tensor, cells: Tensor, length: int) -> Axis:
-    """The straight line from rows (or columns) of the input to those of the original.
+    """Return the straight line from rows (or columns) of the input to those of the original.
 
     Args:
         brightness: Of pixels of the input that show a ramp, 0 to 1.

@@ -1,4 +1,4 @@
-"""Images on their way into a network: read, preprocessed, in batches; and patches cut from them as they were."""
+"""Images for a network: read, preprocessed and batched; and patches cut from the originals."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator

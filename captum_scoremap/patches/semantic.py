@@ -187,13 +187,13 @@ def _check(
 
 
 def _device(forward_func: Callable[..., Any]) -> torch.device | None:
-    """Where the model is, if it says so."""
+    """Return where the model is, if it says so."""
     parameters = forward_func.parameters() if isinstance(forward_func, nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), None)
 
 
 def _windows(field: ReceptiveField, size: int | tuple[int, int] | None) -> Tensor:
-    """The boxes ``x0, y0, x1, y1`` of all cells in the network's input, (H, W, 4)."""
+    """Return the boxes ``x0, y0, x1, y1`` of all cells in the network's input, (H, W, 4)."""
     if size is None:
         return field.boxes
     height, width = (size, size) if isinstance(size, int) else size
@@ -213,7 +213,7 @@ def _labels(
     by: By,
     neuron: Neuron | None,
 ) -> list[int | None]:
-    """The label of each image: as it was given, else the one that scores highest."""
+    """Return the label of each image: as it was given, else the one that scores highest."""
     if by == "activation" or neuron is not None:
         return [None] * len(targets)
     if None not in targets:
@@ -233,7 +233,7 @@ def _values(
     neuron: Neuron | None,
     channel_dim: int,
 ) -> Tensor:
-    """What the cells of the layer are ranked by, (N, H, W)."""
+    """Return what the cells of the layer are ranked by, (N, H, W)."""
     multiply = by == "score_map"
     values: Tensor
     if by == "complete_map":
@@ -256,7 +256,7 @@ def _values(
 
 
 def _activations(forward_func: Callable[..., Any], layer: nn.Module, inputs: Tensor) -> Tensor:
-    """The output of a layer, of its last call, as it was before anything changed it in place."""
+    """Return the output of a layer, of its last call, as it was before anything changed it in place."""
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor | tuple[Tensor]) -> None:

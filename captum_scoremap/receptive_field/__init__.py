@@ -53,7 +53,7 @@ class ReceptiveField:
     boxes: Tensor
 
     def box(self, row: int, col: int) -> tuple[int, int, int, int]:
-        """The smallest rectangle inside the image with all pixels that any channel of a cell can depend on.
+        """Return the smallest rectangle inside the image with all pixels that any channel of a cell can depend on.
 
         Returns:
             ``x0, y0, x1, y1`` in pixels, x1 and y1 exclusive; all zero for a cell that sees only padding.
@@ -66,7 +66,7 @@ class ReceptiveField:
         return x0, y0, x1, y1
 
     def center(self, row: int, col: int) -> tuple[float, float]:
-        """The middle of a cell's receptive field before it is clipped to the image.
+        """Return the middle of a cell's receptive field before it is clipped to the image.
 
         Where all cells have the same field (after global pooling) they are spread evenly over the image.
 
@@ -151,13 +151,13 @@ def receptive_field(
 
 
 def _coordinates(channels: int, height: int, width: int) -> Tensor:
-    """The batch of four images whose pixels hold their own row, -row, col and -col, (4, C, H, W)."""
+    """Return the batch of four images whose pixels hold their own row, -row, col and -col, (4, C, H, W)."""
     row, col = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
     return torch.stack([row, -row, col, -col])[:, None].repeat(1, channels, 1, 1)
 
 
 def _cells(reach: Tensor, channel_dim: int) -> Tensor:
-    """The reach of a layer's cells over all their channels, (4, H, W); a missing H or W counts as one."""
+    """Return the reach of a layer's cells over all their channels, (4, H, W); a missing H or W counts as one."""
     cells = reach.amax(channel_dim).cpu()
     return cells.reshape(*cells.shape, *[1] * (3 - cells.ndim))
 
@@ -170,7 +170,7 @@ def _progression(last: Tensor, first: Tensor) -> tuple[int, float, int]:
 
 
 def _run(model: Callable[[Tensor], Any], layer: nn.Module, image: Reach) -> Tensor:
-    """The reach of the layer's output, (4, ...), from one run of the model in max-plus algebra."""
+    """Return the reach of the layer's output, (4, ...), from one run of the model in max-plus algebra."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -83,7 +83,7 @@ class EndlessReach(Reach):
 
 
 def _continued(reach: Tensor, axis: int, count: int) -> Tensor:
-    """The next rows (columns) of the arithmetic progression that the last two begin."""
+    """Return the next rows (columns) of the arithmetic progression that the last two begin."""
     edge, inner = reach.narrow(axis, -1, 1), reach.narrow(axis, -min(2, reach.shape[axis]), 1)
     steps = torch.arange(1.0, count + 1, device=reach.device).view(-1, *[1] * (-1 - axis))
     return (edge + steps * (edge - inner)).nan_to_num(nan=NOTHING, posinf=math.inf, neginf=NOTHING)
@@ -103,7 +103,7 @@ class Operation:
         return value.reach if isinstance(value, Reach) else value
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An argument, or the default where it is left out, None or empty."""
+        """Return an argument, or the default where it is left out, None or empty."""
         return self[name] if self.given.get(name) not in (None, []) else default
 
     @property

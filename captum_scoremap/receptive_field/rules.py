@@ -180,7 +180,7 @@ def _window(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """The maximum over sliding windows, padded behind by what the output's size takes."""
+    """Return the maximum over sliding windows, padded behind by what the output's size takes."""
     pads = [
         (p, (outputs - 1) * s + d * (k - 1) + 1 - inputs - p)
         for k, s, p, d, inputs, outputs in zip(
@@ -196,7 +196,7 @@ def _window(
 
 
 def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:
-    """One number for every axis, from one for all or one for each."""
+    """Return one number for every axis, from one for all or one for each."""
     values = [value] if isinstance(value, int) else list(value)
     return values * axes if len(values) == 1 else values
 

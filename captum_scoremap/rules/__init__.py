@@ -2,7 +2,7 @@
 
 ``DEFAULT`` is the table a model runs under, ``TANGENT`` the plain local linearization (then A is the ordinary
 gradient). Operations are those of ATen, the few hundred that all of PyTorch comes down to; in-place forms and ``out=``
-go by the plain one: ``relu`` stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
+share the rule of the plain one: ``relu`` stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
 """
 
 from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear

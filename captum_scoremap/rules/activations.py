@@ -128,7 +128,7 @@ _TANGENT = Tangent()
 
 
 class Absolute(PiecewiseLinear):
-    """The absolute value: piecewise linear of real numbers; the magnitude of complex ones goes by its tangent.
+    """The absolute value: piecewise linear of real numbers; of complex ones, the magnitude by its tangent.
 
     Equation:
         y = s̄ · x, with s̄ = sign(x̄)
@@ -334,7 +334,7 @@ class GatedLinearUnit(Rule):
 
 
 def _times(gradient: Tensor, slope: Tensor) -> Tensor:
-    """Their product, in the memory of the slope, which is fresh: a product of two types takes ten times as long."""
+    """Return their product, in the slope's own new memory: a product of two types takes ten times as long."""
     alone = torch._C._functorch.peek_interpreter_stack() is None and not torch.is_grad_enabled()
     if alone and slope.shape == gradient.shape and slope.dtype == gradient.dtype:
         return slope.mul_(gradient)
@@ -346,12 +346,12 @@ def _is_zero(value: Number) -> bool:
 
 
 def _differs(x: Tensor, value: Number) -> Tensor:
-    """Where x is not exactly the value: ``x != value``, but vectorized on a CPU."""
+    """Return where x is not exactly the value: ``x != value``, but vectorized on a CPU."""
     return (x if _is_zero(value) else x - value).bool()
 
 
 def _chosen(values: tuple[Number, ...], state: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value of each element's piece."""
+    """Return the value of each element's piece."""
     total: Any = None
     for piece, value in enumerate(values):
         if _is_zero(value):
@@ -367,7 +367,7 @@ def _chosen(values: tuple[Number, ...], state: Tensor, dtype: torch.dtype) -> Te
 
 
 def _is_piece(state: Tensor, piece: int, pieces: int) -> Tensor:
-    """1 where an element is on a piece, else 0, as bytes, which convert to other types fast."""
+    """Return 1 where an element is on a piece, else 0, as bytes, which convert to other types fast."""
     if state.dtype == torch.bool:
         return (state if piece else ~state).view(torch.uint8)
     if pieces == 3 and piece != 0:

@@ -56,7 +56,7 @@ class Attention(Rule):
         return attend
 
     def _scores(self, call: Call) -> Tensor:
-        """What the softmax is taken of, (..., queries, keys).
+        """Return what the softmax is taken of, (..., queries, keys).
 
         Returns:
             The scores.

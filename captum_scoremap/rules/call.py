@@ -60,7 +60,7 @@ class Value:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
     def zeros(self) -> Tensor:
-        """Zeros of its shape."""
+        """Return zeros of its shape."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
@@ -107,26 +107,26 @@ class Call:
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
     def run(self) -> Any:
-        """What the operation itself returns."""
+        """Return what the operation itself returns."""
         return self.operation(*self.args, **self.kwargs)
 
     def is_live(self, argument: object) -> bool:
-        """Whether an argument depends on the image."""
+        """Return whether an argument depends on the image."""
         return any(argument is one for one in self.live)
 
     def is_gate(self, argument: object) -> bool:
-        """Whether a live argument is a gate."""
+        """Return whether a live argument is a gate."""
         return any(argument is one and value.gate for one, value in zip(self.live, self.values, strict=True))
 
     def only_gates(self) -> bool:
-        """Whether every live argument is a gate."""
+        """Return whether every live argument is a gate."""
         for value in self.values:  # noqa: SIM110  every step asks, and a generator takes three times as long
             if not value.gate:
                 return False
         return True
 
     def filled(self, tensors: Iterable[Tensor]) -> "Call":
-        """The same call with tensors in place of its live arguments, in order."""
+        """Return the same call with tensors in place of its live arguments, in order."""
         live = tuple(tensors)
         remaining = iter(live)
         symbols = self.live
@@ -202,7 +202,7 @@ def substituted(value: Any, substitute: Callable[[Tensor], Any]) -> Any:
 
 
 def _changed(value: Any, changes: Mapping[Any, Any], assign: Callable[[Any, Any, Any], Any]) -> Any:
-    """A shallow copy with some entries assigned: a plain constructor may want other arguments than the entries."""
+    """Return a shallow copy with some entries assigned: a constructor may want other arguments than the entries."""
     shallow = copy.copy(value)
     for key, item in changes.items():
         assign(shallow, key, item)

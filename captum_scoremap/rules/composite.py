@@ -63,14 +63,14 @@ def _clamp_max(input: Tensor, max: Tensor) -> Tensor:
 
 
 def _convolution(*args: Any) -> Tensor:
-    """What traced models call: :func:`convolution`, and how cuDNN is to go about it."""
+    """Run what traced models call: :func:`convolution`, and how cuDNN is to go about it."""
     return torch.ops.aten.convolution(*args[:9])  # type: ignore[no-any-return]
 
 
 def _nll_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """The score of each target with its sign changed; the total weight is constant."""
+    """Return the score of each target with its sign changed; the total weight is constant."""
     channel = min(1, input.dim() - 1)
     kept = target != ignore_index
     label = torch.where(kept, target, 0)

@@ -18,7 +18,7 @@ __all__ = ["BatchNorm", "EvaluatedBatchNorm", "GroupNorm", "LayerNorm"]
 class Standardize(Rule):
     """Subtract the mean, multiply by 1/std, then weight and bias; 1/std is frozen.
 
-    A subclass says over what the statistics go.
+    A subclass says what the statistics are taken over.
 
     Example:
         >>> from captum_scoremap import freeze
@@ -39,7 +39,7 @@ class Standardize(Rule):
         raise NotImplementedError
 
     def freeze(self, call: Call) -> Tensor | None:
-        """Return 1/std, eps included, as the kernel gives it as a by-product: (rows, 1)."""
+        """Return 1/std, eps included, which the kernel returns as a by-product: (rows, 1)."""
         scale: Tensor = call.output[2]
         return scale.to(call.input.dtype).reshape(-1, 1)
 
@@ -82,11 +82,11 @@ class LayerNorm(Standardize):
     """
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
-        """One row for each position."""
+        """Return one row for each position."""
         return x.reshape(-1, int(torch.Size(call.args[1]).numel()))
 
     def affine(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        """Shaped to the last dimensions as they are."""
+        """Return them shaped to the last dimensions as they are."""
         return call.args[2], call.args[3]
 
 
@@ -104,11 +104,11 @@ class GroupNorm(Standardize):
     """
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
-        """One row for each image and group."""
+        """Return one row for each image and group."""
         return x.reshape(call.args[3] * call.args[6], -1)
 
     def affine(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        """One number for each channel."""
+        """Return one number for each channel."""
         return _per_channel(call.args[1], call.input), _per_channel(call.args[2], call.input)
 
 
@@ -138,7 +138,7 @@ class BatchNorm(Standardize):
     eps = 7
 
     def is_affine(self, call: Call) -> bool:
-        """Where it goes by running statistics."""
+        """Return whether it uses running statistics."""
         return not self._training(call)
 
     def freeze(self, call: Call) -> Tensor | None:
@@ -154,7 +154,7 @@ class BatchNorm(Standardize):
             return None
         if call.input.shape[0] > 1:
             raise ValueError(
-                "batch_norm must go by running statistics, for with those of the batch a score is no function of one "
+                "batch_norm must use running statistics: with those of the batch a score is not a function of one "
                 f"image; got a batch of {call.input.shape[0]}. Call model.eval(); where the norm tracks no running "
                 "statistics, explain one image at a time."
             )
@@ -190,11 +190,11 @@ class BatchNorm(Standardize):
         return (-mean if bias is None else bias - mean,)
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
-        """One row for each channel of the one image."""
+        """Return one row for each channel of the one image."""
         return x.reshape(x.shape[1] if x.dim() > 1 else 1, -1)
 
     def affine(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        """One number for each channel."""
+        """Return one number for each channel."""
         return _per_channel(call.args[1], call.input), _per_channel(call.args[2], call.input)
 
     @staticmethod
@@ -202,7 +202,7 @@ class BatchNorm(Standardize):
         return bool(call.args[5])
 
     def _scale(self, call: Call) -> Tensor:
-        """Weight / std, shaped to the argument."""
+        """Return weight / std, shaped to the argument."""
         weight, variance, eps = call.args[1], call.args[4], call.args[self.eps]
         scale = (variance + eps).rsqrt()
         scale = scale if weight is None else scale * weight

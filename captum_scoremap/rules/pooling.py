@@ -89,7 +89,7 @@ class MaxPool(Rule):
         return torch.stack(steps)
 
     def _members(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
-        """For each window its member positions, (members, windows), and which of them exist."""
+        """Return for each window its member positions, (members, windows), and which of them exist."""
         shape = call.input.shape[-self.dimensions :]
         out = tuple(state.shape[-self.dimensions :])
         axes = _adaptive_windows(tuple(shape), out) if self.adaptive else self._windows(call, tuple(shape), out)
@@ -102,7 +102,7 @@ class MaxPool(Rule):
         return index.to(call.input.device), valid.to(call.input.device)
 
     def _windows(self, call: Call, shape: tuple[int, ...], out: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        """Per axis the positions (members, windows) and whether they lie inside."""
+        """Return per axis the positions (members, windows) and whether they lie inside."""
         kernel, stride, padding, dilation, _ = _with_defaults(*call.args[1:], **call.kwargs)
         rows = []
         for axis in range(self.dimensions):
@@ -215,7 +215,7 @@ class Extremum(Rule):
         return sorted(d % rank for d in chosen)
 
     def _flat(self, call: Call, x: Tensor) -> Tensor:
-        """The reduced dimensions flattened and moved last."""
+        """Return the reduced dimensions flattened and moved last."""
         reduced = self._reduced(call)
         kept = [d for d in range(x.dim()) if d not in reduced]
         return x.permute(*kept, *reduced).flatten(len(kept))

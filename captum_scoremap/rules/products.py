@@ -59,7 +59,7 @@ class Product(Rule):
         self.keeps_gates = keeps_gates
 
     def is_affine(self, call: Call) -> bool:
-        """Where only one factor is live."""
+        """Return whether only one factor is live."""
         return len(call.live) < 2 or len(self._live(call)) < 2
 
     def freeze(self, call: Call) -> tuple[Tensor | None, ...] | None:
@@ -132,7 +132,7 @@ class Product(Rule):
         ]
 
     def _turns(self, call: Call) -> list[int]:
-        """Positions of the live factors that are no gates; of all of them, if all are."""
+        """Return the positions of the live factors that are no gates; of all of them, if all are."""
         live = self._live(call)
         return [position for position in live if not call.is_gate(call.args[position])] or live
 
@@ -203,11 +203,11 @@ class Division(Rule):
     kind = "scale"
 
     def is_affine(self, call: Call) -> bool:
-        """Where the denominator is not live."""
+        """Return whether the denominator is not live."""
         return not call.is_live(call.args[1])
 
     def is_constant(self, call: Call) -> bool:
-        """Where the quotient is rounded."""
+        """Return whether the quotient is rounded."""
         return call.kwargs.get("rounding_mode") is not None
 
     def freeze(self, call: Call) -> Tensor | None:
@@ -241,7 +241,7 @@ class Division(Rule):
         return () if call.is_live(call.args[0]) else super().constants(call, state)
 
     def makes_gate(self, call: Call) -> bool:
-        """Where the numerator is a gate (exp/sum of exp) or a constant (1/norm)."""
+        """Return whether the numerator is a gate (exp/sum of exp) or a constant (1/norm)."""
         return not call.is_live(call.args[0]) or call.is_gate(call.args[0])
 
 
@@ -297,5 +297,5 @@ class Power(Rule):
         return state[1:]
 
     def makes_gate(self, call: Call) -> bool:
-        """Where the power is negative or a root: a scale."""
+        """Return whether the power is negative or a root: a scale."""
         return call.only_gates() or bool((torch.as_tensor(call.args[1]) < 1).all())

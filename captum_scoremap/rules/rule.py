@@ -100,15 +100,15 @@ class Rule(ABC):
         return floating(self.apply(call.filled([value.zeros() for value in call.values]), state))
 
     def is_affine(self, call: Call) -> bool:
-        """Whether nothing is frozen: the operation, as called, is affine in its live arguments already."""
+        """Return whether nothing is frozen: the operation, as called, is affine in its live arguments already."""
         return False
 
     def is_constant(self, call: Call) -> bool:
-        """Whether the output, as called, is a constant, so that the call is no step at all."""
+        """Return whether the output, as called, is a constant, so that the call is no step at all."""
         return False
 
     def makes_gate(self, call: Call) -> bool:
-        """Whether the output of this call is a gate."""
+        """Return whether the output of this call is a gate."""
         return self.gate or (self.keeps_gates and call.only_gates())
 
     def switch(self, state: Any) -> Tensor | None:
@@ -254,7 +254,7 @@ class Linear(Rule):
         return super().constants(call, state)
 
     def is_affine(self, call: Call) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
 
@@ -286,7 +286,7 @@ class Frozen(Rule):
         return [None] * len(call.values)
 
     def is_constant(self, call: Call) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def switch(self, state: Any) -> Tensor | None:
@@ -336,7 +336,7 @@ class FirstLinear(Rule):
     kind = "places"
 
     def is_affine(self, call: Call) -> bool:
-        """Where nothing else is live."""
+        """Return whether nothing else is live."""
         return len(call.live) == 1 and call.live[0] is call.input
 
     def freeze(self, call: Call) -> tuple[Tensor, ...] | None:
@@ -365,7 +365,7 @@ class FirstLinear(Rule):
 
 
 def _move(now: Tensor, then: Tensor) -> Tensor:
-    """The change of an argument; none where it is infinite, as a mask makes it."""
+    """Return the change of an argument; none where it is infinite, as a mask makes it."""
     return torch.where(then.isinf(), 0, now.broadcast_to(then.shape) - then)
 
 

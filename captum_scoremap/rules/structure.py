@@ -221,7 +221,7 @@ class Split(Linear):
 
 
 def _positions(length: int, geometry: Sequence[Any], device: torch.device) -> Tensor:
-    """Where in a row of so many elements the elements of a view by strides lie: its size, strides and offset."""
+    """Return where in a row of so many elements the elements of a view by strides lie: its size, strides and offset."""
     size, stride, *offset = geometry
     return torch.arange(length, device=device).as_strided(size, stride, *offset or (0,)).flatten()
 
@@ -252,7 +252,7 @@ class AsStrided(Linear):
 
     @staticmethod
     def _elements(call: Call) -> Tensor:
-        """Which elements of the tensor lie where the view's do: it may lie in memory in any order."""
+        """Return which elements of the tensor lie where the view's do: it may lie in memory in any order."""
         value, (size, stride, *offset) = call.values[0], call.args[1:]
         elements = torch.arange(value.shape.numel(), device=value.device)
         in_memory = torch.empty_strided(value.shape, value.stride, dtype=elements.dtype, device=value.device)
@@ -323,7 +323,7 @@ class Copy(Linear):
     """
 
     def is_constant(self, call: Call) -> bool:
-        """Where the source is not live."""
+        """Return whether the source is not live."""
         return not call.is_live(call.args[1])
 
     def apply(self, call: Call, state: None) -> Tensor:

@@ -89,13 +89,13 @@ class FrozenModel:
     def switches(self) -> dict[str, Tensor]:
         """Masks (bool, or the index of the piece) and pooling switches (flat positions), by the name of the call.
 
-        A call goes by its module, and its operation where the module does more than that one; a running number follows
-        where it happens again: ``features.1``, ``layer1.0.relu#2``, ``block:max_pool2d``.
+        A call is named after its module, and its operation where the module does more than that one; a running number
+        follows where it happens again: ``features.1``, ``layer1.0.relu#2``, ``block:max_pool2d``.
         """
         return {name: step.rule.switch(step.frozen()) for step, name in self._names.items()}  # type: ignore[misc]
 
     def flipped(self, other: "FrozenModel") -> dict[str, int]:
-        """Which switches differ from another frozen model's, and in how many places.
+        """Return which switches differ from another frozen model's, and in how many places.
 
         Args:
             other: The same model, frozen at another image.
@@ -115,11 +115,11 @@ class FrozenModel:
         return {name: count for name, count in counts.items() if count}
 
     def same_region(self, other: "FrozenModel") -> bool:
-        """Whether the two images lie in the same linear region: all masks and switches agree."""
+        """Return whether the two images lie in the same linear region: all masks and switches agree."""
         return not self.flipped(other)
 
     def distance_to_boundary(self, direction: Tensor | Sequence[Tensor]) -> Boundary:
-        """The first step along ``direction`` at which a switch flips.
+        """Return the first step along ``direction`` at which a switch flips.
 
         Exact for piecewise-linear models; for others it is that of the frozen model, a first-order estimate.
 
@@ -160,7 +160,7 @@ def freeze(
         The frozen model. It shares the model's parameters: freeze again after changing them.
 
     Raises:
-        TypeError: If the model's inside cannot be seen, or an input is not floating point.
+        TypeError: If the model is compiled or scripted, or an input is not floating point.
         ValueError: If an input is unbatched, empty or not finite, or the model is in training mode.
         RuntimeError: If ``torch.inference_mode`` is on.
         UnsupportedOperationError: If operations have no rule; all are listed.

@@ -27,7 +27,7 @@ class _Changed:
     """Memory that was changed in place.
 
     Attributes:
-        storage: Keeps its address from being given away, not its memory.
+        storage: Keeps its address from being reused, but not its memory.
         clock: When it was changed last.
         value: What it holds; None for constants.
         geometry: Shape, strides and offset of that value in the memory.
@@ -55,7 +55,7 @@ class Before:
 
 
 class Memory:
-    """Which memory changed, and who holds on to it.
+    """Which memory changed, and what refers to it.
 
     Args:
         record: Records one more step: an operation, its arguments (with values where they are live), the tensors of
@@ -151,7 +151,7 @@ class Memory:
         return value if found is None else found
 
     def _flat(self, memory: _Changed, like: Tensor) -> Value:
-        """The memory's value as one row of all its elements."""
+        """Return the memory's value as one row of all its elements."""
         value, row = memory.value, (torch.Size((memory.length,)), (1,), 0)
         if value is None:
             raise AssertionError("only live memory is read")
@@ -172,7 +172,7 @@ def geometry(tensor: Tensor) -> Geometry:
 
 
 def _fills(place: Geometry, length: int) -> bool:
-    """Whether a tensor is all of its memory, each element once."""
+    """Return whether a tensor is all of its memory, each element once."""
     size, stride, offset = place
     if offset or size.numel() != length:
         return False

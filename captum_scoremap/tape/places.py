@@ -24,7 +24,7 @@ class StopRun(BaseException):
 
 
 def root_module(function: object) -> nn.Module | None:
-    """Return the module whose names a run goes by, if ``function`` is one, a method of one, or a partial of either."""
+    """Return the module whose names a run uses, if ``function`` is one, a method of one, or a partial of either."""
     while isinstance(function, functools.partial):
         function = function.func
     if isinstance(function, nn.Module):
@@ -109,7 +109,7 @@ class Places:
         return self._names.get(module, "")
 
     def call_name(self, module: nn.Module | None, operation: str) -> str:
-        """Return the name a call goes by: its module, and its operation where the module does more than that one."""
+        """Return the name of a call: its module, and its operation where the module does more than that one."""
         name = self.name_of(module)
         if not name:
             return operation
@@ -133,7 +133,7 @@ class Places:
             )
         if module._backward_pre_hooks or (module._backward_hooks and module._is_full_backward_hook):
             raise ValueError(
-                "the model must have no full backward hooks, which hand tensors on unseen; got one at "
+                "the model must have no full backward hooks, which pass tensors on unseen; got one at "
                 f"{self.name_of(module) or type(module).__name__!r}. Remove it first (the handle's remove())."
             )
         self.calls[module] += 1
@@ -143,7 +143,7 @@ class Places:
         if not self._dropped:
             warnings.warn(
                 f"dropout is in training mode at {self.name_of(module) or type(module).__name__!r}: the map is that of "
-                "the units that this run kept, and another run gives another. Call model.eval() unless you mean it.",
+                "the units that this run kept, and another run gives another. Call model.eval(), unless this is meant.",
                 stacklevel=2,
             )
         self._dropped = True

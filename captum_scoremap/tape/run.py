@@ -45,7 +45,7 @@ aten = torch.ops.aten
 # An argument that a kernel fills for its backward pass.
 _SCRATCH = "noise"
 
-# Where a value is frozen that a model may rely on, so that a map below it can be empty.
+# Where a value is frozen that a model may depend on, so that a map below it can be empty.
 _BREAKS = {"argmax", "argmin", "round", "floor", "ceil", "trunc", "sign", "bucketize", "searchsorted", "nonzero"}
 
 _PROBABILITIES = {"_softmax", "_log_softmax", "sigmoid", "log_sigmoid_forward"}
@@ -130,7 +130,7 @@ _OPERATIONS: dict[Any, _Operation] = {}
 
 
 def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
-    """The operation that returns what this one leaves in its argument; None where there is none."""
+    """Return the operation that returns what this one leaves in its argument; None where there is none."""
     packet = operation.overloadpacket
     if name.endswith("_"):
         name = name[:-1]
@@ -221,7 +221,7 @@ class Recording(TorchDispatchMode):
         Raises:
             UnsupportedOperationError: If operations have no rule.
         """
-        # copies, for the model may change its input in place
+        # copies, because the model may change its input in place
         copies = tuple(tensor.detach().clone() for tensor in inputs)
         is_live = [tensor.is_floating_point() or tensor.is_complex() for tensor in copies]
         self.tape.inputs = tuple(
@@ -285,7 +285,7 @@ class Recording(TorchDispatchMode):
         return None
 
     def _is_live(self, tensor: Tensor) -> bool:
-        """Whether a tensor depends on the image, asked from the model's own code."""
+        """Return whether a tensor depends on the image, asked from the model's own code."""
         with _disable_current_modes():  # to read changed memory takes operations
             return self.value_of(tensor) is not None
 
@@ -392,7 +392,7 @@ class Recording(TorchDispatchMode):
         return argument
 
     def _symbols(self, tensors: Sequence[Any], live: list[Tensor], values: list[Value]) -> list[Any] | None:
-        """A list with values for live tensors; None where there is none."""
+        """Return a list with values for live tensors; None where there is none."""
         before = len(values)
         symbols = [self._symbol(item, live, values) for item in tensors]
         return symbols if len(values) > before else None
@@ -594,7 +594,7 @@ class Recording(TorchDispatchMode):
         return made
 
     def _held(self, state: Any, live: list[Tensor], output: Any) -> Any:
-        """The state, with a hold on each tensor in it that shares memory with what the model may change."""
+        """Return the state, with a hold on each tensor in it that shares memory with what the model may change."""
         if isinstance(state, Tensor):
             return self._held_one(state, live, output)
         if type(state) is tuple:

@@ -82,7 +82,7 @@ class Sight:
             self._bare.pop(tensor.untyped_storage()._cdata, None)
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a constant is accounted for."""
+        """Return whether a constant is accounted for."""
         known = self._known.get(id(tensor))
         return known is not None and known() is tensor
 
