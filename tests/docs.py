@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / ".mkdocs.yml"
 PACKAGE = "captum_scoremap"
 
-ROOMS = ("rules", "metrics", "visualization", "models", "audit", "quantus")
+ROOMS = ("rules", "scores", "metrics", "visualization", "models", "audit", "quantus")
 PAGES = {PACKAGE: PACKAGE, **{room: f"{PACKAGE}.{room}" for room in ROOMS}}
 """Name of a page to the module whose ``__all__`` is public."""
 

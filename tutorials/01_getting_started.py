@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 1. Getting started
 #
-# A network looks at a photograph and says *Egyptian cat*. Where in the picture did it get that from? This tutorial
-# answers with a **score map**, and puts it beside two answers you may know, Integrated Gradients and Grad-CAM.
+# A network looks at a photograph and gives *Egyptian cat* a high score. Where in the picture does the score come from?
+# This tutorial answers with a **score map**, and puts it beside two answers you may know, Integrated Gradients and
+# Grad-CAM.
 #
 # New to all this? Three words are enough to begin:
 #
 # - The **score** of a label is the number the network gives it before softmax turns scores into probabilities; it is
 #   also called the *logit*. The label with the highest score wins.
-# - An **attribution** shares a score out over the parts of an image: this much is owed to the ear, that much to the
+# - An **attribution** shares a score out over the parts of an image: this much comes from the ear, that much from the
 #   background.
 # - [Captum](https://captum.ai) is PyTorch's library of attribution methods. The classes here are Captum classes: what
 #   you know of one, you know of the other.
@@ -51,7 +52,7 @@ plt.show()
 
 # %% [markdown]
 # The crop shows the face of a cat named Chelsea. Three breeds share the probability among them, then a lynx follows
-# at a distance. We ask about *Egyptian cat*.
+# at a distance. We ask about *Egyptian cat*, a close second.
 #
 # ## A score map in two lines
 #

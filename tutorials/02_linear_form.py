@@ -159,7 +159,7 @@ boundary = frozen.distance_to_boundary(direction)
 print(f"after a step of {boundary.distance.item():.4f} a switch flips in module {boundary.switch[0]!r}")
 
 # %% [markdown]
-# Up to this step the frozen network and the network agree, behind it they need not:
+# Up to this step the frozen network and the network agree, beyond it they need not:
 
 # %%
 edge = boundary.distance.item()
@@ -173,7 +173,7 @@ with torch.no_grad():
             torch.testing.assert_close(frozen(moved), model(moved))
 
 # %% [markdown]
-# And what flipped is no secret:
+# And this is what flipped:
 
 # %%
 past = freeze(model, image + 1.01 * edge * direction)

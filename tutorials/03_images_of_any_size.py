@@ -118,7 +118,7 @@ except RuntimeError as error:
 # ## The multi-view architecture
 #
 # So let the convolutions run *once* on the whole canvas, and move a window of 2 × 2 cells over their map. Every
-# position of the window is a view. That is what `MultiView` adds, as two further layers (Fig. 1 of the paper):
+# position of the window is a view. That is what `MultiView` adds, as two additional layers (Fig. 1 of the paper):
 #
 # - the **sliding layer** lays the windows out one after another,
 # - the head scores each of them,

@@ -66,8 +66,8 @@ for ax, (name, function) in zip(axes, functions.items(), strict=True):
         ax.plot(xs, line, style, label=f"{way}, B = {form.bias.item():.2f}", alpha=0.7)
     ax.plot(1.2, function(point).item(), "o", color="black")
     ax.set(title=name, ylim=(-1, 3))
-    ax.axhline(0, color="grey", linewidth=0.5)
-    ax.axvline(0, color="grey", linewidth=0.5)
+    ax.axhline(0, color="gray", linewidth=0.5)
+    ax.axvline(0, color="gray", linewidth=0.5)
     ax.legend(fontsize=8, loc="upper left")
 plt.show()
 
@@ -76,10 +76,10 @@ plt.show()
 # of them are exact there.
 #
 # - **ReLU**: gate and tangent are the same line. For piecewise linear networks there is no choice to make.
-# - **GELU**: the gate's line goes through the origin, the tangent's does not. Whoever takes the tangent (that is, the
+# - **GELU**: the gate's line goes through the origin, the tangent's does not. Taking the tangent (that is, the
 #   gradient) sends part of the value to B, and B is on no map. So functions through zero (GELU, SiLU, Mish, tanh,
 #   ...) are gates here.
-# - **Softplus**: it does not pass through zero, so it has no gate. It gets its tangent in both ways.
+# - **Softplus**: it does not pass through zero, so it has no gate. It has its tangent either way.
 #
 # ## Products
 #
@@ -117,7 +117,7 @@ assert linear_form(lambda x: x * x, x, 0).coefficients.allclose(x)  # half of th
 # | max-pooling | switch: which position | take that one |
 # | GELU, SiLU, tanh, ... | gate f(x)/x | gate · x |
 # | sigmoid, softmax where they multiply something | their value | a constant factor |
-# | layer norm and its kin | 1/std | scale · (x − mean) |
+# | layer norm and the like | 1/std | scale · (x − mean) |
 # | attention | its weights | weights @ values |
 # | a product of equals | each factor in turn | half and half |
 #
@@ -126,8 +126,8 @@ assert linear_form(lambda x: x * x, x, 0).coefficients.allclose(x)  # half of th
 # ## A transformer, trained in the notebook
 #
 # Handwritten digits from scikit-learn, 8 × 8 pixels, enlarged to 32 × 32. A *vision transformer* cuts the image into
-# patches of 4 × 4 pixels and turns each into a vector, a **token**; puts one further token, the **class token**, in
-# front of them; lets all tokens look at each other, block by block; and reads the answer from the class token alone.
+# patches of 4 × 4 pixels and turns each into a vector, a **token**; puts one additional token, the **class token**,
+# in front of them; lets all tokens look at each other, block by block; and reads the answer from the class token alone.
 # Ours has two blocks.
 
 # %%
@@ -219,7 +219,7 @@ for name, layer in stages.items():
 # %%
 figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 bottoms = [0.0] * len(parts)
-for which, color in zip(("patches", "class token", "B"), ("tab:red", "tab:orange", "lightgrey"), strict=True):
+for which, color in zip(("patches", "class token", "B"), ("tab:red", "tab:orange", "lightgray"), strict=True):
     values = [part[("patches", "class token", "B").index(which)] for part in parts.values()]
     ax.bar(list(parts), values, bottom=bottoms, color=color, label=which)
     bottoms = [bottom + value for bottom, value in zip(bottoms, values, strict=True)]
@@ -338,7 +338,7 @@ for name, score in fallen.items():
 assert fallen["default"] < min(fallen["tangent"], fallen["most ink"], fallen["chance"]) - 0.5
 
 # %% [markdown]
-# The patches that the default's map names matter most by far. The tangent's map does hardly better than the two that
+# The patches that the default's map names matter most by far. The tangent's map is hardly better than the two that
 # know nothing. One small network and one test are no law, though; [tutorial 6](06_which_method_when.ipynb) is about
 # such tests and how they mislead.
 #

@@ -80,9 +80,9 @@ def middle(inputs, target):
 
 def edges(inputs, target):
     """An edge detector, smoothed: pleasant to look at, and without a network."""
-    grey = F.pad(inputs.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    across = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]).abs()
-    down = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]).abs()
+    gray = F.pad(inputs.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across = (gray[..., 1:-1, 2:] - gray[..., 1:-1, :-2]).abs()
+    down = (gray[..., 2:, 1:-1] - gray[..., :-2, 1:-1]).abs()
     return F.avg_pool2d(across + down, 15, stride=1, padding=7)
 
 
@@ -151,17 +151,17 @@ plt.show()
 # %%
 form = linear_form(model, cat, label, model.bn2)
 with torch.no_grad():
-    of_grey = model(torch.zeros_like(cat))[0, label]
+    of_gray = model(torch.zeros_like(cat))[0, label]
 rows = {
     "LayerScoreMap": (LayerScoreMap(model, model.bn2).attribute, form.bias),
     "ScoreMap": (ScoreMap(model).attribute, linear_form(model, cat, label).bias),
     "Integrated Gradients, 4 steps": (
         lambda x, t: IntegratedGradients(model).attribute(x, target=t, n_steps=4),
-        of_grey,
+        of_gray,
     ),
     "Integrated Gradients, 16 steps": (
         lambda x, t: IntegratedGradients(model).attribute(x, target=t, n_steps=16),
-        of_grey,
+        of_gray,
     ),
     "Grad-CAM": (LayerGradCam(model, model.bn2).attribute, 0.0),
     "all in one corner": (lambda x, t: F.pad((form.score - form.bias)[:, None, None, None], (0, 6, 0, 6)), form.bias),
@@ -314,7 +314,7 @@ figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained", share
 for ax, (metric, values) in zip(axes, table.items(), strict=True):
     for place, name in enumerate(reversed(maps)):
         mean, half = interval(values[name])
-        color = "grey" if name.startswith("control") else "tab:blue"
+        color = "gray" if name.startswith("control") else "tab:blue"
         ax.errorbar(mean, place, xerr=half, fmt="o", color=color)
     ax.set_title(metric)
 axes[0].set_yticks(range(len(maps)), reversed(maps))
@@ -351,18 +351,18 @@ for index, name in enumerate(maps):
 
 # %% [markdown]
 # Go along the lines: a rank in one column says little about the next. Saliency is among the best by deletion, and
-# among the worst by insertion. Whoever may choose the metric may choose the winner; so look at all of them, and
+# among the worst by insertion. Choosing the metric chooses the winner; so look at all of them, and
 # decide before measuring which one counts. A method that leads every column, as the fused map did when this was
 # written, makes a better case, but mind points 1 and 5.
 #
-# **3. The choice of the baseline.** What is a deleted pixel replaced by? Zero (which here is grey) and a blurred
+# **3. The choice of the baseline.** What is a deleted pixel replaced by? Zero (which here is gray) and a blurred
 # image are both common. The very same maps:
 
 # %%
 for name in ("FusedScoreMap", "LayerScoreMap, last layer", "Saliency", "control: edges"):
     finished = maps[name]
     blurred = metrics.deletion(model, lambda *_, one=finished: one, inputs, target, baseline="blur", steps=STEPS).area
-    print(f"{name:26s} deletion to grey {deleted[name].area.mean():.2f}, to blur {blurred.mean():.2f}")
+    print(f"{name:26s} deletion to gray {deleted[name].area.mean():.2f}, to blur {blurred.mean():.2f}")
 
 # %% [markdown]
 # A blurred photograph still shows a lot, so deletion to blur takes less away. Numbers with different baselines cannot
@@ -387,7 +387,7 @@ for name in maps:
 # Some of the differences are next to nothing, or below it: there the metric, with these few photographs, cannot tell
 # the method from one that never saw the network.
 #
-# **5. Selection.** Whoever tries many variants and reports the best on the images that chose it reports luck. Here
+# **5. Selection.** Trying many variants and reporting the best on the images that chose it is reporting luck. Here
 # are twenty-five "methods" that look at nothing at all: each always takes the same window, wherever that is. We let
 # three photographs choose the best, and measure it on the other three, for all twenty ways to divide six photographs:
 

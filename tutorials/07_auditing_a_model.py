@@ -279,7 +279,7 @@ plt.show()
 # %% [markdown]
 # ## A condition in a build pipeline
 #
-# A model that is trained again every night should be audited every night, by a machine that knows when to stop:
+# A model that is retrained every night should be audited every night, by a machine that knows when to stop:
 #
 # ```console
 # captum-scoremap audit scans --model my_package.models:build --fail-on "residual>1e-3" --fail-on "border_share>0.4"
@@ -305,7 +305,7 @@ print(f"{from_six} of {len(culprits)} are sixes, and there are {int((true == 6).
 assert from_six > len(culprits) / 3
 
 # %% [markdown]
-# What is misspelled is an error, not a condition that never holds:
+# A misspelled name is an error, not a condition that never holds:
 
 # %%
 try:
@@ -317,7 +317,7 @@ except ValueError as error:
 # ## If it is interrupted
 #
 # Results are written in **shards**, here of 128 images. A shard is put in place when it is whole, so a run that is
-# killed, at any moment, loses the shard it was working on and no other. We feign that by taking two shards away:
+# killed, at any moment, loses the shard it was working on and no other. We simulate that by deleting two shards:
 
 # %%
 before = done.images.drop_columns(["seconds"])  # times differ from run to run, nothing else may
@@ -354,7 +354,7 @@ for changed in ({}, {"resume": True, "layers": ["4"]}):
 # captum-scoremap audit photos --ray auto --workers 8 --out audit
 # ```
 #
-# The first line is for the first machine, the second for each of the others, the third for whoever runs the audit.
+# The first line is for the first machine, the second for each of the others, the third where the audit is started.
 # Each machine needs this package and the images under the same path; only the last one needs the output folder.
 # `--ray local` tries it on one machine. If a worker dies its shard is done again by another; if all die, `--resume`
 # goes on.
