@@ -173,6 +173,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     made = {"<!-- rules -->": equations, "<!-- gallery -->": gallery}
     for mark, make in made.items():
         markdown = markdown.replace(mark, make()) if mark in markdown else markdown
+    markdown = re.sub(r"^(```\w+) needs=\w+$", r"\1", markdown, flags=re.MULTILINE)  # what its test needs
     return markdown.replace(" ± ", "\u00a0±\u00a0")
 
 

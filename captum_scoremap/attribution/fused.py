@@ -97,6 +97,14 @@ class FusedScoreMap(Contract):
             ValueError: If the input, the target or a layer is not as it must be, or the model is in training mode.
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+            >>> image = torch.rand(1, 3, 6, 6)
+            >>> FusedScoreMap(model).attribute(image, target=7).shape
+            torch.Size([1, 1, 6, 6])
         """
         image = check_images(inputs)
         additional = as_tuple_of_arguments(additional_forward_args)

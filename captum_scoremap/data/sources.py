@@ -95,7 +95,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A short text that differs for sources that differ in names or labels."""
+        """Return a short text that differs for sources that differ in names or labels."""
 
 
 class FileSource(Source):

@@ -56,7 +56,7 @@ class Value:
         return len(self.shape)
 
     def empty(self) -> Tensor:
-        """A tensor of its layout, for kernels that ask for one but read nothing of it but its layout."""
+        """Return a tensor of its layout, for kernels that ask for one but read nothing of it but its layout."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
     def zeros(self) -> Tensor:

@@ -235,7 +235,7 @@ class Linear(Rule):
         self.homogeneous = homogeneous
 
     def freeze(self, call: Call) -> None:
-        """Nothing."""
+        """Freeze nothing."""
 
     def apply(self, call: Call, state: None) -> Any:
         """Run the operation itself."""
