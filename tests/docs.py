@@ -61,6 +61,10 @@ def as_markdown(text: str, obj: griffe.Object | None = None) -> str:
             return f"`{name}`"
         return f"[`{name}`][{path}]"
 
+    # one line of an equation is one line on the page
+    text = re.sub(
+        r"(?<=^Equation:\n)(?:    .*\n?)+", lambda lines: lines[0].replace("\n", "  \n"), text, flags=re.MULTILINE
+    )
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # the parser's name for a section of doctests
     return re.sub(r":\w+:`~?([\w.]+)`", reference, re.sub(r"::$", ":", text, flags=re.MULTILINE))
 
