@@ -214,7 +214,9 @@ assert torch.allclose(forms["bn2"].bias, model.classifier.bias[target], atol=1e-
 #   map accounts for nearly all of the score. At `blocks.4` it does not: that map says what moves the score up and
 #   down from $B$, not how it comes to be 9.14.
 #
-# So look at one of the last layers first.
+# So look at one of the last layers first, or take the **complete map** (`CompleteScoreMap`): it adds every constant
+# that $B$ is made of at the position where it arises, so that the map accounts for all of the score but the
+# classifier's own bias. It is what `captum-scoremap explain` draws.
 
 # %% [markdown]
 # ## Why an Egyptian cat and not a lynx?
@@ -288,4 +290,5 @@ print(f"correlation with the map of the photograph itself: {similar:.2f}")
 # - [2. What the linear form is](02_linear_form.ipynb): $A$, $B$ and $S$ by hand, in a network small enough to print.
 # - [3. Images of any size](03_images_of_any_size.ipynb): all of a photograph, not one crop of it.
 # - [4. What did it learn?](04_what_did_it_learn.ipynb): the parts of many photographs that a layer draws on.
+# - Which layer and which method for which question: [the guide](site/choosing.md).
 # - On a photograph of your own, without a line of Python: `captum-scoremap explain photo.jpg`.

@@ -417,12 +417,13 @@ assert chosen > others
 #
 # | question | take | because |
 # | --- | --- | --- |
-# | How much of the score comes from where? | `LayerScoreMap`, `linear_form` | an exact sum, in logits, at any layer |
+# | How much of the score comes from where, all of it? | `CompleteScoreMap` | signed, adds up to the score itself |
+# | What does a layer add, place by place? | `LayerScoreMap`, `linear_form` | an exact sum, in logits, at any layer |
 # | Why this label and not that? | `form - other` | the difference of two exact sums is one |
 # | Where is it? What do I crop? | `FusedScoreMap`, `score_map_crops` | one map of the image's size, of no unit |
 # | Which pixels? | `ScoreMap` | sub-scores of the image; fine, with both signs |
 # | What about all the other labels? | `LayerScoreMap.attribute_targets` | every label from one forward pass |
-# | What is not on the map? | `bias_terms` | B, by the layer that brings it in |
+# | What is not on the map? | `bias_terms`, `bias_maps` | B, by the layer that brings it in; place by place |
 # | Does it hold for my model? | `captum-scoremap check` | the residual at every layer |
 # | Does it hold over my data? | `captum-scoremap audit` | [tutorial 7](07_auditing_a_model.ipynb) |
 #
