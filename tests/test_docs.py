@@ -158,7 +158,8 @@ def test_no_source_is_left(site: dict[str, BeautifulSoup]) -> None:
 
 def is_public_method(name: str, member: object) -> bool:
     kinds = (staticmethod, classmethod, property)
-    return not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, kinds))
+    named = not name.startswith("_") or name in {"__call__", "__sub__"}
+    return named and (inspect.isfunction(member) or isinstance(member, kinds))
 
 
 def documented(value: object) -> str:
