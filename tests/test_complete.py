@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -116,6 +117,64 @@ def test_the_preprocessing_mean_moves_score_between_map_and_bias_at_the_same_pla
     assert (plain[0] - plain[1]).abs().max() > 1e-3
     maps = [CompleteScoreMap(one, "image").attribute(x, 3) for one, x in ((model, images), (shifted, images - mean))]
     assert_close(maps[0], maps[1], rtol=1e-9, atol=1e-10)
+
+
+class Windowed(nn.Module):
+    """A linear layer on every position, in windows of a map that is padded and rolled, as in Swin, or directly."""
+
+    def __init__(self, windows: bool) -> None:
+        super().__init__()
+        self.stem, self.linear, self.norm = nn.Conv2d(3, 5, 2, 2), nn.Linear(5, 5), nn.LayerNorm(5)
+        self.head = nn.Linear(5, 4)
+        self.windows = windows
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        if self.windows:
+            n, h, w, c = x.shape
+            padded = nn.functional.pad(x, (0, 0, 0, 4 - w % 4, 0, 4 - h % 4)).roll((-1, -2), (1, 2))
+            rows, columns = padded.shape[1] // 4, padded.shape[2] // 4
+            windows = padded.reshape(n, rows, 4, columns, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+            windows = self.norm(self.linear(windows).relu())
+            padded = windows.reshape(n, rows, columns, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(padded.shape)
+            x = padded.roll((1, 2), (1, 2))[:, :h, :w]
+        else:
+            x = self.norm(self.linear(x).relu())
+        return self.head(x.square().mean((1, 2)))
+
+
+def test_constants_inside_windows_stand_at_their_positions(generator: torch.Generator) -> None:
+    direct = Windowed(False).double().eval()
+    windowed = Windowed(True).double().eval()
+    windowed.load_state_dict(direct.state_dict())
+    images = torch.randn(2, 3, 20, 14, generator=generator, dtype=torch.float64)
+    assert_close(windowed(images), direct(images))
+    expected, found = (bias_maps(model, images, 1) for model in (direct, windowed))
+    assert set(found.placeless) == {"head"}
+    for name in ("linear", "norm"):
+        assert_close(found.maps[name], expected.maps[name], rtol=1e-9, atol=1e-12)
+    layer = CompleteScoreMap(windowed, windowed.linear).attribute(images, 1)
+    assert_close(layer, CompleteScoreMap(direct, direct.linear).attribute(images, 1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", [torchvision.models.swin_t, torchvision.models.swin_v2_t, "vit"])
+def test_every_image_of_a_batch_has_its_own(build: Any, generator: torch.Generator) -> None:
+    """Windows and tokens before images in memory: rows of several images lie between each other."""
+    if build == "vit":
+        model: nn.Module = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5)
+        images = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64)
+    else:
+        model, images = build(), torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64)
+    model.double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    maps, placeless = CompleteScoreMap(model, "image").attribute(images, 3, return_placeless=True)
+    for one, image, rest in zip(maps, images, placeless, strict=True):
+        alone, rest_alone = CompleteScoreMap(model, "image").attribute(image[None], 3, return_placeless=True)
+        assert_close(one[None], alone, rtol=1e-8, atol=1e-11)
+        assert_close(rest[None], rest_alone, rtol=1e-8, atol=1e-11)
 
 
 class AddConstant(nn.Module):

@@ -11,23 +11,20 @@ What bypasses the layer (a parallel branch) enters as its sub-scores, at its pos
 have no place in the image; their sum is the *placeless* rest.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from captum_scoremap.layout import map_channel_dim, resized
+from captum_scoremap.layout import resized
 from captum_scoremap.rules import Value
-from captum_scoremap.tape import Recording, Site, Step, Tape
+from captum_scoremap.tape import Recording, Site, Step
 
 from .bias_terms import names_of_steps
+from .placement import Entry, Placement
 
 __all__ = ["Ledger", "ledgers"]
-
-# The most tokens that may stand before the patches: a class token, a distillation token, registers.
-_EXTRA_TOKENS = 8
 
 
 @dataclass
@@ -43,9 +40,10 @@ class Ledger:
     maps: dict[str, Tensor] = field(default_factory=dict)
     placeless: dict[str, Tensor] = field(default_factory=dict)
 
-    def enter(self, name: str, entry: tuple[Tensor | None, Tensor | None]) -> None:
-        """Enter a map, and what stands beside it without a place."""
-        for book, one in zip((self.maps, self.placeless), entry, strict=True):
+    def enter(self, name: str, entries: Sequence[Entry]) -> None:
+        """Enter maps, and what stands beside them without a place."""
+        pairs = [pair for entry in entries for pair in zip((self.maps, self.placeless), entry, strict=True)]
+        for book, one in pairs:
             if one is None:
                 continue
             unique, number = name, 1
@@ -101,25 +99,25 @@ def ledgers(
     """
     tape = recording.tape
     names = names_of_steps(recording)
-    placed = _Placement(tape, image_shape)
+    placed = Placement(tape, image_shape)
     books = [(Ledger(), recording.tapped[site]) for site in sites]
 
     def visit(step: Step, gradients: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
         reads = 0
         for value in step.values:
             reads |= value.sites
-        for gradient, constant in zip(gradients, step.constants(), strict=False):
+        for value, gradient, constant in zip(step.outputs, gradients, step.constants(), strict=False):
             if gradient is not None and constant is not None:
-                entry = placed(gradient * constant.to(gradient.dtype))
+                entries = placed(gradient * constant.to(gradient.dtype), value)
                 for book, tapped in books:
                     if reads & tapped.bit:
-                        book.enter(names(step), entry)
+                        book.enter(names(step), entries)
         for value, share in zip(step.values, shares, strict=True):
             beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
             if beside and share is not None:
-                entry = placed(share * value.kept.tensor)
+                entries = placed(share * value.kept.tensor, value)
                 for book in beside:
-                    book.enter(f"beside {names(step)}", entry)
+                    book.enter(f"beside {names(step)}", entries)
 
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {
         value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
@@ -127,48 +125,7 @@ def ledgers(
     found = tape.transposed(seeds, wanted, visit=visit)
     for book, tapped in books:
         for value, y in zip(tapped.values, tapped.activations, strict=True):
-            book.enter("", placed(found[value] if value in found else torch.zeros_like(y)))
+            book.enter("", placed(found[value] if value in found else torch.zeros_like(y), value))
         if not any(value.sites & tapped.bit for value in seeds):  # the score does not depend on the layer
-            book.enter("score", (None, score))
+            book.enter("score", [(None, score)])
     return [book for book, _ in books]
-
-
-class _Placement:
-    """Where the elements of a tensor stand in the image."""
-
-    def __init__(self, tape: Tape, image_shape: Sequence[int]) -> None:
-        self._image_shape = tuple(image_shape)
-        self._grids = {
-            (value.shape[2], value.shape[3])
-            for step in tape.steps
-            for value in step.outputs
-            if len(value.shape) == 4 and map_channel_dim(tuple(value.shape), self._image_shape) == 1
-        }
-
-    def __call__(self, product: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Sum a product A·o over channels: (N, 1, rows, columns), and (N,) of what has no place."""
-        images = self._image_shape[0]
-        channel_dim = map_channel_dim(tuple(product.shape), self._image_shape)
-        if channel_dim is None:
-            if product.shape[:1].numel() % images:
-                raise ValueError(
-                    f"every operation must keep the {images} images first, got {tuple(product.shape)}. Explain one "
-                    "image at a time."
-                )
-            return None, product.reshape(images, -1).sum(1)
-        summed = product.sum(channel_dim, keepdim=channel_dim == 1)
-        if product.dim() == 4:
-            return summed.reshape(images, 1, *summed.shape[-2:]), None
-        grid = self._grid_of(product.shape[1])
-        if grid is None:
-            return None, summed.sum(1)
-        extra = product.shape[1] - grid[0] * grid[1]
-        rest = summed[:, :extra].sum(1) if extra else None
-        return summed[:, extra:].reshape(images, 1, *grid), rest
-
-    def _grid_of(self, tokens: int) -> tuple[int, int] | None:
-        """Return rows and columns of patches among so many tokens."""
-        side = math.isqrt(tokens)
-        known = [grid for grid in self._grids if 0 <= tokens - grid[0] * grid[1] <= _EXTRA_TOKENS]
-        grid = max(known, key=math.prod, default=(side, side))
-        return grid if tokens - math.prod(grid) <= _EXTRA_TOKENS else None

@@ -46,6 +46,8 @@ class Rule(ABC):
         keeps_gates: Whether its output is a gate where all its live arguments are.
         live_outputs: How many of the floating-point outputs depend on the image once the rule is frozen; None for all.
         in_place: Whether :meth:`freeze` needs nothing but the output, so that the operation itself may run in place.
+        moves: Whether every element of its output is one of its arguments', somewhere else, or zero: then its transpose
+            carries numbers back to where the elements came from.
 
     Example:
         >>> from captum_scoremap import freeze
@@ -65,6 +67,7 @@ class Rule(ABC):
     keeps_gates: bool = False
     live_outputs: int | None = None
     in_place: bool = False
+    moves: bool = False
 
     @abstractmethod
     def freeze(self, call: Call) -> Any:
@@ -212,6 +215,7 @@ class Linear(Rule):
             autograd derive it.
         keeps_gates: Whether the output is a gate where all live arguments are.
         homogeneous: Whether it makes zeros of zeros, unless there is a constant tensor among its arguments.
+        moves: Whether every element of its output is one of its arguments', somewhere else, or zero.
 
     Example:
         >>> from captum_scoremap import linear_form
@@ -229,10 +233,12 @@ class Linear(Rule):
         *,
         keeps_gates: bool = False,
         homogeneous: bool = False,
+        moves: bool = False,
     ) -> None:
         self._transpose = transpose
         self.keeps_gates = keeps_gates
         self.homogeneous = homogeneous
+        self.moves = moves
 
     def freeze(self, call: Call) -> None:
         """Freeze nothing."""

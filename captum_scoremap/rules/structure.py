@@ -4,7 +4,7 @@ Each function here is the transpose of one operation: from its call and the coef
 live arguments. Whatever has none here is derived by autograd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ class Split(Linear):
     """
 
     def __init__(self) -> None:
-        super().__init__(keeps_gates=True, homogeneous=True)
+        super().__init__(keeps_gates=True, homogeneous=True, moves=True)
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
         """Put the parts together."""
@@ -234,7 +234,7 @@ class AsStrided(Linear):
     """
 
     def __init__(self) -> None:
-        super().__init__(keeps_gates=True, homogeneous=True)
+        super().__init__(keeps_gates=True, homogeneous=True, moves=True)
 
     def apply(self, call: Call, state: None) -> Tensor:
         """Gather from the elements."""
@@ -297,7 +297,7 @@ class View(Linear):
     """
 
     def __init__(self) -> None:
-        super().__init__(_reshaped, keeps_gates=True, homogeneous=True)
+        super().__init__(_reshaped, keeps_gates=True, homogeneous=True, moves=True)
 
     def apply(self, call: Call, state: None) -> Tensor:
         """Reshape."""
@@ -315,6 +315,7 @@ class Copy(Linear):
         transpose: As for :class:`Linear`; not used.
         keeps_gates: Whether the output is a gate where the source is.
         homogeneous: As for :class:`Linear`.
+        moves: As for :class:`Linear`.
 
     Example:
         >>> from captum_scoremap import freeze
@@ -342,39 +343,46 @@ class Copy(Linear):
         return [None, share] if isinstance(call.args[0], Value) else [share]
 
 
+def _moving(transpose: Callable[[Call, Tensor], Sequence[Tensor | None]]) -> Linear:
+    return Linear(transpose, keeps_gates=True, homogeneous=True, moves=True)
+
+
 STRUCTURAL: dict[str, Linear] = {
     **dict.fromkeys("view _unsafe_view reshape _reshape_alias view_copy".split(), View()),
-    **dict.fromkeys(
-        "squeeze unsqueeze flatten unflatten alias_copy".split(), Linear(_reshaped, keeps_gates=True, homogeneous=True)
-    ),
+    **dict.fromkeys("squeeze unsqueeze flatten unflatten alias_copy".split(), _moving(_reshaped)),
     **dict.fromkeys(
         "clone _to_copy detach alias lift lift_fresh contiguous copy to detach_copy".split(),
-        Linear(_same, keeps_gates=True, homogeneous=True),
+        _moving(_same),
     ),
-    "permute": Linear(_permuted, keeps_gates=True, homogeneous=True),
-    "transpose": Linear(_transposed, keeps_gates=True, homogeneous=True),
-    "t": Linear(_t, keeps_gates=True, homogeneous=True),
-    "expand": Linear(_expanded, keeps_gates=True, homogeneous=True),
-    "select": Linear(_selected, keeps_gates=True, homogeneous=True),
-    "slice": Linear(_sliced, keeps_gates=True, homogeneous=True),
+    "permute": _moving(_permuted),
+    "transpose": _moving(_transposed),
+    "t": _moving(_t),
+    "expand": _moving(_expanded),
+    "select": _moving(_selected),
+    "slice": _moving(_sliced),
     "add": Linear(_added, keeps_gates=True),
     "sub": Linear(_subtracted, keeps_gates=True),
     "rsub": Linear(_subtracted_from, keeps_gates=True),
     "neg": Linear(_negated, keeps_gates=True, homogeneous=True),
-    "cat": Linear(_concatenated, keeps_gates=True, homogeneous=True),
-    "stack": Linear(_stacked, keeps_gates=True, homogeneous=True),
-    "constant_pad_nd": Linear(_padded, keeps_gates=True),
+    "cat": _moving(_concatenated),
+    "stack": _moving(_stacked),
+    "constant_pad_nd": Linear(_padded, keeps_gates=True, moves=True),
     **dict.fromkeys("split split_with_sizes unsafe_split unsafe_split_with_sizes unbind".split(), Split()),
     "as_strided": AsStrided(),
     **dict.fromkeys(
         """
-        positive repeat repeat_interleave index index_select gather take masked_select roll flip rot90 diagonal
-        diag_embed unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle where masked_fill
-        reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-        upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
-        upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d
-        _upsample_nearest_exact2d _upsample_nearest_exact3d view_as_real view_as_complex _conj conj resolve_conj
-        resolve_neg real imag nan_to_num squeeze_copy
+        repeat repeat_interleave index index_select gather take masked_select roll flip rot90 diagonal diag_embed
+        unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle squeeze_copy
+        """.split(),
+        Linear(keeps_gates=True, homogeneous=True, moves=True),
+    ),
+    **dict.fromkeys(
+        """
+        positive where masked_fill reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+        replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+        view_as_real view_as_complex _conj conj resolve_conj resolve_neg real imag nan_to_num
         """.split(),
         Linear(keeps_gates=True),
     ),

@@ -1,0 +1,146 @@
+"""Where the elements of a tensor stand in the image.
+
+A tensor (N, C, h, w) says it by its shape. Others, (N, h, w, C) or (N, tokens, C), may be padded or rolled, or have
+their positions in another order: windows of attention, rows of a matrix product, tokens before images. They were made
+of a tensor with places by steps that only move elements, or that keep the position of each row, so numbers at their
+elements are carried back along those steps, which is what their transposes do, up to where the branch begins.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.rules import Value
+from captum_scoremap.tape import Tape
+
+__all__ = ["Entry", "Placement"]
+
+# The most tokens that may stand before the patches: a class token, a distillation token, registers.
+_EXTRA_TOKENS = 8
+# The most steps that numbers are carried back: from a window's last product to its partition.
+_FAR = 64
+
+Entry = tuple[Tensor | None, Tensor | None]
+"""A map, (N, 1, rows, columns), and what stands beside it without a place, (N,)."""
+
+
+class Placement:
+    """Sums products A·o over channels, each at its place in the image.
+
+    Args:
+        tape: The run.
+        image_shape: Shape of the image, (N, C, H, W).
+    """
+
+    def __init__(self, tape: Tape, image_shape: Sequence[int]) -> None:
+        self._steps = tape.steps
+        self._image_shape = tuple(image_shape)
+        self._images = self._image_shape[0]
+        self._grids = {
+            (value.shape[2], value.shape[3])
+            for step in tape.steps
+            for value in step.outputs
+            if len(value.shape) == 4 and map_channel_dim(tuple(value.shape), self._image_shape) == 1
+        }
+
+    def __call__(self, product: Tensor, value: Value) -> list[Entry]:
+        """Sum over channels what stands at the elements of a value.
+
+        Args:
+            product: A·o, in logits, of the value's shape.
+            value: The value.
+
+        Returns:
+            Maps, and what has no place.
+
+        Raises:
+            ValueError: If it cannot be told of which image something is.
+        """
+        return self._entries(product.expand(value.shape), value, _FAR)
+
+    def _entries(self, product: Tensor, value: Value, far: int) -> list[Entry]:
+        by_shape = self._by_shape(product)
+        if by_shape is not None and map_channel_dim(tuple(product.shape), self._image_shape) == 1:
+            return [by_shape]
+        carried = list(self._carried_back(product, value)) if far else []
+        entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
+        if by_shape is not None and all(one is None for one, _ in entries):
+            return [by_shape]
+        if not carried:
+            return [(None, self._of_images(self._total(product), product))]
+        if sum(share.numel() for share, _ in carried) < product.numel():  # some stood on padding, or on a constant
+            lost = self._total(product) - sum(self._total(share) for share, _ in carried)
+            if (lost.abs() > 8 * torch.finfo(lost.dtype).eps * product.abs().sum()).any():
+                entries.append((None, self._of_images(lost, product)))
+        return entries
+
+    def _by_shape(self, product: Tensor) -> Entry | None:
+        """The sum over channels, if the shape says where they are."""
+        shape = tuple(product.shape)
+        channel_dim = map_channel_dim(shape, self._image_shape)
+        if channel_dim is None:
+            return None
+        summed = product.sum(channel_dim, keepdim=channel_dim == 1)
+        if product.dim() == 4:
+            rows, columns = summed.shape[-2:]
+            height, width = self._image_shape[2:]
+            if channel_dim == -1 and abs(rows * width - columns * height) > max(height, width):
+                return None  # windows by tokens of a window, say: no grid of the image's proportions
+            return summed.reshape(self._images, 1, rows, columns), None
+        grid = self._grid_of(shape[1])
+        if grid is None:
+            return None
+        extra = shape[1] - grid[0] * grid[1]
+        rest = summed[:, :extra].sum(1) if extra else None
+        return summed[:, extra:].reshape(self._images, 1, *grid), rest
+
+    def _grid_of(self, tokens: int) -> tuple[int, int] | None:
+        """Rows and columns of patches among so many tokens."""
+        side = math.isqrt(tokens)
+        known = [grid for grid in self._grids if 0 <= tokens - grid[0] * grid[1] <= _EXTRA_TOKENS]
+        grid = max(known, key=math.prod, default=(side, side))
+        return grid if tokens - math.prod(grid) <= _EXTRA_TOKENS else None
+
+    def _carried_back(self, product: Tensor, value: Value) -> Iterator[tuple[Tensor, Value]]:
+        """The same numbers at the elements of the values that the value was made of, if these have its positions."""
+        rows = product.shape[:-1]
+        if value.step < 0 or product.shape[:-1].numel() <= self._images:  # one row an image has no position
+            return
+        step = self._steps[value.step]
+        if step.rule.moves:
+            gradients = tuple(product if one is value else None for one in step.outputs)
+            for source, share in zip(step.values, step.rule.transpose(step, step.frozen(), gradients), strict=True):
+                if share is not None:
+                    yield share, source
+            return
+        alike = [source for source in step.values if source.shape == product.shape]
+        if len(alike) > 1 and step.rule.is_affine(step):  # a sum, such as that of a block and its shortcut
+            return
+        # else a product with a matrix, row by row
+        for source in alike or [one for one in step.values if one.shape[:-1] == rows and one.ndim]:
+            if source.shape == product.shape:
+                yield product, source
+            else:
+                yield (product.sum(-1, keepdim=True) / source.shape[-1]).expand(source.shape), source
+            return
+
+    def _total(self, product: Tensor) -> Tensor:
+        """The sum of each image, (N,), if the images come first; else of all of them."""
+        first = product.dim() and product.shape[0] == self._images
+        return product.reshape(self._images, -1).sum(1) if first else product.sum()
+
+    def _of_images(self, total: Tensor, product: Tensor) -> Tensor | None:
+        """What has no place, (N,)."""
+        if total.dim():
+            return total
+        if self._images == 1:
+            return total[None]
+        if float(total.abs()) <= 1e-6 * float(product.abs().sum()):
+            return None
+        raise ValueError(
+            f"every operation must keep the {self._images} images first, got {tuple(product.shape)}. Explain one "
+            "image at a time."
+        )
