@@ -138,3 +138,45 @@ def test_coefficients_of_every_wanted_value_in_one_pass(generator: torch.Generat
     assert_close(together[values[2]], above, **EXACT)
     assert_close(together[values[1]], above * mask, **EXACT)
     assert_close(together[values[0]], (above * mask) @ model[0].weight.detach(), **EXACT)
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(2, 6, 4),
+    "reshape of a transpose": lambda x: x.transpose(1, 2).reshape(2, -1),
+    "squeeze and unsqueeze": lambda x: x.unsqueeze(1).squeeze(1),
+    "clone": lambda x: x.clone(),
+    "permute": lambda x: x.permute(2, 0, 1),
+    "t": lambda x: x[0].t(),
+    "expand": lambda x: x[:, None].expand(2, 3, 4, 6),
+    "select": lambda x: x[:, 1],
+    "slice": lambda x: x[:, 1:3],
+    "unbind and stack": lambda x: torch.stack(x.unbind(1)[::2], 1),
+    "split and cat": lambda x: torch.cat(x.split(2, 1)[::-1], 1),
+    "pad": lambda x: torch.nn.functional.pad(x, (1, 2, -1, 1)),
+    "as_strided": lambda x: x.as_strided((2, 3), (24, 2)),
+    "roll": lambda x: x.roll((1, 2), (1, 2)),
+    "flip": lambda x: x.flip(2),
+    "index": lambda x: x[:, torch.tensor([2, 0, 0])],
+    "index_select": lambda x: x.index_select(1, torch.tensor([2, 0])),
+    "gather": lambda x: x.gather(1, torch.tensor([[[0, 3, 1]], [[1, 1, 2]]])),
+    "unfold": lambda x: x.unfold(1, 2, 1),
+    "repeat": lambda x: x.repeat(1, 2, 1),
+    "pixel_shuffle": lambda x: torch.nn.functional.pixel_shuffle(x[:, :, :, None], 2),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_steps_that_move_elements_make_no_new_ones(name: str) -> None:
+    """Numbers at their outputs can be carried back to where the elements came from, and lose nothing on the way."""
+    x = torch.arange(1.0, 49.0, dtype=torch.float64).view(2, 4, 6)
+    recording = Recording(MOVES[name], with_rules(None))
+    output = recording.record((x,))
+    assert [step.operation for step in recording.tape.steps if not step.rule.moves] == []
+    assert set(output.unique().tolist()) <= {0.0, *x.unique().tolist()}
+    numbers = torch.where(output == 0, 0.0, torch.rand_like(output))
+    value, start = recording.tape.value_of_output(), recording.tape.inputs[0]
+    assert value is not None
+    assert start is not None
+    found = recording.tape.transposed({value: numbers}, {start: lambda share: share})[start]
+    for element in x.unique().tolist():
+        assert_close(found[x == element].sum(), numbers[output == element].sum())
