@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from captum_scoremap.layout import resized
-from captum_scoremap.metrics.maps import Attribution, check_images, label_scores
+from captum_scoremap.metrics.maps import Attribution, check_batch_size, check_images, in_batches, label_scores
 
 __all__ = ["CauseGame", "cause_game", "single_deletion"]
 
@@ -91,7 +90,12 @@ def cause_game(
 
 
 def single_deletion(
-    forward_func: Callable[..., Any], attribute: Attribution, inputs: Tensor, target: Tensor, cells: int = 4
+    forward_func: Callable[..., Any],
+    attribute: Attribution,
+    inputs: Tensor,
+    target: Tensor,
+    cells: int = 4,
+    batch_size: int = 32,
 ) -> Tensor:
     """Delete one cell of the image at a time, and rank the drops of the score against the map's sums.
 
@@ -104,12 +108,13 @@ def single_deletion(
         inputs: Images (N, C, H, W).
         target: Labels (N,).
         cells: Cells along each side.
+        batch_size: Images that the model sees at once.
 
     Returns:
         The correlation for each image, (N,), between -1 and 1; 0 where one of the two does not vary.
 
     Raises:
-        ValueError: If images and labels do not fit, or there are fewer than two cells.
+        ValueError: If images and labels do not fit, there are fewer than two cells, or ``batch_size`` is not positive.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
@@ -120,19 +125,21 @@ def single_deletion(
     check_images(inputs, target)
     if cells < 2:
         raise ValueError(f"cells must be at least 2, got {cells}.")
+    check_batch_size(batch_size)
     height, width = inputs.shape[-2:]
-    rows, columns = ([size * i // cells for i in range(cells + 1)] for size in (height, width))
+    row, column = (torch.arange(size, device=inputs.device) * cells // size for size in (height, width))
+    cell = row[:, None] * cells + column  # as a cell ends where the next begins, its number grows by steps
+    count = cells**2
     maps = _with_sums(attribute(inputs, target), (height, width))
-    sums, drops = [], []
-    with torch.no_grad():
-        score = label_scores(forward_func, inputs, target)
-        for top, bottom in pairwise(rows):
-            for left, right in pairwise(columns):
-                deleted = inputs.clone()
-                deleted[..., top:bottom, left:right] = 0
-                drops.append(score - label_scores(forward_func, deleted, target))
-                sums.append(maps[:, top:bottom, left:right].sum((1, 2)))
-    pairs = zip(torch.stack(sums, 1), torch.stack(drops, 1), strict=True)
+    sums = torch.zeros(len(inputs), count, dtype=maps.dtype, device=maps.device)
+    sums.index_add_(1, cell.flatten(), maps.flatten(1))
+
+    def deleted(index: Tensor) -> Tensor:
+        return inputs[index // count] * (cell != (index % count)[:, None, None])[:, None]
+
+    scores = in_batches(label_scores, forward_func, deleted, target.repeat_interleave(count), batch_size)
+    drops = label_scores(forward_func, inputs, target)[:, None] - scores.view(-1, count)
+    pairs = zip(sums, drops, strict=True)
     return torch.tensor([_rank_correlation(one, other) for one, other in pairs], dtype=inputs.dtype)
 
 

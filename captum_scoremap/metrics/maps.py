@@ -45,6 +45,22 @@ def attribution_maps(attribute: Attribution, inputs: Tensor, target: Tensor) -> 
     return input_sized(attribute(inputs, target), inputs.shape[-2], inputs.shape[-1])
 
 
+def ranks(maps: Tensor) -> Tensor:
+    """Return the rank of each pixel in its map ``(N, H, W)``: 0 for the highest; of equal ones the first leads."""
+    order = maps.flatten(start_dim=1).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1).view_as(maps)
+
+
+def unit_maps(attribute: Attribution, inputs: Tensor, target: Tensor) -> Tensor:
+    """Return the positive parts of ``attribute(inputs, target)`` as input-sized maps ``(N, 1, H, W)`` between 0 and 1.
+
+    Each is divided by its largest value; a map without anything positive is zero.
+    """
+    positive = attribution_maps(attribute, inputs, target)[:, None].clamp(min=0)
+    largest = positive.amax(dim=(2, 3), keepdim=True)
+    return positive / torch.where(largest > 0, largest, 1.0)
+
+
 def check_images(inputs: Tensor, target: Tensor) -> None:
     """Check that there is a batch of images with one label for each.
 
@@ -59,6 +75,39 @@ def check_images(inputs: Tensor, target: Tensor) -> None:
             f"target must hold one label per image, ({inputs.shape[0]},), got {tuple(target.shape)}. "
             "Use torch.full((len(inputs),), label) for one label."
         )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Check that the model sees at least one image at once.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+
+
+def in_batches(
+    value: Callable[[Callable[..., Any], Tensor, Tensor], Tensor],
+    forward_func: Callable[..., Any],
+    images: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    batch_size: int,
+) -> Tensor:
+    """Return the values of many changed images, which are made when the model is about to see them.
+
+    Args:
+        value: :func:`label_scores` or :func:`label_probabilities`.
+        forward_func: the model; returns scores ``(N, K)``.
+        images: from indices ``(n,)`` of the changed images to these images ``(n, C, H, W)``.
+        labels: of all changed images, ``(M,)``.
+        batch_size: images that the model sees at once.
+
+    Returns:
+        ``(M,)``.
+    """
+    indices = torch.arange(len(labels), device=labels.device).split(batch_size)
+    return torch.cat([value(forward_func, images(some), labels[some]) for some in indices])
 
 
 def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:

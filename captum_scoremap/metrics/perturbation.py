@@ -1,15 +1,22 @@
 """Insertion and deletion: does the score follow the pixels that the map ranks first?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from captum_scoremap.metrics.maps import Attribution, attribution_maps, check_images, label_probabilities
+from captum_scoremap.metrics.maps import (
+    Attribution,
+    attribution_maps,
+    check_batch_size,
+    check_images,
+    in_batches,
+    label_probabilities,
+    ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -128,29 +135,22 @@ def _curve(
     insert: bool,
 ) -> PerturbationCurve:
     check_images(inputs, target)
+    check_batch_size(batch_size)
     pixels = inputs.shape[-2] * inputs.shape[-1]
     if not 1 <= steps <= pixels:
         raise ValueError(f"steps must be between 1 and the number of pixels, {pixels}, got {steps}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    maps = attribution_maps(attribute, inputs, target)
-    order = maps.flatten(start_dim=1).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1).view(-1, 1, *inputs.shape[-2:])
-    exchanged = torch.linspace(0, pixels, steps + 1).round().long()
+    rank = ranks(attribution_maps(attribute, inputs, target))[:, None]
+    exchanged = torch.linspace(0, pixels, steps + 1, device=inputs.device).round().long()
     background = _background(inputs, baseline)
     before, after = (background, inputs) if insert else (inputs, background)
-    probabilities = []
-    for image_before, image_after, image_rank, label in zip(before, after, rank, target, strict=True):
-        images = (torch.where(image_rank < count, image_after, image_before) for count in exchanged.tolist())
-        probabilities.append(_in_batches(forward_func, images, label, batch_size))
-    return PerturbationCurve((exchanged / pixels).to(inputs), torch.stack(probabilities))
 
+    def images(index: Tensor) -> Tensor:
+        which, step = index // (steps + 1), index % (steps + 1)
+        return torch.where(rank[which] < exchanged[step][:, None, None, None], after[which], before[which])
 
-def _in_batches(forward_func: Callable[..., Any], images: Iterator[Tensor], label: Tensor, batch_size: int) -> Tensor:
-    probabilities = []
-    while batch := list(islice(images, batch_size)):
-        probabilities.append(label_probabilities(forward_func, torch.stack(batch), label.expand(len(batch))))
-    return torch.cat(probabilities)
+    labels = target.repeat_interleave(steps + 1)
+    probabilities = in_batches(label_probabilities, forward_func, images, labels, batch_size)
+    return PerturbationCurve((exchanged / pixels).to(inputs), probabilities.view(len(inputs), steps + 1))
 
 
 def _background(inputs: Tensor, baseline: str | Tensor) -> Tensor:

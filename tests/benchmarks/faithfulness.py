@@ -2,64 +2,108 @@
 
     python -m tests.benchmarks faithfulness --images DIR --out RESULTS
 
-DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``; those count to which the
-network gives their label a probability of more than one half. Every method's values are written to RESULTS as soon as
-it is done, and what is there already is not measured again; then the table is printed and drawn, with everything that
-RESULTS holds. Means are given with their 95% confidence intervals. Slow methods may be measured on fewer images: they
-are the first ones of the same order, and the fused map is compared with each method on those that both have seen.
+DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``. Sorted by name, every other
+one ("even") was there to choose our own rules on EfficientNet-Lite0; what is reported is measured on the others
+("odd"), those of which the network is sure by more than one half.
+
+Every value is written to RESULTS as soon as a method is done with a group of metrics, and what is there already is not
+measured again; then the tables are printed, with everything that RESULTS holds. Means and other statistics come with
+95% confidence intervals. Slow methods may be measured on fewer images: they are the first ones of the same order, and
+two methods are compared on those that both have seen.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import dataclasses
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from captum_scoremap import metrics
-from captum_scoremap.models import load_model, prepare, read_image
-from tests.benchmarks.peers import METHODS
+from captum_scoremap.metrics.maps import label_scores
+from tests.benchmarks.causes import Cases, pasted, watermarked
+from tests.benchmarks.peers import Method, methods
+from tests.benchmarks.subjects import SUBJECTS, Subject
 
 Values: TypeAlias = dict[str, list[float]]
-
-NETWORKS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
-SURE = 0.5
-COLUMNS = {
-    "grid 2 x 2": ("Grid 2 × 2 ↑", 3),
-    "grid 3 x 3": ("Grid 3 × 3 ↑", 3),
-    "insertion": ("Insertion ↑", 3),
-    "deletion": ("Deletion ↓", 3),
-    "gap": ("Insertion − deletion ↑", 3),
-    "patch": ("Patch score ↑", 3),
-    "randomized": ("Randomized → 0", 2),
-    "cost": ("Forward + backward", 1),
-}
-DRAWN = ("grid 2 x 2", "grid 3 x 3", "gap", "patch")
+"""What was measured, by name: one value an image, or for the cause game rise and what is placed in turn."""
 
 
-def sure_images(folder: Path, network: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network, ready for explaining, and the photographs that it is sure of, shuffled, with their labels."""
-    loaded = load_model(network)
-    model = prepare(loaded.module)
-    with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    inputs = torch.stack([loaded.preprocessing(read_image(folder / row["file"])) for row in rows])
-    target = torch.tensor([int(row["imagenet_index"]) for row in rows])
-    with torch.no_grad():
-        probabilities = torch.cat([model(batch).softmax(1) for batch in inputs.split(8)])
-    sure = (probabilities.gather(1, target[:, None])[:, 0] > SURE).nonzero()[:, 0]
-    shuffled = sure[torch.randperm(len(sure), generator=torch.Generator().manual_seed(0))]
-    return model, inputs[shuffled], target[shuffled]
+# --- what is reported ---
+
+
+def _mean(sample: NDArray[np.float64]) -> float:
+    return float(sample.mean())
+
+
+def _game(sample: NDArray[np.float64]) -> metrics.CauseGame:
+    rise, placed = torch.from_numpy(sample.reshape(-1, 2).T.copy())
+    return metrics.CauseGame(rise, placed)
+
+
+def _error(sample: NDArray[np.float64]) -> float:
+    return _game(sample).error
+
+
+def _correlation(sample: NDArray[np.float64]) -> float:
+    return _game(sample).correlation
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: which values, which statistic of them, and which way is good."""
+
+    title: str
+    values: str
+    better: int
+    digits: int = 2
+    statistic: Callable[[NDArray[np.float64]], float] = _mean
+
+    @property
+    def heading(self) -> str:
+        """Title and direction."""
+        return f"{self.title} {'↓·↑'[self.better + 1]}".removesuffix(" ·")
+
+    def sample(self, values: Values) -> NDArray[np.float64]:
+        """One row an image, (N, values of an image)."""
+        width = 1 if self.statistic is _mean else 2
+        return np.array(values.get(self.values, []), dtype=np.float64).reshape(-1, width)
+
+
+COLUMNS = (
+    Column("Pasted part: error", "pasted", -1, 2, _error),
+    Column("correlation", "pasted", 1, 2, _correlation),
+    Column("Watermark: error", "watermark", -1, 2, _error),
+    Column("correlation", "watermark", 1, 2, _correlation),
+    Column("Single deletion", "cells", 1),
+    Column("Insertion − deletion", "gap", 1),
+    Column("ROAD", "road", 1),
+    Column("Average drop", "drop", -1),
+    Column("Average increase", "increase", 1),
+    Column("ARCC", "arcc", 1),
+    Column("Grid 2 × 2", "grid 2 x 2", 1),
+    Column("Grid 3 × 3", "grid 3 x 3", 1),
+    Column("Patch score", "patch", 1),
+    Column("Randomized → 0", "randomized", 0),
+    Column("Forward + backward", "cost", 0, 1),
+)
+
+
+# --- measuring ---
 
 
 class Remembered:
@@ -74,144 +118,301 @@ class Remembered:
         for image, label in zip(inputs, target, strict=True):
             key = hash(image.cpu().numpy().tobytes()), int(label)
             if key not in self._maps:
-                found = self._attribute(image[None], label[None]).detach()
-                self._maps[key] = metrics.input_sized(found, *image.shape[-2:])[:, None]
+                self._maps[key] = self._attribute(image[None], label[None]).detach().sum(1, keepdim=True)
             maps.append(self._maps[key])
         return torch.cat(maps)
 
 
-def cost(model: nn.Module, attribute: metrics.Attribution, image: Tensor, label: Tensor, repeats: int = 5) -> float:
-    """Processor time of one map, in that of one forward and backward pass; the best of some, taken in turn."""
+def as_logits(model: nn.Module, attribute: metrics.Attribution) -> metrics.Attribution:
+    """Lend a unit to a map that has none: its positive part, scaled so that it adds up to the score."""
 
-    def forward_and_backward() -> None:
-        inputs = image.clone().requires_grad_()
-        torch.autograd.grad(model(inputs).gather(1, label[:, None]).sum(), inputs)
+    def scaled(inputs: Tensor, target: Tensor) -> Tensor:
+        positive = attribute(inputs, target).clamp(min=0)
+        total = positive.sum((1, 2, 3), keepdim=True)
+        score = label_scores(model, inputs, target)[:, None, None, None]
+        return positive / torch.where(total > 0, total, 1.0) * score
 
-    def seconds(run: Callable[[], object]) -> float:
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-
-    ours, unit = [], []
-    attribute(image, label)
-    forward_and_backward()
-    for _ in range(repeats):
-        ours.append(seconds(lambda: attribute(image, label)))
-        unit.append(seconds(forward_and_backward))
-    return min(ours) / min(unit)
+    return scaled
 
 
-def measure(name: str, model: nn.Module, inputs: Tensor, target: Tensor, options: argparse.Namespace) -> Values:
-    """All metrics of one method, a list of values each."""
-    method = METHODS[name]
-    attribute = method(model)
-    remembered = Remembered(attribute)
-    values: Values = {"cost": [cost(model, attribute, inputs[:1], target[:1])]}
-    few, labels = inputs[: options.count], target[: options.count]
-    inserted = metrics.insertion(model, remembered, few, labels, steps=options.steps).area
-    deleted = metrics.deletion(model, remembered, few, labels, steps=options.steps).area
-    values |= {"insertion": inserted.tolist(), "deletion": deleted.tolist(), "gap": (inserted - deleted).tolist()}
-    many, their_labels = inputs[: options.patches], target[: options.patches]
-    boxes = metrics.strongest_window(remembered(many, their_labels)[:, 0], inputs.shape[-1] // 2)
-    values["patch"] = metrics.patch_score(model, many, their_labels, boxes).tolist()
-    for n, count in zip((2, 3), options.mosaics, strict=True):
-        if not count:
-            values[f"grid {n} x {n}"] = []
-            continue
-        pictures, cells = metrics.mosaics(inputs, target, n, count, torch.Generator().manual_seed(n))
-        values[f"grid {n} x {n}"] = metrics.grid_pointing_game(attribute, pictures, cells).flatten().tolist()
-    bottom = next(layer for layer, one in model.named_modules() if hasattr(one, "reset_parameters"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peers that divide by zero on a network of noise say so
-        correlations = metrics.parameter_randomization(
-            model, lambda randomized, x, y: Remembered(method(randomized))(x, y), few[:4], labels[:4], layers=[bottom]
+class Measurement:
+    """All metrics of one method on one subject."""
+
+    def __init__(self, subject: Subject, name: str, method: Method, options: argparse.Namespace) -> None:
+        self.subject, self.name, self.method, self.options = subject, name, method, options
+
+    @cached_property
+    def attribute(self) -> metrics.Attribution:
+        """The method itself."""
+        return self.method.build(self.subject)
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """The method, which remembers its maps."""
+        return Remembered(self.attribute)
+
+    def few(self, count: int) -> int:
+        """As many images as such a method is measured on."""
+        return count if self.method.passes < 10 else min(count, self.options.slow)
+
+    def images(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first images, and their labels."""
+        count = self.few(count)
+        return self.subject.images[:count], self.subject.target[:count]
+
+    def _cause(self, cases: Cases) -> list[float]:
+        model, count = self.subject.module, self.few(len(cases.target))
+        attribute = self.remembered if self.method.in_logits else as_logits(model, self.remembered)
+        inputs, changed, target = cases.inputs[:count], cases.changed[:count], cases.target[:count]
+        game = metrics.cause_game(model, attribute, inputs, changed, target)
+        return torch.stack([game.rise, game.placed], 1).flatten().tolist()
+
+    def cause(self) -> Values:
+        """The cause game with parts of other photographs, and with a watermark."""
+        if self.subject.name not in _CASES:
+            count = self.options.cases
+            marked = watermarked(self.subject, count) if self.subject.carton is not None else None
+            _CASES[self.subject.name] = pasted(self.subject, count), marked
+        parts, marked = _CASES[self.subject.name]
+        return {"pasted": self._cause(parts), "watermark": [] if marked is None else self._cause(marked)}
+
+    def cells(self) -> Values:
+        """Single deletion."""
+        found = metrics.single_deletion(self.subject.module, self.remembered, *self.images(self.options.count))
+        return {"cells": found.tolist()}
+
+    def confidence(self) -> Values:
+        """Average drop and increase."""
+        found = metrics.masked_confidence(self.subject.module, self.remembered, *self.images(self.options.count))
+        return {"drop": found.drop.tolist(), "increase": found.increase.tolist()}
+
+    def curves(self) -> Values:
+        """Insertion and deletion."""
+        inserted, deleted = (
+            metric(self.subject.module, self.remembered, *self.images(self.options.curves), steps=self.options.steps)
+            for metric in (metrics.insertion, metrics.deletion)
         )
-    values["randomized"] = correlations[bottom].tolist()
-    return values
+        gap = (inserted.area - deleted.area).tolist()
+        return {"insertion": inserted.area.tolist(), "deletion": deleted.area.tolist(), "gap": gap}
+
+    def road(self) -> Values:
+        """ROAD and ARCC."""
+        options = {"fractions": (0.2, 0.5, 0.8), "generator": torch.Generator().manual_seed(0)}
+        parts = metrics.arcc(self.subject.module, self.remembered, *self.images(self.options.road), **options)
+        options["generator"] = torch.Generator().manual_seed(0)
+        found = metrics.road(self.subject.module, self.remembered, *self.images(self.options.road), **options)
+        return {"road": found.combined.tolist(), "arcc": parts.score.tolist()}
+
+    def grid(self) -> Values:
+        """Grid pointing games; only where there are labels enough."""
+        values: Values = {}
+        for n, count in zip((2, 3), self.options.mosaics, strict=True):
+            count = max(1, count // 6) if count and self.method.passes >= 10 else count
+            if not count or self.subject.carton is None:
+                values[f"grid {n} x {n}"] = []
+                continue
+            generator = torch.Generator().manual_seed(n)
+            pictures, cells = metrics.mosaics(self.subject.images, self.subject.target, n, count, generator)
+            values[f"grid {n} x {n}"] = metrics.grid_pointing_game(self.attribute, pictures, cells).flatten().tolist()
+        return values
+
+    def patch(self) -> Values:
+        """Patch score of the strongest quarter."""
+        inputs, target = self.images(self.options.count)
+        maps = metrics.input_sized(self.remembered(inputs, target), *inputs.shape[-2:])
+        boxes = metrics.strongest_window(maps, inputs.shape[-1] // 2)
+        return {"patch": metrics.patch_score(self.subject.module, inputs, target, boxes).tolist()}
+
+    def randomized(self) -> Values:
+        """Correlation with the map of the network after all its parameters were drawn anew."""
+        model = self.subject.module
+        bottom = next(layer for layer, one in model.named_modules() if hasattr(one, "reset_parameters"))
+
+        def attribute(randomized: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
+            return Remembered(self.method.build(dataclasses.replace(self.subject, module=randomized)))(inputs, target)
+
+        found = metrics.parameter_randomization(model, attribute, *self.images(4), layers=[bottom])
+        return {"randomized": found[bottom].tolist()}
+
+    def cost(self, repeats: int = 5) -> Values:
+        """Processor time of one map, in that of one forward and backward pass; the best of some, taken in turn."""
+        model, (image, label) = self.subject.module, self.images(1)
+
+        def forward_and_backward() -> None:
+            inputs = image.clone().requires_grad_()
+            torch.autograd.grad(model(inputs).gather(1, label[:, None]).sum(), inputs)
+
+        def seconds(run: Callable[[], object]) -> float:
+            start = time.process_time()
+            run()
+            return time.process_time() - start
+
+        runs = (lambda: self.attribute(image, label), forward_and_backward)
+        for run in runs:
+            run()
+        taken = [[seconds(run) for run in runs] for _ in range(repeats)]
+        ours, unit = (min(one) for one in zip(*taken, strict=True))
+        return {"cost": [ours / unit]}
 
 
-def leads(results: dict[str, Values], first: str = "FusedScoreMap") -> str:
-    """By how much the first method is ahead of each other one, image by image, on what both were measured; Markdown."""
-    lines = ["| " + first + " is ahead of | " + " | ".join(COLUMNS[column][0].rstrip(" ↑") for column in DRAWN) + " |"]
-    lines.append("|---" * (len(DRAWN) + 1) + "|")
-    for name, values in results.items():
-        if name == first:
-            continue
-        cells = []
-        for column in DRAWN:
-            pairs = zip(results[first][column], values[column], strict=False)  # the same images, if not as many
-            cells.append(_cell([ours - theirs for ours, theirs in pairs], COLUMNS[column][1]))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+_CASES: dict[str, tuple[Cases, Cases | None]] = {}
+GROUPS: dict[str, Callable[[Measurement], Values]] = {
+    name: getattr(Measurement, name)
+    for name in ("cause", "cells", "confidence", "curves", "grid", "road", "patch", "randomized", "cost")
+}
+FIRST = {"cause": "pasted", "confidence": "drop", "curves": "gap", "grid": "grid 2 x 2"}
+"""A value by which one sees that a group was measured, where it has not the group's name."""
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% confidence interval."""
-    sample = torch.tensor(values, dtype=torch.float64)
-    return float(sample.mean()), float(1.96 * sample.std() / math.sqrt(len(sample))) if len(sample) > 1 else 0.0
+# --- tables ---
 
 
-def _cell(values: Sequence[float], digits: int) -> str:
-    mean, half = mean_and_interval(values)
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "") if values else "-"
+def interval(column: Column, *samples: NDArray[np.float64], draws: int = 1000) -> tuple[float, float]:
+    """A statistic, or the difference of it between two samples of the same images, and half its 95% interval.
+
+    A mean's interval is 1.96 standard errors; other statistics are bootstrapped over the images.
+    """
+    count = min(len(sample) for sample in samples)
+    pair = [sample[:count] for sample in samples]
+    sign = (1, -1)
+
+    def value(rows: NDArray[np.intp]) -> float:
+        return sum(s * column.statistic(one[rows]) for s, one in zip(sign, pair, strict=False))
+
+    found = value(np.arange(count))
+    if count < 2:
+        return found, 0.0
+    if column.statistic is _mean:
+        difference = sum(s * one for s, one in zip(sign, pair, strict=False))
+        return found, float(1.96 * np.std(difference, ddof=1) / math.sqrt(count))
+    generator = np.random.default_rng(0)
+    drawn = [value(generator.integers(count, size=count)) for _ in range(draws)]
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    return found, float(high - low) / 2
+
+
+def measured(results: dict[str, Values]) -> list[Column]:
+    """Columns of which there are values."""
+    return [column for column in COLUMNS if any(len(column.sample(values)) for values in results.values())]
+
+
+def cell(column: Column, values: Values) -> str:
+    """Statistic and interval; Markdown."""
+    sample = column.sample(values)
+    if not len(sample):
+        return "-"
+    found, half = interval(column, sample)
+    return f"{found:.{column.digits}f}" + (f" ± {half:.{column.digits}f}" if half else "")
+
+
+def best(column: Column, results: dict[str, Values]) -> str | None:
+    """Name of the method that is first."""
+    known = {name: sample for name, values in results.items() if len(sample := column.sample(values))}
+    if not column.better or not known:
+        return None
+    return max(known, key=lambda name: column.better * column.statistic(known[name]))
 
 
 def table(results: dict[str, Values]) -> str:
-    """Methods as rows, metrics as columns, best mean of each column in bold; Markdown."""
-    best = {
-        column: (min if "↓" in title else max)(
-            mean_and_interval(values[column])[0] for values in results.values() if values[column]
-        )
-        for column, (title, _) in COLUMNS.items()
-        if "↑" in title or "↓" in title
-    }
-    lines = [
-        "| Method | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-    ]
-    for name, values in sorted(results.items(), key=lambda item: -mean_and_interval(item[1]["gap"])[0]):
-        cells = []
-        for column, (_, digits) in COLUMNS.items():
-            number, *interval = _cell(values[column], digits).split(" ", maxsplit=1)
-            is_best = values[column] and best.get(column) == mean_and_interval(values[column])[0]
-            cells.append(" ".join([f"**{number}**" if is_best else number, *interval]))
+    """Methods as rows, metrics as columns, the first of each column in bold; Markdown."""
+    columns = measured(results)
+    firsts = [best(column, results) for column in columns]
+    lines = ["| Method | " + " | ".join(column.heading for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in results.items():
+        cells = [cell(column, values) for column in columns]
+        for place, first in enumerate(firsts):
+            number, *rest = cells[place].split(" ", maxsplit=1)
+            cells[place] = " ".join([f"**{number}**" if first == name else number, *rest])
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    counts = ", ".join(f"{column.title} {len(column.sample(next(iter(results.values()))))}" for column in columns)
+    return "\n".join([*lines, "", f"Images of each metric: {counts}. Slow methods saw fewer."])
+
+
+def standing(results: dict[str, Values], ours: str) -> str:
+    """Ours against the best method of others in each metric, on the images that both have seen; Markdown."""
+    others = {name: values for name, values in results.items() if "ScoreMap" not in name}
+    lines = [f"| {ours} | best other | ahead by | |", "|---|---|---|---|"]
+    for column in measured(results):
+        if (rival := best(column, others)) is None or not len(column.sample(results[ours])):
+            continue
+        found, half = interval(column, column.sample(results[ours]), column.sample(others[rival]))
+        ahead = column.better * found
+        word = "level" if abs(ahead) <= half else "ahead" if ahead > 0 else "behind"
+        title = f"{column.heading} ({column.values})"
+        lines.append(f"| {title} | {rival} | {ahead:+.{column.digits}f} ± {half:.{column.digits}f} | {word} |")
     return "\n".join(lines)
 
 
 def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
     """A panel for each metric, a row for each method, a color for each network."""
     networks = list(results)
-    first = results[networks[0]]
-    names = sorted(first, key=lambda name: mean_and_interval(first[name]["gap"])[0])
-    figure = Figure(figsize=(12, 0.3 * len(names) + 1.3), layout="constrained")
-    panels = figure.subplots(1, len(DRAWN), sharey=True)
-    for panel, column in zip(panels, DRAWN, strict=True):
+    names = list(dict.fromkeys(name for found in results.values() for name in found))[::-1]
+    columns = [column for column in measured(results[networks[0]]) if column.better and "3 ×" not in column.title]
+    figure = Figure(figsize=(2.1 * len(columns) + 2, 0.32 * len(names) + 1.5), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True)
+    for panel, column in zip(panels, columns, strict=True):
         for place, network in enumerate(networks):
-            known = [name for name in names if name in results[network] and results[network][name][column]]
-            means, halves = zip(*(mean_and_interval(results[network][name][column]) for name in known), strict=True)
-            rows = [names.index(name) + 0.25 * (place - (len(networks) - 1) / 2) for name in known]
-            style = {"fmt": "os^"[place], "color": ("#0072b2", "#d55e00", "#009e73")[place], "markersize": 4}
+            found = {name: column.sample(values) for name, values in results[network].items()}
+            known = [name for name in names if name in found and len(found[name])]
+            if not known:
+                continue
+            means, halves = zip(*(interval(column, found[name]) for name in known), strict=True)
+            rows = [names.index(name) + 0.22 * (place - (len(networks) - 1) / 2) for name in known]
+            style = {"fmt": "os^vDP"[place], "color": f"C{place}", "markersize": 4}
             panel.errorbar(means, rows, xerr=halves, elinewidth=1, label=network, **style)
-        panel.set_title(COLUMNS[column][0].rstrip(" ↑"), fontsize=10)
+        good = "less is better" if column.better < 0 else "more is better"
+        panel.set_title(f"{column.title}\n({good})", fontsize=8)
+        if column.statistic is _error:
+            panel.set_xlim(0, 1.6)  # worse than an empty map is worse
         panel.grid(axis="x", alpha=0.3)
+        panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
     for label in panels[0].get_yticklabels():
         label.set_fontweight("bold" if "ScoreMap" in label.get_text() else "normal")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    figure.supxlabel("mean and 95% confidence interval; right is better", fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(networks), fontsize=8)
+    figure.supxlabel("95% confidence intervals", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+# --- the program ---
 
 
 def stored(folder: Path, network: str) -> dict[str, Values]:
-    """What the folder holds of a network, in the order of the methods."""
-    paths = {name: folder / network / f"{_file_name(name)}.json" for name in METHODS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    """What the folder holds of a network, by method."""
+    paths = sorted((folder / network).glob("*.json"), key=lambda path: path.name)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    known = {one["method"]: one["values"] for one in found}
+    order = list(dict.fromkeys([*_ORDER, *known]))
+    return {name: known[name] for name in order if name in known}
 
 
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+_ORDER: list[str] = []
+
+
+def _store(folder: Path, network: str, name: str, values: Values) -> None:
+    safe = "".join(letter if letter.isalnum() else "_" for letter in name)
+    path = folder / network / f"{safe}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"method": name, "values": values}), encoding="utf-8")
+
+
+def measure(network: str, options: argparse.Namespace) -> None:
+    """Measure what is missing of a network: all methods by the first group of metrics, then by the next."""
+    subject = SUBJECTS[network](options.images, options.half)
+    every = methods(subject)
+    chosen = [name for name in every if name in options.methods] if options.methods else list(every)
+    _ORDER[:] = dict.fromkeys([*_ORDER, *every])
+    measurements = {name: Measurement(subject, name, every[name], options) for name in chosen}
+    jobs = [(group, name) for group in options.metrics for name in chosen]
+    for group, name in tqdm(jobs, desc=network, unit="measurement"):
+        values = stored(options.out, network).get(name, {})
+        if FIRST.get(group, group) in values:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peers warn of zero divisors, hooks and more
+            values |= GROUPS[group](measurements[name])
+        _store(options.out, network, name, values)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -219,40 +420,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="photographs and labels.csv")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results are kept")
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS, help="default: all three")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
-    parser.add_argument("--count", type=int, default=64, help="images for insertion and deletion (default 64)")
-    parser.add_argument("--patches", type=int, default=64, help="images for patch scores (default 64)")
-    parser.add_argument("--steps", type=int, default=32, help="steps of insertion and deletion (default 32)")
+    parser.add_argument("--half", default="odd", choices=("odd", "even"), help="of the photographs (default: odd)")
+    parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that the network takes")
+    parser.add_argument("--metrics", nargs="+", default=list(GROUPS), choices=list(GROUPS), metavar="NAME")
+    parser.add_argument("--count", type=int, default=64, help="images, where not said otherwise (default 64)")
+    parser.add_argument("--cases", type=int, default=24, help="changes of each kind for the cause game (default 24)")
+    parser.add_argument("--curves", type=int, default=64, help="images for insertion and deletion (default 64)")
+    parser.add_argument("--steps", type=int, default=16, help="steps of insertion and deletion (default 16)")
+    parser.add_argument("--road", type=int, default=16, help="images for ROAD and ARCC (default 16)")
+    parser.add_argument("--slow", type=int, default=12, help="images for methods of many passes (default 12)")
     parser.add_argument(
-        "--mosaics",
-        type=int,
-        nargs=2,
-        default=(50, 20),
-        metavar="N",
-        help="mosaics of 2 x 2 and 3 x 3 (default 50 20; 0: none)",
+        "--mosaics", type=int, nargs=2, default=(24, 0), metavar="N", help="mosaics of 2 x 2 and 3 x 3 (default 24 0)"
     )
+    parser.add_argument("--only-report", action="store_true", help="measure nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results here")
     options = parser.parse_args(arguments)
 
-    for network in options.networks:
-        (options.out / network).mkdir(parents=True, exist_ok=True)
-        missing = [name for name in options.methods if name not in stored(options.out, network)]
-        if not missing:
-            continue
-        model, inputs, target = sure_images(options.images, network)
-        for name in tqdm(missing, desc=network, unit="method"):
-            values = measure(name, model, inputs, target, options)
-            path = options.out / network / f"{_file_name(name)}.json"
-            path.write_text(json.dumps(values), encoding="utf-8")
+    if not options.only_report:
+        for network in options.networks:
+            measure(network, options)
     results = {network: found for network in options.networks if (found := stored(options.out, network))}
     for network, found in results.items():
-        print(f"\n{network}: values of each method\n")
-        for name, values in found.items():
-            print(f"{name}: " + ", ".join(f"{column} {len(values[column])}" for column in DRAWN))
-        print(f"\n{table(found)}")
-        if "FusedScoreMap" in found:
-            print(f"\n{leads(found)}")
+        print(f"\n## {network}\n\n{table(found)}")
+        for ours in ("CompleteScoreMap", "FusedScoreMap"):
+            if ours in found:
+                print(f"\n{standing(found, ours)}")
     if options.plot is not None:
         plot(results, options.plot)
 

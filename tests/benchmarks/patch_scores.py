@@ -3,10 +3,14 @@
     python -m tests.benchmarks.patch_scores --images DIR
 
 DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``; those count that
-EfficientNet-Lite0 classifies with more than 0.8. Of every image each method chooses one square: around the highest
-cell of its map, as ``semantic_patches`` does, or the window over which its map has the largest sum, of both signs or of
-the positive part alone. The network's probability for the label on the square alone, enlarged to one view, is the patch
-score. Printed are means with their 95% confidence intervals, as Markdown.
+EfficientNet-Lite0 classifies with more than 0.8. With ``--network vgg16`` the network is a VGG-16 with fully connected
+layers, the paper's kind (see ``subjects.py``); it knows none of the photographs' labels, so its own predictions are
+explained, on every other photograph, where it is sure of them by more than one half.
+
+Of every image each method chooses one square: around the highest cell of its map, as ``semantic_patches`` does, or
+the window over which its map has the largest sum, of both signs or of the positive part alone. The network's
+probability for the label on the square alone, enlarged to one view, is the patch score. Printed are means with their
+95% confidence intervals, as Markdown.
 """
 
 from __future__ import annotations
@@ -25,8 +29,12 @@ from tqdm import tqdm
 from captum_scoremap import LayerScoreMap, receptive_field
 from captum_scoremap.metrics import input_sized, patch_score, strongest_window
 from captum_scoremap.models import LoadedModel, load_model, prepare, read_image
+from tests.benchmarks.subjects import SUBJECTS
 
-LAYERS = ("blocks.1", "blocks.2", "blocks.4", "blocks.6", "bn2")
+LAYERS = {
+    "efficientnet_lite0": ("blocks.1", "blocks.2", "blocks.4", "blocks.6", "bn2"),
+    "vgg16": ("features.8", "features.15"),  # after the fourth and the seventh convolution
+}
 SIZES = (64, 112, 160)
 RANDOM = 10  # windows of each image
 CONFIDENT = 0.8
@@ -79,13 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="photographs and labels.csv")
-    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="NAME", help="layers of the network")
+    parser.add_argument("--network", default="efficientnet_lite0", choices=list(LAYERS), help="default: %(default)s")
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help="layers of the network")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="PIXELS", help="sides of the squares")
     options = parser.parse_args(arguments)
 
-    loaded = load_model()
-    model = prepare(loaded.module)
-    inputs, target = confident_images(options.images, loaded)
+    if options.network == "vgg16":
+        subject = SUBJECTS["vgg16"](options.images, "odd")
+        model, inputs, target = subject.module, subject.images, subject.target
+    else:
+        loaded = load_model(options.network)
+        model = prepare(loaded.module)
+        inputs, target = confident_images(options.images, loaded)
     side = inputs.shape[-1]
     generator = torch.Generator().manual_seed(0)
 
@@ -101,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         baselines.append({"pixels": str(size), "random": interval(random), "center": interval(center)})
 
     rows = []
-    for name in tqdm(options.layers, unit="layer", leave=False):
+    for name in tqdm(options.layers or LAYERS[options.network], unit="layer", leave=False):
         layer = model.get_submodule(name)
         maps = layer_maps(model, layer, inputs, target)
         field = receptive_field(model, layer, (side, side))

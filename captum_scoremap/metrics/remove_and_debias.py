@@ -1,0 +1,151 @@
+"""Remove and debias: does the score follow the pixels, if nothing shows which ones were taken away?"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from captum_scoremap.metrics.maps import (
+    Attribution,
+    attribution_maps,
+    check_batch_size,
+    check_images,
+    in_batches,
+    label_probabilities,
+    ranks,
+)
+
+_WEIGHTS = {(0, 1): 1 / 6, (1, 0): 1 / 6, (1, 1): 1 / 12, (1, -1): 1 / 12}
+"""Weight of a neighbor, rows and columns away, and of the one on the other side."""
+
+
+@dataclass(frozen=True)
+class Road:
+    """The label's probability where a share of the pixels is imputed from its surroundings.
+
+    Attributes:
+        fractions: ``(T,)``, share of the pixels that is removed.
+        most: ``(N, T)``, probabilities after the highest pixels of the map are removed.
+        least: ``(N, T)``, after the lowest are.
+
+    Example:
+        >>> Road(torch.tensor([0.5]), torch.tensor([[0.2]]), torch.tensor([[0.8]])).combined
+        tensor([0.3000])
+    """
+
+    fractions: Tensor
+    most: Tensor
+    least: Tensor
+
+    @property
+    def combined(self) -> Tensor:
+        """Mean of (least - most) / 2 over the fractions, ``(N,)``, between -0.5 and 0.5; large is good."""
+        return (self.least - self.most).mean(dim=1) / 2
+
+
+def road(
+    forward_func: Callable[..., Any],
+    attribute: Attribution,
+    inputs: Tensor,
+    target: Tensor,
+    fractions: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
+    noise: float = 0.01,
+    generator: torch.Generator | None = None,
+    batch_size: int = 32,
+) -> Road:
+    """Remove the highest, and the lowest, pixels of the map, and fill the holes by noisy linear imputation.
+
+    Rong et al. 2022, *A Consistent and Efficient Evaluation Strategy for Attribution Methods*: each removed pixel is
+    the weighted mean of its eight neighbors (1/6 beside, 1/12 diagonal), which is one sparse linear system, plus a
+    little noise. So the shape of the hole, which a constant color would show, tells the network nothing.
+
+    Args:
+        forward_func: the model; returns scores ``(N, K)``.
+        attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
+        inputs: images ``(N, C, H, W)``.
+        target: labels ``(N,)``.
+        fractions: shares of the pixels to remove.
+        noise: standard deviation of the noise, in units of the inputs.
+        generator: source of the noise; torch's default if None.
+        batch_size: images that the model sees at once.
+
+    Returns:
+        The probabilities of each image.
+
+    Raises:
+        ValueError: if inputs or target have the wrong shape, a fraction is not between 0 and 1 or leaves no pixel, or
+            ``batch_size`` is not positive.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> image, label = torch.rand(1, 2, 8, 8), torch.tensor([1])
+        >>> good = road(model, lambda inputs, target: inputs[:, 1:], image, label).combined
+        >>> bad = road(model, lambda inputs, target: -inputs[:, 1:], image, label).combined
+        >>> bool(good > 0 > bad)
+        True
+    """
+    check_images(inputs, target)
+    check_batch_size(batch_size)
+    pixels = inputs.shape[-2] * inputs.shape[-1]
+    removed = [round(fraction * pixels) for fraction in fractions]
+    if not removed or not all(0 < count < pixels for count in removed):
+        raise ValueError(
+            f"fractions must be between 0 and 1, and leave at least one of {pixels} pixels; got {tuple(fractions)}."
+        )
+    rank = ranks(attribution_maps(attribute, inputs, target))
+    holes = torch.stack([hole for count in removed for hole in (rank < count, rank >= pixels - count)], dim=1)
+
+    def imputed(index: Tensor) -> Tensor:
+        pairs = ((inputs[i // holes.shape[1]], holes[i // holes.shape[1], i % holes.shape[1]]) for i in index.tolist())
+        filled = torch.stack([impute(image, hole) for image, hole in pairs])
+        random = torch.randn(filled.shape, generator=generator, dtype=filled.dtype)
+        return filled + noise * random.to(filled) * holes.flatten(0, 1)[index][:, None]
+
+    labels = target.repeat_interleave(holes.shape[1])
+    probabilities = in_batches(label_probabilities, forward_func, imputed, labels, batch_size)
+    most, least = probabilities.view(len(inputs), len(removed), 2).unbind(dim=2)
+    return Road(torch.tensor([count / pixels for count in removed]).to(inputs), most, least)
+
+
+def impute(image: Tensor, hole: Tensor) -> Tensor:
+    """Return an image in which each pixel of a hole is the weighted mean of its eight neighbors.
+
+    With the weights W of neighbors in the image and d their sums, x solves (diag(d) - W) x = 0 in the hole.
+
+    Args:
+        image: ``(C, H, W)``.
+        hole: boolean ``(H, W)``, not all of it.
+
+    Returns:
+        ``(C, H, W)``.
+    """
+    laplacian = _laplacian(*hole.shape)
+    missing = hole.flatten().numpy(force=True)
+    pixels = image.flatten(1).T.numpy(force=True).astype(np.float64)
+    rows = laplacian[missing]
+    factors = sparse.linalg.splu(
+        rows[:, missing].tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+    )
+    pixels[missing] = factors.solve(-(rows[:, ~missing] @ pixels[~missing]))
+    return torch.from_numpy(pixels.T.copy()).to(image).view_as(image)
+
+
+@lru_cache(maxsize=8)
+def _laplacian(height: int, width: int) -> sparse.csr_array:
+    """Sums of the neighbors' weights on the diagonal, minus these weights beside it, (H * W, H * W)."""
+    number = np.arange(height * width).reshape(height, width)
+    rows, columns, weights = [], [], []
+    for (down, right), weight in _WEIGHTS.items():
+        here = number[: height - down, max(-right, 0) : width - max(right, 0)].ravel()
+        there = number[down:, max(right, 0) : width + min(right, 0)].ravel()
+        rows += [here, there]
+        columns += [there, here]
+        weights += [np.full(2 * len(here), weight)]
+    between = (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns)))
+    neighbors = sparse.csr_array(between, shape=(height * width, height * width))
+    return sparse.csr_array(sparse.diags_array(neighbors.sum(axis=1)) - neighbors)
