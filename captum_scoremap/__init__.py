@@ -33,7 +33,7 @@ from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerSc
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.layout import token_grid
 from captum_scoremap.linear import BiasMaps, LinearForm, bias_maps, bias_terms, linear_form
-from captum_scoremap.receptive_field import ReceptiveField, receptive_field
+from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
 from captum_scoremap.tape import Boundary, FrozenModel, freeze
 
 if TYPE_CHECKING:

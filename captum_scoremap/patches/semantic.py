@@ -15,7 +15,7 @@ from tqdm import tqdm
 from captum_scoremap.attribution import CompleteScoreMap, LayerScoreMap, NeuronScoreMap
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
-from captum_scoremap.receptive_field import ReceptiveField, receptive_field
+from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
 
 __all__ = ["By", "Patch", "semantic_patches"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from captum_scoremap.receptive_field import rules  # noqa: F401  # enters the rules
-from captum_scoremap.receptive_field.reach import EndlessReach, NoRuleError, Reach
+from captum_scoremap.receptive_fields import rules  # noqa: F401  # enters the rules
+from captum_scoremap.receptive_fields.reach import EndlessReach, NoRuleError, Reach
 
 __all__ = ["ReceptiveField", "receptive_field"]
 

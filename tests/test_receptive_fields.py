@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from captum_scoremap.receptive_field import ReceptiveField, receptive_field
+from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
 from tests.state import untouched
 
 

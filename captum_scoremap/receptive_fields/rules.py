@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from captum_scoremap.receptive_field.reach import (
+from captum_scoremap.receptive_fields.reach import (
     NOTHING,
     POINTWISE,
     RULES,
