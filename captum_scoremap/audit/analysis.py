@@ -47,12 +47,15 @@ class Analysis:
         pairs: One mapping for each pair of true and predicted label that was confused, the most frequent
             first.
         unusualness: Position of an image to 1 − cosine of its map with the mean of the label's other maps.
+        findings: What the model may wrongly rely on, the most suspicious first; see
+            `captum_scoremap.audit.findings.find`.
     """
 
     summary: Mapping[str, Any]
     labels: Sequence[Mapping[str, Any]]
     pairs: Sequence[Mapping[str, Any]]
     unusualness: Mapping[int, float]
+    findings: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass

@@ -1,21 +1,26 @@
 """What one batch of images yields: scores, and score maps of each chosen layer for the labels of interest."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.layout import map_channel_dim, token_grid
+from captum_scoremap.layout import main_layers, map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction
 from captum_scoremap.rules import with_rules
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
-__all__ = ["ROLES", "Explained", "MapLayer", "explain", "map_layers"]
+__all__ = ["ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]
 
 ROLES = ("predicted", "runner_up", "true")
 """Whose score a map explains. Any contrast is the difference of two of them."""
+
+_ACTIVATIONS = nn.ReLU.__module__  # where PyTorch keeps its activation functions as modules
+_CHANNELS = 8  # a layer of fewer is the image, or near it
+_POOLED = 8  # layers
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Explained:
             have no place in the image.
         biases: For each layer B of the predicted label, (N,), in logits.
         residuals: For each layer |S − (A·Y + B)| of the predicted label, (N,), in logits.
+        channels: For each layer A·Y of the predicted label for each channel, summed over positions, (N, C), in logits;
+            they add up to `sums`.
+        pooled: For each layer of those to pool the mean and the maximum of Y over positions, (N, 2, C).
     """
 
     scores: Tensor
@@ -51,10 +59,14 @@ class Explained:
     sums: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
     residuals: Mapping[str, Tensor]
+    channels: Mapping[str, Tensor]
+    pooled: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: Tensor) -> Explained:
+def explain(
+    model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: Tensor, pool: Sequence[MapLayer] = ()
+) -> Explained:
     """Explain one batch: one recorded run, one transposed pass for each role, one forward pass for each layer's B.
 
     Args:
@@ -62,6 +74,7 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
         layers: Its layers to map. Of one that runs more than once, the last call counts.
         inputs: Images (N, C, H, W).
         true: True labels (N,), -1 where not known.
+        pool: Layers whose output is pooled over positions.
 
     Returns:
         The score maps.
@@ -71,22 +84,26 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
             not give one floating-point tensor.
         UnsupportedOperationError: If operations of the model have no rule; all are listed.
     """
-    sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in layers}
+    sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in (*layers, *pool)}
     recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), bypass=True)
     scores = recording.record((inputs,))
     _check_scores(scores, true)
-    tapped = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}
+    found_at = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}
+    tapped = {layer: found_at[layer] for layer in layers}
     labels = torch.cat([scores.topk(2, dim=1).indices, true[:, None]], dim=1)
     maps: dict[MapLayer, list[Tensor]] = {layer: [] for layer in tapped}
     sums: dict[str, Tensor] = {}
+    channels: dict[str, Tensor] = {}
     for role in range(len(ROLES)):
         # A role that repeats another, or has no label, needs no pass of its own.
         wanted = (labels[:, role] >= 0) & (labels[:, :role] != labels[:, role, None]).all(1)
         one_hot = torch.zeros_like(scores).scatter(1, labels[:, role, None].clamp(min=0), wanted[:, None].to(scores))
-        found = _score_maps(recording.tape, one_hot if wanted.any() else None, tapped)
-        for layer, score_map in found.items():
+        found = _sub_scores(recording.tape, one_hot if wanted.any() else None, tapped, every_channel=role == 0)
+        for layer, sub_scores in found.items():
+            score_map = sub_scores.sum(layer.channel_dim, keepdim=True) if role == 0 else sub_scores
             maps[layer].append(score_map if layer.channel_dim == 1 else token_grid(score_map))
             if role == 0:
+                channels[layer.name] = sub_scores.movedim(layer.channel_dim, 1).flatten(2).sum(2)
                 sums[layer.name] = score_map.flatten(1).sum(1)
     score = scores.gather(1, labels[:, :1])[:, 0]
     biases = {
@@ -100,7 +117,27 @@ def explain(model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: 
         sums=sums,
         biases=biases,
         residuals={name: (score - (sums[name] + biases[name])).abs() for name in sums},
+        channels=channels,
+        pooled={layer.name: pooled(found_at[layer].activations[0], layer.channel_dim) for layer in pool},
     )
+
+
+def pooled(activations: Tensor, channel_dim: int) -> Tensor:
+    """Return the mean and the maximum of a layer's output over positions.
+
+    Args:
+        activations: Y, (N, C, H, W), (N, H, W, C) or (N, tokens, C).
+        channel_dim: Dimension of the channels.
+
+    Returns:
+        (N, 2, C).
+
+    Example:
+        >>> pooled(torch.tensor([[[[0.0, 2.0]]]]), 1).tolist()
+        [[[1.0], [2.0]]]
+    """
+    positions = activations.movedim(channel_dim, 1).flatten(2)
+    return torch.stack([positions.mean(2), positions.amax(2)], 1)
 
 
 def _tapped(recording: Recording, site: Site, name: str) -> Tapped:
@@ -125,21 +162,22 @@ def _tapped(recording: Recording, site: Site, name: str) -> Tapped:
     return tapped
 
 
-def _score_maps(
-    tape: Tape, coefficients: Tensor | None, layers: Mapping[MapLayer, Tapped]
+def _sub_scores(
+    tape: Tape, coefficients: Tensor | None, layers: Mapping[MapLayer, Tapped], *, every_channel: bool
 ) -> Mapping[MapLayer, Tensor]:
-    """Return each layer's A·Y, summed over channels, for given coefficients of the scores; zero where there are none.
+    """Return A·Y of each layer for given coefficients of the scores; zero where nothing depends on it.
 
     Args:
         tape: The recorded run.
         coefficients: Weights (N, K) of the scores; None if all are zero.
         layers: The layers and what they returned.
+        every_channel: Whether to leave the channels apart, or to sum over them.
 
     Returns:
-        The map of each layer, laid out as the layer is.
+        The sub-scores of each layer, laid out as the layer is.
     """
     output = tape.value_of_output()
-    reductions = {layer: Reduction(channel_dim=layer.channel_dim) for layer in layers}
+    reductions = {layer: Reduction(channel_dim=None if every_channel else layer.channel_dim) for layer in layers}
     wanted = {
         tapped.values[0]: partial(reductions[layer], activations=tapped.activations[0])
         for layer, tapped in layers.items()
@@ -159,6 +197,43 @@ def _scores_at_zero(tape: Tape, scores: Tensor, tapped: Tapped) -> Tensor:
         return scores
     zeros = {value: value.zeros() for value in tapped.values}
     return tape.forward(zeros, [output], sites=tapped.bit)[output]
+
+
+def layers_to_pool(model: nn.Module, inputs: Tensor) -> tuple[MapLayer, ...]:
+    """Choose the layers whose channels may tell labels apart: main ones, and the first activation of each resolution.
+
+    Args:
+        model: The network, in eval mode; it runs twice.
+        inputs: An image (1, C, H, W).
+
+    Returns:
+        At most eight layers of at least eight channels, in the order in which they run; fewer channels are the image.
+    """
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(name: str, output: object) -> None:
+        shapes.setdefault(name, []).append(tuple(output.shape) if isinstance(output, Tensor) else ())
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            handle = module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+            stack.callback(handle.remove)
+        model(inputs)
+    main = main_layers(model, inputs)
+    chosen: dict[str, MapLayer] = {}
+    seen: set[tuple[int, ...]] = set()
+    for name, (shape, *again) in shapes.items():
+        first = type(model.get_submodule(name)).__module__ == _ACTIVATIONS and len(shape) == 4
+        if again or not name or not (name in main or first):
+            continue
+        channel_dim = -1 if len(shape) == 3 else map_channel_dim(shape, tuple(inputs.shape))
+        if channel_dim is None or shape[channel_dim] < _CHANNELS:
+            continue
+        size = shape[2:] if channel_dim == 1 else shape[1:-1]
+        if name in main or size not in seen:
+            chosen[name] = MapLayer(name, channel_dim)
+        seen.add(size)
+    return tuple(chosen.values())[:_POOLED]
 
 
 def map_layers(model: nn.Module, names: Sequence[str], inputs: Tensor) -> tuple[MapLayer, ...]:

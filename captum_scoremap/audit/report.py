@@ -145,6 +145,8 @@ def _page(settings: Mapping[str, Any], analysis: Analysis, images: Mapping[int, 
         residual=max(residuals, default=None),
         limit=INEXACT,
         inexact=[row for row in analysis.summary["layers"] if row["inexact"]],
+        findings=[_finding(row) for row in analysis.findings if row["confident"]],
+        compared=sum(row["kind"] != "confused pair" for row in analysis.findings),
         labels=[_label(row) for row in analysis.labels[:_SHOWN]],
         ranked=any(row["shortcut"] is not None for row in analysis.labels),
         more_labels=max(len(analysis.labels) - _SHOWN, 0),
@@ -157,6 +159,16 @@ def _page(settings: Mapping[str, Any], analysis: Analysis, images: Mapping[int, 
 
 def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "picture": heat(row["contrast_map"], row["rows"], row["columns"])}
+
+
+def _finding(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **row,
+        "picture": heat(row["map"], row["rows"], row["columns"]),
+        "patches": [
+            {**patch, "left": _shift(patch["column"]), "top": _shift(patch["row"])} for patch in row["patches"]
+        ],
+    }
 
 
 def _label(row: Mapping[str, Any]) -> dict[str, Any]:

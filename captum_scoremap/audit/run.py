@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 import captum_scoremap
 from captum_scoremap.audit.analysis import Analysis, analyze
 from captum_scoremap.audit.cluster import on_ray
-from captum_scoremap.audit.explaining import MapLayer, map_layers
+from captum_scoremap.audit.explaining import MapLayer, layers_to_pool, map_layers
+from captum_scoremap.audit.findings import find
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.progress import Progress
 from captum_scoremap.audit.report import write_report
@@ -133,17 +134,22 @@ def audit(
     plan = Plan(len(opened), limit, batch_size, shard_size)
     if plan.count == 0:
         raise ValueError(f"source must hold images, got {opened.title!r} without any.")
-    worker = Worker(opened, plan, loaded, (), _check_metrics(metrics), torch.device(device))
+    worker = Worker(opened, plan, loaded, (), (), _check_metrics(metrics), torch.device(device))
     inputs = worker.first_readable().to(device)
     original = loaded.module
     module = prepare(original, inputs.cpu()) if prepare_model else copy.deepcopy(original).eval()
     module = module.to(device)
-    worker = replace(worker, model=replace(loaded, module=module), layers=_choose_layers(module, layers, inputs))
+    worker = replace(
+        worker,
+        model=replace(loaded, module=module),
+        layers=_choose_layers(module, layers, inputs),
+        pool=layers_to_pool(module, inputs),
+    )
     settings = _settings(worker, original, prepare_model)
     shards = Shards(Path(out))
     _open_folder(shards, settings, resume)
     _work(worker, shards, ray, workers, progress)
-    analysis = analyze(shards, settings["layers"])
+    analysis = replace(analyze(shards, settings["layers"]), findings=find(shards, worker))
     report = write_report(shards, settings, analysis, opened.path if show_paths else None)
     return Audit(shards.folder, settings, analysis, report)
 
@@ -200,7 +206,7 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
     """Return what decides the results: two runs with equal settings yield equal tables."""
     plan = worker.plan
     return {
-        "format": 1,
+        "format": 2,
         "source": {
             "title": worker.source.title,
             "images": len(worker.source),
@@ -214,6 +220,7 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
             "labels": list(worker.model.labels),
         },
         "layers": [layer.name for layer in worker.layers],
+        "pooled_layers": [layer.name for layer in worker.pool],
         "metrics": list(worker.metrics),
         "limit": plan.limit,
         "batch_size": plan.batch_size,

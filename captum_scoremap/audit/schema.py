@@ -80,6 +80,18 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
         Column("peak_row", pa.float64(), "where the score map is highest, from 0 (top) to 1 (bottom)"),
         Column("peak_column", pa.float64(), "where the score map is highest, from 0 (left) to 1 (right)"),
     ),
+    "channels": _schema(
+        _INDEX,
+        _LAYER,
+        Column(
+            "sub_scores",
+            pa.list_(pa.float32()),
+            "A·Y of each channel for the predicted label, summed over positions, in logits: the parts of the layer's "
+            "sub_scores; null at a layer without maps",
+        ),
+        Column("mean", pa.list_(pa.float32()), "the mean of each channel over positions, in the layer's units"),
+        Column("maximum", pa.list_(pa.float32()), "the maximum of each channel over positions, in the layer's units"),
+    ),
     "images": _schema(
         _INDEX,
         Column("name", pa.string(), "path below the source's folder, or the position in a data set"),

@@ -18,6 +18,7 @@ from captum_scoremap import metrics
 from captum_scoremap.audit.concentration import border_share, peak, region_share, top_share
 from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer, explain
 from captum_scoremap.audit.plan import Plan
+from captum_scoremap.audit.proof import Example
 from captum_scoremap.audit.schema import TABLES
 from captum_scoremap.crops import score_map_crops
 from captum_scoremap.data.ahead import map_ahead
@@ -54,6 +55,7 @@ class Worker:
         plan: Which of them make which shard and batch.
         model: The model, its preprocessing and its labels.
         layers: The layers to map, from image to score; the last one is what rankings use.
+        pool: The layers whose channels are kept, pooled over positions, to find what labels are known by.
         metrics: Names of additional metrics, of `METRICS`; each costs many forward passes an image.
         device: Where the model computes.
         threads: Threads that decode images.
@@ -63,6 +65,7 @@ class Worker:
     plan: Plan
     model: LoadedModel
     layers: tuple[MapLayer, ...]
+    pool: tuple[MapLayer, ...] = ()
     metrics: tuple[str, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
@@ -119,6 +122,16 @@ class Worker:
                         reasons.append(f"{self.source.name(index)}: {item.error}")
         raise ValueError(f"source must hold images that can be read, got {len(reasons)} that cannot: {reasons[0]}.")
 
+    def example(self, index: int) -> Example | None:
+        """Read one image again, for a proof; None where that is not possible."""
+        with strict_decoding():
+            item = self._prepare(index)
+        return (
+            None
+            if item.inputs is None
+            else Example(item.inputs.to(self.device), item.label if item.label >= 0 else None)
+        )
+
     def _prepare(self, index: int) -> _Prepared:
         try:
             sample = self.source.read(index)
@@ -153,13 +166,14 @@ class Worker:
         inputs = torch.stack([item.inputs for item in items if item.inputs is not None])
         on_device = inputs.to(self.device)
         true = torch.tensor([item.label for item in items], device=self.device)
-        found = explain(self.model.module, self.layers, on_device, true)
+        found = explain(self.model.module, self.layers, on_device, true, self.pool)
         return {
             "views": [
                 {"index": item.index, "format": item.view[0], "view": item.view[1]} for item in items if item.view
             ],
             "maps": self._maps(items, found),
             "layers": self._layers(items, found),
+            "channels": self._channels(items, found),
             "images": self._images(items, found, on_device),
         }
 
@@ -204,6 +218,20 @@ class Worker:
                     record["region_share"] = region_share(map_[place : place + 1], item.region[None]).item()
                     record["region_area"] = item.region.mean().item()
                 rows.append(record)
+        return rows
+
+    def _channels(self, items: Sequence[_Prepared], found: Explained) -> list[dict[str, Any]]:
+        rows = []
+        for layer in dict.fromkeys([*found.channels, *found.pooled]):
+            columns: dict[str, Tensor] = {}
+            if layer in found.channels:
+                columns["sub_scores"] = found.channels[layer]
+            if layer in found.pooled:
+                columns["mean"], columns["maximum"] = found.pooled[layer].unbind(1)
+            values = {name: one.float().cpu().numpy() for name, one in columns.items()}
+            for place, item in enumerate(items):
+                row: dict[str, Any] = {"index": item.index, "layer": layer}
+                rows.append(row | {name: one[place] for name, one in values.items()})
         return rows
 
     def _images(self, items: Sequence[_Prepared], found: Explained, inputs: Tensor) -> list[dict[str, Any]]:

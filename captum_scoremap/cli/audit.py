@@ -158,9 +158,14 @@ def _said(done: "Audit") -> Iterator[str]:
     for layer in summary["layers"]:
         if layer["residual_max"] is not None:
             yield f"Layer {layer['layer']}: largest residual {layer['residual_max']:.1e} logits."
-    first = next(iter(done.analysis.labels), None)
-    if first is not None and first["shortcut"] is not None:
-        yield f"Label most likely recognized by a shortcut: {first['name']} ({first['shortcut']:.2f})."
+    for finding in (one for one in done.analysis.findings if one["confident"]):
+        effect = finding["effect"]
+        pair = f", which {finding['true_name']} is taken for" if finding["kind"] == "confused pair" else ""
+        yield (
+            f"Finding: {finding['name']}{pair}, {finding['kind']}, {len(finding['images'])} images: without it S falls "
+            f"by {effect['score_fall']:.1f} of {effect['score']:.1f} logits (control: "
+            f"{effect['control_score_fall']:.1f})."
+        )
     yield f"Report: {done.report}"
     inexact = [layer["layer"] for layer in summary["layers"] if layer["inexact"]]
     if inexact:

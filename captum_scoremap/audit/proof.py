@@ -1,0 +1,301 @@
+"""From what sets a label apart to a finding: where it is, what it is worth in logits, and what falls when it is gone.
+
+A discriminant of pooled channels is itself a sum over positions: the mean of a channel comes from everywhere, its
+maximum from one cell. That sum is the map of the concept. What holds most of it is taken away on images that the
+discriminant was not fitted to: a small region by the mean color of the rest of the image, something spread over the
+image by shifting the layer's channels to what they are in other labels' images. A control of equal size is taken away
+as well, and S and the prediction are read again.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from captum_scoremap.attribution import LayerScoreMap
+from captum_scoremap.audit.concentration import border_share, peak, resized
+from captum_scoremap.audit.explaining import MapLayer
+from captum_scoremap.audit.screening import FALSE_ALARMS, Candidate
+from captum_scoremap.layout import token_grid
+
+__all__ = ["Example", "prove"]
+
+_PROVEN = 12  # candidates that are looked at with the network
+_IMAGES = 24  # held-out images of each
+_MASS = 0.6  # of the concept's map lies in its region
+_LOCAL = 0.3  # of the image: a region of more is the background
+_GRID = 8  # cells on which places are compared
+_SAME_PLACE = 0.5  # mean cosine of two maps, from which on they lie in the same place
+_BORDER = 0.6  # share of the map in the border, a tenth of each side
+_PAIR = 0.1  # share of a label's images: more are no accident
+_CHANNELS = 5  # are named
+_CONTROLS = 3
+_EFFECT = 0.01  # chance of the effect
+_GRAY = 0.05  # of S: less is no effect worth a finding
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image as the network takes it, (C, H, W), and its true label, None where it is not known."""
+
+    inputs: Tensor
+    true: int | None
+
+
+def prove(
+    candidates: Sequence[Candidate],
+    model: nn.Module,
+    layers: Mapping[str, MapLayer],
+    read: Callable[[int], Example | None],
+    predicted: Mapping[int, int],
+    truth: Mapping[int, int],
+    label_name: Callable[[int], str],
+) -> list[dict[str, Any]]:
+    """Turn candidates into findings.
+
+    Args:
+        candidates: What sets labels apart, the least likely by chance first.
+        model: The network, in eval mode.
+        layers: Its pooled layers by name.
+        read: From the position of an image to the image; None where it cannot be read.
+        predicted: Predicted labels of images.
+        truth: True labels of images, where known.
+        label_name: The name of a label.
+
+    Returns:
+        A finding for each candidate, and for each label that it is confused with, most suspicious first. The first few
+        are looked at with the network; the others have no kind and no effect.
+    """
+    counts = Counter(truth.values())
+    findings = []
+    for place, candidate in enumerate(candidates):
+        finding: dict[str, Any] = {
+            "label": candidate.label,
+            "name": label_name(candidate.label),
+            "kind": None,
+            "strength": candidate.strength,
+            "chance": candidate.chance,
+            "confident": False,
+            "share": None,
+            "images": list(candidate.carriers),
+            "layer": candidate.layer,
+        }
+        if place < _PROVEN or candidate.chance <= FALSE_ALARMS:
+            images = [(index, read(index)) for index in (candidate.held_out or candidate.carriers)[:_IMAGES]]
+            others = [read(index) for index in candidate.sample]
+            known = [(index, one.inputs) for index, one in images if one is not None]
+            sample = [one.inputs for one in others if one is not None]
+            known = [(index, one) for index, one in known if one.shape == known[0][1].shape]
+            sample = [one for one in sample if one.shape == known[0][1].shape] if known else []
+            if len(known) > 2 and sample:
+                indices = [index for index, _ in known]
+                look = _Look(model, layers[candidate.layer], candidate)
+                finding |= look(torch.stack([one for _, one in known]), torch.stack(sample), indices)
+                finding["confident"] = candidate.chance <= FALSE_ALARMS and finding["effect"]["chance"] <= _EFFECT
+        findings.append(finding)
+        findings += _pairs(finding, predicted, truth, counts, label_name)
+    return sorted(findings, key=lambda one: (not one["confident"], one["chance"], -one["strength"]))
+
+
+def _pairs(
+    finding: Mapping[str, Any],
+    predicted: Mapping[int, int],
+    truth: Mapping[int, int],
+    counts: Mapping[int, int],
+    label_name: Callable[[int], str],
+) -> Iterator[dict[str, Any]]:
+    """Labels whose images are taken for the finding's label by what sets that apart."""
+    wrong = Counter(
+        truth[index] for index in finding["images"] if truth.get(index, finding["label"]) != finding["label"]
+    )
+    for label, count in wrong.items():
+        if finding["confident"] and count >= max(3, _PAIR * counts[label]):
+            yield {
+                **finding,
+                "kind": "confused pair",
+                "images": [index for index in finding["images"] if truth.get(index) == label],
+                "true": label,
+                "true_name": label_name(label),
+            }
+
+
+class _Look:
+    """One candidate seen through the network."""
+
+    def __init__(self, model: nn.Module, layer: MapLayer, candidate: Candidate) -> None:
+        self.model, self.layer, self.candidate = model, layer, candidate
+        self.module = model.get_submodule(layer.name)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, sample: Tensor, indices: Sequence[int]) -> dict[str, Any]:
+        """Kind, share, place, channels, patches and effect."""
+        device = next((one.device for one in self.model.parameters()), torch.device("cpu"))
+        inputs, sample = inputs.to(device), sample.to(device)
+        label = self.candidate.label
+        scores, y = self._run(inputs)
+        _, other_y = self._run(sample)
+        concept = self._concept(y)
+        region = _region(concept)
+        area = float(region.mean())
+        local = area <= _LOCAL
+        kind, rest = _kind(concept, local)
+        sub_scores, coefficients = self._sub_scores(inputs)
+        if local:
+            part = sub_scores.sum(1) * region
+            gone = [self._scores(_filled(inputs, region))]
+            controls = [self._scores(_filled(inputs, _moved(region, turn))) for turn in range(_CONTROLS)]
+        else:
+            shift = y.mean((2, 3)).mean(0) - other_y.mean((2, 3)).mean(0)
+            part = (coefficients * shift[:, None, None]).sum(1)
+            gone = [self._shifted(inputs, shift)]
+            generator = torch.Generator().manual_seed(label)
+            order = [torch.randperm(len(shift), generator=generator) for _ in range(_CONTROLS)]
+            controls = [self._shifted(inputs, shift[one.to(device)]) for one in order]
+        score = scores[:, label]
+        per_channel = (sub_scores * region[:, None] if local else coefficients * shift[:, None, None]).sum((0, 2, 3))
+        strongest = per_channel.abs().topk(min(_CHANNELS, len(per_channel))).indices.tolist()
+        rows, columns = peak(concept)
+        value = concept.flatten(1).amax(1)
+        return {
+            "kind": kind,
+            "share": float(part.sum() / score.sum()) if float(score.sum()) > 0 else None,
+            "area": area,
+            **rest,
+            "channels": [
+                {"channel": channel, "logits": float(per_channel[channel]) / len(inputs)} for channel in strongest
+            ],
+            "rows": concept.shape[1],
+            "columns": concept.shape[2],
+            "map": (concept.clamp(min=0).mean(0) / concept.clamp(min=0).mean(0).sum().clamp(min=1e-12))
+            .flatten()
+            .tolist(),
+            "patches": [
+                {"index": index, "row": row, "column": column, "value": strength}
+                for index, row, column, strength in zip(
+                    indices, rows.tolist(), columns.tolist(), value.tolist(), strict=True
+                )
+            ][:8],
+            "effect": _effect("region" if local else "direction", label, scores, gone, controls),
+        }
+
+    def _run(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (N, K), and the layer's output as (N, C, H, W)."""
+        outputs: list[Tensor] = []
+        handle = self.module.register_forward_hook(lambda _, __, output: outputs.append(output.detach().clone()))
+        try:
+            scores = self.model(inputs)
+        finally:
+            handle.remove()
+        y = outputs[-1]
+        return scores.double(), (y if self.layer.channel_dim == 1 else token_grid(y)).double()
+
+    def _scores(self, inputs: Tensor) -> Tensor:
+        scores: Tensor = self.model(inputs).double()
+        return scores
+
+    def _concept(self, y: Tensor) -> Tensor:
+        """The discriminant's score, position by position, (N, H, W), above what other labels' images have."""
+        weights = torch.as_tensor(self.candidate.weights).to(y)
+        typical = torch.as_tensor(self.candidate.typical).to(y)
+        cells = y.shape[2] * y.shape[3]
+        mean = ((y - typical[0][:, None, None]) * weights[0][:, None, None]).sum(1) / cells
+        highest, where = y.flatten(2).max(2)
+        beyond = (highest - typical[1]) * weights[1]
+        maximum = torch.zeros_like(mean).flatten(1).scatter_add(1, where, beyond).reshape(mean.shape)
+        return mean + maximum
+
+    def _sub_scores(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """A·Y and A at the layer, (N, C, H, W)."""
+        found = []
+        for multiply in (True, False):
+            method = LayerScoreMap(self.model, self.module, multiply_by_inputs=multiply)
+            with torch.enable_grad():
+                one = method.attribute(inputs, self.candidate.label, attr_dim_summation=False)
+            one = one.detach()
+            found.append((one if self.layer.channel_dim == 1 else token_grid(one)).double())
+        return found[0], found[1]
+
+    def _shifted(self, inputs: Tensor, shift: Tensor) -> Tensor:
+        """The scores with the layer's channels shifted by as much."""
+        shape = [1] * (4 if self.layer.channel_dim == 1 else 1)
+        shape[self.layer.channel_dim] = -1
+        with _changed(self.module, lambda output: output - shift.to(output).reshape(shape)):
+            return self._scores(inputs)
+
+
+@contextmanager
+def _changed(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, __, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _region(concept: Tensor) -> Tensor:
+    """The smallest set of cells that holds most of the positive part, (N, H, W), 0 or 1."""
+    positive = concept.clamp(min=0).flatten(1)
+    values, order = positive.sort(dim=1, descending=True)
+    before = values.cumsum(1) - values
+    inside = (before < _MASS * values.sum(1, keepdim=True)).to(concept)
+    return torch.zeros_like(positive).scatter(1, order, inside).reshape(concept.shape)
+
+
+def _moved(region: Tensor, turn: int) -> Tensor:
+    """The same region at another place of the image: a control."""
+    rows, columns = region.shape[1:]
+    shifts = ((rows // 2, columns // 2), (rows // 2, 0), (0, columns // 2))
+    return region.roll(shifts[turn], (1, 2))
+
+
+def _filled(inputs: Tensor, region: Tensor) -> Tensor:
+    """The images with a region and what is next to it in the mean color of the rest."""
+    mask = interpolate(region[:, None].float(), size=inputs.shape[2:], mode="nearest")
+    width = max(3, inputs.shape[2] // 14) // 2 * 2 + 1
+    mask = torch.nn.functional.max_pool2d(mask, width, 1, width // 2).to(inputs)
+    rest = (inputs * (1 - mask)).sum((2, 3), keepdim=True) / (1 - mask).sum((2, 3), keepdim=True).clamp(min=1)
+    return inputs * (1 - mask) + rest * mask
+
+
+def _kind(concept: Tensor, local: bool) -> tuple[str, dict[str, Any]]:
+    """What kind of thing the concept is, by where its map lies."""
+    positive = concept.clamp(min=0)
+    border = float(border_share(positive).mean())
+    small = resized(positive, (min(_GRID, concept.shape[1]), min(_GRID, concept.shape[2]))).flatten(1)
+    unit = small / small.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    count = len(unit)
+    consistency = float((unit.sum(0).square().sum() - count) / (count * (count - 1)))
+    rest = {"border": border, "consistency": consistency, "row": None, "column": None}
+    if not local:
+        return "background", rest
+    if consistency >= _SAME_PLACE:
+        row, column = peak(positive.mean(0, keepdim=True))
+        return "place", rest | {"row": float(row), "column": float(column)}
+    return ("border" if border >= _BORDER else "concept"), rest
+
+
+def _effect(how: str, label: int, scores: Tensor, gone: Sequence[Tensor], controls: Sequence[Tensor]) -> dict[str, Any]:
+    """How S and accuracy fall without it, beside a control; positive numbers are falls."""
+    score = scores[:, label]
+    falls = [torch.stack([score - one[:, label] for one in some]).mean(0) for some in (gone, controls)]
+    kept = [torch.stack([(one.argmax(1) == label).double() for one in some]).mean(0) for some in (gone, controls)]
+    more = (falls[0] - falls[1]).cpu().numpy()
+    sure = np.ptp(more) > 0 and float(more.mean()) >= _GRAY * float(score.abs().mean())
+    chance = float(stats.ttest_1samp(more, 0, alternative="greater").pvalue) if sure else 1.0
+    return {
+        "how": how,
+        "images": len(scores),
+        "score": float(score.mean()),
+        "score_fall": float(falls[0].mean()),
+        "control_score_fall": float(falls[1].mean()),
+        "accuracy_fall": 1 - float(kept[0].mean()),
+        "control_accuracy_fall": 1 - float(kept[1].mean()),
+        "chance": chance,
+    }
