@@ -1,5 +1,7 @@
 """What an audit says of the whole set: found where it was planted, and equal to a plain computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -108,7 +110,7 @@ def test_analysis_is_on_disk(shortcut_audit):
     assert labels == list(shortcut_audit.analysis.labels)
     assert pq.read_table(folder / "unusualness.parquet").num_rows == len(shortcut_audit.analysis.unusualness)
     again = analyze(Shards(shortcut_audit.folder), shortcut_audit.settings["layers"])
-    assert again == shortcut_audit.analysis
+    assert replace(again, findings=shortcut_audit.analysis.findings) == shortcut_audit.analysis
 
 
 def test_maps_without_anything_positive_do_no_harm(tmp_path):

@@ -30,7 +30,8 @@ def find(shards: Shards, worker: Worker) -> list[dict[str, Any]]:
         - ``share``: the part of the label's score S that comes from it, by the exact sum S = A·Y + B at ``layer``;
         - ``images``: positions of the images that carry it, the clearest first; ``patches``: where in them;
         - ``layer``; ``channels``: those that add most, with logits; ``row`` and ``column`` of a place; ``map``,
-          ``rows`` and ``columns``: where it lies on average; ``area``, ``border`` and ``consistency``, what the kind goes by;
+          ``rows`` and ``columns``: where it lies on average; ``area``, ``border`` and ``consistency``: what the kind
+          goes by;
         - ``effect``: what happens on images that it was not found on when it is taken away: ``how``, ``score`` (S),
           ``score_fall``, ``accuracy_fall``, both with ``control_`` in front for a control of equal size, ``chance``.
     """

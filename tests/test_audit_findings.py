@@ -1,0 +1,137 @@
+"""Findings: where they were planted, of the right kind, with proof; and none where nothing is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from captum_scoremap import LayerScoreMap
+from captum_scoremap.audit import audit
+from captum_scoremap.audit.explaining import layers_to_pool, pooled
+from captum_scoremap.audit.screening import FALSE_ALARMS, stand_out
+from captum_scoremap.audit.shards import Shards
+from captum_scoremap.models import LoadedModel, prepare
+from tests.planted import Case, pictures, trained
+
+CASES = {
+    "fixed corner": (Case("fixed corner", "digits", "pooled", 2), "place"),
+    "random place": (Case("random place", "digits", "pooled", 0), "concept"),
+    "color": (Case("color", "textures", "plain", 1), "background"),
+    "another label's": (Case("another label's", "textures", "normed", 0), "concept"),
+}
+
+
+@pytest.fixture(scope="module")
+def audits(tmp_path_factory):
+    """Audits by name of the case, each done once."""
+    done = {}
+
+    def of(name):
+        if name not in done:
+            case = CASES[name][0] if name in CASES else Case("clean", "digits", "plain", 1)
+            model = LoadedModel("small", trained(case))
+            out = tmp_path_factory.mktemp("audit") / "out"
+            done[name] = audit(pictures(case, 300, test=True), model, out=out, progress=False)
+        return done[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_planted_comes_first_with_proof(name, audits):
+    case, kind = CASES[name]
+    done, data = audits(name), pictures(case, 300, test=True)
+    first = done.analysis.findings[0]
+    assert (first["label"], first["kind"], first["confident"]) == (case.planted[0], kind, True)
+    assert first["chance"] <= FALSE_ALARMS
+    carry = data.marked[first["images"]].double().mean()
+    assert carry >= 0.9  # the images named are those that carry it
+    effect = first["effect"]
+    assert effect["score_fall"] > 2 * max(effect["control_score_fall"], 0)
+    assert effect["accuracy_fall"] >= effect["control_accuracy_fall"]
+    assert 0.05 < first["share"] <= 1.5
+    images = {image["index"]: image for image in done.images.to_pylist()}
+    assert all(images[index]["predicted"] == case.planted[0] for index in first["images"])
+    assert json.loads((done.folder / "analysis" / "findings.json").read_text())["findings"] == done.analysis.findings
+
+
+def test_a_label_taken_for_another_by_its_mark_is_a_pair(audits):
+    case = CASES["another label's"][0]
+    data = pictures(case, 300, test=True)
+    pair = next(one for one in audits("another label's").analysis.findings if one["kind"] == "confused pair")
+    assert (pair["label"], pair["true"]) == (case.planted[0], case.victim)
+    assert all(data.labels[index] == case.victim for index in pair["images"])
+
+
+def test_a_fixed_place_is_named(audits):
+    first = audits("fixed corner").analysis.findings[0]
+    assert first["row"] > 0.75  # the lower left corner
+    assert first["column"] < 0.25
+
+
+def test_nothing_is_named_where_nothing_was_planted(audits):
+    findings = audits("clean").analysis.findings
+    assert len(findings) == 10
+    assert not any(one["confident"] for one in findings)
+
+
+def test_the_page_shows_what_was_found(audits):
+    page = (audits("color").folder / "report.html").read_text(encoding="utf-8")
+    assert 'id="findings"' in page
+    assert "background" in page
+    quiet = (audits("clean").folder / "report.html").read_text(encoding="utf-8")
+    assert "No label stands out among the 10" in quiet
+
+
+def test_channels_are_the_parts_of_the_sub_scores(audits):
+    done = audits("random place")
+    parts = {(row["index"], row["layer"]): row for row in Shards(done.folder).table("channels").to_pylist()}
+    for row in done.layers.to_pylist():
+        assert sum(parts[row["index"], row["layer"]]["sub_scores"]) == pytest.approx(row["sub_scores"], abs=1e-4)
+    case = CASES["random place"][0]
+    data, module = pictures(case, 300, test=True), trained(case)
+    layer = module[7]
+    image = done.images.to_pylist()[5]
+    expected = LayerScoreMap(module, layer).attribute(data.images[5:6], image["predicted"], attr_dim_summation=False)
+    torch.testing.assert_close(
+        torch.tensor(parts[5, "7"]["sub_scores"]), expected.sum((2, 3))[0].detach().float(), rtol=1e-3, atol=1e-4
+    )
+    outputs = []
+    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    with torch.no_grad():
+        module(data.images[5:6])
+    handle.remove()
+    expected = outputs[0][0].flatten(1)
+    torch.testing.assert_close(torch.tensor(parts[5, "7"]["mean"]), expected.mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(parts[5, "7"]["maximum"]), expected.amax(1), rtol=1e-3, atol=1e-4)
+
+
+def test_first_activations_and_main_layers_are_pooled():
+    module = prepare(trained(Case("clean", "digits", "plain", 1)), torch.rand(1, 3, 28, 28))
+    assert [layer.name for layer in layers_to_pool(module, torch.rand(1, 3, 28, 28))] == ["2", "5", "8", "9"]
+
+
+def test_pooling_does_not_mind_where_the_channels_are():
+    y = torch.rand(2, 3, 4, 5)
+    torch.testing.assert_close(pooled(y, 1), pooled(y.movedim(1, -1), -1))
+    torch.testing.assert_close(pooled(y, 1), pooled(y.flatten(2).movedim(1, -1), -1))
+
+
+def test_few_labels_or_images_are_not_compared(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 3))
+    data = [torch.rand(1, 8, 8) for _ in range(40)]
+    assert audit(data, module.eval(), out=tmp_path, progress=False).analysis.findings == []
+
+
+@pytest.mark.parametrize("count", [5, 10, 100])
+def test_false_alarms_of_the_test_are_as_rare_as_it_says(count):
+    rng = np.random.default_rng(0)
+    alarms = [stand_out(rng.normal(0, 1, count))[1].min() <= FALSE_ALARMS for _ in range(400)]
+    assert np.mean(alarms) <= FALSE_ALARMS + 3 * np.sqrt(FALSE_ALARMS * (1 - FALSE_ALARMS) / 400)
+
+
+def test_two_labels_that_stand_out_do_not_hide_each_other():
+    values = np.concatenate([np.random.default_rng(0).normal(0, 0.2, 8), [4.0, 5.0]])
+    _, chances = stand_out(values)
+    assert (chances <= FALSE_ALARMS).tolist() == [False] * 8 + [True] * 2
