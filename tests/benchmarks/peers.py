@@ -127,7 +127,7 @@ def _layer(place: int, **options: Any) -> Build:
         attribution = LayerScoreMap(subject.module, subject.module.get_submodule(subject.layers[place]), **options)
 
         def attribute(inputs: Tensor, target: Tensor) -> Tensor:
-            score_map = attribution.attribute(inputs, target)
+            score_map = attribution.attribute(inputs, target, channel_dim=-1 if subject.tokens else 1)
             return token_grid(score_map) if subject.tokens else score_map
 
         return attribute

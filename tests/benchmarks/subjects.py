@@ -345,10 +345,13 @@ def _probe(folder: Path, half: str) -> Subject:
     module = Probe(backbone).eval().requires_grad_(False)
     with torch.no_grad():
         means = torch.cat([module.tokens(batch)[:, 1:].mean(1) for batch in others.split(8)])
-        fitted = LogisticRegression(C=0.1, max_iter=1000).fit(means.numpy(), (their_labels < ANIMALS).numpy())
-        weight, bias = (torch.from_numpy(one).float() for one in (fitted.coef_[0], fitted.intercept_))
+        mean, std = means.mean(0), means.std(0)
+        fitted = LogisticRegression(max_iter=1000).fit((means - mean) / std, (their_labels < ANIMALS).numpy())
+        coefficients, intercept = (torch.from_numpy(one).float() for one in (fitted.coef_[0], fitted.intercept_))
+        weight = coefficients / std
+        bias = intercept[0] - weight @ mean
         module.head.weight.copy_(torch.stack([-weight, weight]) / 2)
-        module.head.bias.copy_(torch.stack([-bias[0], bias[0]]) / 2)
+        module.head.bias.copy_(torch.stack([-bias, bias]) / 2)
     return Subject(
         "vit_probe",
         module,

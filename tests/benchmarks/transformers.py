@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import zennit.composites
-import zennit.rules
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -94,11 +92,39 @@ def _lxt_rules() -> Any:
     return module
 
 
+def with_gamma_rule(module: nn.Conv2d | nn.Linear, gamma: float) -> Callable[[Tensor], Tensor]:
+    """The forward of a layer whose gradient times input is the relevance of the gamma rule (Montavon et al. 2019).
+
+    Contributions of the sign of the output count (1 + gamma) times. As a function whose value is the plain output z:
+    z' (z / z') with the quotient held constant, where z' is the output with these contributions.
+    """
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(module, nn.Linear):
+            return nn.functional.linear(x, weight, bias)
+        return nn.functional.conv2d(x, weight, bias, module.stride, module.padding)
+
+    def favoring(parameter: Tensor | None, sign: int) -> Tensor | None:
+        return None if parameter is None else parameter + gamma * sign * (sign * parameter).clamp(min=0)
+
+    def forward(x: Tensor) -> Tensor:
+        plain = apply(x, module.weight, module.bias)
+        favored = []
+        for sign in (1, -1):
+            parts = (apply(x.clamp(min=0), favoring(module.weight, sign), favoring(module.bias, sign)),
+                     apply(x.clamp(max=0), favoring(module.weight, -sign), None))  # fmt: skip
+            favored.append(parts[0] + parts[1])
+        chosen = torch.where(plain > 0, *favored)
+        return chosen * (plain / torch.where(chosen == 0, 1.0, chosen)).detach()
+
+    return forward
+
+
 def attention_lrp(subject: Subject) -> Attribution:
     """AttnLRP by LXT's rules, as LXT recommends for vision transformers.
 
-    That is: no gradient through the attention weights, norms and GELU by the identity rule, and zennit's gamma rule in
-    convolutions (0.25) and linear layers (0.05).
+    That is: no gradient through the attention weights, norms and GELU by the identity rule, and the gamma rule in
+    convolutions (0.25) and linear layers (0.05). Gradient times input is the relevance.
     """
     rules = _lxt_rules()
     model = copy.deepcopy(subject.module)
@@ -125,15 +151,14 @@ def attention_lrp(subject: Subject) -> Attribution:
         for kind, forward in ((nn.LayerNorm, norm), (nn.GELU, activation), (Attention, attention)):
             if isinstance(module, kind):
                 module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
-    composite = zennit.composites.LayerMapComposite([
-        (nn.Conv2d, zennit.rules.Gamma(0.25)),
-        (nn.Linear, zennit.rules.Gamma(0.05)),
-    ])
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            gamma = 0.25 if isinstance(module, nn.Conv2d) else 0.05
+            module.forward = with_gamma_rule(module, gamma)  # type: ignore[method-assign]
 
     def attribute(inputs: Tensor, target: Tensor) -> Tensor:
         image = inputs.clone().requires_grad_()
-        with torch.enable_grad(), composite.context(model) as patched:
-            score = patched(image).gather(1, target[:, None]).sum()
+        with torch.enable_grad():
+            score = model(image).gather(1, target[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, image)
         return image.detach() * gradient
 
