@@ -38,6 +38,7 @@ from captum_scoremap.tape import Boundary, FrozenModel, freeze
 
 if TYPE_CHECKING:
     from captum_scoremap import metrics, visualization
+    from captum_scoremap.compiled import CompiledMap, compile_map
     from captum_scoremap.crops import score_map_crops
     from captum_scoremap.models import prepare
     from captum_scoremap.multiview import MultiView
@@ -45,8 +46,10 @@ if TYPE_CHECKING:
 
 # What needs more packages is loaded on first use, so that importing this package costs no more than importing Captum.
 _HOME = {
+    "CompiledMap": "compiled",
     "MultiView": "multiview",
     "Patch": "patches",
+    "compile_map": "compiled",
     "metrics": None,
     "prepare": "models",
     "score_map_crops": "crops",
@@ -57,6 +60,7 @@ _HOME = {
 __all__ = [
     "BiasMaps",
     "Boundary",
+    "CompiledMap",
     "CompleteScoreMap",
     "FrozenModel",
     "FusedScoreMap",
@@ -70,6 +74,7 @@ __all__ = [
     "UnsupportedOperationError",
     "bias_maps",
     "bias_terms",
+    "compile_map",
     "freeze",
     "linear_form",
     "metrics",

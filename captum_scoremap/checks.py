@@ -6,9 +6,11 @@ Every message says what must be, what was, and what to do. Nothing here changes 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "InvalidTypeError",
@@ -22,6 +24,7 @@ __all__ = [
     "check_layer",
     "is_tuple_of_one",
     "nearest",
+    "unrecorded",
     "unwrap_parallel",
 ]
 
@@ -97,6 +100,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message that suggests the names most like ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def unrecorded() -> AbstractContextManager[None]:
+    """Inside, no mode sees what runs: for checks that look at numbers, which are no part of what is computed."""
+    return _disable_current_modes()  # type: ignore[no-any-return]  # PyTorch has no types there
 
 
 def unwrap_parallel(forward_func: Callable[..., object]) -> Callable[..., object]:
@@ -185,9 +193,11 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
             raise ValueError("inputs must have a batch dimension, (N, ...); got a single number. Use inputs[None].")
         if tensor.numel() == 0:
             raise ValueError(f"inputs must hold at least one image, got an empty batch of shape {shape}.")
-        # a finite sum is the fast proof; a sum may also overflow
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        with unrecorded():
+            # a finite sum is the fast proof; a sum may also overflow
+            finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
+            count = 0 if finite else int((~torch.isfinite(tensor)).sum())
+        if not finite:
             raise ValueError(f"inputs must be finite, got {count} values that are NaN or infinite. Replace them first.")
     sizes = {tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor)}
     if len(sizes) > 1:

@@ -165,7 +165,8 @@ def log_odds(output: Tensor, target: Target) -> Tensor:
         (chosen,) = torch.autograd.grad(select_scores(probe, target).sum(), probe)
     chosen = chosen.bool()
     rivals = output.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
-    return score - rivals[chosen.any(dim=1)]
+    # the one place, where there are several, without a shape that depends on numbers
+    return score - rivals.where(chosen.any(dim=1), 0).reshape(len(score), -1).sum(dim=1)
 
 
 def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.checks import InvalidValueError
+from captum_scoremap.checks import InvalidValueError, unrecorded
 from captum_scoremap.rules import Rule, Value, with_rules
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
@@ -117,7 +117,8 @@ class Explanation:
         count = len(self.score)
         if count == 1 or [axis for axis, size in enumerate(product.shape) if size == count] == [0]:
             return 0
-        return image_axis(self.tape, self.seeds, value, count, activations)
+        with unrecorded():
+            return image_axis(self.tape, self.seeds, value, count, activations)
 
 
 def image_axis(
@@ -257,7 +258,9 @@ def record_score(
 def _warn_of_empty_maps(found: Explanation) -> None:
     """Warn where a map is zero everywhere because the values of operations such as argmin are frozen."""
     broken = found.recording.broken
-    if broken and any(not any(bool(one.any()) for one in results) for results in found.results.values()):
+    with unrecorded():
+        is_empty = broken and any(not any(bool(one.any()) for one in each) for each in found.results.values())
+    if is_empty:
         names = ", ".join(f"{name} in {module!r}" if module else name for name, module in broken)
         warnings.warn(
             f"a map is zero everywhere: the values of these operations are frozen, and nothing else reaches the score: "

@@ -1,10 +1,13 @@
 """Products: operations that are linear in each factor alone, division and powers."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from captum_scoremap.checks import unrecorded
 
 from .call import Call, Value
 from .rule import Gradients, Rule, transposed_by_autograd
@@ -277,7 +280,7 @@ class Power(Rule):
         if not isinstance(exponent, Tensor) and exponent == 1:
             return torch.ones_like(x), None
         slope = torch.pow(x, exponent - 1)
-        if bool((torch.as_tensor(exponent) > 0).all()):
+        if _everywhere(exponent, operator.gt, 0):
             return torch.where(x == 0, torch.zeros_like(slope), slope), None
         return slope * exponent, call.output - slope * exponent * x
 
@@ -298,4 +301,10 @@ class Power(Rule):
 
     def makes_gate(self, call: Call) -> bool:
         """Return whether the power is negative or a root: a scale."""
-        return call.only_gates() or bool((torch.as_tensor(call.args[1]) < 1).all())
+        return call.only_gates() or _everywhere(call.args[1], operator.lt, 1)
+
+
+def _everywhere(exponent: Any, compare: Callable[[Any, float], Any], bound: float) -> bool:
+    """Return whether a constant exponent compares so with a bound."""
+    with unrecorded():
+        return bool(torch.as_tensor(compare(exponent, bound)).all())

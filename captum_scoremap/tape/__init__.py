@@ -2,8 +2,9 @@
 
 from .boundary import Boundary
 from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
-from .places import Site
+from .places import Site, root_module
 from .run import Recording, Tapped
+from .sight import exits_refused
 from .steps import Step, Tape
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "Tape",
     "Tapped",
     "as_tuple_of_arguments",
+    "exits_refused",
     "freeze",
+    "root_module",
 ]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_scoremap.checks import UnsupportedOperationError
+from captum_scoremap.checks import UnsupportedOperationError, unrecorded
 from captum_scoremap.rules import (
     DEFAULT,
     Call,
@@ -248,8 +248,9 @@ class Recording(TorchDispatchMode):
             # while what the run made can still be told from what was there before
             values = {id(tensor): self.value_of(tensor) for tensor in tensors_in(output)}
         self.raise_unsupported()
-        for one in self._unverified:
-            self._verify(*one)
+        with unrecorded():
+            for one in self._unverified:
+                self._verify(*one)
         self.tape.output = output
         self.tape.output_values = {key: value for key, value in values.items() if value is not None}
         return output
@@ -286,7 +287,7 @@ class Recording(TorchDispatchMode):
 
     def _is_live(self, tensor: Tensor) -> bool:
         """Return whether a tensor depends on the image, asked from the model's own code."""
-        with _disable_current_modes():  # to read changed memory takes operations
+        with unrecorded():  # to read changed memory takes operations
             return self.value_of(tensor) is not None
 
     def _meet(self, tensor: Tensor) -> Value | None:

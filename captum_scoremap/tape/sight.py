@@ -11,15 +11,18 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from captum_scoremap.checks import unrecorded
+
 from .places import Places
 
-__all__ = ["Sight"]
+__all__ = ["Sight", "exits_refused"]
 
 # Ways for numbers to leave a tensor for Python or for raw memory.
 _EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", *(_COPIES := ("__deepcopy__", "__reduce_ex__")))
@@ -51,6 +54,12 @@ class Sight:
 
     def leave(self, tensor: Tensor, way: str) -> None:
         """Note that the numbers of a tensor leave it."""
+        if _refused.get()(tensor):
+            module = self._places.module_name
+            raise ValueError(
+                f"the map must not read numbers of the image to be compiled, got Tensor.{way}()"
+                f"{f' in {module!r}' if module else ''}. Use method.attribute, or compute this with PyTorch operations."
+            )
         if self._is_live(tensor):
             self._exits.append(way)
 
@@ -118,7 +127,9 @@ class Sight:
         if tensor.layout is not torch.strided:
             return
         bare = self._bare.pop(tensor.untyped_storage()._cdata, None)
-        if bare is not None and (not bare[1] or bool(tensor.any())):
+        with unrecorded():
+            is_filled = bare is not None and (not bare[1] or bool(tensor.any()))
+        if is_filled:
             self._hide("what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
 
     @property
@@ -128,6 +139,23 @@ class Sight:
 
     def _hide(self, what: str) -> None:
         self.hidden[what, self._places.module_name] = None
+
+
+_refused: ContextVar[Callable[[Tensor], bool]] = ContextVar("refused", default=lambda _: False)
+
+
+@contextmanager
+def exits_refused(depends: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Inside, a run raises where numbers leave PyTorch: what it does next may go by them, and no graph says how.
+
+    Args:
+        depends: Whether a tensor depends on the image, be it frozen or not.
+    """
+    token = _refused.set(depends)
+    try:
+        yield
+    finally:
+        _refused.reset(token)
 
 
 # One watch for all runs of the process, each on a thread of its own.

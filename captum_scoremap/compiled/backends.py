@@ -1,0 +1,50 @@
+"""What runs a graph: PyTorch's operations one by one, or code that Inductor makes of it."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .graph import Graph
+
+__all__ = ["Backend", "Program", "compiled"]
+
+Backend = Literal["inductor", "graph"]
+Program = Callable[..., Sequence[Tensor]]
+
+
+def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Program:
+    """Return what runs a graph.
+
+    Args:
+        graph: The graph.
+        arguments: Tensors that it is compiled for.
+        backend: "inductor", or "graph" for the graph itself.
+
+    Returns:
+        From the arguments to what the graph returns; the graph itself where Inductor cannot compile here, with a
+        warning.
+    """
+    if backend == "graph":
+        return graph
+    import torch._inductor as inductor  # a second
+
+    try:
+        with torch.no_grad():
+            program: Any = inductor.compile(graph.module, [*arguments, *graph.read()])  # type: ignore[no-untyped-call]
+            program(*arguments, *graph.read())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"the map runs as a plain graph, for Inductor cannot compile it here ({type(error).__name__}: {reason}).",
+            stacklevel=5,
+        )
+        return graph
+
+    def run(*arguments: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = program(*arguments, *graph.read())
+        return found
+
+    return run

@@ -1,0 +1,58 @@
+"""Is a program the map? It is run beside it, at the example and at a random image, where all that is frozen differs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import Program
+
+__all__ = ["check", "elsewhere", "run"]
+
+
+def run(program: Program, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Run a program as it was traced: without gradients, and without casts of its own."""
+    with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
+        return program(*(argument.detach() for argument in arguments))
+
+
+def elsewhere(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return random inputs with the mean and the spread of these; of tokens those there are, in another order."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for tensor in inputs:
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+            found.append(torch.empty_like(tensor).copy_(tensor.mean() + noise * tensor.std(correction=0)))
+        else:
+            order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+            found.append(tensor.reshape(-1)[order].reshape(tensor.shape))
+    return tuple(found)
+
+
+def check(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Raise unless tensors are as expected.
+
+    Args:
+        what: What gave them.
+        got: The tensors.
+        expected: What they must be.
+        tolerance: The largest norm of a difference that counts as rounding, a fraction of the norm.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    for one, wanted in zip(got, expected, strict=True):
+        if one.shape == wanted.shape:
+            wide = wanted.detach().cpu().double()
+            scale = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            difference = float((one.detach().cpu().double() - wide).norm() / scale)
+            if difference <= tolerance or bool((one.cpu() == wanted.cpu()).all()):
+                continue
+            how = f"a relative difference of {difference:.1e}"
+        else:
+            how = f"the shape {tuple(one.shape)} for {tuple(wanted.shape)}"
+        raise ValueError(
+            f"{what} must give what method.attribute gives, got {how}. What the model does must depend on nothing but "
+            "the numbers of the image; where it does not, use method.attribute."
+        )

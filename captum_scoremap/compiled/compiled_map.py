@@ -1,0 +1,295 @@
+"""A map as a graph that is compiled once, runs without Python's time for each operation, and can leave Python."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
+from captum_scoremap.checks import check_inputs, unwrap_parallel
+from captum_scoremap.linear import Target, select_scores
+from captum_scoremap.tape import root_module
+
+from .backends import Backend, Program, compiled
+from .checked import check, elsewhere, run
+from .graph import Graph, trace
+from .parts import Method, parts
+
+__all__ = ["CompiledMap", "compile_map"]
+
+_METHODS = (ScoreMap, LayerScoreMap, CompleteScoreMap, FusedScoreMap)
+Inputs = Tensor | tuple[Tensor, ...]
+
+# How much a graph may differ from the eager map, as a fraction of its norm. A plain graph runs the same kernels; a
+# compiled one rounds otherwise, so that a mask may flip where an activation is almost zero.
+_PLAIN = {torch.float64: 1e-10, torch.float32: 1e-4}
+_COMPILED = {torch.float64: 1e-6, torch.float32: 1e-2}
+
+
+def compile_map(
+    method: Method,
+    inputs: Inputs,
+    target: Target = None,
+    backend: Backend = "inductor",
+    **options: Any,
+) -> "CompiledMap":
+    """Return a map as a compiled graph: the same numbers as ``method.attribute``, in less time.
+
+    The map is computed at the inputs, traced, compiled, and compared with ``method.attribute`` there and at a random
+    image with random labels. Everything that is frozen at an image is part of the graph, so that it holds at any image
+    of the same size; the label is an argument of it. ``prepare`` the model first for the fastest map.
+
+    Args:
+        method: A ``ScoreMap``, ``LayerScoreMap`` (of one layer or several), ``CompleteScoreMap`` or ``FusedScoreMap``.
+        inputs: An example, (N, C, H, W), or a tuple of inputs.
+        target: The example's label, in any of Captum's forms; or a function from the model's output to (N,) scores,
+            which becomes part of the graph.
+        backend: "inductor" compiles to code of the device, which takes minutes for a large network, once for a
+            machine (PyTorch keeps it on disk); "graph" runs PyTorch's operations one by one, and is ready at once.
+            Inductor needs a C++ compiler on a CPU; without one the graph runs, and a warning says so.
+        **options: Other arguments of ``method.attribute``, such as ``channel_dim``; they are constants.
+
+    Returns:
+        The compiled map.
+
+    Raises:
+        TypeError: If the method is none of these, or as ``method.attribute``.
+        ValueError: If the map is no graph, as where the model branches on numbers of the image, with where it does; if
+            the graph differs from the eager map; or as ``method.attribute``.
+        RuntimeError: As ``method.attribute``.
+        UnsupportedOperationError: As ``method.attribute``.
+
+    Example:
+        >>> from torch import nn
+        >>> from captum_scoremap import ScoreMap
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> compiled = compile_map(ScoreMap(model), torch.rand(2, 3, 6, 6), target=7, backend="graph")
+        >>> image = torch.rand(2, 3, 6, 6)
+        >>> bool(torch.allclose(compiled(image, [3, 5]), ScoreMap(model).attribute(image, [3, 5])))
+        True
+    """
+    if not isinstance(method, _METHODS):
+        raise TypeError(
+            "method must be a ScoreMap, LayerScoreMap, CompleteScoreMap or FusedScoreMap, got "
+            f"{type(method).__name__}. Other methods run as they are."
+        )
+    if backend not in {"inductor", "graph"}:
+        raise ValueError(f'backend must be "inductor" or "graph", got {backend!r}.')
+    return CompiledMap(method, inputs, target, backend, options)
+
+
+class CompiledMap:
+    """A map as a compiled graph; made by :func:`compile_map`.
+
+    It goes by the model's weights as they are at each call, and is compiled once more for each new number of images.
+    What else the model is (its structure, hooks, ``rules``, the options) is as it was when it was compiled.
+
+    Args:
+        method: The method.
+        inputs: An example.
+        target: Its label.
+        backend: What runs the graph.
+        options: Other arguments of ``method.attribute``.
+    """
+
+    def __init__(
+        self, method: Method, inputs: Inputs, target: Target, backend: Backend, options: dict[str, Any]
+    ) -> None:
+        self._method, self._backend, self._options = method, backend, options
+        self._function = target if callable(target) and not isinstance(target, Tensor) else None
+        tensors = check_inputs(inputs, indices=True)
+        self._is_tensor = isinstance(inputs, Tensor)
+        self._layout = [_layout(tensor) for tensor in tensors]
+        self._example: tuple[Tensor, ...] = ()
+        self._sizes: tuple[int, ...] = ()
+        self._programs: dict[int, _Compiled] = {}
+        self._programs[len(tensors[0])] = self._compile(tensors, target)
+
+    def __call__(self, inputs: Inputs, target: Target = None) -> Any:
+        """Return what ``method.attribute(inputs, target)`` returns.
+
+        Args:
+            inputs: Images of the size, type and device that the map was compiled for, any number of them.
+            target: Label of each image, in any of Captum's forms; None where it was compiled with a function as target.
+
+        Returns:
+            The map, or maps.
+
+        Raises:
+            TypeError: If an input is no tensor, or a target has no known form.
+            ValueError: If an input is not as the map was compiled for, or the target is not as it must be.
+            RuntimeError: If ``torch.inference_mode`` is on.
+        """
+        tensors = check_inputs(inputs, indices=True)
+        got = [_layout(tensor) for tensor in tensors]
+        if got != self._layout or isinstance(inputs, Tensor) != self._is_tensor:
+            raise ValueError(
+                f"inputs must be as the map was compiled for, {_described(self._layout, self._is_tensor)}, got "
+                f"{_described(got, isinstance(inputs, Tensor))}. Compile a map for these, too."
+            )
+        count = len(tensors[0])
+        if count not in self._programs:
+            self._programs[count] = self._compile(tensors, target)
+        return self._programs[count](tensors, self._indices(target, tensors))
+
+    def export(self, path: str | Path) -> Path:
+        """Write the map as a file that runs without this package.
+
+        Its arguments are the image (or images, one by one), (N, C, H, W) with N as in the example that the map was
+        compiled with, and, unless there is but one score or the target is a function, the labels, (N,) int64. It
+        returns, by name: ``scores``, what the model returns; ``map``, or ``map.layer`` for each of several layers; of
+        the same layers ``bias``, B of S = A·Y + B, and ``residual``, S - (A·Y + B), zero but for rounding. A complete
+        map has ``placeless`` in place of B, and a fused map neither.
+
+        Args:
+            path: Where to; ``.pt2`` for ``torch.export.load``, ``.onnx`` for onnxruntime and others.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If the suffix is neither, the map has operations that ONNX lacks, or the file, read again,
+                gives other numbers.
+            ImportError: If the extra ``onnx`` is not installed.
+        """
+        from .export import FORMATS, read_back, write  # a second
+
+        path = Path(path)
+        if path.suffix.lower() not in FORMATS:
+            raise ValueError(f"path must end in {' or '.join(FORMATS)}, got {str(path)!r}.")
+        arguments, count = self._example, len(self._layout)
+        names: list[str] = []
+
+        def function(*tensors: Tensor) -> Sequence[Tensor]:
+            select = partial(self._selected, indices=tensors[count:])
+            found = parts(self._method, self._given(tensors[:count]), select, self._options)
+            names[:] = found
+            return list(found.values())
+
+        graph = self._traced(function, arguments)
+        given = [*(["image"] if count == 1 else [f"image_{number}" for number in range(count)]), "target"]
+        given = given[: len(arguments)]
+        with TemporaryDirectory(dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            write(graph, arguments, given, names, draft)
+            program = read_back(draft, given, names)
+            for case in (arguments, self._elsewhere(arguments)):
+                wanted = run(graph, case)
+                # a residual is rounding, so that it is compared beside the scores that it is rounding of
+                shifts = [float(wanted[0].norm()) if name.startswith("residual") else 0.0 for name in names]
+                both = (
+                    [one + shift for one, shift in zip(each, shifts, strict=True)]
+                    for each in (run(program, case), wanted)
+                )
+                check(f"the file {path.name}", *both, _tolerance(_COMPILED, case))
+            draft.replace(path)
+        return path
+
+    # -- what is compiled
+
+    def _given(self, tensors: Sequence[Tensor]) -> Inputs:
+        return tensors[0] if self._is_tensor else tuple(tensors)
+
+    def _selected(self, output: Any, indices: Sequence[Tensor]) -> Tensor:
+        """The scores, (N,), by labels that are arguments of the graph."""
+        if self._function is not None:
+            return select_scores(output, self._function)
+        rows = output.reshape(len(output), -1)
+        return rows.gather(1, indices[0][:, None])[:, 0] if indices else rows[:, 0]
+
+    def _indices(self, target: Target, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The target as the argument of the graph: the position of each image's score among all of its own."""
+        if self._function is not None:
+            if target is not None and target is not self._function:
+                raise ValueError(
+                    "target must be left out, for the map was compiled with a function as target. Compile a map for "
+                    "this target, too."
+                )
+            return ()
+        count = math.prod(self._sizes)
+        # the positions, put where the scores are, and selected as they are
+        places = torch.arange(count, dtype=torch.float64).reshape(1, *self._sizes).expand(len(tensors[0]), *self._sizes)
+        found = select_scores(places, target, len(tensors[0])).long().to(tensors[0].device)
+        return () if count == 1 else (found,)
+
+    def _compile(self, tensors: tuple[Tensor, ...], target: Target) -> "_Compiled":
+        """Trace the map at these inputs, compile it and check it against the eager one, here and elsewhere."""
+        outputs: list[Any] = []
+
+        def noted(output: Any) -> Tensor:
+            outputs.append(output)
+            return select_scores(output, target, len(tensors[0]))
+
+        expected = self._method.attribute(self._given(tensors), noted, **self._options)
+        self._sizes = tuple(outputs[0].shape[1:]) if isinstance(outputs[0], Tensor) else ()
+        arguments = (*tensors, *self._indices(target, tensors))
+        leaves, spec = pytree.tree_flatten(expected)
+
+        def function(*arguments: Tensor) -> list[Tensor]:
+            select = partial(self._selected, indices=arguments[len(tensors) :])
+            found = self._method.attribute(self._given(arguments[: len(tensors)]), select, **self._options)
+            return pytree.tree_leaves(found)
+
+        graph = self._traced(function, arguments)
+        other = self._elsewhere(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they have been shown
+            cases = [(arguments, leaves), (other, function(*other))]
+        for case, wanted in cases:
+            check("the graph", run(graph, case), wanted, _tolerance(_PLAIN, case))
+        program = compiled(graph, arguments, self._backend)
+        for case, wanted in cases if program is not graph else ():
+            check("the compiled graph", run(program, case), wanted, _tolerance(_COMPILED, case))
+        if not self._programs:
+            self._example = tuple(argument.detach().clone() for argument in arguments)
+        return _Compiled(program, spec, [tensor.stride() for tensor in tensors])
+
+    def _traced(self, function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> Graph:
+        root = root_module(unwrap_parallel(self._method.forward_func))
+        return trace(function, arguments, [] if root is None else [root])
+
+    def _elsewhere(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Random inputs, and random labels."""
+        count = len(self._layout)
+        labels = arguments[count:]
+        generator = torch.Generator().manual_seed(1)
+        others = [torch.randint(math.prod(self._sizes), one.shape, generator=generator).to(one) for one in labels]
+        return (*elsewhere(arguments[:count]), *others)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The program for one number of images."""
+
+    program: Program
+    spec: pytree.TreeSpec
+    strides: Sequence[tuple[int, ...]]
+
+    def __call__(self, tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> Any:
+        laid_out = [
+            tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
+            for tensor, stride in zip(tensors, self.strides, strict=True)
+        ]
+        return pytree.tree_unflatten(list(run(self.program, (*laid_out, *indices))), self.spec)
+
+
+def _tolerance(tolerances: Mapping[torch.dtype, float], arguments: Sequence[Tensor]) -> float:
+    """How much may differ: by the type of the inputs; tokens go through a network of single precision."""
+    return tolerances.get(next((one.dtype for one in arguments if one.is_floating_point()), torch.float32), 0.2)
+
+
+def _layout(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    return tuple(tensor.shape[1:]), tensor.dtype, tensor.device
+
+
+def _described(layouts: Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]], is_tensor: bool) -> str:
+    each = ", ".join(f"(N, {', '.join(map(str, shape))}) of {dtype} on {device}" for shape, dtype, device in layouts)
+    return each if is_tensor else f"a tuple of {each}"

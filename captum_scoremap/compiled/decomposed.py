@@ -1,0 +1,257 @@
+"""Graphs without changes in place, and of operations that ONNX has.
+
+ONNX has no backward operations, but the transposed steps are plain operations themselves: that of a convolution is a
+transposed convolution, that of a maximum over windows a scatter, and average-pooling, enlarging and padding go axis by
+axis, so that theirs are products with one matrix for each axis.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+__all__ = ["ONNX", "functional"]
+
+aten = torch.ops.aten
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+
+
+def functional(
+    module: fx.GraphModule, arguments: Sequence[Tensor], decompositions: Decompositions | None = None
+) -> fx.GraphModule:
+    """Return a graph without changes in place.
+
+    Args:
+        module: The graph.
+        arguments: What it takes.
+        decompositions: Operation to what it is made of.
+
+    Returns:
+        The graph.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        traced = make_fx(
+            torch.func.functionalize(module, remove="mutations"), dict(decompositions or {}), tracing_mode="fake"
+        )(*arguments)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _convolution_backward(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Any:
+    """The transposed convolution: what it leaves over at the end of an axis is its output padding."""
+    if list(output_mask) != [True, False, False]:
+        return NotImplemented
+    axes = input.dim() - 2
+    stride, padding, dilation = (list(one) * (axes if len(one) == 1 else 1) for one in (stride, padding, dilation))
+    if transposed:
+        found = aten.convolution(gradient, weight, None, stride, padding, dilation, False, [0] * axes, groups)
+        return found, None, None
+    over = [
+        input.shape[axis + 2]
+        - (gradient.shape[axis + 2] - 1) * stride[axis]
+        + 2 * padding[axis]
+        - dilation[axis] * (weight.shape[axis + 2] - 1)
+        - 1
+        for axis in range(axes)
+    ]
+    found = aten.convolution(gradient, weight, None, stride, padding, dilation, True, over, groups)
+    return found, None, None
+
+
+def _max_pool_backward(gradient: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+    """The coefficients, added to the positions that the maxima were taken from."""
+    positions, spatial = arguments[-1], -2
+    flat = torch.zeros(input.shape, dtype=gradient.dtype, device=gradient.device).flatten(spatial)
+    return flat.scatter_add(-1, positions.flatten(spatial), gradient.flatten(spatial)).reshape(input.shape)
+
+
+def _along_axes(gradient: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """The product with the transpose of one matrix, (after, before), for each of the last axes."""
+    for axis, matrix in enumerate(reversed(matrices), start=1):
+        gradient = (gradient.movedim(-axis, -1) @ matrix.to(gradient)).movedim(-1, -axis)
+    return gradient
+
+
+def _matrix(operate: Callable[[Tensor], Tensor], size: int, like: Tensor) -> Tensor:
+    """What an operation of one axis, the last but one, does to so many cells, (after, before)."""
+    return operate(torch.eye(size, dtype=like.dtype, device=like.device)[None, None])[0, 0]
+
+
+def _average_pool_backward(
+    gradient: Tensor,
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Tensor:
+    axes = len(kernel)
+    stride = list(stride) or list(kernel)
+    stride, padding = (list(one) * (axes if len(one) == 1 else 1) for one in (stride, padding))
+    matrices = []
+    for axis in range(axes):
+        geometry = ((kernel[axis], 1), (stride[axis], 1), (padding[axis], 0))
+
+        def pool(x: Tensor, geometry: Any = geometry, own: int = kernel[axis]) -> Tensor:
+            if divisor is None:
+                return F.avg_pool2d(x, *geometry, ceil_mode, count_include_pad)
+            return F.avg_pool2d(x, *geometry, ceil_mode, count_include_pad, 1)
+
+        matrices.append(_matrix(pool, input.shape[axis - axes], gradient))
+    found = _along_axes(gradient, matrices)
+    return found if divisor is None else found / divisor
+
+
+def _adaptive_pool_backward(gradient: Tensor, input: Tensor) -> Tensor:
+    matrices = [
+        _matrix(
+            lambda x, after=gradient.shape[axis]: F.adaptive_avg_pool2d(x, (after, x.shape[-1])),
+            input.shape[axis],
+            gradient,
+        )
+        for axis in range(2 - input.dim(), 0)
+    ]
+    return _along_axes(gradient, matrices)
+
+
+def _enlarging(operation: Any, *, aligns: bool) -> Callable[..., Tensor]:
+    """The transpose of an enlargement in two axes."""
+
+    def backward(
+        gradient: Tensor, output_size: Sequence[int], input_size: Sequence[int], *rest: Any, **kwargs: Any
+    ) -> Tensor:
+        own, scales = (rest[:1], rest[1:]) if aligns else ((), rest)
+        scales = (*scales, kwargs.get("scales_h"), kwargs.get("scales_w"))[:2]
+        matrices = []
+        for axis, scale in zip((-2, -1), scales, strict=True):
+            before, after = input_size[axis], output_size[axis]
+            size = [after, before]
+            matrices.append(_matrix(lambda x, s=size, k=scale: operation(x, s, *own, k, None), before, gradient))
+        return _along_axes(gradient, matrices)
+
+    return backward
+
+
+def _padding_backward(mode: str) -> Callable[..., Tensor]:
+    def backward(gradient: Tensor, input: Tensor, padding: Sequence[int]) -> Tensor:
+        axes = len(padding) // 2
+        matrices = []
+        for axis in range(axes):
+            before, after = padding[2 * (axes - 1 - axis) : 2 * (axes - axis)]
+            matrices.append(
+                _matrix(
+                    lambda x, sides=(0, 0, before, after): F.pad(x, sides, mode), input.shape[axis - axes], gradient
+                )
+            )
+        return _along_axes(gradient, matrices)
+
+    return backward
+
+
+def _select_backward(gradient: Tensor, input_sizes: Sequence[int], dim: int, index: int) -> Tensor:
+    dim, size = dim % len(input_sizes), input_sizes[dim]
+    index %= size
+    sides = [0, 0] * (len(input_sizes) - dim - 1) + [index, size - 1 - index]
+    return F.pad(gradient.unsqueeze(dim), sides)
+
+
+def _slice_backward(gradient: Tensor, input_sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Any:
+    dim, size = dim % len(input_sizes), input_sizes[dim]
+    positions = range(size)[start:end:step]
+    if not len(positions):
+        return torch.zeros(list(input_sizes), dtype=gradient.dtype, device=gradient.device)
+    if step > 1:  # zeros after each, the last one's cut off
+        spread = F.pad(gradient.unsqueeze(dim + 1), [0, 0] * (len(input_sizes) - dim - 1) + [0, step - 1])
+        gradient = spread.flatten(dim, dim + 1).narrow(dim, 0, positions[-1] - positions[0] + 1)
+    sides = [0, 0] * (len(input_sizes) - dim - 1) + [positions[0], size - 1 - positions[-1]]
+    return F.pad(gradient, sides)
+
+
+def _batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    """With running statistics; with those of the image PyTorch's own decomposition serves."""
+    if training or mean is None or variance is None:
+        return NotImplemented
+    shape = (-1, *[1] * (input.dim() - 2))
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    found = (input - mean.reshape(shape)) * scale.reshape(shape)
+    found = found if bias is None else found + bias.reshape(shape)
+    return found.to(input.dtype), input.new_zeros(0), input.new_zeros(0)
+
+
+def _view(input: Tensor, size: Sequence[int]) -> Any:
+    """What took its place may lie in memory otherwise than the operation did; in ONNX that has no meaning."""
+    return NotImplemented if input.is_contiguous() else aten.view(input.contiguous(), size)
+
+
+# Runtimes compute with whole numbers of four and eight bytes alone; what is frozen is counted in fewer.
+_NARROW = {torch.uint8, torch.int8, torch.int16}
+
+
+def _view_as(input: Tensor, dtype: torch.dtype) -> Any:
+    return input.to(torch.int32) if {input.dtype, dtype} == {torch.bool, torch.uint8} else NotImplemented
+
+
+def _to_copy(input: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
+    return input.to(torch.int32) if dtype in _NARROW else NotImplemented
+
+
+def _sum(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    return aten.sum.dim_IntList(input, dim, keepdim, dtype=torch.int32) if dtype in _NARROW else NotImplemented
+
+
+def _empty_strided(size: Sequence[int], stride: Sequence[int], **options: Any) -> Tensor:
+    return torch.zeros(size, dtype=options.get("dtype"), device=options.get("device"))
+
+
+ONNX: Decompositions = {
+    aten.convolution_backward.default: _convolution_backward,
+    aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+    aten.avg_pool2d_backward.default: _average_pool_backward,
+    aten.avg_pool3d_backward.default: _average_pool_backward,
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward,
+    aten._adaptive_avg_pool3d_backward.default: _adaptive_pool_backward,
+    aten.upsample_nearest2d_backward.default: _enlarging(aten.upsample_nearest2d.default, aligns=False),
+    aten._upsample_nearest_exact2d_backward.default: _enlarging(aten._upsample_nearest_exact2d.default, aligns=False),
+    aten.upsample_bilinear2d_backward.default: _enlarging(aten.upsample_bilinear2d.default, aligns=True),
+    aten.upsample_bicubic2d_backward.default: _enlarging(aten.upsample_bicubic2d.default, aligns=True),
+    aten.reflection_pad2d_backward.default: _padding_backward("reflect"),
+    aten.replication_pad2d_backward.default: _padding_backward("replicate"),
+    aten.select_backward.default: _select_backward,
+    aten.slice_backward.default: _slice_backward,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.view.default: _view,
+    aten.view.dtype: _view_as,
+    aten._to_copy.default: _to_copy,
+    aten.sum.dim_IntList: _sum,
+    aten.empty_strided.default: _empty_strided,
+}

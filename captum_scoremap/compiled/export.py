@@ -1,0 +1,135 @@
+"""A graph as a file: ``.pt2`` for PyTorch without this package, ``.onnx`` for runtimes without PyTorch."""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from captum_scoremap.data.extras import import_extra
+
+from .decomposed import ONNX, functional
+from .graph import Graph
+
+__all__ = ["FORMATS", "read_back", "write"]
+
+FORMATS = (".pt2", ".onnx")
+
+
+class _WithState(nn.Module):
+    """A graph with its state, as a module; with names it returns its parts by name."""
+
+    def __init__(self, module: fx.GraphModule, state: Sequence[Tensor], names: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.module, self._names = module, tuple(names)
+        for number, tensor in enumerate(state):
+            self.register_buffer(f"state_{number}", tensor.detach())
+
+    def forward(self, *arguments: Tensor) -> Any:
+        found = self.module(*arguments, *self._buffers.values())
+        return dict(zip(self._names, found, strict=True)) if self._names else found
+
+
+def write(graph: Graph, arguments: Sequence[Tensor], given: Sequence[str], names: Sequence[str], path: Path) -> None:
+    """Write a graph.
+
+    Args:
+        graph: The graph.
+        arguments: Tensors that it is for.
+        given: Names of the arguments.
+        names: Names of what it returns.
+        path: Where to; its suffix says the format.
+
+    Raises:
+        ValueError: If the graph has operations that the format lacks.
+    """
+    is_onnx = path.suffix.lower() == ".onnx"
+    if is_onnx:
+        for package in ("onnxscript", "onnx", "onnxruntime"):
+            import_extra(package, "onnx")
+    state = graph.read()
+    with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False), _quiet():
+        module = functional(graph.module, (*arguments, *state), ONNX if is_onnx else None)
+        # ONNX has names of its own, in the order of the outputs
+        named = _WithState(module, state, () if is_onnx else names)
+        program = torch.export.export(named, tuple(arguments))
+        for node in program.graph.nodes:  # where in our code, which is of no use elsewhere
+            node.meta.pop("stack_trace", None)
+        if not is_onnx:
+            torch.export.save(program, path)
+            return
+        try:
+            torch.onnx.export(
+                program,
+                f=path,
+                dynamo=True,
+                input_names=list(given),
+                output_names=list(names),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            missing = _missing(error)
+            raise ValueError(
+                f"the map must be made of operations that ONNX has, got {missing}. Export to .pt2, which has them all."
+            ) from error
+
+
+def read_back(path: Path, given: Sequence[str], names: Sequence[str]) -> Callable[..., list[Tensor]]:
+    """Return what a file computes.
+
+    Args:
+        path: The file.
+        given: Names of its arguments.
+        names: Names of what it returns.
+
+    Returns:
+        From arguments to a list of tensors.
+    """
+    if path.suffix.lower() == ".onnx":
+        options = import_extra("onnxruntime", "onnx").SessionOptions()
+        options.log_severity_level = 3
+        session = import_extra("onnxruntime", "onnx").InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+
+        def compute(*arguments: Tensor) -> list[Tensor]:
+            feed = {name: argument.cpu().numpy() for name, argument in zip(given, arguments, strict=True)}
+            return [torch.from_numpy(one) for one in session.run(list(names), feed)]
+
+        return compute
+    module = torch.export.load(path).module()
+    return lambda *arguments: [module(*arguments)[name] for name in names]
+
+
+def _missing(error: BaseException) -> str:
+    """The operations that the exporter names, or what it says."""
+    reasons = []
+    cause: BaseException | None = error
+    while cause is not None:
+        reasons.append(str(cause))
+        cause = cause.__cause__
+    found = re.findall(r"\b(?:aten|prims|torchvision)(?:\.|::)\w+", " ".join(reasons))
+    return ", ".join(dict.fromkeys(found)) or reasons[-1].strip().splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what the exporters tell of their own progress and deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,100 @@
+"""What an exported map returns: the scores, the maps, and the other side of the sum, each by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
+from captum_scoremap.checks import unwrap_parallel
+from captum_scoremap.linear import Reduction, explain
+from captum_scoremap.tape import Site, as_tuple_of_arguments, root_module
+
+__all__ = ["Method", "parts"]
+
+Method = ScoreMap | LayerScoreMap | CompleteScoreMap | FusedScoreMap
+
+
+def parts(
+    method: Method, inputs: Tensor | tuple[Tensor, ...], select: Callable[[Any], Tensor], options: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return scores, maps, B and residuals of one run, by name.
+
+    Args:
+        method: The method.
+        inputs: The image.
+        select: From the model's output to the scores (N,) that are explained.
+        options: Other arguments of ``method.attribute``.
+
+    Returns:
+        The parts, in logits: ``scores`` as the model returns them, ``map``, and ``bias`` and ``residual`` or
+        ``placeless`` and ``residual``; with the name of the layer, or the number of the input, where there are several.
+    """
+    outputs: list[Any] = []
+
+    def noted(output: Any) -> Tensor:
+        outputs.append(output)
+        return select(output)
+
+    additional = as_tuple_of_arguments(options.get("additional_forward_args"))
+    found: dict[str, Tensor] = {}
+    if isinstance(method, CompleteScoreMap):
+        complete, placeless = method.attribute(inputs, noted, additional, return_placeless=True)
+        one = complete if isinstance(complete, Tensor) else complete[0]
+        score = select(outputs[0])
+        found = {"map": one, "placeless": placeless, "residual": score - (one.flatten(1).sum(1) + placeless)}
+    elif isinstance(method, FusedScoreMap):
+        fused = method.attribute(inputs, noted, additional)
+        found = {"map": fused if isinstance(fused, Tensor) else fused[0]}
+    else:
+        found = _linear_parts(method, inputs, noted, additional, options)
+    output = outputs[0]
+    return {"scores": output if isinstance(output, Tensor) else select(output), **found}
+
+
+def _linear_parts(
+    method: ScoreMap | LayerScoreMap,
+    inputs: Tensor | tuple[Tensor, ...],
+    select: Callable[[Any], Tensor],
+    additional: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Maps, B and residual of every site: S = A·Y + B."""
+    sites: list[Site | None] = [None]
+    reduction = Reduction(multiply=method.multiplies_by_inputs)
+    if isinstance(method, LayerScoreMap):
+        sites = [*method._sites(bool(options.get("attribute_to_layer_input")))]
+        is_summed = options.get("attr_dim_summation", True)
+        reduction = Reduction(method.multiplies_by_inputs, options.get("channel_dim", 1) if is_summed else None)
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+    run = explain(
+        unwrap_parallel(method.forward_func),
+        tensors,
+        select,
+        sites,
+        reduction,
+        additional,
+        rules=method._rules,
+        keep=True,
+    )
+    names = _names(method, sites)
+    found = {}
+    for site, name in zip(sites, names, strict=True):
+        results = run.results[site]
+        for number, one in enumerate(results):
+            found[f"map{name}.{number}" if len(results) > 1 else f"map{name}"] = (
+                one.relu() if options.get("relu_attributions") else one
+            )
+        found[f"bias{name}"] = run.bias(site)
+        if reduction.multiply or reduction.channel_dim is None:  # else A·Y is not at hand
+            found[f"residual{name}"] = run.score - run.sums(site) - found[f"bias{name}"]
+    return found
+
+
+def _names(method: ScoreMap | LayerScoreMap, sites: list[Site | None]) -> list[str]:
+    """What follows ``map``: nothing for one layer, else a dot and the layer's name."""
+    if len(sites) < 2:
+        return [""]
+    root = root_module(unwrap_parallel(method.forward_func))
+    known = {} if root is None else {module: name for name, module in root.named_modules() if name}
+    return [f".{known.get(site[0], number)}" for number, site in enumerate(sites) if site is not None]

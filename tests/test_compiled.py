@@ -1,0 +1,394 @@
+"""Maps as graphs: equal to the eager ones at images they never saw, refused where they cannot be, and exported."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import (
+    CompleteScoreMap,
+    FusedScoreMap,
+    LayerScoreMap,
+    NeuronScoreMap,
+    ScoreMap,
+    UnsupportedOperationError,
+    compile_map,
+    linear_form,
+)
+from captum_scoremap.compiled.decomposed import ONNX, functional
+from captum_scoremap.compiled.export import read_back
+from captum_scoremap.compiled.graph import trace
+from captum_scoremap.rules import TANGENT
+from tests.state import untouched
+
+LABELS = 5
+
+
+class Network(nn.Module):
+    """Masks, switches, gates, a squeeze-excitation, a residual branch and changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Hardswish(inplace=True))
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Hardsigmoid())
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Sequential(nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.Flatten(), nn.LazyLinear(LABELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        y = self.block(x)
+        x = self.norm(x + y * self.squeeze(y))
+        x[:, :4] += y[:, 4:]
+        scores: Tensor = self.head(x)
+        return scores
+
+
+@pytest.fixture
+def inputs(generator: torch.Generator) -> Tensor:
+    return torch.randn(2, 3, 21, 16, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def model(generator: torch.Generator, inputs: Tensor) -> Network:
+    network = Network().double().eval()
+    with torch.no_grad():
+        network(inputs)
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.4)
+        network.stem[1].running_var.abs_().add_(0.5)
+    return network
+
+
+METHODS: dict[str, tuple[Callable[[Network], Any], dict[str, Any]]] = {
+    "the image": (ScoreMap, {}),
+    "coefficients and the delta": (lambda m: ScoreMap(m, multiply_by_inputs=False), {"return_convergence_delta": True}),
+    "one layer": (lambda m: LayerScoreMap(m, m.block), {}),
+    "several layers": (lambda m: LayerScoreMap(m, [m.stem, m.block, m.norm]), {"return_convergence_delta": True}),
+    "a layer's input": (
+        lambda m: LayerScoreMap(m, m.norm),
+        {"attribute_to_layer_input": True, "attr_dim_summation": False, "relu_attributions": True},
+    ),
+    "complete": (CompleteScoreMap, {"return_placeless": True}),
+    "complete at a layer": (lambda m: CompleteScoreMap(m, m.block), {}),
+    "fused": (FusedScoreMap, {}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_graph_gives_the_map_at_images_and_labels_it_never_saw(
+    model: Network, inputs: Tensor, name: str, generator: torch.Generator
+) -> None:
+    build, options = METHODS[name]
+    method = build(model)
+    with untouched(model, inputs):
+        compiled = compile_map(method, inputs, 1, backend="graph", **options)
+    for label in (0, [4, 2], torch.tensor([3, -1])):
+        other = torch.randn(inputs.shape, generator=generator, dtype=torch.float64)
+        with untouched(model, other):
+            assert_close(compiled(other, label), method.attribute(other, label, **options), rtol=1e-11, atol=1e-13)
+
+
+def test_a_graph_is_made_for_each_number_of_images_and_goes_by_the_weights_as_they_are(
+    model: Network, inputs: Tensor
+) -> None:
+    method = ScoreMap(model)
+    compiled = compile_map(method, inputs, 1, backend="graph")
+    three = torch.cat([inputs, inputs[:1] * 2])
+    assert_close(compiled(three, [1, 2, 3]), method.attribute(three, [1, 2, 3]))
+    before = compiled(inputs, 1)
+    with torch.no_grad():
+        model.stem[0].weight.mul_(-1)
+        model.stem[1].running_mean.add_(1)
+    model.head[2].bias = nn.Parameter(torch.ones(LABELS, dtype=torch.float64))
+    model.block[0].weight = nn.Parameter(model.block[0].weight.detach() * 2)
+    after = compiled(inputs, 1)
+    assert not torch.allclose(before, after)
+    assert_close(after, method.attribute(inputs, 1))
+    model.float()
+    with pytest.raises(ValueError, match=r"must be as they were when the map was compiled, .* got .*float32"):
+        compiled(inputs, 1)
+
+
+def test_layouts_in_memory_and_modes_around_the_call_change_nothing(model: Network, inputs: Tensor) -> None:
+    compiled = compile_map(ScoreMap(model), inputs, 1, backend="graph")
+    expected = compiled(inputs, 1)
+    assert_close(compiled(inputs.to(memory_format=torch.channels_last), 1), expected)
+    assert_close(compiled(inputs.clone().requires_grad_(), 1), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(compiled(inputs, 1), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = compile_map(ScoreMap(model.float()), inputs.float(), 1, backend="graph")
+        wanted = ScoreMap(model).attribute(inputs.float(), 1)
+    assert_close(half(inputs.float(), 1), wanted)
+
+
+def test_tokens_tuples_and_targets_that_are_functions(generator: torch.Generator) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval().double()
+    embedding, head = nn.Embedding(11, 8).double(), nn.Linear(8, 3).double()
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.embedding, self.head = layer, embedding, head
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = self.head(self.layer(self.embedding(ids)))
+            return found
+
+    def first_token(output: Tensor) -> Tensor:
+        return output[:, 0, 1]
+
+    model = Tokens()
+    method = LayerScoreMap(model, model.embedding)
+    ids = torch.randint(11, (2, 6), generator=generator)
+    with_function = compile_map(method, ids, first_token, backend="graph", channel_dim=-1)
+    assert_close(with_function(ids.flip(1)), method.attribute(ids.flip(1), first_token, channel_dim=-1))
+    with pytest.raises(ValueError, match="target must be left out"):
+        with_function(ids, 1)
+    several = compile_map(method, ids, (0, 1), backend="graph", channel_dim=-1)
+    targets = [(5, 2), (0, 0)]
+    assert_close(several(ids, targets), method.attribute(ids, targets, channel_dim=-1))
+
+    pair = ScoreMap(lambda a, b: (a * b.tanh()).sum(1))
+    tensors = torch.rand(2, 4, generator=generator), torch.rand(2, 4, generator=generator)
+    one_score = compile_map(pair, tensors, backend="graph")
+    swapped = tensors[::-1]
+    assert_close(one_score(swapped), pair.attribute(swapped))
+    with pytest.raises(ValueError, match="inputs must be as the map was compiled for, a tuple of"):
+        one_score(tensors[0])
+
+
+def test_own_rules_are_part_of_the_graph(generator: torch.Generator) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).eval()
+    x = torch.rand(2, 4, generator=generator)
+    method = ScoreMap(model, rules={"tanh": TANGENT["tanh"]})
+    assert_close(compile_map(method, x, 0, backend="graph")(-x, 1), method.attribute(-x, 1))
+
+
+class Branches(nn.Module):
+    """A linear layer behind what a test puts there."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = before
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(self.before(x))
+        return found
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "bool": (lambda x: x * 2 if x.sum() > 0 else x, r"must not branch on numbers .* at \S*test_compiled.py:\d+"),
+    "equal": (lambda x: x * 2 if torch.equal(x[0], x[1]) else x, "must not branch on numbers"),
+    "item": (lambda x: x * x.detach().max().item(), "must not branch on numbers"),
+    "tolist": (lambda x: x * 2 if x.argmax(1).tolist()[0] else x, r"must not read numbers .* Tensor.tolist\(\)"),
+    "numpy": (lambda x: x * 2 if (x > 0.5).numpy().any() else x, r"must not read numbers .* Tensor.numpy\(\)"),
+    "mask": (lambda x: x * x[x > 0.5].mean(), r"shapes do not depend on numbers .* index at \S*test_compiled.py:\d+"),
+    "nonzero": (lambda x: x * len((x > 0.5).nonzero()), "shapes do not depend on numbers .* nonzero"),
+    "noise": (lambda x: x + torch.rand(4), "must draw no noise"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_graph_is_refused_with_the_reason(name: str) -> None:
+    before, reason = REFUSED[name]
+    model, x = Branches(before).eval(), torch.linspace(0, 1, 8).reshape(2, 4)
+    with untouched(model, x), pytest.raises(ValueError, match=reason):
+        compile_map(ScoreMap(model), x, 1, backend="graph")
+
+
+def test_what_differs_from_call_to_call_is_refused() -> None:
+    calls: list[int] = []
+
+    def now_and_then(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x * len(calls)
+
+    with pytest.raises(ValueError, match=r"the graph must give what method.attribute gives"):
+        compile_map(ScoreMap(Branches(now_and_then).eval()), torch.rand(2, 4), 1, backend="graph")
+
+    model = Branches(lambda x: x * model.calls.add_(1)).eval()
+    with pytest.raises(ValueError, match=r"leave its tensors as they are .* 'calls'"):
+        compile_map(ScoreMap(model), torch.rand(2, 4), 1, backend="graph")
+
+
+def test_constants_may_be_read(generator: torch.Generator) -> None:
+    power = nn.Parameter(torch.tensor(3.0))
+    pooled = ScoreMap(lambda x: x.clamp(min=1e-6).pow(power).mean(1).pow(1.0 / power))
+    x = torch.rand(2, 4, generator=generator)
+    compiled = compile_map(pooled, x, backend="graph")
+    assert_close(compiled(1 - x), pooled.attribute(1 - x))
+
+
+def test_wrong_calls_say_what_must_be(model: Network, inputs: Tensor) -> None:
+    compiled = compile_map(ScoreMap(model), inputs, 1, backend="graph")
+    with pytest.raises(ValueError, match=r"\(N, 3, 21, 16\) of torch.float64 on cpu, got \(N, 3, 20, 16\)"):
+        compiled(inputs[:, :, 1:], 1)
+    with pytest.raises(ValueError, match=r"of torch.float64 on cpu, got .* of torch.float32"):
+        compiled(inputs.float(), 1)
+    with pytest.raises(ValueError, match="target must be given"):
+        compiled(inputs)
+    with pytest.raises(ValueError, match="target must be from 0 to 4, got 5"):
+        compiled(inputs, 5)
+    with pytest.raises(ValueError, match="inputs must be finite"):
+        compiled(inputs * torch.nan, 1)
+    with pytest.raises(ValueError, match=r"path must end in \.pt2 or \.onnx"):
+        compiled.export("map.txt")
+    with pytest.raises(TypeError, match=r"method must be a ScoreMap, .* got NeuronScoreMap"):
+        compile_map(NeuronScoreMap(model, model.block), inputs, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"backend must be .* got .fast."):
+        compile_map(ScoreMap(model), inputs, 1, backend="fast")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedOperationError, match="bessel_j0"):
+        compile_map(ScoreMap(torch.special.bessel_j0), inputs[:, 0, 0], 1, backend="graph")
+
+
+# -- files
+
+
+EXPORTED: dict[str, tuple[Callable[[Network], Any], list[str]]] = {
+    "the image": (ScoreMap, ["scores", "map", "bias", "residual"]),
+    "layers": (
+        lambda m: LayerScoreMap(m, [m.stem, m.block]),
+        ["scores", "map.stem", "bias.stem", "residual.stem", "map.block", "bias.block", "residual.block"],
+    ),
+    "complete": (CompleteScoreMap, ["scores", "map", "placeless", "residual"]),
+    "fused": (FusedScoreMap, ["scores", "map"]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_file_gives_scores_maps_and_both_sides_of_the_sum(
+    model: Network, inputs: Tensor, tmp_path: Path, name: str, suffix: str, generator: torch.Generator
+) -> None:
+    build, names = EXPORTED[name]
+    model, image = model.float(), inputs.float()
+    method = build(model)
+    path = compile_map(method, image, 1, backend="graph").export(tmp_path / f"map{suffix}")
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    other = torch.randn(image.shape, generator=generator)
+    labels = torch.tensor([4, 0])
+    found = dict(zip(names, read_back(path, ["image", "target"], names)(other, labels), strict=True))
+    score = model(other).gather(1, labels[:, None])[:, 0].detach()
+    assert_close(found["scores"], model(other).detach(), rtol=1e-5, atol=1e-5)
+    maps = method.attribute(other, labels)
+    expected = maps if isinstance(maps, list) else [maps]
+    for key, one in zip([key for key in names if key.startswith("map")], expected, strict=True):
+        assert_close(found[key], one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+        other_side = key.replace("map", "placeless" if "placeless" in found else "bias")
+        if other_side in found:
+            assert_close(found[key].flatten(1).sum(1) + found[other_side], score, rtol=1e-4, atol=1e-5)
+            assert float(found[key.replace("map", "residual")].abs().max()) < 1e-5
+    if name == "layers":  # B by the frozen model with the layer at zero
+        assert_close(found["bias.block"], linear_form(model, other, labels, model.block).bias, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_loads_without_this_package(model: Network, inputs: Tensor, tmp_path: Path) -> None:
+    path = compile_map(ScoreMap(model), inputs, 1, backend="graph").export(tmp_path / "map.pt2")
+    code = (
+        "import sys, torch\n"
+        "sys.modules['captum_scoremap'] = sys.modules['captum'] = None\n"
+        f"found = torch.export.load({str(path)!r}).module()(torch.ones(2, 3, 21, 16).double(), torch.tensor([1, 2]))\n"
+        "print(sorted(found), float(found['residual'].abs().max()) < 1e-10)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert printed.stdout.strip() == "['bias', 'map', 'residual', 'scores'] True"
+
+
+def test_what_onnx_lacks_is_named_and_leaves_no_file(tmp_path: Path) -> None:
+    compiled = compile_map(ScoreMap(lambda x: x.erfinv().sum(1)), torch.rand(1, 4) * 0.5, backend="graph")
+    with pytest.raises(ValueError, match=r"operations that ONNX has, got prims.erf_inv. Export to \.pt2"):
+        compiled.export(tmp_path / "map.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+TRANSPOSED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "convolution": (lambda x: F.conv2d(x, WEIGHT, None, (2, 3), (1, 0), (1, 2)), (2, 4, 11, 13)),
+    "convolution in groups": (lambda x: F.conv2d(x, WEIGHT[:, :2], None, 2, 1, 1, 2), (2, 4, 10, 9)),
+    "convolution of one axis": (lambda x: F.conv1d(x, WEIGHT[..., 0], None, 2, 1), (2, 4, 12)),
+    "convolution of three axes": (
+        lambda x: F.conv3d(x, WEIGHT[..., None].expand(6, 4, 3, 3, 2), None, 2, 1),
+        (1, 4, 6, 7, 5),
+    ),
+    "transposed convolution": (lambda x: F.conv_transpose2d(x, WEIGHT, None, (2, 3), 1, 1), (2, 6, 5, 4)),
+    "max-pooling": (lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True), (2, 3, 9, 8)),
+    "average-pooling": (lambda x: F.avg_pool2d(x, (3, 2), 2, 1, True, False), (2, 3, 9, 8)),
+    "average-pooling by a divisor": (lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=4), (2, 3, 9, 8)),
+    "adaptive average-pooling": (lambda x: F.adaptive_avg_pool2d(x, (3, 5)), (2, 3, 7, 8)),
+    "nearest": (lambda x: F.interpolate(x, (7, 9)), (2, 3, 4, 5)),
+    "bilinear": (lambda x: F.interpolate(x, (7, 9), mode="bilinear", align_corners=True), (2, 3, 4, 5)),
+    "bilinear by a factor": (lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"), (2, 3, 4, 5)),
+    "bicubic": (lambda x: F.interpolate(x, (7, 9), mode="bicubic"), (2, 3, 4, 5)),
+    "reflection": (lambda x: F.pad(x, (1, 2, 0, 3), "reflect"), (2, 3, 5, 4)),
+    "replication": (lambda x: F.pad(x, (1, 2, 0, 3), "replicate"), (2, 3, 5, 4)),
+    "slices": (lambda x: x[:, :, 1:7:3, -3:], (2, 3, 9, 8)),
+    "one of many": (lambda x: x[:, -2], (2, 3, 5)),
+    "batch norm": (lambda x: F.batch_norm(x, WEIGHT[0, :3, 0, 0], WEIGHT[1, :3, 0, 0] ** 2, eps=0.1), (2, 3, 5)),
+    "masks": (lambda x: F.relu6(x.mul(4)) + x.relu() + x.abs() + x.clamp(-0.5, 0.5), (2, 3, 5)),
+}
+WEIGHT = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_steps_in_operations_that_onnx_has(name: str, generator: torch.Generator) -> None:
+    operate, shape = TRANSPOSED[name]
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    y = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weights = torch.randn(operate(x).shape, generator=generator, dtype=torch.float64)
+    method = ScoreMap(lambda x: (operate(x) * weights).flatten(1).sum(1))
+    graph = trace(lambda x: [method.attribute(x)], (x,))
+    state = graph.read()
+    module = functional(graph.module, (x, *state), ONNX)
+    names = {str(node.target) for node in module.graph.nodes}
+    assert not [name for name in names if "backward" in name or "empty" in name or "view.dtype" in name]
+    assert_close(module(y, *state)[0], method.attribute(y), rtol=1e-10, atol=1e-12)
+
+
+# -- compiled
+
+
+def test_without_a_compiler_the_plain_graph_runs(
+    model: Network, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def broken(*_: object) -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch._inductor, "compile", broken)
+    with pytest.warns(UserWarning, match="runs as a plain graph, for Inductor cannot compile it here") as caught:
+        compiled = compile_map(ScoreMap(model), inputs, 1)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert_close(compiled(inputs, 2), ScoreMap(model).attribute(inputs, 2))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_inductor_gives_the_same_map(generator: torch.Generator) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(64, 3)).eval().double()
+    x = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        compiled = compile_map(ScoreMap(model), x, 1)
+    other = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
+    assert_close(compiled(other, [2, 0]), ScoreMap(model).attribute(other, [2, 0]), rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        model[0].weight.neg_()
+    assert_close(compiled(other, [2, 0]), ScoreMap(model).attribute(other, [2, 0]), rtol=1e-9, atol=1e-11)
