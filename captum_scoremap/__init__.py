@@ -38,7 +38,7 @@ from captum_scoremap.tape import Boundary, FrozenModel, freeze
 
 if TYPE_CHECKING:
     from captum_scoremap import metrics, visualization
-    from captum_scoremap.compiled import CompiledMap, compile_map
+    from captum_scoremap.compiled import CompiledMap, Exported, compile_map
     from captum_scoremap.crops import score_map_crops
     from captum_scoremap.models import prepare
     from captum_scoremap.multiview import MultiView
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 # What needs more packages is loaded on first use, so that importing this package costs no more than importing Captum.
 _HOME = {
     "CompiledMap": "compiled",
+    "Exported": "compiled",
     "MultiView": "multiview",
     "Patch": "patches",
     "compile_map": "compiled",
@@ -62,6 +63,7 @@ __all__ = [
     "Boundary",
     "CompiledMap",
     "CompleteScoreMap",
+    "Exported",
     "FrozenModel",
     "FusedScoreMap",
     "LayerScoreMap",

@@ -103,8 +103,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unrecorded() -> AbstractContextManager[None]:
-    """Inside, no mode sees what runs: for checks that look at numbers, which are no part of what is computed."""
-    return _disable_current_modes()  # type: ignore[no-any-return]  # PyTorch has no types there
+    """Hide what runs inside from all modes: for checks that look at numbers, which are no part of what is computed."""
+    return _disable_current_modes()
 
 
 def unwrap_parallel(forward_func: Callable[..., object]) -> Callable[..., object]:

@@ -44,7 +44,7 @@ def measure(name: str) -> Iterator[str]:
         for suffix in (".pt2", ".onnx"):
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    path = compiled.export(Path(folder) / f"map{suffix}")
+                    path = compiled.export(Path(folder) / f"map{suffix}").path
                 except ValueError as error:
                     yield str(error)
                     continue

@@ -280,7 +280,10 @@ def test_a_file_gives_scores_maps_and_both_sides_of_the_sum(
     build, names = EXPORTED[name]
     model, image = model.float(), inputs.float()
     method = build(model)
-    path = compile_map(method, image, 1, backend="graph").export(tmp_path / f"map{suffix}")
+    exported = compile_map(method, image, 1, backend="graph").export(tmp_path / f"map{suffix}")
+    path = exported.path
+    assert exported.takes == {"image": (tuple(image.shape), torch.float32), "target": ((2,), torch.int64)}
+    assert list(exported.returns) == names
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
     other = torch.randn(image.shape, generator=generator)
     labels = torch.tensor([4, 0])
@@ -300,7 +303,7 @@ def test_a_file_gives_scores_maps_and_both_sides_of_the_sum(
 
 
 def test_a_file_loads_without_this_package(model: Network, inputs: Tensor, tmp_path: Path) -> None:
-    path = compile_map(ScoreMap(model), inputs, 1, backend="graph").export(tmp_path / "map.pt2")
+    path = compile_map(ScoreMap(model), inputs, 1, backend="graph").export(tmp_path / "map.pt2").path
     code = (
         "import sys, torch\n"
         "sys.modules['captum_scoremap'] = sys.modules['captum'] = None\n"

@@ -13,6 +13,7 @@ from captum_scoremap.cli.audit import AuditCommand, audit
 from captum_scoremap.cli.bench import bench
 from captum_scoremap.cli.check import check
 from captum_scoremap.cli.explain import explain
+from captum_scoremap.cli.export import export
 from captum_scoremap.cli.patches import patches
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command(cls=AuditCommand)(audit)
 app.command()(check)
 app.command()(patches)
 app.command()(bench)
+app.command()(export)
 
 
 def _show_version(wanted: bool) -> None:

@@ -67,7 +67,7 @@ class _Recipe:
         loaded = load_model(self.model, self.weights, self.device, self.dtype)
         noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
         image = loaded.preprocessing(Image.fromarray(noise))[None].to(self.device, self.dtype)
-        layers = _layouts(loaded.module, image, self.layers)
+        layers = layouts(loaded.module, image, self.layers)
         return _Subject(loaded.module, image.repeat(self.batch, 1, 1, 1), layers)
 
 
@@ -186,8 +186,8 @@ def bench(
         console.print(f"{name}: {', '.join(value) if isinstance(value, list) else value}", soft_wrap=True)
 
 
-def _layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, int]:
-    """Return the layers to explain, and the dimension of their channels."""
+def layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, int]:
+    """Layers to explain, and the dimension of their channels."""
     with torch.no_grad():
         scores = model(image)
     if not isinstance(scores, Tensor) or scores.ndim != 2:
@@ -197,14 +197,14 @@ def _layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str,
     if not found or None in found.values():
         raise ValueError(f"layers must be modules that give maps, got {', '.join(found) or 'none'}. Name some.")
     shapes = layer_shapes(model, image)
-    layouts = {}
+    channel_dims = {}
     for name in found:
         channel_dim = map_channel_dim(shapes.get(name, ()), tuple(image.shape))
         if channel_dim is None:
             got = shapes.get(name, "no tensor, or several")
             raise ValueError(f"layers must give maps (N, C, h, w) or tokens (N, T, C), got {name}, which gives {got}.")
-        layouts[name] = channel_dim
-    return layouts
+        channel_dims[name] = channel_dim
+    return channel_dims
 
 
 def _prepared(subject: _Subject) -> _Subject:

@@ -33,7 +33,7 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
 
     try:
         with torch.no_grad():
-            program: Any = inductor.compile(graph.module, [*arguments, *graph.read()])  # type: ignore[no-untyped-call]
+            program: Any = inductor.compile(graph.module, [*arguments, *graph.read()])
             program(*arguments, *graph.read())
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]

@@ -86,6 +86,21 @@ def compile_map(
     return CompiledMap(method, inputs, target, backend, options)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A file that computes scores and maps.
+
+    Attributes:
+        path: Where it is.
+        takes: Name of each argument to its shape and type, in their order.
+        returns: Name of each result to its shape and type, in their order.
+    """
+
+    path: Path
+    takes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    returns: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
 class CompiledMap:
     """A map as a compiled graph; made by :func:`compile_map`.
 
@@ -140,7 +155,7 @@ class CompiledMap:
             self._programs[count] = self._compile(tensors, target)
         return self._programs[count](tensors, self._indices(target, tensors))
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path) -> "Exported":
         """Write the map as a file that runs without this package.
 
         Its arguments are the image (or images, one by one), (N, C, H, W) with N as in the example that the map was
@@ -153,7 +168,7 @@ class CompiledMap:
             path: Where to; ``.pt2`` for ``torch.export.load``, ``.onnx`` for onnxruntime and others.
 
         Returns:
-            The path.
+            What the file takes and returns.
 
         Raises:
             ValueError: If the suffix is neither, the map has operations that ONNX lacks, or the file, read again,
@@ -185,13 +200,17 @@ class CompiledMap:
                 wanted = run(graph, case)
                 # a residual is rounding, so that it is compared beside the scores that it is rounding of
                 shifts = [float(wanted[0].norm()) if name.startswith("residual") else 0.0 for name in names]
-                both = (
+                got, expected = (
                     [one + shift for one, shift in zip(each, shifts, strict=True)]
                     for each in (run(program, case), wanted)
                 )
-                check(f"the file {path.name}", *both, _tolerance(_COMPILED, case))
+                check(f"the file {path.name}", got, expected, _tolerance(_COMPILED, case))
             draft.replace(path)
-        return path
+        return Exported(
+            path,
+            {name: (tuple(one.shape), one.dtype) for name, one in zip(given, arguments, strict=True)},
+            {name: (tuple(one.shape), one.dtype) for name, one in zip(names, wanted, strict=True)},
+        )
 
     # -- what is compiled
 
@@ -199,14 +218,14 @@ class CompiledMap:
         return tensors[0] if self._is_tensor else tuple(tensors)
 
     def _selected(self, output: Any, indices: Sequence[Tensor]) -> Tensor:
-        """The scores, (N,), by labels that are arguments of the graph."""
+        """Return the scores, (N,), by labels that are arguments of the graph."""
         if self._function is not None:
             return select_scores(output, self._function)
-        rows = output.reshape(len(output), -1)
+        rows: Tensor = output.reshape(len(output), -1)
         return rows.gather(1, indices[0][:, None])[:, 0] if indices else rows[:, 0]
 
     def _indices(self, target: Target, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The target as the argument of the graph: the position of each image's score among all of its own."""
+        """Return the target as the argument of the graph: the position of each image's score among all of its own."""
         if self._function is not None:
             if target is not None and target is not self._function:
                 raise ValueError(
@@ -257,7 +276,7 @@ class CompiledMap:
         return trace(function, arguments, [] if root is None else [root])
 
     def _elsewhere(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Random inputs, and random labels."""
+        """Return random inputs, and random labels."""
         count = len(self._layout)
         labels = arguments[count:]
         generator = torch.Generator().manual_seed(1)
@@ -282,7 +301,7 @@ class _Compiled:
 
 
 def _tolerance(tolerances: Mapping[torch.dtype, float], arguments: Sequence[Tensor]) -> float:
-    """How much may differ: by the type of the inputs; tokens go through a network of single precision."""
+    """Return how much may differ: by the type of the inputs; tokens go through a network of single precision."""
     return tolerances.get(next((one.dtype for one in arguments if one.is_floating_point()), torch.float32), 0.2)
 
 

@@ -56,7 +56,7 @@ def _convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> Any:
-    """The transposed convolution: what it leaves over at the end of an axis is its output padding."""
+    """Return the transposed convolution: what it leaves over at the end of an axis is its output padding."""
     if list(output_mask) != [True, False, False]:
         return NotImplemented
     axes = input.dim() - 2
@@ -77,22 +77,23 @@ def _convolution_backward(
 
 
 def _max_pool_backward(gradient: Tensor, input: Tensor, *arguments: Any) -> Tensor:
-    """The coefficients, added to the positions that the maxima were taken from."""
+    """Return the coefficients, added to the positions that the maxima were taken from."""
     positions, spatial = arguments[-1], -2
     flat = torch.zeros(input.shape, dtype=gradient.dtype, device=gradient.device).flatten(spatial)
     return flat.scatter_add(-1, positions.flatten(spatial), gradient.flatten(spatial)).reshape(input.shape)
 
 
 def _along_axes(gradient: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """The product with the transpose of one matrix, (after, before), for each of the last axes."""
+    """Return the product with the transpose of one matrix, (after, before), for each of the last axes."""
     for axis, matrix in enumerate(reversed(matrices), start=1):
         gradient = (gradient.movedim(-axis, -1) @ matrix.to(gradient)).movedim(-1, -axis)
     return gradient
 
 
-def _matrix(operate: Callable[[Tensor], Tensor], size: int, like: Tensor) -> Tensor:
-    """What an operation of one axis, the last but one, does to so many cells, (after, before)."""
-    return operate(torch.eye(size, dtype=like.dtype, device=like.device)[None, None])[0, 0]
+def _matrix(operation: Any, size: int, like: Tensor, *arguments: Any) -> Tensor:
+    """Return what an operation on one axis, the last but one, does to so many cells, (after, before)."""
+    found: Tensor = operation(torch.eye(size, dtype=like.dtype, device=like.device)[None, None], *arguments)
+    return found[0, 0]
 
 
 def _average_pool_backward(
@@ -108,45 +109,38 @@ def _average_pool_backward(
     axes = len(kernel)
     stride = list(stride) or list(kernel)
     stride, padding = (list(one) * (axes if len(one) == 1 else 1) for one in (stride, padding))
+    counted = None if divisor is None else 1  # the mean, or the sum
     matrices = []
-    for axis in range(axes):
-        geometry = ((kernel[axis], 1), (stride[axis], 1), (padding[axis], 0))
-
-        def pool(x: Tensor, geometry: Any = geometry, own: int = kernel[axis]) -> Tensor:
-            if divisor is None:
-                return F.avg_pool2d(x, *geometry, ceil_mode, count_include_pad)
-            return F.avg_pool2d(x, *geometry, ceil_mode, count_include_pad, 1)
-
-        matrices.append(_matrix(pool, input.shape[axis - axes], gradient))
+    for axis, geometry in enumerate(zip(kernel, stride, padding, strict=True)):
+        sides = [(here, one) for here, one in zip(geometry, (1, 1, 0), strict=True)]
+        size = input.shape[axis - axes]
+        matrices.append(_matrix(F.avg_pool2d, size, gradient, *sides, ceil_mode, count_include_pad, counted))
     found = _along_axes(gradient, matrices)
     return found if divisor is None else found / divisor
 
 
-def _adaptive_pool_backward(gradient: Tensor, input: Tensor) -> Tensor:
-    matrices = [
-        _matrix(
-            lambda x, after=gradient.shape[axis]: F.adaptive_avg_pool2d(x, (after, x.shape[-1])),
-            input.shape[axis],
-            gradient,
+def _adaptive_pool_backward(axes: int) -> Callable[..., Tensor]:
+    def backward(gradient: Tensor, input: Tensor) -> Tensor:
+        pairs = zip(input.shape[-axes:], gradient.shape[-axes:], strict=True)
+        return _along_axes(
+            gradient, [_matrix(F.adaptive_avg_pool2d, before, gradient, (after, before)) for before, after in pairs]
         )
-        for axis in range(2 - input.dim(), 0)
-    ]
-    return _along_axes(gradient, matrices)
+
+    return backward
 
 
 def _enlarging(operation: Any, *, aligns: bool) -> Callable[..., Tensor]:
-    """The transpose of an enlargement in two axes."""
+    """Return the transpose of an enlargement in two axes."""
 
     def backward(
         gradient: Tensor, output_size: Sequence[int], input_size: Sequence[int], *rest: Any, **kwargs: Any
     ) -> Tensor:
         own, scales = (rest[:1], rest[1:]) if aligns else ((), rest)
         scales = (*scales, kwargs.get("scales_h"), kwargs.get("scales_w"))[:2]
-        matrices = []
-        for axis, scale in zip((-2, -1), scales, strict=True):
-            before, after = input_size[axis], output_size[axis]
-            size = [after, before]
-            matrices.append(_matrix(lambda x, s=size, k=scale: operation(x, s, *own, k, None), before, gradient))
+        axes = zip(input_size[-2:], output_size, scales, strict=True)
+        matrices = [
+            _matrix(operation, before, gradient, [after, before], *own, scale, None) for before, after, scale in axes
+        ]
         return _along_axes(gradient, matrices)
 
     return backward
@@ -154,16 +148,9 @@ def _enlarging(operation: Any, *, aligns: bool) -> Callable[..., Tensor]:
 
 def _padding_backward(mode: str) -> Callable[..., Tensor]:
     def backward(gradient: Tensor, input: Tensor, padding: Sequence[int]) -> Tensor:
-        axes = len(padding) // 2
-        matrices = []
-        for axis in range(axes):
-            before, after = padding[2 * (axes - 1 - axis) : 2 * (axes - axis)]
-            matrices.append(
-                _matrix(
-                    lambda x, sides=(0, 0, before, after): F.pad(x, sides, mode), input.shape[axis - axes], gradient
-                )
-            )
-        return _along_axes(gradient, matrices)
+        columns, rows = padding[:2], padding[2:]
+        sides = zip(input.shape[-2:], (rows, columns), strict=True)
+        return _along_axes(gradient, [_matrix(F.pad, size, gradient, (0, 0, *own), mode) for size, own in sides])
 
     return backward
 
@@ -197,7 +184,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Any:
-    """With running statistics; with those of the image PyTorch's own decomposition serves."""
+    """Normalize by running statistics; with those of the image PyTorch's own decomposition serves."""
     if training or mean is None or variance is None:
         return NotImplemented
     shape = (-1, *[1] * (input.dim() - 2))
@@ -209,7 +196,7 @@ def _batch_norm(
 
 
 def _view(input: Tensor, size: Sequence[int]) -> Any:
-    """What took its place may lie in memory otherwise than the operation did; in ONNX that has no meaning."""
+    """Copy first: what took its place may lie in memory otherwise than the operation did; in ONNX that has no meaning."""
     return NotImplemented if input.is_contiguous() else aten.view(input.contiguous(), size)
 
 
@@ -238,8 +225,8 @@ ONNX: Decompositions = {
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
     aten.avg_pool2d_backward.default: _average_pool_backward,
     aten.avg_pool3d_backward.default: _average_pool_backward,
-    aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward,
-    aten._adaptive_avg_pool3d_backward.default: _adaptive_pool_backward,
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward(2),
+    aten._adaptive_avg_pool3d_backward.default: _adaptive_pool_backward(3),
     aten.upsample_nearest2d_backward.default: _enlarging(aten.upsample_nearest2d.default, aligns=False),
     aten._upsample_nearest_exact2d_backward.default: _enlarging(aten._upsample_nearest_exact2d.default, aligns=False),
     aten.upsample_bilinear2d_backward.default: _enlarging(aten.upsample_bilinear2d.default, aligns=True),

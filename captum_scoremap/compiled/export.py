@@ -109,7 +109,7 @@ def read_back(path: Path, given: Sequence[str], names: Sequence[str]) -> Callabl
 
 
 def _missing(error: BaseException) -> str:
-    """The operations that the exporter names, or what it says."""
+    """Return the operations that the exporter names, or what it says."""
     reasons = []
     cause: BaseException | None = error
     while cause is not None:

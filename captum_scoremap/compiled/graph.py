@@ -142,7 +142,7 @@ def trace(
 
 
 def _depends(tensor: Tensor) -> bool:
-    """Whether a tensor of a function that is being traced depends on its arguments."""
+    """Return whether a tensor of a function that is being traced depends on its arguments."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
     mode = get_proxy_mode()
@@ -159,7 +159,7 @@ def _depends(tensor: Tensor) -> bool:
 
 
 def _noise_state(arguments: Sequence[Tensor]) -> list[bytes]:
-    """Where PyTorch's streams of random numbers are."""
+    """Return where PyTorch's streams of random numbers are."""
     states = [torch.get_rng_state()]
     if arguments[0].is_cuda:
         states.append(torch.cuda.get_rng_state(arguments[0].device))
@@ -199,7 +199,7 @@ def _place_of(node: fx.Node) -> str:
 
 
 def _place(places: Iterable[str]) -> str:
-    """Where in code that is neither PyTorch's nor ours something was called, last."""
+    """Return where in code that is neither PyTorch's nor ours something was called, last."""
     own = [place for place in places if not place.startswith((*_PACKAGES, "<"))]
     return f" at {own[-1]}" if own else ""
 

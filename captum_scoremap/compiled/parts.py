@@ -59,7 +59,7 @@ def _linear_parts(
     additional: tuple[Any, ...],
     options: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Maps, B and residual of every site: S = A·Y + B."""
+    """Return maps, B and residual of every site: S = A·Y + B."""
     sites: list[Site | None] = [None]
     reduction = Reduction(multiply=method.multiplies_by_inputs)
     if isinstance(method, LayerScoreMap):
@@ -92,7 +92,7 @@ def _linear_parts(
 
 
 def _names(method: ScoreMap | LayerScoreMap, sites: list[Site | None]) -> list[str]:
-    """What follows ``map``: nothing for one layer, else a dot and the layer's name."""
+    """Return what follows ``map``: nothing for one layer, else a dot and the layer's name."""
     if len(sites) < 2:
         return [""]
     root = root_module(unwrap_parallel(method.forward_func))

@@ -146,7 +146,7 @@ _refused: ContextVar[Callable[[Tensor], bool]] = ContextVar("refused", default=l
 
 @contextmanager
 def exits_refused(depends: Callable[[Tensor], bool]) -> Iterator[None]:
-    """Inside, a run raises where numbers leave PyTorch: what it does next may go by them, and no graph says how.
+    """Have runs inside raise where numbers leave PyTorch: what it does next may go by them, and no graph says how.
 
     Args:
         depends: Whether a tensor depends on the image, be it frozen or not.
