@@ -7,6 +7,7 @@ of one detection.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -19,8 +20,28 @@ from captum_scoremap.checks import InvalidTypeError, InvalidValueError
 __all__ = ["Label", "Target", "detection", "region_mean", "select_scores", "similarity"]
 
 Label = int | np.integer[Any] | tuple[int, ...] | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Labels as a tensor whose numbers no code reads, so that they can be an argument of a graph.
+
+    Attributes:
+        flat: Where the score of each image is among all of its own, flattened, (N,) int64.
+    """
+
+    flat: Tensor
+
+
 Target = (
-    Label | Tensor | np.ndarray[Any, Any] | Sequence[int] | Sequence[np.integer[Any]] | Sequence[tuple[int, ...]] | None
+    Label
+    | Positions
+    | Tensor
+    | np.ndarray[Any, Any]
+    | Sequence[int]
+    | Sequence[np.integer[Any]]
+    | Sequence[tuple[int, ...]]
+    | None
 )
 
 
@@ -70,6 +91,9 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
                 f"target must be given for a model that returns {tuple(output.shape)}, got None. Name a label."
             )
         return output.reshape(count)
+    if isinstance(target, Positions):
+        chosen: Tensor = output.reshape(count, -1).gather(1, target.flat[:, None])[:, 0]
+        return chosen
     if isinstance(target, np.ndarray):
         target = torch.as_tensor(target)
     if isinstance(target, Tensor):

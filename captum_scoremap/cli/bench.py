@@ -187,7 +187,7 @@ def bench(
 
 
 def layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, int]:
-    """Layers to explain, and the dimension of their channels."""
+    """Return the layers to explain, and the dimension of their channels."""
     with torch.no_grad():
         scores = model(image)
     if not isinstance(scores, Tensor) or scores.ndim != 2:

@@ -53,6 +53,6 @@ def check(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], toleranc
         else:
             how = f"the shape {tuple(one.shape)} for {tuple(wanted.shape)}"
         raise ValueError(
-            f"{what} must give what method.attribute gives, got {how}. What the model does must depend on nothing but "
-            "the numbers of the image; where it does not, use method.attribute."
+            f"{what} must give what method.attribute gives, got {how}: the model does something else from call to "
+            "call, or magnifies rounding until masks differ. Use method.attribute, or compute in float64."
         )

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
 from captum_scoremap.checks import check_inputs, unwrap_parallel
-from captum_scoremap.linear import Target, select_scores
-from captum_scoremap.tape import root_module
+from captum_scoremap.scores import Positions, Target, is_function, select_scores
+from captum_scoremap.tape import as_tuple_of_arguments, root_module
 
 from .backends import Backend, Program, compiled
 from .checked import check, elsewhere, run
@@ -119,7 +118,7 @@ class CompiledMap:
         self, method: Method, inputs: Inputs, target: Target, backend: Backend, options: dict[str, Any]
     ) -> None:
         self._method, self._backend, self._options = method, backend, options
-        self._function = target if callable(target) and not isinstance(target, Tensor) else None
+        self._function = target if is_function(target) else None
         tensors = check_inputs(inputs, indices=True)
         self._is_tensor = isinstance(inputs, Tensor)
         self._layout = [_layout(tensor) for tensor in tensors]
@@ -153,7 +152,7 @@ class CompiledMap:
         count = len(tensors[0])
         if count not in self._programs:
             self._programs[count] = self._compile(tensors, target)
-        return self._programs[count](tensors, self._indices(target, tensors))
+        return self._programs[count](tensors, self._positions(target, tensors))
 
     def export(self, path: str | Path) -> "Exported":
         """Write the map as a file that runs without this package.
@@ -184,8 +183,7 @@ class CompiledMap:
         names: list[str] = []
 
         def function(*tensors: Tensor) -> Sequence[Tensor]:
-            select = partial(self._selected, indices=tensors[count:])
-            found = parts(self._method, self._given(tensors[:count]), select, self._options)
+            found = parts(self._method, self._given(tensors[:count]), self._target(tensors), self._options)
             names[:] = found
             return list(found.values())
 
@@ -217,15 +215,23 @@ class CompiledMap:
     def _given(self, tensors: Sequence[Tensor]) -> Inputs:
         return tensors[0] if self._is_tensor else tuple(tensors)
 
-    def _selected(self, output: Any, indices: Sequence[Tensor]) -> Tensor:
-        """Return the scores, (N,), by labels that are arguments of the graph."""
-        if self._function is not None:
-            return select_scores(output, self._function)
-        rows: Tensor = output.reshape(len(output), -1)
-        return rows.gather(1, indices[0][:, None])[:, 0] if indices else rows[:, 0]
+    def _attribute(self, tensors: Sequence[Tensor], target: Target) -> Any:
+        return self._method.attribute(self._given(tensors), target, **self._options)
 
-    def _indices(self, target: Target, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the target as the argument of the graph: the position of each image's score among all of its own."""
+    def _sizes_of_scores(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        """Return the shape of what the model returns for one image."""
+        additional = as_tuple_of_arguments(self._options.get("additional_forward_args"))
+        with torch.no_grad():
+            output = unwrap_parallel(self._method.forward_func)(*(one.detach().clone() for one in tensors), *additional)
+        return tuple(output.shape[1:])  # type: ignore[attr-defined]  # a tensor, or the map would have raised
+
+    def _target(self, arguments: Sequence[Tensor]) -> Target:
+        """Return the target of the graph's function: the labels among its arguments."""
+        labels = arguments[len(self._layout) :]
+        return Positions(labels[0]) if labels else self._function
+
+    def _positions(self, target: Target, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the target as the argument of the graph: where each image's score is among all of its own."""
         if self._function is not None:
             if target is not None and target is not self._function:
                 raise ValueError(
@@ -239,29 +245,32 @@ class CompiledMap:
         found = select_scores(places, target, len(tensors[0])).long().to(tensors[0].device)
         return () if count == 1 else (found,)
 
+    def _labels(self, arguments: Sequence[Tensor]) -> Target:
+        """Return the same target as Captum has it."""
+        flat = arguments[len(self._layout) :]
+        if not flat:
+            return self._function
+        each = [tuple(int(axis) for axis in one) for one in torch.stack(torch.unravel_index(flat[0], self._sizes), 1)]
+        return each if len(self._sizes) > 1 else [label for (label,) in each]
+
     def _compile(self, tensors: tuple[Tensor, ...], target: Target) -> "_Compiled":
         """Trace the map at these inputs, compile it and check it against the eager one, here and elsewhere."""
-        outputs: list[Any] = []
-
-        def noted(output: Any) -> Tensor:
-            outputs.append(output)
-            return select_scores(output, target, len(tensors[0]))
-
-        expected = self._method.attribute(self._given(tensors), noted, **self._options)
-        self._sizes = tuple(outputs[0].shape[1:]) if isinstance(outputs[0], Tensor) else ()
-        arguments = (*tensors, *self._indices(target, tensors))
+        expected = self._attribute(tensors, target)
+        if self._function is None:
+            self._sizes = self._sizes_of_scores(tensors)
+        arguments = (*tensors, *self._positions(target, tensors))
         leaves, spec = pytree.tree_flatten(expected)
 
         def function(*arguments: Tensor) -> list[Tensor]:
-            select = partial(self._selected, indices=arguments[len(tensors) :])
-            found = self._method.attribute(self._given(arguments[: len(tensors)]), select, **self._options)
+            found = self._attribute(arguments[: len(tensors)], self._target(arguments))
             return pytree.tree_leaves(found)
 
         graph = self._traced(function, arguments)
         other = self._elsewhere(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they have been shown
-            cases = [(arguments, leaves), (other, function(*other))]
+            labels = self._labels(other)
+            cases = [(arguments, leaves), (other, pytree.tree_leaves(self._attribute(other[: len(tensors)], labels)))]
         for case, wanted in cases:
             check("the graph", run(graph, case), wanted, _tolerance(_PLAIN, case))
         program = compiled(graph, arguments, self._backend)

@@ -196,7 +196,7 @@ def _batch_norm(
 
 
 def _view(input: Tensor, size: Sequence[int]) -> Any:
-    """Copy first: what took its place may lie in memory otherwise than the operation did; in ONNX that has no meaning."""
+    """Copy first, for what took its place may lie in memory otherwise, of which ONNX knows nothing."""
     return NotImplemented if input.is_contiguous() else aten.view(input.contiguous(), size)
 
 

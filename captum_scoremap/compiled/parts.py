@@ -1,5 +1,6 @@
 """What an exported map returns: the scores, the maps, and the other side of the sum, each by name."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
 from captum_scoremap.checks import unwrap_parallel
 from captum_scoremap.linear import Reduction, explain
+from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments, root_module
 
 __all__ = ["Method", "parts"]
@@ -16,14 +18,14 @@ Method = ScoreMap | LayerScoreMap | CompleteScoreMap | FusedScoreMap
 
 
 def parts(
-    method: Method, inputs: Tensor | tuple[Tensor, ...], select: Callable[[Any], Tensor], options: Mapping[str, Any]
+    method: Method, inputs: Tensor | tuple[Tensor, ...], target: Target, options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Return scores, maps, B and residuals of one run, by name.
 
     Args:
         method: The method.
         inputs: The image.
-        select: From the model's output to the scores (N,) that are explained.
+        target: Label of each image, or a function from the model's output to the scores (N,).
         options: Other arguments of ``method.attribute``.
 
     Returns:
@@ -32,24 +34,30 @@ def parts(
     """
     outputs: list[Any] = []
 
-    def noted(output: Any) -> Tensor:
+    def noted(*args: Any) -> Any:
+        outputs.append(method.forward_func(*args))
+        return outputs[-1]
+
+    def select(output: Any) -> Tensor:
         outputs.append(output)
-        return select(output)
+        return select_scores(output, target)
 
     additional = as_tuple_of_arguments(options.get("additional_forward_args"))
     found: dict[str, Tensor] = {}
     if isinstance(method, CompleteScoreMap):
-        complete, placeless = method.attribute(inputs, noted, additional, return_placeless=True)
+        complete, placeless = method.attribute(inputs, select, additional, return_placeless=True)
         one = complete if isinstance(complete, Tensor) else complete[0]
-        score = select(outputs[0])
+        score = select_scores(outputs[0], target)
         found = {"map": one, "placeless": placeless, "residual": score - (one.flatten(1).sum(1) + placeless)}
     elif isinstance(method, FusedScoreMap):
-        fused = method.attribute(inputs, noted, additional)
+        twin = copy.copy(method)
+        twin.forward_func = noted  # a function as target would be another score
+        fused = twin.attribute(inputs, target, additional)
         found = {"map": fused if isinstance(fused, Tensor) else fused[0]}
     else:
-        found = _linear_parts(method, inputs, noted, additional, options)
+        found = _linear_parts(method, inputs, select, additional, options)
     output = outputs[0]
-    return {"scores": output if isinstance(output, Tensor) else select(output), **found}
+    return {"scores": output if isinstance(output, Tensor) else select_scores(output, target), **found}
 
 
 def _linear_parts(
