@@ -22,6 +22,7 @@ __all__ = [
     "check_images",
     "check_inputs",
     "check_layer",
+    "is_traced",
     "is_tuple_of_one",
     "nearest",
     "unrecorded",
@@ -100,6 +101,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message that suggests the names most like ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def is_traced() -> bool:
+    """Return whether what runs is being written down as a graph, which must hold at other images, too."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def unrecorded() -> AbstractContextManager[None]:

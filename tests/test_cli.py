@@ -298,3 +298,36 @@ def test_multi_view_says_that_a_small_image_is_enlarged(tmp_path: Path, capsys: 
     assert main(["explain", str(small), "--view", "multi", "--layers", "features.blocks.6", "--out", str(out)]) == 0
     assert "90 x 60 pixels are less than one view (224); enlarged." in capsys.readouterr().out
     assert out.stat().st_size > 0
+
+
+def test_export_writes_a_file_and_says_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "maps.pt2"
+    assert main(["export", "--model", "torchvision:squeezenet1_1", "--weights", "none", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"takes\W+image\W+1 × 3 × 224 × 224\W+float32", printed)
+    assert re.search(r"returns\W+residual", printed)
+    found = torch.export.load(out).module()(torch.randn(1, 3, 224, 224), torch.tensor([3]))
+    assert {name.partition(".")[0] for name in found} == {"scores", "map", "bias", "residual"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "maps.txt"], r"--out must end in \.pt2, \.onnx, got 'maps.txt'"),
+        (["--layers", "input,features", "--out", "maps.pt2"], "layers must be input alone or layers of the network"),
+        (["--maps", "fused", "--layers", "input", "--out", "maps.pt2"], "layers must be layers of the network"),
+    ],
+)
+def test_export_says_what_must_be(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--model", "torchvision:squeezenet1_1", "--weights", "none", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())

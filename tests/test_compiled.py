@@ -395,3 +395,13 @@ def test_inductor_gives_the_same_map(generator: torch.Generator) -> None:
     with torch.no_grad():
         model[0].weight.neg_()
     assert_close(compiled(other, [2, 0]), ScoreMap(model).attribute(other, [2, 0]), rtol=1e-9, atol=1e-11)
+
+
+def test_a_function_as_target_of_a_fused_map_is_another_score_than_the_label(model: Network, inputs: Tensor) -> None:
+    method = FusedScoreMap(model)
+
+    def second(output: Tensor) -> Tensor:
+        return output[:, 1]
+
+    assert_close(compile_map(method, inputs, second, backend="graph")(inputs), method.attribute(inputs, second))
+    assert not torch.allclose(method.attribute(inputs, second), method.attribute(inputs, 1))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from captum_scoremap.checks import is_traced, unrecorded
 from captum_scoremap.layout import map_channel_dim
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Tape
@@ -73,7 +74,9 @@ class Placement:
             return [(None, self._of_images(self._total(product), product))]
         if sum(share.numel() for share, _ in carried) < product.numel():  # some stood on padding, or on a constant
             lost = self._total(product) - sum(self._total(share) for share, _ in carried)
-            if (lost.abs() > 8 * torch.finfo(lost.dtype).eps * product.abs().sum()).any():
+            with unrecorded():
+                is_rounding = not bool((lost.abs() > 8 * torch.finfo(lost.dtype).eps * product.abs().sum()).any())
+            if is_traced() or not is_rounding:  # a graph cannot know of other images
                 entries.append((None, self._of_images(lost, product)))
         return entries
 
@@ -138,8 +141,9 @@ class Placement:
             return total
         if self._images == 1:
             return total[None]
-        if float(total.abs()) <= 1e-6 * float(product.abs().sum()):
-            return None
+        with unrecorded():
+            if float(total.abs()) <= 1e-6 * float(product.abs().sum()):
+                return None
         raise ValueError(
             f"every operation must keep the {self._images} images first, got {tuple(product.shape)}. Explain one "
             "image at a time."
