@@ -49,6 +49,8 @@ class Analysis:
         unusualness: Position of an image to 1 − cosine of its map with the mean of the label's other maps.
         findings: What the model may wrongly rely on, the most suspicious first; see
             `captum_scoremap.audit.findings.find`.
+        changes: What changed against another run, label by label, the largest gain first; see
+            `captum_scoremap.audit.compare.compare`.
     """
 
     summary: Mapping[str, Any]
@@ -56,6 +58,7 @@ class Analysis:
     pairs: Sequence[Mapping[str, Any]]
     unusualness: Mapping[int, float]
     findings: Sequence[Mapping[str, Any]] = ()
+    changes: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass

@@ -146,6 +146,17 @@ def _page(settings: Mapping[str, Any], analysis: Analysis, images: Mapping[int, 
         limit=INEXACT,
         inexact=[row for row in analysis.summary["layers"] if row["inexact"]],
         findings=[_finding(row) for row in analysis.findings if row["confident"]],
+        changes=[
+            {
+                **row,
+                "patches": [
+                    {**one, "left": _shift(one["column"]), "top": _shift(one["row"])} for one in row["patches"]
+                ],
+            }
+            for row in analysis.changes
+            if row["confident"] and "patches" in row
+        ],
+        against=bool(analysis.changes),
         compared=sum(row["kind"] != "confused pair" for row in analysis.findings),
         labels=[_label(row) for row in analysis.labels[:_SHOWN]],
         ranked=any(row["shortcut"] is not None for row in analysis.labels),

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 import captum_scoremap
 from captum_scoremap.audit.analysis import Analysis, analyze
 from captum_scoremap.audit.cluster import on_ray
+from captum_scoremap.audit.compare import SETTINGS as _SETTINGS
+from captum_scoremap.audit.compare import check_comparable, compare
 from captum_scoremap.audit.explaining import MapLayer, layers_to_pool, map_layers
 from captum_scoremap.audit.findings import find
 from captum_scoremap.audit.plan import Plan
@@ -32,7 +34,6 @@ from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepa
 
 __all__ = ["Audit", "audit"]
 
-_SETTINGS = "audit.json"
 _RESOLUTIONS = 3  # of the model's layers, the coarsest, are mapped by default
 
 
@@ -89,6 +90,7 @@ def audit(
     prepare_model: bool = True,
     progress: bool = True,
     show_paths: bool = False,
+    compare_with: str | os.PathLike[str] | None = None,
 ) -> Audit:
     """Explain every image of a data set, and keep what was found.
 
@@ -112,6 +114,7 @@ def audit(
         prepare_model: Whether to explain a faster copy of the model, its batch norms folded.
         progress: Whether to show how far it is.
         show_paths: Whether the report may name the files by their full path on this machine.
+        compare_with: Folder of another audit of the same model, of other images: `Analysis.changes` tells what changed.
 
     Returns:
         The audit.
@@ -146,10 +149,16 @@ def audit(
         pool=layers_to_pool(module, inputs),
     )
     settings = _settings(worker, original, prepare_model)
+    if compare_with is not None:
+        check_comparable(Path(compare_with), settings)
     shards = Shards(Path(out))
     _open_folder(shards, settings, resume)
     _work(worker, shards, ray, workers, progress)
     analysis = replace(analyze(shards, settings["layers"]), findings=find(shards, worker))
+    if compare_with is not None:
+        other, name_of = Shards(Path(compare_with)), loaded.label_name
+        changes = compare(shards, other, module, list(worker.layers), worker.example, name_of)
+        analysis = replace(analysis, changes=changes)
     report = write_report(shards, settings, analysis, opened.path if show_paths else None)
     return Audit(shards.folder, settings, analysis, report)
 

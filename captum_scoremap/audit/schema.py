@@ -92,6 +92,10 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
         Column("mean", pa.list_(pa.float32()), "the mean of each channel over positions, in the layer's units"),
         Column("maximum", pa.list_(pa.float32()), "the maximum of each channel over positions, in the layer's units"),
     ),
+    "scores": _schema(
+        _INDEX,
+        Column("scores", pa.list_(pa.float32()), "the scores of all labels, in logits"),
+    ),
     "images": _schema(
         _INDEX,
         Column("name", pa.string(), "path below the source's folder, or the position in a data set"),

@@ -174,6 +174,10 @@ class Worker:
             "maps": self._maps(items, found),
             "layers": self._layers(items, found),
             "channels": self._channels(items, found),
+            "scores": [
+                {"index": item.index, "scores": scores}
+                for item, scores in zip(items, found.scores.float().cpu().numpy(), strict=True)
+            ],
             "images": self._images(items, found, on_device),
         }
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from captum_scoremap.audit import Audit
 
 _NAMED = 10  # images that are named for a condition
+_CHANGES = 5  # labels that are named where runs are compared
 _RAY = "--ray"
 _ADDRESS = re.compile(r"local|auto|ray://.+|[\w.-]+:\d+")
 
@@ -91,6 +92,14 @@ def audit(
     shard_size: Annotated[int, typer.Option("--shard-size", metavar="N", help="Images written together.", min=1)] = 128,
     device: DeviceOption = "auto",
     prepare_model: PrepareOption = True,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="OTHER_RUN",
+            help="Folder of another audit of the same model: which labels gained or lost since, and by what.",
+        ),
+    ] = None,
     show_paths: Annotated[
         bool, typer.Option("--show-paths", help="Name the files in the report by their full path on this machine.")
     ] = False,
@@ -109,6 +118,8 @@ def audit(
     * `captum-scoremap audit photos/ --labels labels.csv --model torchvision:resnet50 --out audit-resnet50`
 
     * `captum-scoremap audit photos/ --out audit-resnet50 --resume` (after an interruption)
+
+    * `captum-scoremap audit new-camera/ --out audit-new --compare audit-old` (what changed)
 
     * `captum-scoremap audit photos/ --ray --workers 4` (in four processes of this machine)
 
@@ -134,6 +145,7 @@ def audit(
         device=chosen_device(device),
         prepare_model=prepare_model,
         show_paths=show_paths,
+        compare_with=compare,
     )
     for line in _said(done):
         typer.echo(line)
@@ -166,6 +178,9 @@ def _said(done: "Audit") -> Iterator[str]:
             f"by {effect['score_fall']:.1f} of {effect['score']:.1f} logits (control: "
             f"{effect['control_score_fall']:.1f})."
         )
+    for change in [one for one in done.analysis.changes if one["confident"] and one["change"] > 0][:_CHANGES]:
+        before, now = f"{change['predicted_before']:.1%}", f"{change['predicted']:.1%}"
+        yield f"Gained: {change['name']}, {change['change']:+.2f} logits; predicted for {now}, before {before}."
     yield f"Report: {done.report}"
     inexact = [layer["layer"] for layer in summary["layers"] if layer["inexact"]]
     if inexact:
