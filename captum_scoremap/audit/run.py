@@ -215,7 +215,7 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
     """Return what decides the results: two runs with equal settings yield equal tables."""
     plan = worker.plan
     return {
-        "format": 2,
+        "format": 3,
         "source": {
             "title": worker.source.title,
             "images": len(worker.source),
