@@ -18,7 +18,7 @@ from tests.audit_pictures import tiny_model, write_digits, write_odd_files
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conditions")
     write_digits(folder / "in", 12, by_label=True)
-    (folder / "in" / "empty.png").write_bytes(b"")
+    (folder / "in" / "digit 0" / "empty.png").write_bytes(b"")
     return audit(folder / "in", tiny_model(), out=folder / "out", progress=False)
 
 
@@ -32,7 +32,7 @@ def test_numbers_of_the_set_name_the_images_behind_them(done):
     accuracy, failed = found(done, "accuracy<1", "failed>0")
     assert list(accuracy.images) == wrong
     assert accuracy.value == pytest.approx(1 - len(wrong) / 12)
-    assert failed.images == ("empty.png",)
+    assert failed.images == ("digit 0/empty.png",)
     assert str(failed) == "failed>0 holds: failed is 1"
 
 
@@ -49,8 +49,24 @@ def test_numbers_of_images_name_those_that_meet_them(done):
     assert failure.value == lowest
 
 
-def test_what_does_not_hold_or_is_not_known_is_no_failure(done):
-    assert found(done, "residual>1e-3", "accuracy<0", "failed>1", "region_share<2", "insertion<2") == []
+def test_what_does_not_hold_is_no_failure(done):
+    assert found(done, "residual>1e-3", "accuracy<0", "failed>1") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("accuracy<0.9", "no image has a known accuracy. Give true labels: --labels"),
+        ("region_share<2", "no image has a known region_share. Give boxes or masks"),
+        ("insertion<2", "Ask for it: --metrics insertion."),
+    ],
+)
+def test_conditions_that_cannot_be_evaluated_fail_with_words(tmp_path, text, advice):
+    done = audit([torch.rand(3, 32, 32)] * 2, tiny_model(), out=tmp_path / "out", progress=False)
+    (failure,) = found(done, text)
+    assert (failure.value, failure.images) == (None, ())
+    assert str(failure).startswith(f"{text} cannot be evaluated: ")
+    assert advice in str(failure)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +103,7 @@ def test_program_says_what_it_found_and_exits_with_2(tmp_path, capsys):
     assert "score>-1e+09 holds" in err
     assert "  animated.gif" in err
     assert "residual>" not in err
+    assert "shortcut" not in out  # nothing is named where nothing was shown to be
     assert main([*arguments, "--device", "cpu"]) == 2
     assert "Go on with resume" in capsys.readouterr().err
     assert main([*arguments, "--device", "cpu", "--resume", "--fail-on", "residual>1e-3"]) == 0
@@ -150,6 +167,15 @@ def test_ray_with_and_without_an_address(arguments, address, monkeypatch):
     assert main(["audit", "--model", f"{__name__}:build_tiny", "--device", "cpu", *arguments]) == 2
     source = next(one for one in arguments if one.startswith(("photos", "torchvision")))
     assert called == {"source": source, "ray": address}
+
+
+def test_program_exits_with_2_where_a_condition_cannot_be_evaluated(tmp_path, capsys):
+    write_digits(tmp_path / "in", 3)
+    arguments = ["audit", str(tmp_path / "in"), "--model", f"{__name__}:build_tiny", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu", "--fail-on", "accuracy<0.9"]) == 2
+    assert "accuracy<0.9 cannot be evaluated" in capsys.readouterr().err
+    assert main([*arguments, "--device", "cpu", "--resume", "--fail-on", "deletion>0.9"]) == 2
+    assert "--fail-on deletion>0.9 needs --metrics deletion." in capsys.readouterr().err
 
 
 def test_program_names_what_it_cannot_use(tmp_path, capsys):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
-from captum_scoremap import linear_form
+from captum_scoremap import CompleteScoreMap, linear_form
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import MapLayer, explain, map_layers
 from captum_scoremap.layout import main_layers
@@ -45,10 +45,39 @@ def test_maps_sums_and_biases_are_those_of_the_linear_form(images, names):
     found = explain(model, map_layers(model, names, images[:1]), images, torch.tensor([-1, 0, 4]))
     for name in names:
         form = linear_form(model, images, found.labels[:, 0], model.get_submodule(name))
-        torch.testing.assert_close(found.biases[name], form.bias, rtol=0, atol=1e-12)
-        torch.testing.assert_close(found.sums[name], form.sums, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.biases[name][:, 0], form.bias, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.sums[name][:, 0], form.sums, rtol=0, atol=1e-12)
         torch.testing.assert_close(found.maps[name][:, :1], form.score_map(), rtol=0, atol=1e-12)
         assert found.residuals[name].max() < 1e-12
+
+
+@pytest.mark.parametrize("names", [("first",), ("first", "second", "third")])
+def test_complete_maps_leave_only_what_has_no_place(images, names):
+    torch.manual_seed(0)
+    model = Bypassing().double().eval()
+    found = explain(model, map_layers(model, names, images[:1]), images, torch.tensor([-1, 0, 4]), kind="complete")
+    for name in names:
+        complete = CompleteScoreMap(model, model.get_submodule(name))
+        for role in range(3):
+            label = found.labels[:, role]
+            has, own = label >= 0, (label[:, None] != found.labels[:, :role]).all(1) & (label >= 0)
+            expected, placeless = complete.attribute(images, label.clamp(min=0), return_placeless=True)
+            map_ = found.maps[name][:, role, None]
+            torch.testing.assert_close(map_, expected * own[:, None, None, None], rtol=0, atol=1e-12)
+            torch.testing.assert_close(found.biases[name][:, role], placeless.where(has, 0), rtol=0, atol=1e-12)
+        assert found.residuals[name].max() < 1e-12
+
+
+def test_images_of_which_something_is_not_finite_are_told(images):
+    torch.manual_seed(0)
+    model = Bypassing().double().eval()
+    images[1, 0, 0, 0] = torch.nan
+    found = explain(model, [MapLayer("first")], images, torch.tensor([-1] * 3))
+    assert found.finite.tolist() == [True, False, True]
+    kept = found.take(found.finite)
+    alone = explain(model, [MapLayer("first")], images[::2], torch.tensor([-1] * 2))
+    torch.testing.assert_close(kept.maps["first"], alone.maps["first"], rtol=0, atol=1e-12)
+    assert kept.finite.all()
 
 
 def test_maps_of_every_role_are_those_of_its_label(images):
@@ -64,9 +93,14 @@ def test_maps_of_every_role_are_those_of_its_label(images):
     for given, own in ((true, False), (torch.cat([true[:2], torch.tensor([other])]), True)):
         found = explain(model, [MapLayer("second")], images, given)
         assert found.labels.tolist() == torch.stack([best, second, given], 1).tolist()
-        for role, label in enumerate((best, second)):
-            form = linear_form(model, images, label, model.second)
-            torch.testing.assert_close(found.maps["second"][:, role, None], form.score_map(), rtol=0, atol=1e-12)
+        for role, label in enumerate((best, second, given)):
+            has = label >= 0
+            form = linear_form(model, images, label.clamp(min=0), model.second)
+            for numbers, expected in ((found.sums, form.sums), (found.biases, form.bias)):
+                torch.testing.assert_close(numbers["second"][:, role], expected.where(has, 0), rtol=0, atol=1e-12)
+            torch.testing.assert_close(found.role_scores[:, role], form.score.where(has, 0), rtol=0, atol=1e-12)
+            if role < 2:
+                torch.testing.assert_close(found.maps["second"][:, role, None], form.score_map(), rtol=0, atol=1e-12)
         assert not found.maps["second"][:2, 2].any()
         if own:
             form = linear_form(model, images[2:], other, model.second)
@@ -147,7 +181,7 @@ def test_layers_that_the_scores_do_not_depend_on(images):
         found = explain(model, [MapLayer(name)], images, true)
         assert not found.maps[name].any()
         assert not found.sums[name].any()
-        torch.testing.assert_close(found.biases[name], found.scores.amax(1), rtol=0, atol=0)
+        torch.testing.assert_close(found.biases[name], found.role_scores, rtol=0, atol=0)
         assert not found.residuals[name].any()
     found = explain(side, [MapLayer("first"), MapLayer("third")], images, true)
     assert found.maps["first"].any()

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from captum_scoremap.audit import TABLES, audit, open_source
 from captum_scoremap.audit.explaining import map_layers
@@ -134,6 +137,57 @@ def test_inputs_of_many_sizes_in_one_batch(tmp_path):
     assert done.images["true"].to_pylist() == [None, None, None, 4]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_images_for_which_the_model_is_not_finite_are_named_and_the_rest_is_done(tmp_path, value):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    class Poisoned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model.eval()
+
+        def forward(self, image):
+            bright = image.amax((1, 2, 3), keepdim=False)[:, None] > 0.5
+            return torch.where(bright, value, self.model(image))
+
+    data = [torch.full((3, 8, 8), 0.9 if place % 3 == 1 else 0.1 + place / 100) for place in range(10)]
+    done = audit(data, Poisoned().eval(), out=tmp_path / "out", layers=["model.1"], **QUICK)
+    bad = [1, 4, 7]
+    assert [row["index"] for row in done.images.to_pylist() if row["error"]] == bad
+    assert done.images["index"].to_pylist() == list(range(10))
+    assert {row["error"] for row in done.images.to_pylist()} == {
+        None,
+        "the model gives scores or maps that are not finite numbers",
+    }
+    assert [failed["index"] for failed in done.analysis.summary["failed"]] == bad
+    assert done.layers.num_rows == 7
+    again = audit(data[:1] * 2, Poisoned().eval(), out=tmp_path / "good", layers=["model.1"], **QUICK)
+    assert again.images["score"][0].as_py() == done.images["score"][0].as_py()
+
+
+def test_a_model_that_is_never_finite_has_a_report(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    with torch.no_grad():
+        model[3].bias.fill_(torch.nan)
+    done = audit([torch.rand(3, 8, 8)] * 5, model, out=tmp_path / "out", **QUICK)
+    assert done.analysis.summary["audited"] == 0
+    assert len(done.analysis.summary["failed"]) == 5
+    assert "not finite" in done.report.read_text(encoding="utf-8")
+
+
+def test_complete_maps_add_up_to_the_score_but_for_what_has_no_place(tmp_path):
+    write_digits(tmp_path / "in", 5)
+    loaded = tiny_model()
+    done = audit(tmp_path / "in", loaded, out=tmp_path / "out", layers=["1", "4"], maps="complete", **QUICK)
+    kept = rows(done.folder, "maps")
+    assert {row["role"] for row in kept} == {"predicted", "runner_up"}
+    for row in kept:
+        assert sum(row["values"]) == pytest.approx(row["sub_scores"], abs=1e-5)
+        assert row["bias"] == pytest.approx(loaded.module[6].bias[row["label"]].item(), abs=1e-6)
+        assert row["sub_scores"] + row["bias"] == pytest.approx(row["score"], abs=1e-5)
+        assert row["residual"] < 1e-5
+
+
 def test_a_source_without_a_readable_image_is_an_error(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"")
@@ -148,6 +202,7 @@ def test_a_source_without_a_readable_image_is_an_error(tmp_path):
             {"metrics": ["insertoin"]},
             "metrics must be of insertion, deletion, got 'insertoin'. Did you mean 'insertion'",
         ),
+        ({"maps": "compleet"}, "maps must be of score, complete, got 'compleet'. Did you mean 'complete'"),
         ({"layers": ["9"]}, "layers must be named as in the model, got '9'"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
     ],
@@ -200,6 +255,146 @@ def test_out_must_be_empty_or_the_same_audit(tmp_path):
     assert again.images.num_rows == 3
 
 
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _other(path):
+    pq.write_table(pa.table({"index": [1]}), path)
+
+
+def _swapped(path):
+    path.write_bytes(path.with_name("00000.parquet").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_empty, "is empty"),
+        (_half, "cannot be read"),
+        (_other, "has other columns"),
+        (_swapped, "has other images"),
+        (Path.unlink, "is missing"),
+    ],
+)
+@pytest.mark.parametrize("table", ["views", "maps", "layers", "images"])
+def test_damaged_shards_are_named_and_computed_anew(tmp_path, finished_audit, table, harm, said):
+    source, whole = finished_audit
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    path = out / table / "00001.parquet"
+    harm(path)
+    if (table, harm) == ("images", Path.unlink):  # as if that shard had not been done
+        audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)
+    else:
+        if harm is not _swapped and harm is not _other:
+            with pytest.raises(ValueError, match=rf"results must be whole, got {table}/00001.parquet, which {said}"):
+                Shards(out).table(table)
+        with pytest.warns(UserWarning, match=rf"are damaged, and computed anew: \w+/00001.parquet {said}"):
+            audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)
+    for name in TABLES:
+        assert rows(out, name) == rows(whole, name)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_changed_byte_is_found_or_changes_nothing(tmp_path, finished_audit, table):
+    _, whole = finished_audit
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    stamp = pq.read_schema(tmp_path / table / "00001.parquet").metadata[b"audit"].decode()
+    shards, path, found = Shards(tmp_path, 3, stamp), tmp_path / table / "00001.parquet", 0
+    expected, content, done = shards.read(table, 1), path.read_bytes(), (tmp_path / "images" / "00001.parquet")
+    commit = done.read_bytes()
+    for place in range(5, len(content), max(len(content) // 60, 1)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+        if shards.mend(lambda shard: range(8 * shard, min(8 * shard + 8, 20))):
+            assert not done.exists()
+            found += 1
+        else:
+            assert shards.read(table, 1).equals(expected)
+        done.write_bytes(commit)
+        path.write_bytes(content)
+    assert found > 20
+
+
+@pytest.fixture(scope="module")
+def finished_audit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    write_digits(folder / "in", 20)
+    audit(folder / "in", tiny_model(), out=folder / "out", layers=["1"], **QUICK)
+    return folder / "in", folder / "out"
+
+
+def test_foreign_files_are_named_and_left_alone(tmp_path, finished_audit):
+    source, whole = finished_audit
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    other = audit(source, tiny_model(5), out=tmp_path / "other", layers=["1"], **QUICK)
+    shutil.copy(other.folder / "maps" / "00001.parquet", out / "maps" / "00001.parquet")
+    shutil.copy(out / "images" / "00001.parquet", out / "images" / "00099.parquet")
+    for name in ("notes.txt", "copy of 00001.parquet", ".DS_Store"):
+        (out / "images" / name).write_bytes(b"mine")
+    (out / "maps" / ".00002.parquet.4711").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="computed anew") as caught:
+        done = audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)
+    (said,) = [str(warning.message) for warning in caught]
+    assert "maps/00001.parquet is of another audit" in said
+    for name in ("notes.txt", "copy of 00001.parquet", ".DS_Store", "00099.parquet"):
+        assert f"images/{name} is no part of this audit and stays as it is" in said
+        assert (out / "images" / name).exists()
+    assert not (out / "maps" / ".00002.parquet.4711").exists()
+    assert done.images.num_rows == 20
+    (out / "images" / "00099.parquet").unlink()
+    for name in TABLES:
+        assert rows(out, name) == rows(whole, name)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 2', b"[]", b"\xff\xfe", None])
+def test_damaged_settings_are_written_anew_and_results_of_the_same_audit_kept(tmp_path, finished_audit, content):
+    source, whole = finished_audit
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    if content is None:
+        (out / "audit.json").unlink()
+    else:
+        (out / "audit.json").write_bytes(content)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet") if path.parent.name != "analysis"}
+    with pytest.warns(UserWarning, match=r"are damaged, and computed anew: audit.json (is missing|cannot be read)"):
+        audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)
+    assert (out / "audit.json").read_bytes() == (whole / "audit.json").read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    (out / "audit.json").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"audit.json cannot be read .*; views/00000.parquet is of"):
+        audit(source, tiny_model(4), out=out, layers=["1"], resume=True, **QUICK)
+    assert Shards(out).table("images")["predicted"].to_numpy().max() < 4
+
+
+def test_resume_knows_that_pictures_changed(tmp_path):
+    write_digits(tmp_path / "in", 10)
+    audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
+    path = tmp_path / "in" / "0003.png"
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    with pytest.raises(ValueError, match=r"resume must have the settings of the audit in .*, got another source"):
+        audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
+    data = [(torch.rand(3, 32, 32), 0) for _ in range(3)]
+    audit(data, tiny_model(), out=tmp_path / "data", **QUICK)
+    data[1] = (data[1][0], 1)
+    with pytest.raises(ValueError, match="got another source"):
+        audit(data, tiny_model(), out=tmp_path / "data", resume=True, **QUICK)
+
+
+def test_two_writers_one_is_told(tmp_path):
+    data = [torch.rand(3, 32, 32)] * 3
+    shards = Shards(tmp_path / "out")
+    with shards.locked(), pytest.raises(ValueError, match=r"no other audit writes to, got .*, where one is at work"):
+        audit(data, tiny_model(), out=tmp_path / "out", **QUICK)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert audit(data, tiny_model(), out=tmp_path / "out", **QUICK).images.num_rows == 3
+
+
 NURSERY = """
 import os, sys
 from captum_scoremap.audit import audit
@@ -242,6 +437,7 @@ class Nursery:
         self.process.stdout.close()
 
 
+@pytest.mark.filterwarnings("ignore:labels are not known:UserWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to start an audit often and fast")
 def test_killed_twenty_times_and_resumed_is_the_same(tmp_path):
     write_digits(tmp_path / "in", 280, by_label=True)
@@ -276,11 +472,11 @@ def test_full_disk_is_a_clear_error_and_what_is_done_stays(tmp_path, monkeypatch
     write_digits(tmp_path / "in", 20)
     real = pq.write_table
 
-    def full(table, path, **options):
-        if "00001" in path.name:
-            path.write_bytes(b"half")
+    def full(table, file, **options):
+        if "00001" in file.name:
+            file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(table, path, **options)
+        real(table, file, **options)
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(

@@ -1,14 +1,17 @@
 """Every source yields the same samples in the same order, and says what is wrong with the rest."""
 
 import csv
+import os
 
 import pytest
 import torch
 from PIL import Image
 
 from captum_scoremap.audit.plan import Plan
+from captum_scoremap.data.files import printable
+from captum_scoremap.data.labels import label_indices
 from captum_scoremap.data.pictures import UnreadableError
-from captum_scoremap.data.sources import DatasetSource, label_indices, open_source, printable
+from captum_scoremap.data.sources import DatasetSource, open_source
 from tests.audit_pictures import Digits, write_digits
 
 NAMES = tuple(f"digit {label}" for label in range(10))
@@ -25,7 +28,8 @@ def test_folder_layout_gives_labels_by_name(tmp_path):
 
 def test_folders_as_many_as_labels_are_labels_in_order(tmp_path):
     write_digits(tmp_path, 20, by_label=True)
-    source = open_source(tmp_path, names=[f"other {label}" for label in range(10)])
+    with pytest.warns(UserWarning, match=r"in alphabetical order: digit 0 is other 0, .* and 7 more. Give labels"):
+        source = open_source(tmp_path, names=[f"other {label}" for label in range(10)])
     assert {source.read(index).label for index in range(20)} == set(range(10))
 
 
@@ -68,10 +72,157 @@ def test_labels_beside_a_folder(tmp_path):
     write_digits(tmp_path / "pictures", 3)
     labels = tmp_path / "labels.csv"
     labels.write_text("file,label\n0000.png,digit 4\n0002.png,7\nelsewhere.png,1\n")
-    source = open_source(tmp_path / "pictures", labels, NAMES)
+    said = r"labels are there for 2 of 3 images; none for 0001.png; 1 of their 3 names are no image's: elsewhere.png"
+    with pytest.warns(UserWarning, match=said):
+        source = open_source(tmp_path / "pictures", labels, NAMES)
     assert [source.read(index).label for index in range(3)] == [4, None, 7]
-    same = open_source(tmp_path / "pictures", {"0000.png": 4, "0002.png": "digit 7"}, NAMES)
+    with pytest.warns(UserWarning, match=r"for 2 of 3 images; none for 0001.png\.$"):
+        same = open_source(tmp_path / "pictures", {"0000.png": 4, "0002.png": "digit 7"}, NAMES)
     assert same.fingerprint() == source.fingerprint()
+
+
+def test_labels_name_images_from_the_source_the_table_or_the_root(tmp_path):
+    write_digits(tmp_path / "all" / "a", 2)
+    labels = tmp_path / "labels.csv"
+    labels.write_text(f"file,label\nall/a/0000.png,4\n{tmp_path / 'all' / 'a' / '0001.png'},7\n")
+    source = open_source(tmp_path / "all", labels, NAMES)
+    assert [source.read(index).label for index in range(2)] == [4, 7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("0000.png,4\n0001.png,1\n0000.png,5\n", "one label, got '4' and '5' for '0000.png'. Keep one row"),
+        ("0000.png,4\n0001.png,1\n./0000.png,digit 5\n", "got '4' and 'digit 5' for '0000.png'"),
+        ("0000.png,4\n0001.png,1\n0000.png,\n", "got '4' and None for '0000.png'"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_labels_that_contradict_each_other_are_an_error(tmp_path, rows, message, beside):
+    write_digits(tmp_path, 2)
+    (tmp_path / "labels.csv").write_text("path,label\n" + rows)
+    source = (tmp_path, tmp_path / "labels.csv") if beside else (tmp_path / "labels.csv", None)
+    with pytest.raises(ValueError, match=message):
+        open_source(*source, NAMES)
+    (tmp_path / "labels.csv").write_text("path,label\n0000.png,4\n0001.png,1\n0000.png,digit 4\n")
+    assert open_source(*source, NAMES).read(0).label == 4
+
+
+def test_a_name_of_two_images_is_an_error(tmp_path):
+    for below in ("a", "b"):
+        write_digits(tmp_path / below, 1)
+    with pytest.raises(ValueError, match=r"each image by its path, got '0000\.png' for a/0000\.png and b/0000\.png"):
+        open_source(tmp_path, {"0000.png": 1}, NAMES)
+
+
+def test_folders_of_which_the_model_knows_some(tmp_path):
+    for below in ("digit 3", "DIGIT_4", "unsorted", "2"):
+        write_digits(tmp_path / below, 1)
+    with pytest.warns(UserWarning, match="not known of 2 of 4 images, in folders that are no label .*, 2, unsorted"):
+        source = open_source(tmp_path, names=NAMES)
+    assert [source.read(index).label for index in range(4)] == [None, 4, 3, None]
+
+
+def test_folders_that_are_numbers_are_labels_with_a_word(tmp_path):
+    for below in ("03", "7"):
+        write_digits(tmp_path / below, 1)
+    with pytest.warns(UserWarning, match="as the numbers of labels: 03 is digit 3, 7 is digit 7. Give labels"):
+        source = open_source(tmp_path, names=NAMES)
+    assert [source.read(index).label for index in range(2)] == [3, 7]
+    assert [open_source(tmp_path).read(index).label for index in range(2)] == [3, 7]
+
+
+def test_links_never_multiply_the_data(tmp_path):
+    write_digits(tmp_path / "photos" / "z", 3)
+    write_digits(tmp_path / "elsewhere", 2)
+    photos = tmp_path / "photos"
+    (photos / "z" / "up").symlink_to(photos)
+    (photos / "a").symlink_to(photos / "z")
+    (photos / "more").symlink_to(tmp_path / "elsewhere")
+    (photos / "round").symlink_to(photos / "about")
+    (photos / "about").symlink_to(photos / "round")
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    said = r"passed over: a: a link to a folder that is searched already, z, z/up: a link .* already, \.\."
+    with pytest.warns(UserWarning, match=said):
+        source = open_source(photos, names=NAMES)
+    names = [source.name(index) for index in range(len(source))]
+    assert names == ["gone.png", "more/0000.png", "more/0001.png", "z/0000.png", "z/0001.png", "z/0002.png"]
+    with pytest.raises(UnreadableError, match="no such file"):
+        source.read(0)
+
+
+def test_results_of_an_audit_are_no_source(tmp_path):
+    write_digits(tmp_path, 2)
+    write_digits(tmp_path / "audit" / "report", 2)
+    (tmp_path / "audit" / "audit.json").write_text("{}")
+    with pytest.warns(UserWarning, match="passed over: audit: the results of an audit"):
+        assert len(open_source(tmp_path)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_sockets_and_devices_are_named_and_never_opened(tmp_path):
+    write_digits(tmp_path, 1)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    source = open_source(tmp_path)
+    assert [source.name(index) for index in range(3)] == ["0000.png", "pipe.png", "zero.png"]
+    assert source.fingerprint() == source.fingerprint()
+    for index, reason in ((1, "a named pipe, not a file"), (2, "a device, not a file")):
+        with pytest.raises(UnreadableError, match=reason):
+            source.read(index)
+
+
+@pytest.mark.parametrize("name", ["a.heic", "b.HEIF", "c.svg", "d.jxl", "e.nef"])
+def test_pictures_that_pillow_cannot_read_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"anything")
+    source = open_source(tmp_path)
+    assert source.name(0) == name
+    with pytest.raises(UnreadableError, match=rf"Pillow cannot read {name[1:].lower()} files; convert it to PNG"):
+        source.read(0)
+
+
+def test_fingerprints_know_contents(tmp_path):
+    write_digits(tmp_path / "in", 3)
+    (tmp_path / "list.csv").write_text("path,mask\nin/0000.png,in/0001.png\n")
+    picture, mask = tmp_path / "in" / "0000.png", tmp_path / "in" / "0001.png"
+
+    def prints():
+        return open_source(tmp_path / "in").fingerprint(), open_source(tmp_path / "list.csv").fingerprint()
+
+    for path in (picture, mask):
+        before, state, content = prints(), path.stat(), path.read_bytes()
+        assert prints() == before
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # same size, same time
+        assert not set(prints()) & set(before)
+        path.write_bytes(content)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert prints() == before
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+        assert not set(prints()) & set(before)
+
+
+def test_fingerprints_of_data_sets_know_items():
+    data = [(torch.rand(1, 4, 4), 0), (torch.rand(1, 4, 4), 1), Image.new("RGB", (4, 4)), "damaged"]
+    before = DatasetSource(data).fingerprint()
+    assert DatasetSource([(image.clone(), label) for image, label in data[:2]] + data[2:]).fingerprint() == before
+    for changed in (
+        [(data[0][0] + 1e-6, 0), *data[1:]],
+        [(data[0][0], 1), *data[1:]],
+        [*data[:2], Image.new("RGB", (4, 4), "red"), "damaged"],
+        data[:3],
+    ):
+        assert DatasetSource(changed).fingerprint() != before
+
+
+def test_a_data_set_that_draws_its_items_says_so():
+    class Drawn(Digits):
+        def __getitem__(self, index):
+            return torch.rand(1, 4, 4), 0
+
+    with pytest.warns(UserWarning, match="items that differ .random augmentation.*resume cannot tell"):
+        assert DatasetSource(Drawn(0, 5)).fingerprint() == DatasetSource(Drawn(0, 5)).fingerprint()
 
 
 def test_torchvision_data_set_by_name(tmp_path):
@@ -93,11 +244,21 @@ def test_data_set_items_of_many_kinds():
         "text",
         None,
         torch.zeros(4),
+        (picture, "cat"),
+        (picture, 0.5),
+        (picture, torch.tensor([0, 1])),
     ])
     assert source.read(0).image.mode == "RGB"
     assert source.read(1).label == 2
     assert source.read(2).image.shape == (1, 4, 4)
-    for index, reason in ((3, "str is neither"), (4, "NoneType is neither"), (5, r"a tensor \(4,\)")):
+    for index, reason in (
+        (3, "str is neither"),
+        (4, "NoneType is neither"),
+        (5, r"a tensor \(4,\)"),
+        (6, "a label that is no index, 'cat'"),
+        (7, "a label that is no index, 0.5"),
+        (8, r"a label that is no index, tensor\(\[0, 1\]\)"),
+    ):
         with pytest.raises(UnreadableError, match=reason):
             source.read(index)
 

@@ -118,7 +118,8 @@ def analyze(shards: Shards, layers: Sequence[str]) -> Analysis:
 
     A mark in a corner, a watermark or a frame stands out; an object that may be anywhere has a low
     consistency, and one in the middle shares its place with others. Labels with fewer than three images have
-    none.
+    none. The score ranks labels and proves nothing: labels of networks without a shortcut were seen to reach 0.2, those
+    of networks with random weights, which look at places of their own for every label, 0.6.
 
     Args:
         shards: The results.

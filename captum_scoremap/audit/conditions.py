@@ -21,6 +21,13 @@ _COMPARE: Mapping[str, Callable[[float, float], bool]] = MappingProxyType({
 })
 _SET = ("accuracy", "failed")
 _OF_IMAGES = ("score", "probability", "contrast", "insertion", "deletion", "seconds")
+_UNKNOWN: Mapping[str, str] = MappingProxyType({
+    "accuracy": "Give true labels: --labels, a column label in the list, or folders named like labels.",
+    "insertion": "Ask for it: --metrics insertion.",
+    "deletion": "Ask for it: --metrics deletion.",
+    "region_share": "Give boxes or masks: columns x0, y0, x1, y1 or mask in the list.",
+    "region_area": "Give boxes or masks: columns x0, y0, x1, y1 or mask in the list.",
+})
 _OF_LAYERS = tuple(field.name for field in TABLES["layers"] if field.name not in {"index", "layer"})
 
 
@@ -39,9 +46,9 @@ class Condition:
     comparison: str
     limit: float
 
-    def holds(self, value: float | None) -> bool:
-        """Return whether a value meets the condition; what is not known meets none."""
-        return value is not None and _COMPARE[self.comparison](value, self.limit)
+    def holds(self, value: float) -> bool:
+        """Return whether a value meets the condition."""
+        return _COMPARE[self.comparison](value, self.limit)
 
     def __str__(self) -> str:
         return f"{self.name}{self.comparison}{self.limit:g}"
@@ -49,19 +56,22 @@ class Condition:
 
 @dataclass(frozen=True)
 class Failure:
-    """A condition that holds.
+    """A condition that holds, or one of which nothing is known.
 
     Attributes:
         condition: The condition.
-        value: The value that meets it: of the whole set, or the worst of an image.
+        value: The value that meets it: of the whole set, or the worst of an image; None where no value is known.
         images: Names of the images that it is about.
     """
 
     condition: Condition
-    value: float
-    images: tuple[str, ...]
+    value: float | None
+    images: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        if self.value is None:
+            why = _UNKNOWN.get(self.condition.name, "No image was audited.")
+            return f"{self.condition} cannot be evaluated: no image has a known {self.condition.name}. {why}"
         return f"{self.condition} holds: {self.condition.name} is {self.value:.4g}"
 
 
@@ -97,7 +107,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def failures(conditions: Sequence[Condition], images: pa.Table, layers: pa.Table, last: str) -> list[Failure]:
-    """Find the conditions that hold.
+    """Find the conditions that hold, and those that cannot be evaluated.
 
     A number of the whole set names the images that make it so: ``accuracy`` those predicted wrongly, ``failed`` those
     that could not be audited. A number of an image names the images that meet the condition. The residual is looked at
@@ -110,7 +120,7 @@ def failures(conditions: Sequence[Condition], images: pa.Table, layers: pa.Table
         last: Name of the last layer.
 
     Returns:
-        A failure for each condition that holds.
+        A failure for each condition that holds, or for which no value is known.
     """
     names = dict(zip(images["index"].to_pylist(), images["name"].to_pylist(), strict=True))
     found = (_failure(condition, images, layers, last, names) for condition in conditions)
@@ -124,14 +134,17 @@ def _failure(
         return _failure_of_set(condition, images)
     if condition.name in _OF_IMAGES:
         pairs = zip(images["index"].to_pylist(), images[condition.name].to_pylist(), strict=True)
-        met = [(index, value) for index, value in pairs if condition.holds(value)]
+        known = [(index, value) for index, value in pairs if value is not None]
     else:
         columns = zip(*(layers[name].to_pylist() for name in ("index", "layer", condition.name)), strict=True)
-        met = [
+        known = [
             (index, value)
             for index, layer, value in columns
-            if condition.holds(value) and (layer == last or condition.name == "residual")
+            if value is not None and (layer == last or condition.name == "residual")
         ]
+    if not known:
+        return Failure(condition, None)
+    met = [(index, value) for index, value in known if condition.holds(value)]
     if not met:
         return None
     worst = max if condition.comparison.startswith(">") else min
@@ -148,7 +161,9 @@ def _failure_of_set(condition: Condition, images: pa.Table) -> Failure | None:
         known = [correct for correct in column if correct is not None]
         value = sum(known) / len(known) if known else None
         culprits = [correct is False for correct in column]
-    if value is None or not condition.holds(value):
+    if value is None:
+        return Failure(condition, None)
+    if not condition.holds(value):
         return None
     named = zip(images["name"].to_pylist(), culprits, strict=True)
     return Failure(condition, value, tuple(name for name, culprit in named if culprit))

@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from captum_scoremap.layout import main_layers, map_channel_dim, token_grid
-from captum_scoremap.linear import Reduction
+from captum_scoremap.linear import Reduction, ledgers
 from captum_scoremap.rules import with_rules
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
-__all__ = ["ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]
+__all__ = ["MAPS", "ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]
+
+MAPS = ("score", "complete")
+"""Kinds of maps: the score map A·Y of a layer, or its complete map, with all of B that has a place."""
 
 ROLES = ("predicted", "runner_up", "true")
 """Whose score a map explains. Any contrast is the difference of two of them."""
@@ -38,18 +41,17 @@ class MapLayer:
 
 @dataclass(frozen=True)
 class Explained:
-    """Score maps of one batch.
+    """Maps of one batch, for each role in the order of `ROLES`.
 
     Attributes:
         scores: Scores of all labels, (N, K), in logits.
-        labels: Label of each role, (N, 3), in the order of `ROLES`; -1 where the true label is not known.
-        maps: For each layer the score map of each role, (N, 3, H, W), in logits; zero where there is no label.
-        sums: For each layer the sum A·Y of the predicted label, (N,), in logits; that of its map, and of tokens that
-            have no place in the image.
-        biases: For each layer B of the predicted label, (N,), in logits.
-        residuals: For each layer |S − (A·Y + B)| of the predicted label, (N,), in logits.
-        channels: For each layer A·Y of the predicted label for each channel, summed over positions, (N, C), in logits;
-            they add up to `sums`.
+        labels: Label of each role, (N, 3); -1 where the true label is not known.
+        maps: For each layer the map of each role, (N, 3, H, W), in logits; zero where there is no label, or where
+            a role before has the same.
+        sums: For each layer the sum A·Y of each role, (N, 3), in logits: that of its map, and of tokens that have no
+            place in the image. Of complete maps the sum of the map.
+        biases: For each layer B of each role, (N, 3), in logits; of complete maps what has no place.
+        channels: For each layer A·Y of the predicted label for each channel, summed over positions, (N, C), in logits.
         pooled: For each layer of those to pool the mean and the maximum of Y over positions, (N, 2, C).
     """
 
@@ -58,14 +60,51 @@ class Explained:
     maps: Mapping[str, Tensor]
     sums: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
-    residuals: Mapping[str, Tensor]
     channels: Mapping[str, Tensor]
     pooled: Mapping[str, Tensor]
+
+    @property
+    def role_scores(self) -> Tensor:
+        """Return S of each role, (N, 3), in logits; zero where there is no label."""
+        return _of_labels(self.scores, self.labels)
+
+    @property
+    def residuals(self) -> Mapping[str, Tensor]:
+        """Return for each layer |S − (A·Y + B)| of each role, (N, 3), in logits, added in double precision."""
+        return {
+            name: (self.role_scores.double() - total.double() - self.biases[name].double()).abs()
+            for name, total in self.sums.items()
+        }
+
+    @property
+    def finite(self) -> Tensor:
+        """Return whether all that an image yields is a finite number, (N,)."""
+        books = (self.maps, self.sums, self.biases, self.channels, self.pooled)
+        parts = [self.role_scores, *(part for book in books for part in book.values())]
+        return torch.stack([torch.isfinite(part).flatten(1).all(1) for part in parts]).all(0)
+
+    def take(self, images: Tensor) -> "Explained":
+        """Return the same of some images.
+
+        Args:
+            images: Which, as a mask (N,).
+
+        Returns:
+            Their maps.
+        """
+        all_books = (self.maps, self.sums, self.biases, self.channels, self.pooled)
+        books = ({name: one[images] for name, one in book.items()} for book in all_books)
+        return Explained(self.scores[images], self.labels[images], *books)
 
 
 @torch.no_grad()
 def explain(
-    model: nn.Module, layers: Sequence[MapLayer], inputs: Tensor, true: Tensor, pool: Sequence[MapLayer] = ()
+    model: nn.Module,
+    layers: Sequence[MapLayer],
+    inputs: Tensor,
+    true: Tensor,
+    pool: Sequence[MapLayer] = (),
+    kind: str = "score",
 ) -> Explained:
     """Explain one batch: one recorded run, one transposed pass for each role, one forward pass for each layer's B.
 
@@ -75,9 +114,10 @@ def explain(
         inputs: Images (N, C, H, W).
         true: True labels (N,), -1 where not known.
         pool: Layers whose output is pooled over positions.
+        kind: One of `MAPS`.
 
     Returns:
-        The score maps.
+        The maps.
 
     Raises:
         ValueError: If the model does not score labels, a true label is none of them, or a layer does not run or does
@@ -91,35 +131,58 @@ def explain(
     found_at = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}
     tapped = {layer: found_at[layer] for layer in layers}
     labels = torch.cat([scores.topk(2, dim=1).indices, true[:, None]], dim=1)
-    maps: dict[MapLayer, list[Tensor]] = {layer: [] for layer in tapped}
-    sums: dict[str, Tensor] = {}
+    roles = []
     channels: dict[str, Tensor] = {}
     for role in range(len(ROLES)):
         # A role that repeats another, or has no label, needs no pass of its own.
         wanted = (labels[:, role] >= 0) & (labels[:, :role] != labels[:, role, None]).all(1)
         one_hot = torch.zeros_like(scores).scatter(1, labels[:, role, None].clamp(min=0), wanted[:, None].to(scores))
-        found = _sub_scores(recording.tape, one_hot if wanted.any() else None, tapped, every_channel=role == 0)
-        for layer, sub_scores in found.items():
-            score_map = sub_scores.sum(layer.channel_dim, keepdim=True) if role == 0 else sub_scores
-            maps[layer].append(score_map if layer.channel_dim == 1 else token_grid(score_map))
-            if role == 0:
-                channels[layer.name] = sub_scores.movedim(layer.channel_dim, 1).flatten(2).sum(2)
-                sums[layer.name] = score_map.flatten(1).sum(1)
-    score = scores.gather(1, labels[:, :1])[:, 0]
-    biases = {
-        layer.name: _scores_at_zero(recording.tape, scores, tap).gather(1, labels[:, :1])[:, 0]
-        for layer, tap in tapped.items()
-    }
-    return Explained(
+        if kind == "score" or role == 0:
+            parts = _sub_scores(recording.tape, one_hot if wanted.any() else None, tapped, every_channel=role == 0)
+        if role == 0:
+            channels = {one.name: part.movedim(one.channel_dim, 1).flatten(2).sum(2) for one, part in parts.items()}
+        if kind == "score":
+            roles.append(_score_maps(parts, every_channel=role == 0))
+        else:
+            places = {layer: sites[layer] for layer in layers}
+            roles.append(_complete_maps(recording, one_hot, (scores * one_hot).sum(1), places, inputs))
+    found = Explained(
         scores,
         labels,
-        maps={layer.name: torch.cat(found, 1) for layer, found in maps.items()},
-        sums=sums,
-        biases=biases,
-        residuals={name: (score - (sums[name] + biases[name])).abs() for name in sums},
+        maps={layer.name: torch.cat([one[layer].map for one in roles], 1) for layer in layers},
+        sums={layer.name: torch.stack([one[layer].total for one in roles], 1) for layer in layers},
+        biases={layer.name: torch.stack([one[layer].rest for one in roles], 1) for layer in layers},
         channels=channels,
         pooled={layer.name: pooled(found_at[layer].activations[0], layer.channel_dim) for layer in pool},
     )
+    if kind == "score":
+        biases = {
+            layer.name: _of_labels(_scores_at_zero(recording.tape, scores, tap), labels)
+            for layer, tap in tapped.items()
+        }
+        found = replace(found, biases=biases)
+    return _with_repeated_roles(found)
+
+
+def _of_labels(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the score of each label, (N, K) and (N, roles) to (N, roles); zero where the label is -1."""
+    return scores.gather(1, labels.clamp(min=0)).where(labels >= 0, 0)
+
+
+@dataclass(frozen=True)
+class _RoleMap:
+    """One role's map of one layer, (N, 1, H, W); the sum of its sub-scores and what a complete map leaves, (N,)."""
+
+    map: Tensor
+    total: Tensor
+    rest: Tensor
+
+
+def _with_repeated_roles(found: Explained) -> Explained:
+    """Give a role that has the label of one before it that one's numbers."""
+    first = (found.labels[:, :, None] == found.labels[:, None, :]).int().argmax(2)
+    sums, biases = ({name: one.gather(1, first) for name, one in book.items()} for book in (found.sums, found.biases))
+    return replace(found, sums=sums, biases=biases)
 
 
 def pooled(activations: Tensor, channel_dim: int) -> Tensor:
@@ -187,6 +250,42 @@ def _sub_scores(
     for layer, tapped in layers.items():
         (value,), (y,) = tapped.values, tapped.activations
         maps[layer] = found[value] if value in found else y.new_zeros(reductions[layer].shape(y))
+    return maps
+
+
+def _score_maps(parts: Mapping[MapLayer, Tensor], *, every_channel: bool) -> Mapping[MapLayer, _RoleMap]:
+    """Return the score map of each layer, given its sub-scores, of every channel or summed over them."""
+    maps = {}
+    for layer, part in parts.items():
+        score_map = part.sum(layer.channel_dim, keepdim=True) if every_channel else part
+        total = score_map.flatten(1).sum(1)
+        placed = score_map if layer.channel_dim == 1 else token_grid(score_map)
+        maps[layer] = _RoleMap(placed, total, torch.zeros_like(total))
+    return maps
+
+
+def _complete_maps(
+    recording: Recording, coefficients: Tensor, score: Tensor, sites: Mapping[MapLayer, Site], inputs: Tensor
+) -> Mapping[MapLayer, _RoleMap]:
+    """Return the complete map of each layer on its own grid, for given coefficients of the scores.
+
+    Args:
+        recording: The run.
+        coefficients: Weights (N, K) of the scores.
+        score: The score (N,) that they give.
+        sites: The layers and where they are in the model.
+        inputs: Images (N, C, H, W).
+
+    Returns:
+        The map of each layer.
+    """
+    output = recording.tape.value_of_output()
+    seeds = {} if output is None else {output: coefficients}
+    books = ledgers(recording, seeds, score, list(sites.values()), inputs.shape)
+    maps = {}
+    for layer, book in zip(sites, books, strict=True):
+        complete = book.complete_map()
+        maps[layer] = _RoleMap(complete, complete.flatten(1).sum(1), book.placeless_sum(score))
     return maps
 
 

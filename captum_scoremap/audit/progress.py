@@ -27,17 +27,21 @@ class Progress:
         self.total, self.done, self.show, self.clock = total, done, show, clock
         self.start = self.last = clock()
         self.first = done
-        terminal = show and sys.stderr.isatty()
+        self.show = show and sys.stderr is not None
+        terminal = self.show and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit=" images", desc="audit", smoothing=0.1) if terminal else None
 
     def advance(self, count: int) -> None:
         """Note that ``count`` more images are done."""
         self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif self.show and (self.clock() - self.last >= _EVERY or self.done == self.total):
-            self.last = self.clock()
-            print(self.line(), file=sys.stderr, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.update(count)
+            elif self.show and (self.clock() - self.last >= _EVERY or self.done == self.total):
+                self.last = self.clock()
+                print(self.line(), file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it any more
+            self.show, self.bar = False, None
 
     def line(self) -> str:
         """Images done, rate and time left, as one line."""

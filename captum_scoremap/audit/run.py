@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from captum_scoremap.audit.analysis import Analysis, analyze
 from captum_scoremap.audit.cluster import on_ray
 from captum_scoremap.audit.compare import SETTINGS as _SETTINGS
 from captum_scoremap.audit.compare import check_comparable, compare
-from captum_scoremap.audit.explaining import MapLayer, layers_to_pool, map_layers
+from captum_scoremap.audit.explaining import MAPS, MapLayer, layers_to_pool, map_layers
 from captum_scoremap.audit.findings import find
 from captum_scoremap.audit.plan import Plan
+from captum_scoremap.audit.preparing import Prepared, compare_prepared
 from captum_scoremap.audit.progress import Progress
-from captum_scoremap.audit.report import write_report
+from captum_scoremap.audit.report import SINGLE_FILE_LIMIT, write_report
 from captum_scoremap.audit.shards import Shards, write_json
 from captum_scoremap.audit.worker import METRICS, Worker
 from captum_scoremap.checks import nearest
@@ -34,6 +36,7 @@ from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepa
 
 __all__ = ["Audit", "audit"]
 
+_TRIED = 4  # images on which the prepared model is compared with the original
 _RESOLUTIONS = 3  # of the model's layers, the coarsest, are mapped by default
 
 
@@ -46,6 +49,7 @@ class Audit:
         settings: What was asked for: model, layers, source and the like.
         analysis: The analysis of the whole set.
         report: The page to look at.
+        prepared: What it changed that a prepared copy of the model was explained; None if no norm was folded.
 
     Example:
         >>> import tempfile
@@ -60,16 +64,23 @@ class Audit:
     settings: Mapping[str, Any]
     analysis: Analysis
     report: Path
+    prepared: Prepared | None = None
 
     @property
     def images(self) -> pa.Table:
         """One row for each image; the columns are described in `captum_scoremap.audit.TABLES`."""
-        return Shards(self.folder).table("images")
+        return self._shards.table("images")
 
     @property
     def layers(self) -> pa.Table:
         """One row for each image and layer."""
-        return Shards(self.folder).table("layers")
+        return self._shards.table("layers")
+
+    @property
+    def _shards(self) -> Shards:
+        source = self.settings["source"]["images"]
+        count = len(Plan(source, self.settings["limit"], shard_size=self.settings["shard_size"]).shards)
+        return Shards(self.folder, count)
 
 
 def audit(
@@ -80,6 +91,7 @@ def audit(
     labels: "str | os.PathLike[str] | Mapping[str, int | str] | None" = None,
     layers: Sequence[str] | None = None,
     metrics: Sequence[str] = (),
+    maps: str = "score",
     limit: int | None = None,
     resume: bool = False,
     ray: str | None = None,
@@ -91,6 +103,7 @@ def audit(
     progress: bool = True,
     show_paths: bool = False,
     compare_with: str | os.PathLike[str] | None = None,
+    single_file: bool = False,
 ) -> Audit:
     """Explain every image of a data set, and keep what was found.
 
@@ -103,6 +116,8 @@ def audit(
         layers: Names of the layers to map, from image to score; by default the last layer of each of the
             three coarsest resolutions. The last one is what rankings use.
         metrics: Additional metrics of each image: ``"insertion"``, ``"deletion"``.
+        maps: ``"score"`` for score maps, A·Y place by place, beside B; ``"complete"`` for complete maps, which also
+            hold all of B that has a place (see `CompleteScoreMap`), each on its layer's own grid.
         limit: Take this many images, evenly spread over the source.
         resume: Continue the audit in ``out``, made with the same settings.
         ray: Address of a Ray cluster to compute on: ``"local"``, ``"auto"``, ``"ray://HOST:PORT"``; None computes in
@@ -115,6 +130,7 @@ def audit(
         progress: Whether to show how far it is.
         show_paths: Whether the report may name the files by their full path on this machine.
         compare_with: Folder of another audit of the same model, of other images: `Analysis.changes` tells what changed.
+        single_file: Whether the report shall be one file, to be sent or published as it is; for up to 500 images.
 
     Returns:
         The audit.
@@ -137,8 +153,16 @@ def audit(
     plan = Plan(len(opened), limit, batch_size, shard_size)
     if plan.count == 0:
         raise ValueError(f"source must hold images, got {opened.title!r} without any.")
-    worker = Worker(opened, plan, loaded, (), (), _check_metrics(metrics), torch.device(device))
-    inputs = worker.first_readable().to(device)
+    if maps not in MAPS:
+        raise ValueError(f"maps must be of {', '.join(MAPS)}, got {maps!r}.{nearest(maps, MAPS)}")
+    worker = Worker(opened, plan, loaded, (), (), _check_metrics(metrics), maps, torch.device(device))
+    if single_file and plan.count > SINGLE_FILE_LIMIT:
+        raise ValueError(
+            f"single_file must be left out with more than {SINGLE_FILE_LIMIT} images, got {plan.count}: the page would "
+            "be too large to open. Give a limit, or leave it out."
+        )
+    tried = worker.first_readable(_TRIED if prepare_model else 1).to(device)
+    inputs = tried[:1]
     original = loaded.module
     module = prepare(original, inputs.cpu()) if prepare_model else copy.deepcopy(original).eval()
     module = module.to(device)
@@ -151,16 +175,19 @@ def audit(
     settings = _settings(worker, original, prepare_model)
     if compare_with is not None:
         check_comparable(Path(compare_with), settings)
-    shards = Shards(Path(out))
-    _open_folder(shards, settings, resume)
-    _work(worker, shards, ray, workers, progress)
-    analysis = replace(analyze(shards, settings["layers"]), findings=find(shards, worker))
-    if compare_with is not None:
-        other, name_of = Shards(Path(compare_with)), loaded.label_name
-        changes = compare(shards, other, module, list(worker.layers), worker.example, name_of)
-        analysis = replace(analysis, changes=changes)
-    report = write_report(shards, settings, analysis, opened.path if show_paths else None)
-    return Audit(shards.folder, settings, analysis, report)
+    shards = Shards(Path(out), len(plan.shards), _stamp(settings))
+    _check_folder(shards, resume)
+    with shards.locked():
+        _open_folder(shards, settings, plan, resume)
+        _work(worker, shards, ray, workers, progress)
+        analysis = replace(analyze(shards, settings["layers"]), findings=find(shards, worker))
+        if compare_with is not None:
+            other, name_of = Shards(Path(compare_with)), loaded.label_name
+            changes = compare(shards, other, module, list(worker.layers), worker.example, name_of)
+            analysis = replace(analysis, changes=changes)
+        prepared = compare_prepared(original, module, worker.layers, tried) if prepare_model else None
+        report = write_report(shards, settings, analysis, opened.path if show_paths else None, single_file, prepared)
+    return Audit(shards.folder, settings, analysis, report, prepared)
 
 
 def _work(worker: Worker, shards: Shards, ray: str | None, workers: int, show: bool) -> None:
@@ -231,6 +258,7 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
         "layers": [layer.name for layer in worker.layers],
         "pooled_layers": [layer.name for layer in worker.pool],
         "metrics": list(worker.metrics),
+        "maps": worker.maps,
         "limit": plan.limit,
         "batch_size": plan.batch_size,
         "shard_size": plan.shard_size,
@@ -248,30 +276,56 @@ def _weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open_folder(shards: Shards, settings: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder ready: new, or the same audit's to go on with.
+def _stamp(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_folder(shards: Shards, resume: bool) -> None:
+    """See whether the folder may be written to.
 
     Raises:
-        ValueError: If it holds something else.
+        ValueError: If it holds something else, or results and ``resume`` is not asked for.
+    """
+    folder = shards.folder
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, got the file {str(folder)!r}.")
+    if (folder / _SETTINGS).exists():
+        if not resume:
+            raise ValueError(
+                f"out must be a new or empty folder, got {str(folder)!r} with an audit of "
+                f"{len(shards.finished())} finished shards. Go on with resume, or choose another folder."
+            )
+        return
+    is_empty = not folder.exists() or all(item.name.startswith(".") for item in folder.iterdir())
+    if not (is_empty or (resume and shards.finished())):
+        raise ValueError(f"out must be a new or empty folder, got {str(folder)!r} with other files in it.")
+
+
+def _open_folder(shards: Shards, settings: Mapping[str, Any], plan: Plan, resume: bool) -> None:
+    """Make the folder ready: new, or the same audit's to go on with; damaged results are named and taken out.
+
+    Raises:
+        ValueError: If it holds another audit.
     """
     path = shards.folder / _SETTINGS
-    if shards.folder.exists() and not shards.folder.is_dir():
-        raise ValueError(f"out must be a folder, got the file {str(shards.folder)!r}.")
-    if not path.exists():
-        if shards.folder.exists() and any(not item.name.startswith(".") for item in shards.folder.iterdir()):
-            raise ValueError(f"out must be a new or empty folder, got {str(shards.folder)!r} with other files in it.")
-        write_json(path, settings)
-        return
-    if not resume:
-        raise ValueError(
-            f"out must be a new or empty folder, got {str(shards.folder)!r} with an audit of "
-            f"{len(shards.finished())} finished shards. Go on with resume, or choose another folder."
-        )
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in settings if before.get(name) != settings[name]]
+    damaged = []
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if before.get(name) != settings[name]]
+    except FileNotFoundError:
+        changed, damaged = [], [f"{_SETTINGS} is missing"] if shards.finished() else []
+    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+        changed, damaged = [], [f"{_SETTINGS} cannot be read ({error})"]
     if changed:
         raise ValueError(
             f"resume must have the settings of the audit in {str(shards.folder)!r}, got another "
             f"{', '.join(changed)}. Repeat the first call's arguments, or choose another folder."
         )
-    shards.clear_leftovers()
+    write_json(path, settings)
+    if resume:
+        damaged += shards.mend(lambda shard: [index for batch in plan.batches(shard) for index in batch])
+        shards.clear_leftovers()
+    if damaged:
+        warnings.warn(
+            f"results in {str(shards.folder)!r} are damaged, and computed anew: {'; '.join(damaged)}.", stacklevel=3
+        )

@@ -30,6 +30,23 @@ def _schema(*columns: Column) -> pa.Schema:
 _INDEX = Column("index", pa.int64(), "position of the image in the source")
 _LAYER = Column("layer", pa.string(), "name of the layer's module")
 _BOX = pa.list_(pa.int32(), 4)
+_NUMBERS = (
+    Column(
+        "sub_scores",
+        pa.float64(),
+        "A·Y: sum of the map of the label (in layers: the predicted one), and of tokens off the map, in logits",
+    ),
+    Column(
+        "bias",
+        pa.float64(),
+        "B: what the layers above add whatever Y is, in logits; of complete maps what of S has no place",
+    ),
+    Column("bias_share", pa.float64(), "|B| / (|B| + |A·Y|), from 0 to 1"),
+    Column("residual", pa.float64(), "|S − (A·Y + B)|: how far the explanation is from exact, in logits"),
+    Column("top10_share", pa.float64(), "share of the positive score in the tenth of the area where it is highest"),
+    Column("border_share", pa.float64(), "share of the positive score in the image's border, a tenth of each side"),
+    Column("region_share", pa.float64(), "share of the positive score in the image's box or mask; null without one"),
+)
 
 TABLES: Mapping[str, pa.Schema] = MappingProxyType({
     "views": _schema(
@@ -44,41 +61,23 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
         Column("label", pa.int32(), "that label; the contrast of two labels is the difference of their maps"),
         Column("rows", pa.int32(), "height of the map, in cells"),
         Column("columns", pa.int32(), "width of the map, in cells"),
-        Column("values", pa.list_(pa.float32()), "the score map M, row by row, in logits"),
+        Column(
+            "values", pa.list_(pa.float32()), "the map, row by row, in logits: M, or C where complete maps were chosen"
+        ),
+        Column("score", pa.float64(), "S: that label's score, in logits"),
+        *_NUMBERS,
     ),
     "layers": _schema(
         _INDEX,
         _LAYER,
-        Column(
-            "sub_scores",
-            pa.float64(),
-            "A·Y: sum of the predicted label's score map, and of tokens off the map, in logits",
-        ),
-        Column("bias", pa.float64(), "B: what the layers above add whatever Y is, in logits"),
-        Column("bias_share", pa.float64(), "|B| / (|B| + |A·Y|), from 0 to 1"),
-        Column("residual", pa.float64(), "|S − (A·Y + B)|: how far the explanation is from exact, in logits"),
-        Column(
-            "top10_share",
-            pa.float64(),
-            "share of the positive score in the tenth of the area where it is highest",
-        ),
-        Column(
-            "border_share",
-            pa.float64(),
-            "share of the positive score in the image's border, a tenth of each side",
-        ),
-        Column(
-            "region_share",
-            pa.float64(),
-            "share of the positive score in the image's box or mask; null without one",
-        ),
+        *_NUMBERS,
         Column(
             "region_area",
             pa.float64(),
-            "share of the input's area that this box or mask covers; null without one",
+            "share of the input's area that the image's box or mask covers; null without one",
         ),
-        Column("peak_row", pa.float64(), "where the score map is highest, from 0 (top) to 1 (bottom)"),
-        Column("peak_column", pa.float64(), "where the score map is highest, from 0 (left) to 1 (right)"),
+        Column("peak_row", pa.float64(), "where the map is highest, from 0 (top) to 1 (bottom)"),
+        Column("peak_column", pa.float64(), "where the map is highest, from 0 (left) to 1 (right)"),
     ),
     "channels": _schema(
         _INDEX,
@@ -86,8 +85,8 @@ TABLES: Mapping[str, pa.Schema] = MappingProxyType({
         Column(
             "sub_scores",
             pa.list_(pa.float32()),
-            "A·Y of each channel for the predicted label, summed over positions, in logits: the parts of the layer's "
-            "sub_scores; null at a layer without maps",
+            "A·Y of each channel for the predicted label, summed over positions, in logits: of score maps the parts of "
+            "the layer's sub_scores; null at a layer without maps",
         ),
         Column("mean", pa.list_(pa.float32()), "the mean of each channel over positions, in the layer's units"),
         Column("maximum", pa.list_(pa.float32()), "the maximum of each channel over positions, in the layer's units"),

@@ -8,15 +8,24 @@ can be read at any time.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captum_scoremap.audit.schema import COMMIT, TABLES
+
+if sys.platform != "win32":
+    import fcntl
+
+_STAMP = b"audit"
+_LEFTOVER = re.compile(r"\..+\.parquet\.\d+")
 
 __all__ = ["Shards", "write_json", "write_table", "write_whole"]
 
@@ -26,6 +35,8 @@ class Shards:
 
     Args:
         folder: Where they lie.
+        count: How many shards there are in all; files with higher numbers are none of them.
+        stamp: What tells the results of one audit from those of another; written into each file.
 
     Example:
         >>> import tempfile
@@ -37,8 +48,8 @@ class Shards:
         [3]
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, count: int | None = None, stamp: str = "") -> None:
+        self.folder, self.count, self.stamp = folder, count, stamp
 
     def path(self, table: str, number: int) -> Path:
         """Return the file of one shard of one table."""
@@ -46,7 +57,8 @@ class Shards:
 
     def finished(self) -> list[int]:
         """Return the numbers of the shards that are done, ascending."""
-        return sorted(int(path.stem) for path in (self.folder / COMMIT).glob("[0-9]*.parquet"))
+        numbers = (self._number(path) for path in (self.folder / COMMIT).glob("*.parquet"))
+        return sorted(number for number in numbers if number is not None)
 
     def write(self, number: int, tables: Mapping[str, pa.Table]) -> None:
         """Put one shard in place.
@@ -56,11 +68,30 @@ class Shards:
                 are.
         """
         for name in TABLES:
-            write_table(self.path(name, number), tables[name])
+            metadata = {**(tables[name].schema.metadata or {}), _STAMP: self.stamp.encode()}
+            write_table(self.path(name, number), tables[name].replace_schema_metadata(metadata))
 
     def read(self, table: str, number: int) -> pa.Table:
-        """Return one shard of one table."""
-        return pq.ParquetFile(self.path(table, number)).read()
+        """Read one shard of one table.
+
+        Args:
+            table: Name of the table.
+            number: Number of the shard.
+
+        Returns:
+            The rows.
+
+        Raises:
+            ValueError: If its file is damaged or gone.
+        """
+        path = self.path(table, number)
+        try:
+            return _read(path)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(
+                f"results must be whole, got {table}/{path.name}, which {_reason(path, error)}. "
+                "Go on with resume, which computes it anew."
+            ) from error
 
     def each(self, table: str) -> Iterator[tuple[int, pa.Table]]:
         """Number and content of every finished shard of one table, ascending; one in memory at a time."""
@@ -70,15 +101,113 @@ class Shards:
     def table(self, name: str) -> pa.Table:
         """Return all finished shards of one table in one."""
         parts = [part for _, part in self.each(name)]
-        return pa.concat_tables(parts) if parts else TABLES[name].empty_table()
+        return pa.concat_tables(parts).replace_schema_metadata() if parts else TABLES[name].empty_table()
+
+    def count_images(self) -> int:
+        """Return the number of images whose results are kept."""
+        return sum(_read(self.path(COMMIT, number)).num_rows for number in self.finished())
 
     def clear_leftovers(self) -> None:
         """Remove what a killed run left: half-written files, and parts of shards that are not done."""
         done = set(self.finished())
         for name in TABLES:
             for path in (self.folder / name).glob("*"):
-                if path.name.startswith(".") or (path.suffix == ".parquet" and int(path.stem) not in done):
+                number = self._number(path)
+                if _LEFTOVER.fullmatch(path.name) or (number is not None and number not in done):
                     path.unlink(missing_ok=True)
+
+    def mend(self, indices: Callable[[int], Sequence[int]]) -> list[str]:
+        """Look at every finished shard, and take those out that are not whole, so that they are computed anew.
+
+        Args:
+            indices: Positions of the images of a shard.
+
+        Returns:
+            A line for each damaged file, and for each that is none of this audit's.
+        """
+        lines = []
+        for number in self.finished():
+            damage = self._damage(number, indices(number))
+            if damage is not None:
+                lines.append(damage)
+                self.path(COMMIT, number).unlink(missing_ok=True)
+        for name in TABLES:
+            for path in sorted((self.folder / name).glob("*")):
+                if self._number(path) is None and not _LEFTOVER.fullmatch(path.name):
+                    lines.append(f"{name}/{path.name} is no part of this audit and stays as it is")
+        return lines
+
+    def _number(self, path: Path) -> int | None:
+        """Return the number of the shard that a file belongs to, by its name."""
+        if not re.fullmatch(r"\d{5,}\.parquet", path.name) or (self.count is not None and int(path.stem) >= self.count):
+            return None
+        return int(path.stem)
+
+    def _damage(self, number: int, indices: Sequence[int]) -> str | None:
+        """Return what is wrong with a shard, or None."""
+        found: dict[str, pa.Table] = {}
+        for name in TABLES:
+            path = self.path(name, number)
+            try:
+                found[name] = table = _read(path)
+            except (OSError, pa.ArrowException) as error:
+                return f"{name}/{path.name} {_reason(path, error)}"
+            if not table.schema.equals(TABLES[name]):
+                return f"{name}/{path.name} has other columns"
+            if table.schema.metadata.get(_STAMP) != self.stamp.encode():
+                return f"{name}/{path.name} is of another audit"
+        images = found[COMMIT]
+        good = images.filter(pc.is_null(images["error"]))["index"].to_pylist()
+        if images["index"].to_pylist() != list(indices):
+            return f"{COMMIT}/{self.path(COMMIT, number).name} has other images"
+        for name in TABLES:
+            if name != COMMIT and sorted(pc.unique(found[name]["index"]).to_pylist()) != good:
+                return f"{name}/{self.path(name, number).name} has other images"
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other programs from writing to the folder; it is made if it is not there.
+
+        Raises:
+            ValueError: If another one does.
+            OSError: If the folder cannot be made.
+        """
+        with _explained(self.folder, "audit.json"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":  # which locks no folders
+            yield
+            return
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            # The system takes the lock off when the process ends, however it ends.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"out must be a folder that no other audit writes to, got {str(self.folder)!r}, where one is at work. "
+                "Wait for its end, or choose another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+
+def _read(path: Path) -> pa.Table:
+    with path.open("rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        return parquet.read()
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Return what is wrong with a file that cannot be read."""
+    if not path.exists():
+        return "is missing"
+    return (
+        "is empty" if path.is_file() and not path.stat().st_size else f"cannot be read ({str(error).splitlines()[0]})"
+    )
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -97,8 +226,9 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file, whole or not at all."""
     with _explained(path.parent, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        # Arrow takes no paths that are not Unicode, so that it is given a file.
+        with _whole(path) as temporary, temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

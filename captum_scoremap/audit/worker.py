@@ -1,10 +1,11 @@
 """From samples to the tables of one shard: what every process of an audit does, alone or on a cluster."""
 
 import io
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -20,7 +21,7 @@ from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer, explain
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.proof import Example
 from captum_scoremap.audit.schema import TABLES
-from captum_scoremap.crops import score_map_crops
+from captum_scoremap.crops import ROUNDING, score_map_crops
 from captum_scoremap.data.ahead import map_ahead
 from captum_scoremap.data.pictures import UnreadableError, strict_decoding
 from captum_scoremap.data.sources import Source
@@ -30,6 +31,7 @@ __all__ = ["METRICS", "Worker"]
 
 METRICS = {"insertion": metrics.insertion, "deletion": metrics.deletion}
 
+_NOT_FINITE = "the model gives scores or maps that are not finite numbers"
 _AHEAD = 2  # batches that are read ahead
 _SMALL = 96  # pixels: smaller views are kept without loss
 
@@ -57,6 +59,7 @@ class Worker:
         layers: The layers to map, from image to score; the last one is what rankings use.
         pool: The layers whose channels are kept, pooled over positions, to find what labels are known by.
         metrics: Names of additional metrics, of `METRICS`; each costs many forward passes an image.
+        maps: Kind of the maps, of `MAPS`.
         device: Where the model computes.
         threads: Threads that decode images.
     """
@@ -67,6 +70,7 @@ class Worker:
     layers: tuple[MapLayer, ...]
     pool: tuple[MapLayer, ...] = ()
     metrics: tuple[str, ...] = ()
+    maps: str = "score"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
 
@@ -102,25 +106,33 @@ class Worker:
                 yield shard, {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in TABLES.items()}
                 clock = time.perf_counter()
 
-    def first_readable(self) -> Tensor:
-        """Find an input to try things on.
+    def first_readable(self, count: int = 1) -> Tensor:
+        """Find inputs to try things on.
+
+        Args:
+            count: How many to look for.
 
         Returns:
-            The first that can be read, ``(1, C, H, W)``.
+            The first that can be read and have the size of the first, at least one and at most ``count``, (N, C, H, W).
 
         Raises:
             ValueError: If there is none.
         """
-        reasons = []
+        reasons: list[str] = []
+        found: list[Tensor] = []
+        indices = (index for shard in self.plan.shards for batch in self.plan.batches(shard) for index in batch)
         with strict_decoding():
-            for shard in self.plan.shards:
-                for batch in self.plan.batches(shard):
-                    for index in batch:
-                        item = self._prepare(index)
-                        if item.inputs is not None:
-                            return item.inputs[None]
-                        reasons.append(f"{self.source.name(index)}: {item.error}")
-        raise ValueError(f"source must hold images that can be read, got {len(reasons)} that cannot: {reasons[0]}.")
+            for tried, index in enumerate(indices):
+                if found and (len(found) == count or tried >= 2 * count + len(reasons)):
+                    break
+                item = self._prepare(index)
+                if item.inputs is None:
+                    reasons.append(f"{self.source.name(index)}: {item.error}")
+                elif not found or item.inputs.shape == found[0].shape:
+                    found.append(item.inputs)
+        if not found:
+            raise ValueError(f"source must hold images that can be read, got {len(reasons)} that cannot: {reasons[0]}.")
+        return torch.stack(found)
 
     def example(self, index: int) -> Example | None:
         """Read one image again, for a proof; None where that is not possible."""
@@ -166,7 +178,16 @@ class Worker:
         inputs = torch.stack([item.inputs for item in items if item.inputs is not None])
         on_device = inputs.to(self.device)
         true = torch.tensor([item.label for item in items], device=self.device)
-        found = explain(self.model.module, self.layers, on_device, true, self.pool)
+        found = explain(self.model.module, self.layers, on_device, true, self.pool, self.maps)
+        good = found.finite
+        marked = list(zip(items, good.tolist(), strict=True))
+        kept = [item for item, finite in marked if finite]
+        rows = self._rows(kept, found.take(good), on_device[good]) if kept else {"images": []}
+        rows["images"] += [self._unreadable(replace(item, error=_NOT_FINITE)) for item, finite in marked if not finite]
+        rows["images"].sort(key=lambda row: row["index"])
+        return rows
+
+    def _rows(self, items: Sequence[_Prepared], found: Explained, inputs: Tensor) -> dict[str, list[dict[str, Any]]]:
         return {
             "views": [
                 {"index": item.index, "format": item.view[0], "view": item.view[1]} for item in items if item.view
@@ -178,50 +199,39 @@ class Worker:
                 {"index": item.index, "scores": scores}
                 for item, scores in zip(items, found.scores.float().cpu().numpy(), strict=True)
             ],
-            "images": self._images(items, found, on_device),
+            "images": self._images(items, found, inputs),
         }
 
     def _maps(self, items: Sequence[_Prepared], found: Explained) -> list[dict[str, Any]]:
-        labels = found.labels.tolist()
+        labels, scores = found.labels.tolist(), found.role_scores.double().tolist()
         rows = []
         for layer, maps in found.maps.items():
             height, width = maps.shape[2:]
             values = maps.float().cpu().flatten(2).numpy()
-            for place, item in enumerate(items):
-                for role, name in enumerate(ROLES):
+            for role, name in enumerate(ROLES):
+                numbers = self._numbers(items, found, layer, role)
+                for place, item in enumerate(items):
                     label = labels[place][role]
                     if label < 0 or label in labels[place][:role]:
                         continue
                     rows.append({
                         "index": item.index, "layer": layer, "role": name, "label": label,
                         "rows": height, "columns": width, "values": values[place, role],
+                        "score": scores[place][role], **numbers[place],
                     })  # fmt: skip
         return rows
 
     def _layers(self, items: Sequence[_Prepared], found: Explained) -> list[dict[str, Any]]:
         rows = []
         for layer, maps in found.maps.items():
-            map_ = maps[:, 0].double()
-            total, bias = found.sums[layer].double(), found.biases[layer].double()
-            row, column = peak(map_)
-            numbers: Mapping[str, Tensor] = {
-                "sub_scores": total,
-                "bias": bias,
-                "bias_share": bias.abs() / (bias.abs() + total.abs()).clamp(min=torch.finfo(torch.double).tiny),
-                "residual": found.residuals[layer].double(),
-                "top10_share": top_share(map_),
-                "border_share": border_share(map_),
-                "peak_row": row,
-                "peak_column": column,
-            }
-            columns = {name: values.tolist() for name, values in numbers.items()}
-            for place, item in enumerate(items):
-                record: dict[str, Any] = {"index": item.index, "layer": layer}
-                record |= {name: values[place] for name, values in columns.items()}
-                if item.region is not None:
-                    record["region_share"] = region_share(map_[place : place + 1], item.region[None]).item()
-                    record["region_area"] = item.region.mean().item()
-                rows.append(record)
+            spots = (values.tolist() for values in peak(maps[:, 0].double()))
+            numbers = self._numbers(items, found, layer, 0)
+            for item, record, row, column in zip(items, numbers, *spots, strict=True):
+                area = None if item.region is None else item.region.mean().item()
+                rows.append({
+                    "index": item.index, "layer": layer, **record,
+                    "region_area": area, "peak_row": row, "peak_column": column,
+                })  # fmt: skip
         return rows
 
     def _channels(self, items: Sequence[_Prepared], found: Explained) -> list[dict[str, Any]]:
@@ -237,6 +247,27 @@ class Worker:
                 row: dict[str, Any] = {"index": item.index, "layer": layer}
                 rows.append(row | {name: one[place] for name, one in values.items()})
         return rows
+
+    def _numbers(
+        self, items: Sequence[_Prepared], found: Explained, layer: str, role: int
+    ) -> list[dict[str, float | None]]:
+        """Return what is measured of each image's map of one layer and role."""
+        maps = found.maps[layer][:, role].double()
+        total, bias = found.sums[layer][:, role].double(), found.biases[layer][:, role].double()
+        numbers: Mapping[str, Tensor] = {
+            "sub_scores": total,
+            "bias": bias,
+            "bias_share": bias.abs() / (bias.abs() + total.abs()).clamp(min=torch.finfo(torch.double).tiny),
+            "residual": found.residuals[layer][:, role],
+            "top10_share": top_share(maps),
+            "border_share": border_share(maps),
+        }
+        columns = {name: values.tolist() for name, values in numbers.items()}
+        columns["region_share"] = [
+            None if item.region is None else region_share(map_[None], item.region[None].to(map_)).item()
+            for item, map_ in zip(items, maps, strict=True)
+        ]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _images(self, items: Sequence[_Prepared], found: Explained, inputs: Tensor) -> list[dict[str, Any]]:
         scores = found.scores.double()
@@ -271,22 +302,23 @@ class Worker:
             rows.append(row)
         return rows
 
-    def _measure(self, name: str, found: Explained, inputs: Tensor) -> list[float]:
+    def _measure(self, name: str, found: Explained, inputs: Tensor) -> list[float | None]:
         maps = found.maps[self.layers[-1].name][:, :1]
         curve = METRICS[name](self.model.module, lambda *_: maps, inputs, found.labels[:, 0])
-        return [float(value) for value in curve.area]
+        return [value if math.isfinite(value) else None for value in curve.area.tolist()]
 
 
 def _crops(maps: Tensor, size: tuple[int, int]) -> list[list[list[int]]]:
-    """Return the box of the largest sum on each map (N, 1, H, W), in pixels; none where nothing is positive."""
+    """Return the box of the largest sum on each map (N, 1, H, W), in pixels; none on an even or negative map."""
     height, width = maps.shape[2:]
-    positive = maps.flatten(1).amax(1) > 0
+    cells = maps.double().flatten(1)
+    positive = cells.amax(1) - cells.mean(1).clamp(min=0) > ROUNDING * cells.abs().sum(1)
     boxes: list[list[list[int]]] = [[] for _ in maps]
     if positive.any():
-        cells = score_map_crops(maps[positive], (height, width), interpolate_mode="nearest")
-        scale = cells.new_tensor([size[1] / width, size[0] / height] * 2, dtype=torch.double)
-        for place, found in zip(positive.nonzero()[:, 0].tolist(), cells * scale, strict=True):
-            boxes[place] = found.round().int().tolist()
+        found = score_map_crops(maps[positive], (height, width), interpolate_mode="nearest")
+        scale = found.new_tensor([size[1] / width, size[0] / height] * 2, dtype=torch.double)
+        for place, box in zip(positive.nonzero()[:, 0].tolist(), found * scale, strict=True):
+            boxes[place] = box.round().int().tolist()
     return boxes
 
 

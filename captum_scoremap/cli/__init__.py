@@ -1,9 +1,13 @@
 """The program ``captum-scoremap``: each sub-command in a file of its own, registered here."""
 
+import io
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        with warnings.catch_warnings():
+        with _safe_streams(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             # Deprecations within other packages do not concern the user of a program.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -84,6 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"captum-scoremap: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _safe_streams() -> Iterator[None]:
+    """Let nothing that is printed stop the program: letters the terminal does not know, streams that are closed."""
+    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        for name in closed:
+            setattr(sys, name, nowhere)
+        streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+        before = [stream.errors for stream in streams]
+        for stream in streams:
+            stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            for stream, errors in zip(streams, before, strict=True):
+                stream.reconfigure(errors=errors)
+            for name in closed:
+                setattr(sys, name, None)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

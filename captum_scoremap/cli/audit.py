@@ -1,8 +1,12 @@
 """``captum-scoremap audit``: a model over a whole data set, and a page with what it looks at."""
 
+import os
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,6 +69,14 @@ def audit(
         str | None,
         typer.Option("--metrics", metavar="A,B", help="Also insertion, deletion; each takes many passes an image."),
     ] = None,
+    maps: Annotated[
+        str,
+        typer.Option(
+            "--maps",
+            metavar="KIND",
+            help="score: A·Y of each layer, beside B; complete: also all of B that has a place in the image.",
+        ),
+    ] = "score",
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Take N images, evenly spread over the source.")
     ] = None,
@@ -103,6 +115,9 @@ def audit(
     show_paths: Annotated[
         bool, typer.Option("--show-paths", help="Name the files in the report by their full path on this machine.")
     ] = False,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put all of the report in one file; for up to 500 images.")
+    ] = False,
 ) -> None:
     """Find out what a model looks at over a whole data set, and where it looks at the wrong thing.
 
@@ -127,35 +142,82 @@ def audit(
     """
     from captum_scoremap.audit import audit as run
     from captum_scoremap.audit.conditions import failures, parse_condition
+    from captum_scoremap.audit.worker import METRICS
 
     conditions = [parse_condition(text) for text in fail_on or ()]
-    done = run(
-        source,
-        load_model(model, weights),
-        out=out,
-        labels=labels,
-        layers=layers.split(",") if layers else None,
-        metrics=metrics.split(",") if metrics else (),
-        limit=limit,
-        resume=resume,
-        ray=ray,
-        workers=workers,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        device=chosen_device(device),
-        prepare_model=prepare_model,
-        show_paths=show_paths,
-        compare_with=compare,
-    )
-    for line in _said(done):
-        typer.echo(line)
+    measures = metrics.split(",") if metrics else []
+    for condition in conditions:
+        if condition.name in METRICS and condition.name not in measures:
+            raise ValueError(f"--fail-on {condition} needs --metrics {','.join([*measures, condition.name])}.")
+    with _stoppable(out):
+        done = run(
+            source,
+            load_model(model, weights),
+            out=out,
+            labels=labels,
+            layers=layers.split(",") if layers else None,
+            metrics=measures,
+            maps=maps,
+            limit=limit,
+            resume=resume,
+            ray=ray,
+            workers=workers,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            device=chosen_device(device),
+            prepare_model=prepare_model,
+            show_paths=show_paths,
+            single_file=single_file,
+            compare_with=compare,
+        )
+    _say(_said(done), out)
     failed_on = failures(conditions, done.images, done.layers, done.settings["layers"][-1])
     for failure in failed_on:
-        typer.echo(f"{failure} ({len(failure.images)} images)", err=True)
+        about = "" if failure.value is None else f" ({len(failure.images)} images)"
+        typer.echo(f"{failure}{about}", err=True)
         for line in _some(failure.images):
             typer.echo(line, err=True)
     if failed_on:
         sys.exit(2)
+
+
+class _Terminated(BaseException):
+    """The system asked the program to end."""
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Say what is kept and how to go on where the user or the system ends an audit."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as end:
+        from captum_scoremap.audit.shards import Shards
+
+        kept = Shards(out).count_images()
+        how = (
+            f"{kept} images are kept in {out}. Go on with the same command and --resume" if kept else "Nothing is kept"
+        )
+        print(f"captum-scoremap: stopped. {how}.", file=sys.stderr)
+        sys.exit(130 if isinstance(end, KeyboardInterrupt) else 143)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _say(lines: Iterable[str], out: Path) -> None:
+    """Print lines; a reader who has gone away does no harm."""
+    try:
+        for line in lines:
+            typer.echo(line)
+    except BrokenPipeError:
+        with Path(os.devnull).open("w") as nowhere:  # what is still to be written at the end goes there
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        print(f"captum-scoremap: standard output is closed. Results and report are in {out}.", file=sys.stderr)
 
 
 def _said(done: "Audit") -> Iterator[str]:
@@ -166,7 +228,9 @@ def _said(done: "Audit") -> Iterator[str]:
     yield f"{summary['audited']} images audited, {len(summary['failed'])} not."
     yield from _some([f"{failed['name']}: {failed['error']}" for failed in summary["failed"]])
     if summary["accuracy"] is not None:
-        yield f"Accuracy: {summary['accuracy']:.1%} of {summary['labeled']} labeled images."
+        unknown = summary["audited"] - summary["labeled"]
+        more = f"; {unknown} have no true label" if unknown else ""
+        yield f"Accuracy: {summary['accuracy']:.1%} of {summary['labeled']} labeled images{more}."
     for layer in summary["layers"]:
         if layer["residual_max"] is not None:
             yield f"Layer {layer['layer']}: largest residual {layer['residual_max']:.1e} logits."
@@ -181,6 +245,8 @@ def _said(done: "Audit") -> Iterator[str]:
     for change in [one for one in done.analysis.changes if one["confident"] and one["change"] > 0][:_CHANGES]:
         before, now = f"{change['predicted_before']:.1%}", f"{change['predicted']:.1%}"
         yield f"Gained: {change['name']}, {change['change']:+.2f} logits; predicted for {now}, before {before}."
+    if done.prepared is not None:
+        yield f"Explained is a prepared copy, {done.prepared}."
     yield f"Report: {done.report}"
     inexact = [layer["layer"] for layer in summary["layers"] if layer["inexact"]]
     if inexact:

@@ -1,5 +1,6 @@
 """Image files of every kind that occur in the wild, as 8-bit RGB; and the samples that come installed."""
 
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,20 @@ __all__ = [
 SAMPLE_PREFIX = "sample:"
 _SCIKIT_IMAGE_SAMPLES = ("chelsea", "coffee", "rocket", "astronaut")
 _SCIKIT_LEARN_SAMPLES = ("china", "flower")
+# Pictures of kinds that Pillow cannot read by itself, or not in every build.
+_OTHER_KINDS = frozenset(
+    """.heic .heif .hif .avif .jxl .jxr .svg .svgz .exr .hdr .xcf
+    .dng .cr2 .cr3 .nef .nrw .arw .srf .orf .raf .rw2 .pef .srw .x3f .raw""".split()
+)
 SAMPLES = _SCIKIT_IMAGE_SAMPLES + _SCIKIT_LEARN_SAMPLES
+
+
+_NO_FILES = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class UnreadableError(ValueError):
@@ -33,7 +47,7 @@ class UnreadableError(ValueError):
 
 
 def is_picture_name(name: str) -> bool:
-    """Tell whether a file is called like a picture that Pillow can read.
+    """Tell whether a file is called like a picture, be it of a kind that Pillow cannot read.
 
     Args:
         name: Name or path of the file.
@@ -42,11 +56,11 @@ def is_picture_name(name: str) -> bool:
         Whether the name's ending is that of a picture.
 
     Example:
-        >>> is_picture_name("cat.JPEG"), is_picture_name("labels.csv")
-        (True, False)
+        >>> is_picture_name("cat.JPEG"), is_picture_name("cat.heic"), is_picture_name("labels.csv")
+        (True, True, False)
     """
     suffix = Path(name).suffix.lower()
-    return Image.registered_extensions().get(suffix) in Image.OPEN
+    return suffix in _OTHER_KINDS or Image.registered_extensions().get(suffix) in Image.OPEN
 
 
 @contextmanager
@@ -118,11 +132,16 @@ def _decoded(path: Path) -> Image.Image:
         UnreadableError: With the reason alone.
     """
     try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+        if kind in _NO_FILES:  # opening a pipe waits for a writer that may never come
+            raise UnreadableError(f"{_NO_FILES[kind]}, not a file")
         with Image.open(path) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UnreadableError("no such file") from None
+    except UnreadableError:
+        raise
     except Exception as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, EOFError, ...
         raise UnreadableError(f"{_reason(error, path)}") from error
 
@@ -131,7 +150,11 @@ def _reason(error: Exception, path: Path) -> object:
     """Return what is wrong with a file, in words for its owner."""
     if not isinstance(error, PIL.UnidentifiedImageError):
         return error
-    return "not an image file that Pillow knows" if path.stat().st_size else "the file is empty"
+    if not path.stat().st_size:
+        return "the file is empty"
+    if path.suffix.lower() in _OTHER_KINDS:
+        return f"Pillow cannot read {path.suffix.lower()} files; convert it to PNG or JPEG"
+    return "not an image file that Pillow knows"
 
 
 def _sample_hint(path: Path) -> str:

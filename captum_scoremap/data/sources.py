@@ -9,19 +9,23 @@ import hashlib
 import inspect
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from captum_scoremap.checks import nearest
 from captum_scoremap.data.extras import import_extra
-from captum_scoremap.data.pictures import UnreadableError, is_picture_name, read_picture
+from captum_scoremap.data.files import find_pictures, printable, signatures
+from captum_scoremap.data.labels import RawLabel, folder_labels, label_indices, one_label, some, table_labels
+from captum_scoremap.data.pictures import UnreadableError, read_picture
 
 __all__ = ["DatasetSource", "FileSource", "Region", "Sample", "Source", "open_source"]
 
@@ -31,6 +35,7 @@ Region: TypeAlias = tuple[float, float, float, float] | Path
 _PATH_COLUMNS = ("path", "file", "filename", "image", "name")
 _LABEL_COLUMNS = ("label", "target", "class", "index")
 _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+_SAMPLED = 16  # items of a data set that its fingerprint looks at
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a short text that differs for sources that differ in names or labels."""
+        """Return a short text that differs for sources that differ in names, labels or contents."""
 
 
 class FileSource(Source):
@@ -152,9 +157,11 @@ class FileSource(Source):
         return Sample(image, self.labels[index], _region_picture(self.regions[index], self.root, image.size))
 
     def fingerprint(self) -> str:
-        """Hash of all names, labels and regions."""
+        """Return a hash of names, labels, regions, and each file's size, time of change and sample of bytes."""
         rows = zip(map(self.name, range(len(self))), self.labels, map(str, self.regions), strict=True)
-        return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()[:16]
+        files = signatures(map(self.path, range(len(self))))
+        masks = signatures(self.root / region for region in self.regions if isinstance(region, Path))
+        return hashlib.sha256(json.dumps([list(rows), files, masks]).encode()).hexdigest()[:16]
 
 
 class DatasetSource(Source):
@@ -213,11 +220,51 @@ class DatasetSource(Source):
             image = image.convert("RGB")
         else:
             raise UnreadableError(f"{type(image).__name__} is neither a picture nor a tensor")
-        return Sample(image, None if label is None else int(label))
+        return Sample(image, None if label is None else _whole_number(label))
 
     def fingerprint(self) -> str:
-        """Kind and length: items of a data set cannot be compared without reading them all."""
-        return f"{type(self.dataset).__qualname__}:{len(self)}"
+        """Return kind, length and a sample of the items: not all of a data set can be read to compare it.
+
+        Returns:
+            A short text.
+
+        Warns:
+            UserWarning: The items differ each time they are read.
+        """
+        count = min(_SAMPLED, len(self))
+        places = [place * len(self) // count for place in range(count)]
+        first, second = ([self._digest(place) for place in places] for _ in range(2))
+        kind = f"{type(self.dataset).__qualname__}:{len(self)}"
+        if first != second:
+            warnings.warn(
+                "source must give the same item each time to be compared, got items that differ (random augmentation?)."
+                " Results are of one draw, and resume cannot tell whether the data changed.",
+                stacklevel=2,
+            )
+            return f"{kind}:random"
+        return f"{kind}:{hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16]}"
+
+    def _digest(self, index: int) -> str:
+        try:
+            sample = self.read(index)
+        except UnreadableError:
+            return "unreadable"
+        if isinstance(sample.image, Tensor):
+            image = sample.image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        else:
+            image = sample.image.tobytes()
+        return hashlib.sha256(f"{sample.label}".encode() + image).hexdigest()
+
+
+def _whole_number(label: Any) -> int:
+    """Return a label of a data set as an index."""
+    try:
+        index = int(label)
+    except (TypeError, ValueError) as error:
+        raise UnreadableError(f"a label that is no index, {label!r}") from error
+    if index != label:
+        raise UnreadableError(f"a label that is no index, {label!r}")
+    return index
 
 
 def open_source(
@@ -270,47 +317,20 @@ def open_source(
     raise TypeError(f"source must be a folder, a list, or a data set, got {type(source).__name__}.")
 
 
-def printable(name: str) -> str:
-    """Return the name as valid Unicode: bytes of a file name that are none are written as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 def _folder_source(
     root: Path, labels: "str | os.PathLike[str] | Mapping[str, int | str] | None", names: Sequence[str] | None
 ) -> FileSource:
-    found: list[str] = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        below = Path(folder).relative_to(root)
-        found += [str(below / file) for file in files if is_picture_name(file) and not file.startswith(".")]
-    found.sort()
+    found, passed = find_pictures(root)
+    if passed:
+        warnings.warn(f"source has folders that were passed over: {some(passed)}.", stacklevel=4)
     if not found:
         raise ValueError(f"source must hold images, got the folder {root.name!r} without any.")
     if labels is None:
-        return FileSource(root, found, _folder_labels(found, names))
-    table = labels if isinstance(labels, Mapping) else _read_label_table(Path(labels))
-    raw = [table.get(Path(path).as_posix(), table.get(Path(path).name)) for path in found]
-    if all(label is None for label in raw):
-        raise ValueError(
-            f"labels must name images of the source, got {len(table)} names of which none is there, "
-            f"such as {next(iter(table), '')!r}; the source has {Path(found[0]).as_posix()!r}."
-        )
-    return FileSource(root, found, label_indices(raw, names))
-
-
-def _folder_labels(paths: Sequence[str], names: Sequence[str] | None) -> list[int | None]:
-    """Labels by the uppermost folder, or none where the folders do not look like labels."""
-    tops = [Path(path).parts[0] if len(Path(path).parts) > 1 else None for path in paths]
-    folders = sorted({top for top in tops if top is not None})
-    if not folders:
-        return [None] * len(paths)
-    try:
-        by_name: dict[str, int | None] = dict(zip(folders, label_indices(folders, names), strict=True))
-    except ValueError:
-        if names is not None and len(folders) != len(names):
-            return [None] * len(paths)
-        by_name = {folder: position for position, folder in enumerate(folders)}
-    return [by_name[top] if top is not None else None for top in tops]
+        return FileSource(root, found, folder_labels(found, names))
+    if isinstance(labels, Mapping):
+        return FileSource(root, found, table_labels(found, labels.items(), names, root))
+    path = Path(labels)
+    return FileSource(root, found, table_labels(found, _read_label_table(path), names, root, path.parent))
 
 
 def _list_source(path: Path, names: Sequence[str] | None) -> FileSource:
@@ -321,24 +341,32 @@ def _list_source(path: Path, names: Sequence[str] | None) -> FileSource:
     # abspath keeps symbolic links, whose targets may lie anywhere.
     absolute = [Path(os.path.abspath(path.parent / str(row[column]))) for row in rows]  # noqa: PTH100
     root = Path(os.path.commonpath([file.parent for file in absolute]))
+    paths = [str(file.relative_to(root)) for file in absolute]
     label = next((name for name in _LABEL_COLUMNS if name in rows[0]), None)
+    raw = [row[label] if label else None for row in rows]
+    given: dict[str, list[RawLabel]] = {}
+    for image, one in zip(paths, raw, strict=True):
+        given.setdefault(image, []).append(one)
+    for image, several in given.items():
+        if len(several) > 1:
+            one_label(image, several, names)
     return FileSource(
         root,
-        [str(file.relative_to(root)) for file in absolute],
-        label_indices([row[label] for row in rows] if label else [None] * len(rows), names),
+        paths,
+        label_indices(raw, names),
         [_region_of(row, path.parent) for row in rows],
         title=printable(path.name),
     )
 
 
-def _read_label_table(path: Path) -> dict[str, int | str | None]:
+def _read_label_table(path: Path) -> list[tuple[str, RawLabel]]:
     if not path.is_file():
         raise ValueError(f"labels must be a list, .csv or .parquet, got {str(path)!r}, which is no file.")
     rows = _read_rows(path)
     if not rows:
         raise ValueError(f"labels must hold a row for each image, got the list {path.name!r} without a row.")
     image, label = _column(rows[0], _PATH_COLUMNS, path), _column(rows[0], _LABEL_COLUMNS, path)
-    return {Path(str(row[image])).as_posix(): row[label] for row in rows}
+    return [(str(row[image]), row[label]) for row in rows]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -422,51 +450,3 @@ def _torchvision_source(text: str) -> DatasetSource:
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"source must be a data set that is there, got {text!r}: {error}") from error
     return DatasetSource(dataset, title=f"torchvision {name} ({split})")
-
-
-def label_indices(raw: Sequence[int | str | None], names: Sequence[str] | None) -> list[int | None]:
-    """Labels as the model's indices.
-
-    Args:
-        raw: Indices or names, or None where unknown.
-        names: Names of the model's labels, in order, or None where they are not known.
-
-    Returns:
-        An index or None for each.
-
-    Raises:
-        ValueError: If a label is none of the model's, or a name stands for several.
-
-    Example:
-        >>> label_indices(["dog", "1", None], ["cat", "dog"])
-        [1, 1, None]
-    """
-    by_name: dict[str, list[int]] = {}
-    for position, name in enumerate(names or ()):
-        by_name.setdefault(_folded(name), []).append(position)
-    found = {label: _label_index(label, by_name, names) for label in set(raw)}
-    return [found[label] for label in raw]
-
-
-def _label_index(label: int | str | None, by_name: Mapping[str, list[int]], names: Sequence[str] | None) -> int | None:
-    if label is None:
-        return None
-    matches = by_name.get(_folded(str(label)), [])
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ValueError(
-            f"label must be one of the model's, got {label!r}, the name of labels {matches}. Give an index."
-        )
-    try:
-        index = int(label)
-    except ValueError:
-        hint = nearest(_folded(str(label)), by_name) or " Give indices, or the names the model uses."
-        raise ValueError(f"label must be one of the model's, got {label!r}.{hint}") from None
-    if index < 0 or (names is not None and index >= len(names)):
-        raise ValueError(f"label must be one of the model's {len(names or ())} labels from 0, got {index}.")
-    return index
-
-
-def _folded(name: str) -> str:
-    return name.replace("_", " ").strip().casefold()

@@ -8,7 +8,7 @@ from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
 from .explanation import Explanation, check_sites, explain, warn_of_probabilities
 from .form import LinearForm, linear_form
-from .ledger import Ledger
+from .ledger import Ledger, ledgers
 from .reduction import Reduction, image_sums
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "explain_completely",
     "explain_targets",
     "image_sums",
+    "ledgers",
     "linear_form",
     "select_scores",
     "warn_of_probabilities",

@@ -38,6 +38,11 @@ def prepare(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) ->
     Every layer keeps its name. A folded norm becomes an ``nn.Identity`` (or what timm's norms carry besides,
     their activation), and the convolution before it gives what the norm gave; other outputs are as before.
 
+    S = A·Y + B is exact for the copy, whose masks are held. Folded weights round otherwise, so that a unit at an edge
+    of its activation (0 and 6 of ReLU6, where saturated units lie) may fall on the other side: the scores stay, A and
+    B of the layers below do not. Of EfficientNet-Lite0 0 to 8 of 6 million units did so in each of 24 photographs;
+    scores differed by up to 9e-6 logits, A·Y of a layer by 0.001 (median) to 0.064. An audit measures and says it.
+
     Args:
         model: The model; it is not touched.
         inputs: An example batch (N, C, H, W), or a tuple of arguments. Only needed for a model that torch.fx

@@ -1,0 +1,83 @@
+"""What it changes that a prepared copy of the model is explained: measured on the first images of an audit.
+
+Folding a norm into a convolution changes how sums round. A unit that lies within rounding of an edge of its activation
+(zero and six of a ReLU6, where saturated units lie exactly) may then fall on the edge's other side. Its value, and with
+it the score, is the same but for rounding, but its mask differs, and so do A and B at the layers below. S = A·Y + B
+is exact for the model whose masks are held: the copy.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from captum_scoremap.audit.explaining import MapLayer, explain
+from captum_scoremap.tape import freeze
+
+__all__ = ["Prepared", "compare_prepared"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How a prepared copy differs from its model.
+
+    Attributes:
+        images: Number of images on which it was measured.
+        switches: Masks and switches of these images.
+        flipped: How many of them differ.
+        score: Largest difference of the predicted label's score, in logits.
+        sub_scores: Largest difference of its A·Y at one of the layers, in logits.
+    """
+
+    images: int
+    switches: int
+    flipped: int
+    score: float
+    sub_scores: float
+
+    def __str__(self) -> str:
+        return (
+            f"norms folded: {self.flipped} of {self.switches} masks and switches of the first {self.images} images "
+            f"differ, scores by up to {self.score:.1e} logits, A·Y of a layer by up to {self.sub_scores:.1e}"
+        )
+
+
+def compare_prepared(
+    model: nn.Module, prepared: nn.Module, layers: Sequence[MapLayer], inputs: Tensor
+) -> Prepared | None:
+    """Measure what preparing a model changed.
+
+    Args:
+        model: The model as it was.
+        prepared: Its copy, in eval mode.
+        layers: Layers that both have.
+        inputs: Images (N, C, H, W), on the device of ``prepared``.
+
+    Returns:
+        The differences; None if no norm was folded.
+    """
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    if all(type(module) is kinds.get(name) for name, module in prepared.named_modules()):
+        return None
+    original = copy.deepcopy(model).eval().to(inputs.device)
+    switches = flipped = images = 0
+    score = sub_scores = 0.0
+    unknown = torch.full((1,), -1, device=inputs.device)
+    for image in inputs.split(1):
+        one, other = (explain(network, layers, image, unknown) for network in (original, prepared))
+        if not (one.finite.all() and other.finite.all()):
+            continue
+        images += 1
+        label = one.labels[:, :1]
+        score = max(score, float((one.scores - other.scores).gather(1, label).abs()))
+        if bool((other.labels[:, :1] == label).all()):
+            changes = [(one.sums[layer.name] - other.sums[layer.name])[:, 0].abs() for layer in layers]
+            sub_scores = max(sub_scores, *map(float, changes))
+        mine, others = freeze(original, image).switches, freeze(prepared, image).switches
+        for name in mine.keys() & others.keys():
+            if mine[name].shape == others[name].shape:
+                switches += mine[name].numel()
+                flipped += int((mine[name] != others[name]).sum())
+    return Prepared(images, switches, flipped, score, sub_scores)
