@@ -87,9 +87,9 @@ class Column:
 
 COLUMNS = (
     Column("Pasted part: error", "pasted", -1, 2, _error),
-    Column("correlation", "pasted", 1, 2, _correlation),
+    Column("Pasted part: correlation", "pasted", 1, 2, _correlation),
     Column("Watermark: error", "watermark", -1, 2, _error),
-    Column("correlation", "watermark", 1, 2, _correlation),
+    Column("Watermark: correlation", "watermark", 1, 2, _correlation),
     Column("Single deletion", "cells", 1),
     Column("Insertion − deletion", "gap", 1),
     Column("ROAD", "road", 1),
@@ -332,6 +332,8 @@ def table(results: dict[str, Values]) -> str:
 def standing(results: dict[str, Values], ours: str) -> str:
     """Ours against the best method of others in each metric, on the images that both have seen; Markdown."""
     others = {name: values for name, values in results.items() if "ScoreMap" not in name}
+    if not others:
+        return ""
     lines = [f"| {ours} | best other | ahead by | |", "|---|---|---|---|"]
     for column in measured(results):
         if (rival := best(column, others)) is None or not len(column.sample(results[ours])):
@@ -339,8 +341,7 @@ def standing(results: dict[str, Values], ours: str) -> str:
         found, half = interval(column, column.sample(results[ours]), column.sample(others[rival]))
         ahead = column.better * found
         word = "level" if abs(ahead) <= half else "ahead" if ahead > 0 else "behind"
-        title = f"{column.heading} ({column.values})"
-        lines.append(f"| {title} | {rival} | {ahead:+.{column.digits}f} ± {half:.{column.digits}f} | {word} |")
+        lines.append(f"| {column.heading} | {rival} | {ahead:+.{column.digits}f} ± {half:.{column.digits}f} | {word} |")
     return "\n".join(lines)
 
 
@@ -368,7 +369,7 @@ def page(results: dict[str, dict[str, Values]]) -> str:
     for network, found in results.items():
         parts += [f"## {NETWORKS.get(network, network)}", table(found)]
         parts += [standing(found, ours) for ours in ("CompleteScoreMap", "FusedScoreMap") if ours in found]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _installed(name: str) -> bool:
@@ -400,6 +401,8 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
         panel.set_title(f"{column.title}\n({good})", fontsize=8)
         if column.statistic is _error:
             panel.set_xlim(0, 1.6)  # worse than an empty map is worse
+        elif column.statistic is _correlation:
+            panel.set_xlim(right=1.02)
         panel.grid(axis="x", alpha=0.3)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)

@@ -221,6 +221,12 @@ CONVOLUTIONAL: dict[str, Method] = {
     "LayerScoreMap, 1/16": Method(_layer(-2), in_logits=True),
     "LayerScoreMap, 1/8": Method(_layer(-3), in_logits=True),
     "Grad-CAM": Method(_cam(pytorch_grad_cam.GradCAM)),
+    "Grad-CAM, signed (Captum)": Method(
+        _captum(
+            lambda subject: captum.attr.LayerGradCam(subject.module, subject.module.get_submodule(subject.layers[-1]))
+        ),
+        in_logits=True,
+    ),
     "HiResCAM": Method(_cam(pytorch_grad_cam.HiResCAM)),
     "Grad-CAM++": Method(_cam(pytorch_grad_cam.GradCAMPlusPlus)),
     "EigenCAM": Method(_cam(pytorch_grad_cam.EigenCAM)),
