@@ -67,7 +67,7 @@ def statements(docstring: str) -> list[str]:
     """What a docstring says, each paragraph and each entry by itself, without headings and markup."""
     text = re.sub(r":\w+:`~?([\w.]+)`", r"\1", inspect.cleandoc(docstring))
     text = re.sub(r"^(Args|Attributes|Returns|Yields|Raises|Example|Equation):$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^    (\w+): ", r"\n\n\1\n\n", text, flags=re.MULTILINE)  # an entry
+    text = re.sub(r"^    \*{0,2}(\w+): ", r"\n\n\1\n\n", text, flags=re.MULTILINE)  # an entry
     text = re.sub(r"^\s*(?:\d+\.|-) ", "\n\n", text, flags=re.MULTILINE)  # an item of a list
     text = re.sub(r"^\s*>>>|^\s*\.\.\.", "\n\n", text, flags=re.MULTILINE)
     return [" ".join(words(one)) for one in re.split(r"\n\s*\n", text) if words(one)]
@@ -187,7 +187,9 @@ def test_arguments_and_result_are_said(name: str) -> None:
         if inspect.isfunction(value) and signature.return_annotation not in {None, "None"}:
             assert "Returns" in said
     listed = said.get("Args", "") + "\n" + said.get("Attributes", "")
-    missing = [parameter for parameter in parameters if not re.search(rf"^    {parameter}:", listed, re.MULTILINE)]
+    missing = [
+        parameter for parameter in parameters if not re.search(rf"^    \*{{0,2}}{parameter}:", listed, re.MULTILINE)
+    ]
     assert missing == []
 
 

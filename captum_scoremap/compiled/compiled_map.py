@@ -93,6 +93,16 @@ class Exported:
         path: Where it is.
         takes: Name of each argument to its shape and type, in their order.
         returns: Name of each result to its shape and type, in their order.
+
+    Example:
+        >>> from torch import nn
+        >>> from captum_scoremap import ScoreMap
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> compiled = compile_map(ScoreMap(model), torch.rand(1, 3, 6, 6), target=7, backend="graph")
+        >>> with TemporaryDirectory() as folder:
+        ...     exported = compiled.export(Path(folder) / "maps.pt2")
+        >>> list(exported.takes), list(exported.returns)
+        (['image', 'target'], ['scores', 'map', 'bias', 'residual'])
     """
 
     path: Path
@@ -112,6 +122,14 @@ class CompiledMap:
         target: Its label.
         backend: What runs the graph.
         options: Other arguments of ``method.attribute``.
+
+    Example:
+        >>> from torch import nn
+        >>> from captum_scoremap import ScoreMap
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+        >>> compiled = compile_map(ScoreMap(model), torch.rand(1, 3, 6, 6), target=7, backend="graph")
+        >>> compiled(torch.rand(1, 3, 6, 6), 3).shape
+        torch.Size([1, 3, 6, 6])
     """
 
     def __init__(
