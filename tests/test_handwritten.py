@@ -586,3 +586,17 @@ def test_identity_holds_however_model_and_image_come(
     for form in forms:
         assert not form.sub_scores.requires_grad
         assert_close(form.sub_scores.flatten(1).sum(1) + form.bias, scores, rtol=1e-12, atol=1e-12)
+
+
+def test_whole_numbers_made_of_the_image_are_constants() -> None:
+    """As rounding: x + int(x) has the coefficients of x."""
+    image = torch.tensor([[1.6, -2.3]], dtype=torch.float64)
+    form = linear_form(lambda x: (x + x.long().to(x.dtype)).sum(1), image)
+    assert_close(form.coefficients, torch.ones_like(image))
+    assert_close(form.bias, torch.tensor([-1.0], dtype=torch.float64))
+    with pytest.warns(UserWarning, match="a map is zero everywhere: .* to_copy"):
+        form = linear_form(lambda x: x.to(torch.int32).to(x.dtype).sum(1), image)
+    assert not form.coefficients.any()
+    counts = torch.zeros(1, 2, dtype=torch.int64)
+    form = linear_form(lambda x: (counts.copy_(x) * x).sum(1), image)
+    assert_close(form.coefficients, torch.tensor([[1.0, -2.0]], dtype=torch.float64))

@@ -504,3 +504,76 @@ def test_strides_are_those_of_the_memory_not_of_the_order_of_dimensions() -> Non
     form = linear_form(function, image)
     assert_close(form.coefficients, gradient, **EXACT)
     assert_close(form.residual, torch.zeros(2, dtype=torch.float64), **EXACT)
+
+
+# --- layers that return part of their memory ----------------------------------------------------------
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda y: y[:, :2],
+    "whole": lambda y: y,
+    "chunk": lambda y: y.chunk(2, 1)[1],
+    "unsafe chunk": lambda y: y.unsafe_chunk(2, 1)[1],
+    "transposed": lambda y: y.transpose(2, 3),
+    "every other column": lambda y: y[..., ::2],
+}
+
+
+def two_views(t: Tensor) -> Tensor:
+    t[:, 0].tanh_()
+    t[:, :, 1:].mul_(2)
+    return t
+
+
+def two_views_written_out(t: Tensor) -> Tensor:
+    t = torch.cat([t[:, :1].tanh(), t[:, 1:]], 1)
+    return torch.cat([t[:, :, :1], t[:, :, 1:] * 2], 2)
+
+
+class PartChanged(nn.Module):
+    """A layer that returns part of its memory, changed before and after it does."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor], first: bool, plainly: bool) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, 4, 3), Partly(part, first, plainly))
+        self.change = two_views_written_out if plainly else two_views
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.layer(x)).flatten(1).cumsum(1)[:, -3:]
+
+
+class Partly(nn.Module):
+    def __init__(self, part: Callable[[Tensor], Tensor], first: bool, plainly: bool) -> None:
+        super().__init__()
+        self.part, self.first, self.plainly = part, first, plainly
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.first and self.plainly:
+            y = torch.cat([y[:, :1], y[:, 1:].relu()], 1)
+        elif self.first:
+            y[:, 1:].relu_()
+        return self.part(y)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_layers_that_return_part_of_memory_which_changes_through_views(name: str, first: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, plain = (PartChanged(PARTS[name], first, plainly).double() for plainly in (False, True))
+        plain.load_state_dict(model.state_dict())
+        image = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    found, expected = linear_form(model, image, 1, model.layer), linear_form(plain, image, 1, plain.layer)
+    assert expected.coefficients.abs().max() > 0.1
+    for field in ("coefficients", "activations", "bias"):
+        assert_close(getattr(found, field), getattr(expected, field), **EXACT)
+
+
+def test_parts_that_share_memory_though_no_schema_says_so() -> None:
+    """``unsafe_chunk``, as cells of recurrent layers use it: a change of one part leaves the others live."""
+
+    def changed(x: Tensor) -> Tensor:
+        first, second = (3 * x).unsafe_chunk(2, 1)
+        return first.sigmoid_() * second
+
+    form = linear_form(changed, torch.randn(2, 4, dtype=torch.float64), 1)
+    assert_close(form.coefficients[:, 3], 3 * form.score / (3 * form.activations[:, 3]), **EXACT)

@@ -82,3 +82,28 @@ def test_operations_of_a_library_without_a_formula_take_a_gate_or_a_rule() -> No
         model = between(without_formula)
         assert_close(ScoreMap(model, rules={"without_formula": rule}).attribute(some_images(), 1), expected, **EXACT)
         assert_exact(model, model.conv, some_images(), rules={"without_formula": rule})
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.parametrize("name", ["opaque", "without_formula"])
+def test_the_tangent_of_an_operation_without_a_formula_is_refused(name: str) -> None:
+    """Rather than taken for zero, with all of the score in B."""
+    model = between(getattr(torch.ops.scoremap_tests, name))
+    with pytest.raises(ValueError, match=f"rule for '{name}' .* must have a derivative to take, got .*Use Frozen"):
+        ScoreMap(model, rules={name: Tangent()}).attribute(some_images(), 1)
+
+
+def test_a_formula_that_can_be_derived_twice_takes_one_pass() -> None:
+    passes = []
+
+    @torch.library.custom_op("scoremap_tests::cubed", mutates_args=())
+    def cubed(x: Tensor) -> Tensor:
+        return x**3
+
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        passes.append(gradient)
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+    cubed.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    assert_is_gradient(cubed, rules={"cubed": Tangent()})
+    assert 0 < len(passes) < 40

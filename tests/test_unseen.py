@@ -138,6 +138,16 @@ TRANSFORMED: dict[str, tuple[Function, Function]] = {
         torch.vmap(lambda x: F.conv2d(x[None], WEIGHTS[0, :, :, None, None])[0]),
         lambda x: F.conv2d(x, WEIGHTS[0, :, :, None, None]),
     ),
+    "a Hessian for each image": (
+        lambda x: (
+            torch
+            .vmap(torch.func.hessian(lambda y: (y**3).sum()))(x.flatten(1)[:, :4])
+            .sum(1)
+            .repeat(1, 16)
+            .view(x.shape)
+        ),
+        lambda x: 6 * x.flatten(1)[:, :4].repeat(1, 16).view(x.shape),
+    ),
     "functional_call": (
         lambda x: torch.func.functional_call(BLOCK, {n: p * 1 for n, p in BLOCK.named_parameters()}, (x,)),
         BLOCK,
@@ -321,3 +331,77 @@ def test_a_map_that_frozen_values_leave_empty_says_so() -> None:
         form = linear_form(quantized, torch.rand(2, 4, dtype=torch.float64))
     assert not form.coefficients.any()
     assert_close(form.bias, form.score)
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+def copied_memory(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out.untyped_storage().copy_((2 * x).untyped_storage())
+    return out
+
+
+def copied_over_ones(x: Tensor) -> Tensor:
+    doubled, out = 2 * x, torch.ones_like(x)
+    out.untyped_storage().copy_(doubled.untyped_storage())
+    return out
+
+
+def filled_memory(x: Tensor) -> Tensor:
+    out = 2 * x
+    out.untyped_storage().fill_(0)
+    return out
+
+
+def cloned_memory(x: Tensor) -> Tensor:
+    doubled = 2 * x
+    return x.new_empty(0).set_(doubled.untyped_storage().clone(), 0, x.shape, x.stride())
+
+
+def byte_by_byte(x: Tensor) -> Tensor:
+    doubled, out = 2 * x, torch.ones_like(x)
+    source, goal = doubled.untyped_storage(), out.untyped_storage()
+    for place in range(8):
+        goal[place] = source[place]
+    return out
+
+
+@pytest.mark.parametrize("function", [copied_memory, copied_over_ones, filled_memory, cloned_memory, byte_by_byte])
+def test_what_passes_from_memory_to_memory_is_refused(function: Function) -> None:
+    assert_refused(function, "UntypedStorage|filled a new tensor's memory")
+
+
+def test_a_tensor_set_to_the_memory_of_another_is_that_one() -> None:
+    def shared(x: Tensor) -> Tensor:
+        doubled = 2 * x
+        return x.new_empty(0).set_(doubled.untyped_storage(), 0, x.shape, x.stride()) + doubled
+
+    assert_as_plain(shared, lambda x: 4 * x)
+
+
+def test_the_memory_of_constants_is_their_own_affair() -> None:
+    table = torch.ones(4, 4, dtype=torch.float64)
+
+    def filled(x: Tensor) -> Tensor:
+        own = torch.zeros_like(table)
+        own.untyped_storage().copy_(table.untyped_storage())
+        return x * own
+
+    assert_as_plain(filled, lambda x: x * table)
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (lambda x: torch.stack(list(torch.nested.nested_tensor(list(x)).unbind())), "got a nested tensor from"),
+        (lambda x: x.float().to_mkldnn().relu().to_dense().double(), "got one of layout torch._mkldnn from to_mkldnn"),
+        (lambda x: (x.flatten(1).to_sparse() * 2).to_dense(), "got one of layout torch.sparse_coo from to_sparse"),
+    ],
+    ids=["nested", "mkldnn", "sparse"],
+)
+def test_tensors_that_are_not_dense_are_refused(function: Function, match: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        with pytest.raises(TypeError, match=f"must be dense, {match}"):
+            linear_form(between(function), some_images(), 1)

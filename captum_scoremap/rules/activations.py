@@ -294,7 +294,7 @@ class Gate(Rule):
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return gate * coefficients."""
         (gradient,) = gradients
-        return [None if gradient is None else gradient * state]
+        return [None if gradient is None else gradient * (state.conj() if state.is_complex() else state)]
 
 
 class GatedLinearUnit(Rule):

@@ -29,6 +29,7 @@ class Value:
         step: Number of the step that makes it; -1 where the tape begins.
         kept: Its tensor, where a pass over part of the tape will read it.
         root: For a view, the value it is a view of, and where that lies in memory: shape, strides, offset.
+        beneath: For a value that begins at a site, what its memory held before.
 
     Example:
         >>> value = Value(torch.ones(2, 3))
@@ -36,7 +37,19 @@ class Value:
         (torch.Size([2, 3]), tensor(0.))
     """
 
-    __slots__ = ("device", "dtype", "gate", "kept", "probability", "root", "shape", "sites", "step", "stride")
+    __slots__ = (
+        "beneath",
+        "device",
+        "dtype",
+        "gate",
+        "kept",
+        "probability",
+        "root",
+        "shape",
+        "sites",
+        "step",
+        "stride",
+    )
 
     def __init__(self, tensor: Tensor, gate: bool = False, sites: int = 0) -> None:
         self.shape = tensor.shape
@@ -49,6 +62,7 @@ class Value:
         self.step = -1
         self.kept: Any = None
         self.root: Any = None
+        self.beneath: Any = None
 
     @property
     def ndim(self) -> int:

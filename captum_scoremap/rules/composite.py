@@ -80,6 +80,13 @@ def _nll_loss(
     return (losses, losses.sum() / total, losses.sum())[reduction], total
 
 
+def _scatter_reduce(input: Tensor, dim: int, index: Tensor, src: Tensor | float, *, reduce: str) -> Tensor:
+    source = src if isinstance(src, Tensor) else input.new_full(index.shape, src)
+    if reduce == "add":
+        return input.scatter_add(dim, index, source)
+    return input.scatter_reduce(dim, index, source, "prod")
+
+
 def _lstm_layer(
     input: Tensor,
     weight_ih: Tensor,
@@ -124,5 +131,7 @@ COMPOSITE: dict[str, Rule] = {
     "_convolution": Composite(_convolution),
     "nll_loss_forward": Composite(_nll_loss),
     "nll_loss2d_forward": Composite(_nll_loss),
+    "scatter.reduce": Composite(_scatter_reduce),
+    "scatter.value_reduce": Composite(_scatter_reduce),
     "mkldnn_rnn_layer": Composite(_lstm_layer),
 }

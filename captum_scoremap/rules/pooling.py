@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .rule import Gradients, Rule
+from .rule import Gradients, Rule, Tangent, transposed_by_autograd
 
-__all__ = ["Extremum", "MaxPool", "Ordered"]
+__all__ = ["Extremum", "MaxPool", "Ordered", "Scattered"]
 
 
 class MaxPool(Rule):
@@ -268,3 +268,25 @@ class Ordered(Rule):
     def _dim(self, call: Call) -> int:
         dim = call.args[self.dim] if len(call.args) > self.dim else call.kwargs.get("dim", self.default)
         return int(dim)
+
+
+class Scattered(Tangent):
+    """Several values into one place: sums and means are linear; extrema and products go by their tangent."""
+
+    def is_affine(self, call: Call) -> bool:
+        """For sums and means."""
+        return not {"sum", "mean"}.isdisjoint(argument for argument in call.args if isinstance(argument, str))
+
+    def freeze(self, call: Call) -> Any:
+        """Return the live arguments at the image, where it is not linear."""
+        return None if self.is_affine(call) else super().freeze(call)
+
+    def apply(self, call: Call, state: Any) -> Any:
+        """Run the operation itself, or take the tangent."""
+        return call.run() if state is None else super().apply(call, state)
+
+    def transpose(self, call: Call, state: Any, gradients: Gradients) -> list[Tensor | None]:
+        """Return the coefficients as autograd has them."""
+        if state is None:
+            return transposed_by_autograd(self, call, state, gradients)
+        return super().transpose(call, state, gradients)

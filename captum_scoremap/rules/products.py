@@ -114,7 +114,7 @@ class Product(Rule):
                     factor = (state or ())[self.factors.index(other)]
                 share = self.adjoint(gradient, factor, self.factors.index(position))
                 if self.term is not None and call.kwargs.get("alpha", 1) != 1:
-                    share = share * call.kwargs["alpha"]
+                    share = share * conjugate(call.kwargs["alpha"])
                 found.append(summed_to(share if len(turns) == 1 else share / len(turns), argument))
         return found
 
@@ -126,7 +126,7 @@ class Product(Rule):
 
     @staticmethod
     def _of_term(call: Call, argument: Value, gradient: Tensor) -> Tensor:
-        beta = call.kwargs.get("beta", 1)
+        beta = conjugate(call.kwargs.get("beta", 1))
         return summed_to(gradient if beta == 1 else gradient * beta, argument)
 
     def _live(self, call: Call) -> list[int]:
@@ -142,19 +142,27 @@ class Product(Rule):
 
 def times(gradient: Tensor, other: Any, _: int) -> Tensor:
     """Return the coefficients of a factor of an elementwise product."""
-    product: Tensor = gradient * other
+    product: Tensor = gradient * conjugate(other)
     return product
+
+
+def conjugate(factor: Any) -> Any:
+    """Return what a coefficient is multiplied by, going back through a factor: itself, unless it is complex."""
+    if isinstance(factor, Tensor):
+        return factor.conj() if factor.is_complex() else factor
+    return factor.conjugate() if isinstance(factor, complex) else factor
 
 
 def matrix_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
     """Return the coefficients of a factor of a matrix product, batched or not."""
-    transposed = other.transpose(-2, -1)
+    transposed: Tensor = conjugate(other).transpose(-2, -1)
     return gradient @ transposed if position == 0 else transposed @ gradient
 
 
 def vector_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
     """Return the coefficients of the matrix or the vector of their product."""
-    return torch.outer(gradient, other) if position == 0 else other.t() @ gradient
+    factor: Tensor = conjugate(other)
+    return torch.outer(gradient, factor) if position == 0 else factor.t() @ gradient
 
 
 class Convolution(Product):
@@ -234,10 +242,10 @@ class Division(Rule):
             return [None] * len(call.values)
         numerator, denominator = call.args
         if state is None:
-            return [summed_to(gradient / denominator, numerator)]
+            return [summed_to(gradient / conjugate(denominator), numerator)]
         if not isinstance(numerator, Value):
-            return [summed_to(-gradient * numerator / (state * state), denominator)]
-        return [summed_to(gradient / state, numerator), None]
+            return [summed_to(-gradient * conjugate(numerator / (state * state)), denominator)]
+        return [summed_to(gradient / conjugate(state), numerator), None]
 
     def constants(self, call: Call, state: Tensor | None) -> Sequence[Tensor | None]:
         """Return none where the numerator is live."""
@@ -293,7 +301,7 @@ class Power(Rule):
     def transpose(self, call: Call, state: tuple[Tensor, Tensor | None], gradients: Gradients) -> list[Tensor | None]:
         """Return slope * coefficients."""
         (gradient,) = gradients
-        return [None if gradient is None else summed_to(gradient * state[0], call.values[0])]
+        return [None if gradient is None else summed_to(gradient * conjugate(state[0]), call.values[0])]
 
     def constants(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Sequence[Tensor | None]:
         """Return the offset."""

@@ -31,6 +31,8 @@ __all__ = [
 
 Gradients = tuple[Tensor | None, ...]
 
+_NO_FORMULA = "no autograd formula is registered for the operation"
+
 # Kernels that autograd cannot derive twice, written out.
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {}
 
@@ -175,12 +177,50 @@ def _pulled_back(function: Callable[..., Any], points: Sequence[Tensor], gradien
         with torch.enable_grad():
             # a model that takes gradients has graphs of its own
             leaves = [p if keeps_graph and p.requires_grad else p.detach().requires_grad_() for p in points]
-            pairs = [pair for pair in zip(outputs(*leaves), chosen, strict=True) if pair[0].requires_grad]
+            outs = outputs(*leaves)
+            if any(out.requires_grad for out in outs):
+                _check_derivable(outs)
+            pairs = [pair for pair in zip(outs, chosen, strict=True) if pair[0].requires_grad]
         if not pairs:
             return [None] * len(leaves)
         outs, seeds = zip(*pairs, strict=True)
         found = torch.autograd.grad(outs, leaves, seeds, allow_unused=True, create_graph=torch.is_grad_enabled())
         return list(found)
+
+
+def _pushed_twice_back(
+    function: Callable[..., tuple[Tensor, ...]], points: Sequence[Tensor], moves: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return values and J·v, the transpose of u -> Jᵀ·u, which is linear and so the same at any u.
+
+    Raises:
+        NotImplementedError: If the function cannot be derived twice.
+    """
+    with torch.enable_grad():
+        leaves = [point.detach().requires_grad_() for point in points]
+        outs = function(*leaves)
+        _check_derivable(outs)
+        derived = [out for out in outs if out.requires_grad]
+        seeds = [torch.ones_like(out, requires_grad=True) for out in derived]
+        pulled = torch.autograd.grad(derived, leaves, seeds, create_graph=True, allow_unused=True)
+    pairs = [(one, move) for one, move in zip(pulled, moves, strict=True) if one is not None]
+    if not pairs or not all(one.requires_grad for one, _ in pairs):
+        raise NotImplementedError("the derivative has no derivative")
+    ones, directions = zip(*pairs, strict=True)
+    pushed = iter(torch.autograd.grad(ones, seeds, directions, allow_unused=True, materialize_grads=True))
+    changes = [next(pushed) if out.requires_grad else torch.zeros_like(out) for out in outs]
+    return [out.detach() for out in outs], changes
+
+
+def _check_derivable(outs: Sequence[Tensor]) -> None:
+    """Raise if autograd knows no derivative of an operation, rather than take it for zero.
+
+    Raises:
+        NotImplementedError: If so.
+    """
+    nodes = [out.grad_fn for out in outs if out.requires_grad]
+    if not nodes or any(node is not None and node.name() == "WarnNotImplemented" for node in nodes):
+        raise NotImplementedError(_NO_FORMULA)
 
 
 def _pushed_one_by_one(
@@ -190,12 +230,15 @@ def _pushed_one_by_one(
     with torch.enable_grad():
         leaves = [point.detach().requires_grad_() for point in points]
         outs = function(*leaves)
+        _check_derivable(outs)
         elements = [out.reshape(-1).unbind() if out.requires_grad else () for out in outs]
     values, changes = [], []
     for out, flat in zip(outs, elements, strict=True):
         change = torch.zeros_like(out.detach()).reshape(-1)
         for index, element in enumerate(flat):
             rows = torch.autograd.grad(element, leaves, retain_graph=True, allow_unused=True)
+            if all(row is None for row in rows):
+                raise NotImplementedError(_NO_FORMULA)
             change[index] = sum(
                 float((row * move).sum()) for row, move in zip(rows, moves, strict=True) if row is not None
             )
@@ -412,9 +455,12 @@ class Tangent(Rule):
         # of the kernels of attention only the plain one can be derived twice
         with sdpa_kernel(SDPBackend.MATH):
             try:
-                values, pull = torch.func.vjp(outputs, *state)[:2]
-                push = torch.func.vjp(pull, tuple(map(torch.ones_like, values)))[1]  # linear, so the same anywhere
-                (changes,) = push(moves)
+                if torch._C._functorch.peek_interpreter_stack() is None:
+                    values, changes = _pushed_twice_back(outputs, state, moves)
+                else:
+                    values, pull = torch.func.vjp(outputs, *state)[:2]
+                    push = torch.func.vjp(pull, tuple(map(torch.ones_like, values)))[1]  # linear, so the same anywhere
+                    (changes,) = push(moves)
             except (RuntimeError, NotImplementedError):  # a kernel that can be derived once
                 values, changes = _pushed_one_by_one(outputs, state, moves)
         remaining = iter([value + change for value, change in zip(values, changes, strict=True)])

@@ -32,6 +32,10 @@ def _cast(gradient: Tensor, value: Value) -> Tensor:
     return (gradient.real if gradient.is_complex() and not value.dtype.is_complex else gradient).to(value.dtype)
 
 
+def _conjugate(number: Any) -> Any:
+    return number.conjugate() if isinstance(number, complex) else number
+
+
 def _reshaped(call: Call, gradient: Tensor) -> list[Tensor]:
     return [gradient.reshape(call.values[0].shape)]
 
@@ -75,7 +79,7 @@ def _sliced(call: Call, gradient: Tensor) -> list[Tensor]:
 
 def _added(call: Call, gradient: Tensor) -> list[Tensor]:
     found = []
-    alpha = call.kwargs.get("alpha", 1)
+    alpha = _conjugate(call.kwargs.get("alpha", 1))
     for position, argument in enumerate(call.args[:2]):
         if isinstance(argument, Value):
             share = gradient if position == 0 or alpha == 1 else gradient * alpha
@@ -85,7 +89,7 @@ def _added(call: Call, gradient: Tensor) -> list[Tensor]:
 
 def _subtracted(call: Call, gradient: Tensor) -> list[Tensor]:
     found = []
-    alpha = call.kwargs.get("alpha", 1)
+    alpha = _conjugate(call.kwargs.get("alpha", 1))
     for position, argument in enumerate(call.args[:2]):
         if isinstance(argument, Value):
             found.append(summed_to(gradient if position == 0 else gradient * -alpha, argument))
@@ -94,7 +98,7 @@ def _subtracted(call: Call, gradient: Tensor) -> list[Tensor]:
 
 def _subtracted_from(call: Call, gradient: Tensor) -> list[Tensor]:
     found = []
-    alpha = call.args[2] if len(call.args) > 2 else call.kwargs.get("alpha", 1)
+    alpha = _conjugate(call.args[2] if len(call.args) > 2 else call.kwargs.get("alpha", 1))
     for position, argument in enumerate(call.args[:2]):
         if isinstance(argument, Value):
             found.append(summed_to(gradient * -alpha if position == 0 else gradient, argument))
@@ -199,10 +203,10 @@ class Split(Linear):
     def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
         """Put the parts together."""
         given = next(gradient for gradient in gradients if gradient is not None)
-        operation, value = call.operation, call.values[0]
-        dim = call.args[1 if operation is aten.unbind.int else 2] if len(call.args) > self._dim_at(operation) else 0
-        dim = call.kwargs.get("dim", dim)
-        if operation is aten.unbind.int:
+        value = call.values[0]
+        unbinds = call.operation.overloadpacket.__name__.startswith("unbind")  # type: ignore[attr-defined]
+        dim = call.args[-1] if len(call.args) > (1 if unbinds else 2) else call.kwargs.get("dim", 0)
+        if unbinds:
             return [torch.stack([torch.zeros_like(given) if g is None else g for g in gradients], dim)]
         sizes = call.args[1]
         if isinstance(sizes, int):
@@ -214,10 +218,6 @@ class Split(Linear):
             shape[dim] = size
             parts.append(given.new_zeros(shape) if gradient is None else gradient)
         return [torch.cat(parts, dim)]
-
-    @staticmethod
-    def _dim_at(operation: Any) -> int:
-        return 1 if operation is aten.unbind.int else 2
 
 
 def _positions(length: int, geometry: Sequence[Any], device: torch.device) -> Tensor:
@@ -348,10 +348,10 @@ def _moving(transpose: Callable[[Call, Tensor], Sequence[Tensor | None]]) -> Lin
 
 
 STRUCTURAL: dict[str, Linear] = {
-    **dict.fromkeys("view _unsafe_view reshape _reshape_alias view_copy".split(), View()),
-    **dict.fromkeys("squeeze unsqueeze flatten unflatten alias_copy".split(), _moving(_reshaped)),
+    **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), View()),
+    **dict.fromkeys("squeeze unsqueeze flatten unflatten".split(), _moving(_reshaped)),
     **dict.fromkeys(
-        "clone _to_copy detach alias lift lift_fresh contiguous copy to detach_copy".split(),
+        "clone _to_copy detach alias lift lift_fresh contiguous copy to".split(),
         _moving(_same),
     ),
     "permute": _moving(_permuted),
@@ -372,7 +372,7 @@ STRUCTURAL: dict[str, Linear] = {
     **dict.fromkeys(
         """
         repeat repeat_interleave index index_select gather take masked_select roll flip rot90 diagonal diag_embed
-        unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle squeeze_copy
+        unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
         """.split(),
         Linear(keeps_gates=True, homogeneous=True, moves=True),
     ),
@@ -399,8 +399,7 @@ AFFINE: dict[str, Linear] = {
         nansum cumsum im2col col2im max_unpool2d max_unpool3d affine_grid_generator index_add index_copy index_fill
         index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter
         tril triu trace embedding _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
-        slice_backward expand_copy diff fft_fftshift fft_ifftshift index_reduce segment_reduce
-        block_diag
+        slice_backward diff fft_fftshift fft_ifftshift complex block_diag _pack_padded_sequence
         """.split(),
         Linear(),
     ),

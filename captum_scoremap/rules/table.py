@@ -12,7 +12,7 @@ from .activations import Absolute, Breakpoints, Choice, Clamp, Gate, GatedLinear
 from .attention import Attention
 from .composite import COMPOSITE
 from .normalization import BatchNorm, EvaluatedBatchNorm, GroupNorm, LayerNorm
-from .pooling import Extremum, MaxPool, Ordered
+from .pooling import Extremum, MaxPool, Ordered, Scattered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
 from .rule import WRITTEN_OUT, Backward, Comparison, FirstLinear, Frozen, Rule, Tangent
 from .structure import AFFINE, STRUCTURAL, Copy
@@ -177,10 +177,12 @@ _NONLINEAR: dict[str, Rule] = {
         linalg_solve_triangular _linalg_solve_ex linalg_qr linalg_cholesky_ex _linalg_eigh _linalg_svd
         angle logcumsumexp renorm i0 special_i0e _euclidean_dist roi_pool ps_roi_pool
         pow.Tensor_Tensor _weight_norm_interface mse_loss smooth_l1_loss huber_loss binary_cross_entropy
-        binary_cross_entropy_with_logits
+        binary_cross_entropy_with_logits _ctc_loss polar
         """.split(),
         Tangent(),
     ),
+    # several values into one place
+    **dict.fromkeys(("scatter_reduce", "index_reduce", "segment_reduce"), Scattered()),
     # products
     "mul": Product((0, 1), times, keeps_gates=True),
     "mm": Product((0, 1), matrix_times),
@@ -188,6 +190,7 @@ _NONLINEAR: dict[str, Rule] = {
     "mv": Product((0, 1), vector_times),
     "dot": Product(),
     "addmm": Product((1, 2), matrix_times, term=0),
+    "_sparse_addmm": Product((1, 2), matrix_times, term=0),
     "addbmm": Product((1, 2)),
     "baddbmm": Product((1, 2), matrix_times, term=0),
     "addmv": Product((1, 2), vector_times, term=0),
@@ -299,6 +302,7 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "adaptive_avg_pool2d": ("_adaptive_avg_pool2d",),
     "adaptive_avg_pool3d": ("_adaptive_avg_pool3d",),
     "cosine_similarity": ("div",),
+    "ctc_loss": ("_ctc_loss",),
     "normalize": ("div",),
     "concat": ("cat",),
     "concatenate": ("cat",),

@@ -54,6 +54,21 @@ class Before:
         self.tensor = tensor
 
 
+class Beneath:
+    """What lies beneath a value that begins at a site in the midst of other memory.
+
+    Attributes:
+        value: The value that the site's tensor is a view of; None if it is none.
+        geometry: Where that lies in memory.
+        clock: When the value began.
+    """
+
+    __slots__ = ("clock", "geometry", "value")
+
+    def __init__(self, value: Value | None, geometry: Geometry | None, clock: int) -> None:
+        self.value, self.geometry, self.clock = value, geometry, clock
+
+
 class Memory:
     """Which memory changed, and what refers to it.
 
@@ -96,13 +111,28 @@ class Memory:
             return None
         flat = target.detach().as_strided((length,), (1,), 0)
         memory = self.changed.get(storage._cdata)
+        root: Value | None = None
+        place = geometry(target)
+        if value is not None:
+            root, place = value.root or (value, place)
+        content: Any = flat.clone()  # the numbers outside of the root are constants
         if memory is not None and memory.value is not None:
-            return Before(self._flat(memory, target), flat.clone())
-        if value is None:
-            return Before(flat.clone(), flat)
-        root, place = value.root or (value, geometry(target))
-        # the numbers outside of the root are constants
-        return Before(self._scattered(flat.clone(), root, place, flat), flat.clone())
+            content = self._flat(memory, target)
+            if root is None or root.beneath is None or root.beneath.clock < memory.clock:
+                root = None  # the memory knows
+        elif root is None:
+            return Before(content, flat)
+        elif root.beneath is not None and root.beneath.value is not None:
+            content = self._scattered(content, root.beneath.value, root.beneath.geometry, flat)
+        if root is not None:
+            content = self._scattered(content, root, place, flat)
+        return Before(content, flat.clone())
+
+    def begins(self, value: Value) -> None:
+        """Note that a value begins at a site: other tensors of its memory go on holding what they held."""
+        root, place = value.root or (None, None)
+        value.beneath = Beneath(root, place, self.clock)
+        value.root = None
 
     def now_holds(self, target: Tensor, value: Value | None, before: Before | None) -> None:
         """Note that a tensor was changed in place.
@@ -161,9 +191,10 @@ class Memory:
             memory.geometry = row
         return value
 
-    def _scattered(self, before: Tensor, source: Value, place: Geometry, flat: Tensor) -> Value:
+    def _scattered(self, before: Any, source: Value, place: Geometry, flat: Tensor) -> Value:
         args = before, source, *place
-        return self._record(aten.as_strided_scatter.default, args, (flat.as_strided(*place),), flat)
+        tensors = (flat, flat.as_strided(*place))
+        return self._record(aten.as_strided_scatter.default, args, tensors, flat)
 
 
 def geometry(tensor: Tensor) -> Geometry:

@@ -45,8 +45,22 @@ aten = torch.ops.aten
 # An argument that a kernel fills for its backward pass.
 _SCRATCH = "noise"
 
+# Views that their schema does not tell of.
+_VIEWS = {"unsafe_split", "unsafe_split_with_sizes", "_unsafe_view"}
+
+# Operations that read nothing of a tensor but its shape and type, with their overload where others read more.
+_UNREAD = frozenset(
+    """
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
+    new_empty_strided bernoulli.p uniform normal_functional random exponential geometric cauchy log_normal
+    """.split()
+)
+
 # Where a value is frozen that a model may depend on, so that a map below it can be empty.
-_BREAKS = {"argmax", "argmin", "round", "floor", "ceil", "trunc", "sign", "bucketize", "searchsorted", "nonzero"}
+_BREAKS = {
+    *("argmax", "argmin", "round", "floor", "ceil", "trunc", "sign", "bucketize", "searchsorted", "nonzero"),
+    "_to_copy",  # to whole numbers
+}
 
 _PROBABILITIES = {"_softmax", "_log_softmax", "sigmoid", "log_sigmoid_forward"}
 
@@ -89,6 +103,7 @@ class _Operation:
         "lifts",
         "lists",
         "name",
+        "reads",
         "rule",
         "tensors",
     )
@@ -109,15 +124,19 @@ class _Operation:
         if changed:
             name, self.functional = _out_of_place(operation, name, overload)
         self.name = name
-        self.is_view = any(
+        self.is_view = name in _VIEWS or any(
             one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
         )
+        self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
         self.lifts = name in {"lift", "lift_fresh"}
         self.display = display_name(self.functional or operation)
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
-        if self.rule is None and self.display not in DEFAULT:  # as errors call it
-            self.rule = rules.get(self.display)
+        if self.rule is None:
+            # as errors call it; a copy of a view is that view, and shares no memory
+            aliases = (self.display,) if self.display not in DEFAULT else ()
+            aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
+            self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
         if self.functional is None or len(changed) > 1 or (name, overload) == ("view", "dtype"):
             self.rule = None
         self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
@@ -195,7 +214,7 @@ class Recording(TorchDispatchMode):
         self._operations = _OPERATIONS if rules is DEFAULT else {}
         self._values: dict[int, tuple[weakref.ref[Tensor], Value, int]] = {}
         self._memory = Memory(self._record)
-        self._sight = Sight(self._is_live, self.places)
+        self._sight = Sight(self._is_live, self._holds_live, self.places)
         self._bits = 1
         self._unsupported: dict[tuple[str, str], None] = {}
         self._unverified: list[tuple[str, Rule, Call]] = []
@@ -290,6 +309,15 @@ class Recording(TorchDispatchMode):
         with unrecorded():  # to read changed memory takes operations
             return self.value_of(tensor) is not None
 
+    def _holds_live(self, storage: torch.UntypedStorage) -> bool:
+        """Whether memory holds a live tensor, which may be gone though its memory is not."""
+        address = storage._cdata
+        changed = self._memory.changed.get(address)
+        if changed is not None:
+            return changed.value is not None
+        tensors = (reference() for reference, *_ in list(self._values.values()))
+        return any(one is not None and one.untyped_storage()._cdata == address for one in tensors)
+
     def _meet(self, tensor: Tensor) -> Value | None:
         """Meet a tensor under a new identity: autograd hands on what it saved as another tensor of the same memory."""
         module = self.places.module
@@ -369,7 +397,7 @@ class Recording(TorchDispatchMode):
             named = {name: self._symbol(kwargs[name], live, values) for name in names}
         if not values:
             return self._run_constant(func, operation, args, kwargs)
-        if self._sight.is_suspicious and not operation.is_view:
+        if self._sight.is_suspicious and operation.reads:
             for at in operation.tensors:
                 if at < len(args) and at != operation.changes and symbols[at] is args[at]:
                     for tensor in tensors_in(args[at]):
@@ -418,10 +446,16 @@ class Recording(TorchDispatchMode):
         if self._bypass:
             self._keep_bypass(sites, values, live)
         output = run(*args, **kwargs)
-        if operation.is_plain:
+        if isinstance(output, Tensor):
+            if output.layout is not torch.strided or output.is_nested:
+                raise self._not_dense(operation, output)
+            tensors: Sequence[Tensor] = (output,) if output.is_floating_point() or output.is_complex() else ()
+        else:
+            tensors = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
+        if operation.is_plain and tensors:
             gate = rule.keeps_gates and step.only_gates()
         else:
-            is_constant = rule.is_constant(step)
+            is_constant = not tensors or rule.is_constant(step)  # whole numbers, as a cast makes them, are constants
             if is_constant:
                 if operation.name in _BREAKS:
                     self.broken[operation.display, self.places.module_name] = None
@@ -444,10 +478,7 @@ class Recording(TorchDispatchMode):
             gate = rule.makes_gate(step)
         clock, number = self._memory.clock, len(self.tape.steps)
         made = []
-        if isinstance(output, Tensor):
-            tensors: Sequence[Tensor] = (output,)
-        else:
-            tensors = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
+        if not isinstance(output, Tensor):
             for tensor in output[len(tensors) :]:
                 if isinstance(tensor, Tensor) and tensor.numel():
                     self._sight.made(tensor, "")
@@ -527,7 +558,7 @@ class Recording(TorchDispatchMode):
                 self._release_constants(tensor)
                 self._memory.about_to_change(tensor)
                 self._sight.written(tensor)
-        if self._sight.is_suspicious and not operation.is_view:
+        if self._sight.is_suspicious and operation.reads:
             for tensor in tensors_in([args[at] for at in operation.tensors if at < len(args) and at != where]):
                 self._sight.read(tensor)
         output = func(*args, **kwargs)
@@ -564,8 +595,18 @@ class Recording(TorchDispatchMode):
         self._unsupported[operation.display, self.places.module_name] = None
         output = func(*args, **kwargs)
         for tensor in floating(output):
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                raise self._not_dense(operation, tensor)
             self._name(tensor, Value(tensor, False, 1))
         return output
+
+    def _not_dense(self, operation: _Operation, tensor: Tensor) -> TypeError:
+        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+        module = self.places.module_name
+        return TypeError(
+            f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
+            f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
+        )
 
     # -- values
 
@@ -580,7 +621,6 @@ class Recording(TorchDispatchMode):
     def _record(self, operation: Any, args: tuple[Any, ...], tensors: Sequence[Tensor], like: Tensor) -> Value:
         """Record a step that the model did not take: a read of changed memory, or its new value."""
         pairs = [pair for pair in zip(args, tensors, strict=False) if isinstance(pair[0], Value)]
-        pairs = pairs or [(argument, tensors[0]) for argument in args if isinstance(argument, Value)]
         values = tuple(value for value, _ in pairs)
         sites = 0
         for value in values:
@@ -640,7 +680,7 @@ class Recording(TorchDispatchMode):
                     value = self._born(passed, 0)
                     value.kept = self._memory.keep(passed)
                 value.sites |= self._bits
-                value.root = None
+                self._memory.begins(value)
                 taps[id(tensor)] = passed
                 values.append(value)
                 if not self._inspect:
@@ -690,7 +730,9 @@ class Recording(TorchDispatchMode):
                 raise ValueError(f"{where} must return {one.dtype}, as the operation does, got {other.dtype}.")
             if one.is_floating_point() and one.numel():
                 tolerance = 1e3 * torch.finfo(one.dtype).eps
-                difference = (one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
+                difference = (one - other).masked_fill(one == other, 0.0).abs().max()  # infinite ones may be equal
+                size = one.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(torch.finfo(one.dtype).tiny)
+                difference = difference / size
                 if not difference <= tolerance:
                     raise ValueError(
                         f"{where} must return the operation's value at the image, got a relative difference of "

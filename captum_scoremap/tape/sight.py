@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from captum_scoremap.checks import unrecorded
@@ -26,6 +26,9 @@ __all__ = ["Sight", "exits_refused"]
 
 # Ways for numbers to leave a tensor for Python or for raw memory.
 _EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", *(_COPIES := ("__deepcopy__", "__reduce_ex__")))
+# The same of the memory of tensors, and ways for numbers to get there.
+_STORAGE_EXITS = ("clone", "tolist", "data_ptr", "__getitem__", "__iter__")
+_STORAGE_ENTRIES = ("copy_", "fill_", "__setitem__", "byteswap")
 _UNFILLED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
@@ -35,11 +38,14 @@ class Sight:
 
     Args:
         is_live: Whether a tensor depends on the image.
+        holds_live: Whether a tensor that does lies in some memory.
         places: Where the run is.
     """
 
-    def __init__(self, is_live: Callable[[Tensor], bool], places: Places) -> None:
-        self._is_live, self._places = is_live, places
+    def __init__(
+        self, is_live: Callable[[Tensor], bool], holds_live: Callable[[UntypedStorage], bool], places: Places
+    ) -> None:
+        self._is_live, self._holds_live, self._places = is_live, holds_live, places
         self._known: dict[int, weakref.ref[Tensor]] = {}
         self._bare: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._exits: list[str] = []
@@ -68,6 +74,14 @@ class Sight:
         if self._is_live(tensor) or self._is_live(data):
             self._hide("what was assigned to Tensor.data")
 
+    def pass_storage(self, name: str, *storages: object) -> None:
+        """Note that numbers leave some memory, or get there, past all tensors."""
+        is_live = any(isinstance(one, UntypedStorage) and self._holds_live(one) for one in storages)
+        if name in _STORAGE_ENTRIES and (is_live or self._exits):
+            self._hide(f"what UntypedStorage.{name}() wrote to a tensor's memory")
+        elif is_live:
+            self._exits.append(f"untyped_storage().{name}")
+
     def leave_one(self) -> None:
         """Note that a single number of a live tensor leaves it, as ``item()`` and ``float()`` have it."""
         self._single_exits += 1
@@ -81,7 +95,8 @@ class Sight:
 
     def placed(self, tensor: Tensor) -> None:
         """Note that a tensor was given other memory, as copies and pickles of tensors are."""
-        if tensor.is_floating_point() and any(way in _COPIES for way in self._exits):
+        self._known.pop(id(tensor), None)  # what it holds now may be live
+        if tensor.is_floating_point() and any(way in _COPIES or "storage" in way for way in self._exits):
             storage = tensor.untyped_storage()
             self._bare[storage._cdata] = StorageWeakRef(storage), False
 
@@ -110,7 +125,9 @@ class Sight:
     def meet(self, tensor: Tensor) -> None:
         """Meet a constant that no operation made: it was there before, or something unseen made it."""
         self._known[id(tensor)] = weakref.ref(tensor)
-        if not tensor.is_floating_point() or not any(one is tensor for one in gc.get_objects(generation=0)):
+        if not tensor.is_floating_point() or not tensor.numel() or tensor._is_zerotensor():  # which has no memory
+            return
+        if not any(one is tensor for one in gc.get_objects(generation=0)):
             return
         if tensor.layout is not torch.strided:
             self._hide("what made a tensor during the run (another thread, or a compiled kernel)")
@@ -171,6 +188,8 @@ def _exits_watched(sight: Sight) -> Iterator[None]:
         if not _watching:
             for name in _EXITS:
                 setattr(torch.Tensor, name, _watched(name, getattr(torch.Tensor, name)))
+            for name in (*_STORAGE_EXITS, *_STORAGE_ENTRIES):
+                setattr(UntypedStorage, name, _watched_storage(name, getattr(UntypedStorage, name)))
             torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment]  # on the class
         _watching.setdefault(thread, []).append(sight)
     try:
@@ -182,12 +201,12 @@ def _exits_watched(sight: Sight) -> Iterator[None]:
                 del _watching[thread]
             if not _watching:
                 del torch.Tensor.data
-                for name in _EXITS:
-                    own = getattr(torch.Tensor, name).plain
-                    if name in _OWN:
-                        setattr(torch.Tensor, name, own)
-                    else:
-                        delattr(torch.Tensor, name)
+                for kind, names in _WATCHED.items():
+                    for name, is_own in names.items():
+                        if is_own:
+                            setattr(kind, name, getattr(kind, name).plain)
+                        else:
+                            delattr(kind, name)
 
 
 _DATA: Any = torch.Tensor.data  # the descriptor, read off the class
@@ -199,8 +218,11 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
     _DATA.__set__(tensor, data)
 
 
-# Those that torch.Tensor defines itself, rather than its base class.
-_OWN = frozenset(name for name in _EXITS if name in torch.Tensor.__dict__)
+# Which of them a class defines itself, rather than its base class.
+_WATCHED: dict[type, dict[str, bool]] = {
+    kind: {name: name in kind.__dict__ for name in names}
+    for kind, names in ((torch.Tensor, _EXITS), (UntypedStorage, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)))
+}
 
 
 def _watched(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,6 +234,17 @@ def _watched(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     leave.plain = plain  # type: ignore[attr-defined]
     return leave
+
+
+def _watched_storage(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def touch(storage: UntypedStorage, *args: Any, **kwargs: Any) -> Any:
+        for sight in _watching.get(threading.get_ident(), ()):
+            sight.pass_storage(name, storage, *args[:1], *list(kwargs.values())[:1])
+        return plain(storage, *args, **kwargs)
+
+    touch.plain = plain  # type: ignore[attr-defined]
+    return touch
 
 
 @contextmanager

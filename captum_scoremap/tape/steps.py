@@ -122,7 +122,6 @@ class Tape:
             The wanted values; those that depend on none of the known ones as they were kept.
         """
         targets = list(wanted)
-        last = max((value.step for value in targets), default=-1)
         values = dict(known)
 
         def tensor_of(value: Value) -> Tensor:
@@ -131,14 +130,22 @@ class Tape:
                 found = value.kept.tensor if bypass and value.kept is not None else value.zeros()
             return found
 
-        for index, step in enumerate(self.steps):
-            if not step.outputs or (sites and not step.outputs[0].sites & sites) or step.outputs[0] in known:
+        for step in self._leading_to(targets, known):
+            if sites and not step.outputs[0].sites & sites:
                 continue
-            if index > last:
-                break
             outputs = step.forward([tensor_of(value) for value in step.values])
             values.update(zip(step.outputs, outputs, strict=True))
         return {value: tensor_of(value) for value in targets}
+
+    def _leading_to(self, wanted: Iterable[Value], known: Mapping[Value, Tensor]) -> list[Step]:
+        """The steps from known values that some wanted ones are made of, in order."""
+        needed = set(wanted)
+        chosen = []
+        for step in reversed(self.steps):
+            if not needed.isdisjoint(step.outputs) and step.outputs[0] not in known:
+                needed.update(step.values)
+                chosen.append(step)
+        return chosen[::-1]
 
     def retraced(self, known: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
         """Take every step again as the operation itself and freeze anew, with gradients on.
