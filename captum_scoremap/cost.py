@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "Job",
@@ -81,7 +81,7 @@ class Spread:
         return f"{self.median:{spec}} ({self.low:{spec}}-{self.high:{spec}})"
 
 
-def forward_backward(model: nn.Module, inputs: Tensor, label: int) -> Tensor:
+def forward_backward(model: Callable[[Tensor], Tensor], inputs: Tensor, label: int) -> Tensor:
     """Run the plain pass that explanations are compared with: the score's gradient, of the model as it comes.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from captum_scoremap.checks import InvalidTypeError, InvalidValueError
 
-__all__ = ["Label", "Target", "detection", "region_mean", "select_scores", "similarity"]
+__all__ = ["Label", "Target", "detection", "logits_in", "region_mean", "select_scores", "similarity"]
 
 Label = int | np.integer[Any] | tuple[int, ...] | Callable[[Any], Tensor]
 
@@ -49,7 +49,8 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
     """Return the scores (N,) that a target selects from a model's output.
 
     Args:
-        output: (N,), or (N, ...); whatever the model returns, for a function.
+        output: (N,), or (N, ...), or what holds that as its logits (see :func:`logits_in`); whatever the model returns,
+            for a function.
         target: None if there is one score for each image; an int, a one-element tensor or a tuple of indices for all
             images; a list, tensor or array of N ints, or a list of N tuples, one for each; or a function of the whole
             output.
@@ -71,6 +72,7 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
     """
     if is_function(target):
         return _checked(target(output), images)
+    output = logits_in(output)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         got = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
         raise InvalidTypeError(
@@ -123,6 +125,28 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
     for axis_index in reversed(_index(target, sizes)):
         scores = scores[..., axis_index]
     return scores
+
+
+def logits_in(output: Any) -> Any:
+    """Return the scores in a model's output: its logits, as the models of Hugging Face return them by name.
+
+    Args:
+        output: A tensor; or a mapping or dataclass with ``logits``, or ``logits_per_image`` as CLIP's; or anything.
+
+    Returns:
+        The tensor of that name; else the output as it is.
+
+    Example:
+        >>> logits_in({"loss": None, "logits": torch.tensor([[1.0, 2.0]])})
+        tensor([[1., 2.]])
+    """
+    if isinstance(output, (Tensor, tuple, list)):
+        return output
+    for name in ("logits", "logits_per_image"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return output
 
 
 def is_function(target: object) -> TypeGuard[Callable[[Any], Tensor]]:

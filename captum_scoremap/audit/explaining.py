@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_scoremap.layout import main_layers, map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction, ledgers
 from captum_scoremap.rules import with_rules
+from captum_scoremap.scores import logits_in
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
 __all__ = ["MAPS", "ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]
@@ -126,7 +127,7 @@ def explain(
     """
     sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in (*layers, *pool)}
     recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), bypass=True)
-    scores = recording.record((inputs,))
+    scores = recording.record((inputs,), (), logits_in)
     _check_scores(scores, true)
     found_at = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}
     tapped = {layer: found_at[layer] for layer in layers}

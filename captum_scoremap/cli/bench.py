@@ -22,6 +22,7 @@ from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelO
 from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
 from captum_scoremap.layout import layer_shapes, main_layers, map_channel_dim
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
+from captum_scoremap.scores import logits_in
 
 LABEL = 0
 PLAIN = "forward and backward"
@@ -80,7 +81,7 @@ def _inference(subject: _Subject) -> Job:
 
 
 def _plain(subject: _Subject) -> Job:
-    return partial(forward_backward, subject.model, subject.inputs, LABEL)
+    return partial(forward_backward, lambda images: logits_in(subject.model(images)), subject.inputs, LABEL)
 
 
 def _input_map(subject: _Subject) -> Job:
@@ -189,7 +190,7 @@ def bench(
 def layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, int]:
     """Return the layers to explain, and the dimension of their channels."""
     with torch.no_grad():
-        scores = model(image)
+        scores = logits_in(model(image))
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"model must give scores (N, K), one per label, got {got}.")

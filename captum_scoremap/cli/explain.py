@@ -38,6 +38,7 @@ from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
 from captum_scoremap.multiview import MultiView
+from captum_scoremap.scores import logits_in
 from captum_scoremap.visualization import visualize_layer_score_maps
 
 # Pixels of the longer side of a photograph in a picture.
@@ -229,7 +230,7 @@ def _default_layers(network: nn.Module, inputs: Tensor) -> list[str]:
 def _targets(target: str, network: nn.Module, inputs: Tensor, loaded: LoadedModel) -> list[int]:
     """Return the indices of the labels to explain on one image."""
     with torch.no_grad():
-        scores = network(inputs)
+        scores = logits_in(network(inputs))
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"model must give scores (N, K), one per label, got {got} from {loaded.name}.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.rules import Rule, Value, with_rules
-from captum_scoremap.scores import Label, is_function, select_scores
+from captum_scoremap.scores import Label, is_function, logits_in, select_scores
 from captum_scoremap.tape import Recording, Site, Tapped
 
 from .batching import over_rows, quiet_batching
@@ -62,7 +62,7 @@ def explain_targets(
     def select(output: Any) -> Any:
         warn_of_probabilities(recording, output)
         if targets is None or not functions:
-            return output
+            return logits_in(output)
         return torch.stack([select_scores(output, label, count) for label in targets], 1)
 
     output = recording.record(inputs, additional, select)

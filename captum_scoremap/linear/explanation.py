@@ -9,6 +9,7 @@ from torch import Tensor
 
 from captum_scoremap.checks import InvalidValueError, unrecorded
 from captum_scoremap.rules import Rule, Value, with_rules
+from captum_scoremap.scores import logits_in
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
 from .reduction import Reduction, image_sums
@@ -315,7 +316,8 @@ def check_sites(recording: Recording, sites: Sequence[Site], below: Site | None 
 
 def warn_of_probabilities(recording: Recording, output: Any) -> None:
     """Warn if the model ends in a softmax or sigmoid."""
-    value = recording.value_of(output) if isinstance(output, Tensor) else None
+    scores = logits_in(output)
+    value = recording.value_of(scores) if isinstance(scores, Tensor) else None
     if value is not None and value.probability:
         warnings.warn(
             "the model ends in a softmax or sigmoid, so the score that is explained is a probability, by its tangent. "

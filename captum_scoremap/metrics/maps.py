@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_scoremap.scores import logits_in
+
 Attribution: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``attribute(inputs, target)``: inputs ``(N, C, H, W)`` and labels ``(N,)`` to ``(N, C or 1, h, w)``."""
 
@@ -113,12 +115,12 @@ def in_batches(
 def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:
     """Return the score (logit) of each image's label, ``(N,)``."""
     with torch.no_grad():
-        scores: Tensor = forward_func(inputs)
+        scores: Tensor = logits_in(forward_func(inputs))
     return scores.gather(1, target[:, None])[:, 0]
 
 
 def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:
     """Return the probability (softmax of the scores) of each image's label, ``(N,)``."""
     with torch.no_grad():
-        scores: Tensor = forward_func(inputs)
+        scores: Tensor = logits_in(forward_func(inputs))
     return scores.softmax(dim=1).gather(1, target[:, None])[:, 0]

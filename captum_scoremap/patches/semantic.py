@@ -16,6 +16,7 @@ from captum_scoremap.attribution import CompleteScoreMap, LayerScoreMap, NeuronS
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
 from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
+from captum_scoremap.scores import logits_in
 
 __all__ = ["By", "Patch", "semantic_patches"]
 
@@ -219,7 +220,7 @@ def _labels(
     if None not in targets:
         return list(targets)
     with torch.no_grad():
-        highest = forward_func(inputs).argmax(dim=1).tolist()
+        highest = logits_in(forward_func(inputs)).argmax(dim=1).tolist()
     return [best if target is None else target for target, best in zip(targets, highest, strict=True)]
 
 

@@ -310,13 +310,9 @@ class Recording(TorchDispatchMode):
             return self.value_of(tensor) is not None
 
     def _holds_live(self, storage: torch.UntypedStorage) -> bool:
-        """Whether memory holds a live tensor, which may be gone though its memory is not."""
-        address = storage._cdata
-        changed = self._memory.changed.get(address)
-        if changed is not None:
-            return changed.value is not None
-        tensors = (reference() for reference, *_ in list(self._values.values()))
-        return any(one is not None and one.untyped_storage()._cdata == address for one in tensors)
+        """Whether memory may hold a live tensor, which may be gone though its memory is not."""
+        changed = self._memory.changed.get(storage._cdata)
+        return not self._sight.owns(storage._cdata) if changed is None else changed.value is not None
 
     def _meet(self, tensor: Tensor) -> Value | None:
         """Meet a tensor under a new identity: autograd hands on what it saved as another tensor of the same memory."""
@@ -540,8 +536,8 @@ class Recording(TorchDispatchMode):
                 output = step.operation(*args, **kwargs)
             self._memory.about_to_change(target)
             target.copy_(output)
-        last = self.tape.steps[-1]
-        value = last.outputs[0] if len(self.tape.steps) > count and last.outputs else None
+        made = self.tape.steps[-1].outputs if len(self.tape.steps) > count else ()
+        value = made[0] if made else None
         self._memory.now_holds(target, value, before)
         if value is None:
             self._values.pop(id(target), None)

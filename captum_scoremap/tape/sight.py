@@ -132,12 +132,21 @@ class Sight:
         if tensor.layout is not torch.strided:
             self._hide("what made a tensor during the run (another thread, or a compiled kernel)")
             return
-        address = tensor.untyped_storage()._cdata
-        state = [one for root in self._places.roots() for one in (*root.parameters(), *root.buffers())]
-        state += [one.grad for one in state if one.grad is not None]
-        if all(one.untyped_storage()._cdata != address for one in state):
+        if not self._is_state(tensor.untyped_storage()._cdata):
             exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self._exits))
             self._hide(f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
+
+    def owns(self, address: int) -> bool:
+        """Whether memory belongs to a constant that is accounted for."""
+        known = [one for reference in list(self._known.values()) if (one := reference()) is not None]
+        memory = [one.untyped_storage()._cdata for one in known if one.layout is torch.strided]
+        return address in memory or self._is_state(address)
+
+    def _is_state(self, address: int) -> bool:
+        """Whether memory belongs to the modules that run."""
+        state = [one for root in self._places.roots() for one in (*root.parameters(), *root.buffers())]
+        state += [one.grad for one in state if one.grad is not None]
+        return any(one.untyped_storage()._cdata == address for one in state)
 
     def read(self, tensor: Tensor) -> None:
         """Read a constant whose memory may have been filled by something unseen."""

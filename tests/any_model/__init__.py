@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap import ScoreMap, UnsupportedOperationError, linear_form
-from captum_scoremap.linear.target import Target, select_scores
 from captum_scoremap.rules import TANGENT, FirstLinear, Tangent
+from captum_scoremap.scores import Target, select_scores
 from tests.zoo import randomize, relative_residual, spread
 
 Model = Callable[..., Any]

@@ -284,7 +284,7 @@ def channels_last() -> tuple[Model, Tensor]:
 
 
 def input_gradient() -> tuple[Model, Tensor]:
-    """The norm of a gradient that the model takes of itself, as an energy's force."""
+    """A gradient that the model takes of itself, as an energy's force."""
     model = small()
 
     def force(x: Tensor) -> Tensor:
@@ -294,8 +294,8 @@ def input_gradient() -> tuple[Model, Tensor]:
 
 
 def tangents() -> tuple[Model, Tensor]:
-    model, direction = small(), torch.ones(2, 3, 8, 8, dtype=torch.float64)
-    return lambda x: quietly(torch.func.jvp, model, (x,), (direction,))[1], image()
+    model = small()
+    return lambda x: quietly(torch.func.jvp, model, (x,), (x,))[1], image()
 
 
 class Autocast(nn.Module):
@@ -348,6 +348,20 @@ def masked(x: Tensor) -> Tensor:
     return torch.einsum("nhwk,nck->nchw", scores.clamp(max=limit).softmax(-1), x.flatten(2))
 
 
+def multiplied(x: Tensor) -> Tensor:
+    return x + torch.scatter(x, 1, torch.zeros_like(x[:, :2], dtype=torch.int64), x[:, :2], reduce="multiply")
+
+
+def largest(x: Tensor) -> Tensor:
+    return x.index_reduce(1, torch.tensor([0, 0, 3]), x[:, 5:], "amax", include_self=True)
+
+
+def hessians(x: Tensor) -> Tensor:
+    """The second derivatives of a sum of cubes, (N, 4, 4), summed over rows."""
+    found = torch.vmap(torch.func.hessian(lambda y: (y**3).sum()))(x.flatten(1)[:, :4])
+    return found.sum(1).repeat(1, 2)[:, :, None, None]
+
+
 COPIES: dict[str, Function] = {
     "view": lambda x: torch.view_copy(x, (2, 288)).relu().view(x.shape),
     "select": lambda x: x * torch.select_copy(x, 1, 0).unsqueeze(1),
@@ -383,12 +397,9 @@ CASES = {
     "mixture of experts": around(Experts),
     "squeeze and excitation": around(Squeeze),
     "warp and correlation": around(Wave),
-    "products scattered": block(
-        lambda x: x + torch.scatter(x, 1, torch.zeros_like(x[:, :2]).long(), x[:, :2], reduce="multiply")
-    ),
-    "the largest of each index": block(
-        lambda x: x.index_reduce(1, torch.tensor([0, 0, 3]), x[:, 5:], "amax", include_self=True)
-    ),
+    "a Hessian for each image": block(lambda x: quietly(hessians, x), is_gradient=False),
+    "products scattered": block(lambda x: quietly(multiplied, x), is_gradient=False),
+    "the largest of each index": block(lambda x: quietly(largest, x)),
     "temporal classification": block(labelled),
     "masked attention": block(masked),
     **{f"a copy of {name}": block(function) for name, function in COPIES.items()},
@@ -410,7 +421,7 @@ CASES = {
     "ensemble by vmap": Case(ensemble),
     "channels last": Case(channels_last),
     "gradient of the model": Case(input_gradient, is_gradient=False),
-    "derivative of the model along a direction": Case(tangents, is_gradient=False),
+    "derivative of the model along the image": Case(tangents, is_gradient=False),
     "checkpoint": around(lambda: Checkpointed(reentrant=False)),
     "checkpoint, re-entrant": around(lambda: Checkpointed(reentrant=True), is_gradient=False, random=False),
     # bfloat16 has eight bits
