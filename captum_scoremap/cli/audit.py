@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from captum_scoremap.cli.options import DeviceOption, ModelOption, PrepareOption, WeightsOption, chosen_device
+from captum_scoremap.cli.options import (
+    DeviceOption,
+    ImageSizeOption,
+    ModelOption,
+    PrepareOption,
+    WeightsOption,
+    chosen_device,
+)
 from captum_scoremap.models import DEFAULT_MODEL, load_model
 
 if TYPE_CHECKING:
@@ -51,6 +58,7 @@ def audit(
     ),
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = "default",
+    image_size: ImageSizeOption = None,
     labels: Annotated[
         Path | None,
         typer.Option("--labels", metavar="FILE", help="True labels: a .csv or .parquet with columns path and label."),
@@ -152,7 +160,7 @@ def audit(
     with _stoppable(out):
         done = run(
             source,
-            load_model(model, weights),
+            load_model(model, weights, image_size=image_size),
             out=out,
             labels=labels,
             layers=layers.split(",") if layers else None,

@@ -18,7 +18,15 @@ from tqdm import tqdm
 from captum_scoremap.attribution import LayerScoreMap, ScoreMap
 from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.explanation import find_layers
-from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelOption, WeightsOption, chosen_device
+from captum_scoremap.cli.options import (
+    DeviceOption,
+    DType,
+    DTypeOption,
+    ImageSizeOption,
+    ModelOption,
+    WeightsOption,
+    chosen_device,
+)
 from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
 from captum_scoremap.layout import layer_shapes, main_layers, map_channel_dim
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
@@ -51,6 +59,7 @@ class _Recipe:
     Attributes:
         model: Name of the model.
         weights: Its weights.
+        image_size: Side of its images in pixels; None for its own.
         layers: Names of layers; none for the main ones.
         batch: Number of images.
         device: Where to compute.
@@ -59,13 +68,14 @@ class _Recipe:
 
     model: str
     weights: str
+    image_size: int | None
     layers: tuple[str, ...]
     batch: int
     device: str
     dtype: torch.dtype
 
     def subject(self) -> _Subject:
-        loaded = load_model(self.model, self.weights, self.device, self.dtype)
+        loaded = load_model(self.model, self.weights, self.device, self.dtype, self.image_size)
         noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
         image = loaded.preprocessing(Image.fromarray(noise))[None].to(self.device, self.dtype)
         layers = layouts(loaded.module, image, self.layers)
@@ -119,6 +129,7 @@ _WORK = {"inference": _inference, PLAIN: _plain, **_EXPLAINING}
 def bench(
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = "default",
+    image_size: ImageSizeOption = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -156,7 +167,8 @@ def bench(
     * `captum-scoremap bench --model my_package.models:build --batch 1 --rounds 20 --json`
     """
     place = chosen_device(device)
-    recipe = _Recipe(model, weights, tuple(layers.split(",")) if layers else (), batch, str(place), dtype.torch)
+    names = tuple(layers.split(",")) if layers else ()
+    recipe = _Recipe(model, weights, image_size, names, batch, str(place), dtype.torch)
     subject = recipe.subject()
     jobs = {name: work(subject) for name, work in _WORK.items()}
     if prepare_model:

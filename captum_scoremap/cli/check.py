@@ -11,7 +11,15 @@ from rich.table import Table
 from tqdm import tqdm
 
 from captum_scoremap.cli.console import make_console
-from captum_scoremap.cli.options import DeviceOption, DType, DTypeOption, ModelOption, WeightsOption, chosen_device
+from captum_scoremap.cli.options import (
+    DeviceOption,
+    DType,
+    DTypeOption,
+    ImageSizeOption,
+    ModelOption,
+    WeightsOption,
+    chosen_device,
+)
 from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.linear import Exactness, LayerExactness, check_exactness
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, load_model, read_image
@@ -20,6 +28,7 @@ from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, load_model, read_imag
 def check(
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = "default",
+    image_size: ImageSizeOption = None,
     image: Annotated[
         str,
         typer.Option(
@@ -64,7 +73,7 @@ def check(
     * `captum-scoremap check --model my_package.models:build --dtype float64 --json`
     """
     place = chosen_device(device)
-    loaded = load_model(model, weights, place, dtype.torch)
+    loaded = load_model(model, weights, place, dtype.torch, image_size)
     inputs = loaded.preprocessing(read_image(image))[None].to(place, dtype.torch)
     if target is None:
         with torch.no_grad():

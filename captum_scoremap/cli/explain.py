@@ -26,6 +26,7 @@ from captum_scoremap.cli.options import (
     DeviceOption,
     DType,
     DTypeOption,
+    ImageSizeOption,
     ModelOption,
     PrepareOption,
     WeightsOption,
@@ -90,6 +91,7 @@ def explain(
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = "default",
+    image_size: ImageSizeOption = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -169,7 +171,7 @@ def explain(
 
     names = images or [f"{SAMPLE_PREFIX}{SAMPLES[0]}"]
     place = chosen_device(device)
-    loaded = load_model(model, weights, place, dtype.torch)
+    loaded = load_model(model, weights, place, dtype.torch, image_size)
     preprocess = loaded.preprocessing if view is View.single else loaded.preprocessing.whole
     console = make_console()
 

@@ -14,8 +14,8 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="efficientnet_lite0, _lite1 or _lite2, torchvision:NAME, timm:NAME or module.path:callable, a "
-        "function of yours that returns the model.",
+        help="efficientnet_lite0, _lite1 or _lite2, torchvision:NAME, timm:NAME, transformers:NAME (or a folder) or "
+        "module.path:callable, a function of yours that returns the model.",
     ),
 ]
 WeightsOption = Annotated[
@@ -25,6 +25,16 @@ WeightsOption = Annotated[
         "-w",
         metavar="W",
         help="default, none (random), the name of torchvision weights, or a state-dict file.",
+    ),
+]
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size",
+        metavar="PIXELS",
+        min=1,
+        help="Side of the square that the model sees. \\[default: the model's own]",
+        show_default=False,
     ),
 ]
 DeviceOption = Annotated[

@@ -17,6 +17,7 @@ from captum_scoremap.cli.options import (
     DeviceOption,
     DType,
     DTypeOption,
+    ImageSizeOption,
     ModelOption,
     PrepareOption,
     WeightsOption,
@@ -88,6 +89,7 @@ def patches(
     ),
     model: ModelOption = DEFAULT_MODEL,
     weights: WeightsOption = "default",
+    image_size: ImageSizeOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.float32,
     prepare_model: PrepareOption = True,
@@ -106,7 +108,7 @@ def patches(
     * `captum-scoremap patches photos --layer layer3 --model torchvision:resnet50 --labels labels.csv`
     """
     _check_picture(out)
-    loaded = load_model(model, weights, chosen_device(device), dtype.torch)
+    loaded = load_model(model, weights, chosen_device(device), dtype.torch, image_size)
     network = prepare(loaded.module) if prepare_model else loaded.module
     modules = _modules(network, layers)
     files, targets = _files(folder, labels, label, loaded)

@@ -4,9 +4,8 @@ import importlib
 import inspect
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +18,11 @@ from torchvision.transforms import InterpolationMode
 from captum_scoremap.checks import nearest
 from captum_scoremap.data.extras import import_extra
 from captum_scoremap.models import efficientnet_lite
-from captum_scoremap.models.preprocessing import Preprocessing
+from captum_scoremap.models.hugging_face import load_transformers
+from captum_scoremap.models.loaded import LoadedModel, readable_download, seeded
+from captum_scoremap.models.preprocessing import IMAGENET_MEAN, Preprocessing
 
 DEFAULT_MODEL = efficientnet_lite.NAMES[0]
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A classifier and what is needed to use it on an image.
-
-    Attributes:
-        name: How it was asked for, for titles and messages.
-        module: The network, in eval mode.
-        preprocessing: PIL image in, tensor (C, H, W) out.
-        labels: Names of the labels, in the order of the scores; empty where they are unknown.
-
-    Example:
-        >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_name(1)
-        'dog'
-    """
-
-    name: str
-    module: nn.Module
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    labels: tuple[str, ...] = ()
-
-    def label_name(self, index: int) -> str:
-        """Return the name of a label, or ``"label 7"`` where names are not known."""
-        return self.labels[index] if index < len(self.labels) else f"label {index}"
-
-    def label_index(self, label: str) -> int:
-        """Return the place of a label among the scores.
-
-        Args:
-            label: Its name, in any case, or its index in digits.
-
-        Returns:
-            The index.
-
-        Raises:
-            ValueError: No label, or more than one, has this name.
-
-        Example:
-            >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_index("Dog")
-            1
-        """
-        if label.isdecimal():
-            index = int(label)
-            if self.labels and index >= len(self.labels):
-                raise ValueError(f"label must be less than {len(self.labels)}, got {index}.")
-            return index
-        if not self.labels:
-            raise ValueError(f"label must be an index, as the label names of {self.name} are not known; got {label!r}.")
-        folded = [name.casefold() for name in self.labels]
-        matches = [index for index, name in enumerate(folded) if name == label.casefold()]
-        if len(matches) > 1:
-            raise ValueError(f"label must be unique, got {label!r}, the name of {matches}. Use the index.")
-        if not matches:
-            raise ValueError(f"label must be one of {self.name}, got {label!r}.{nearest(label, self.labels)}")
-        return matches[0]
 
 
 def load_model(
@@ -85,18 +30,22 @@ def load_model(
     weights: str = "default",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
 ) -> LoadedModel:
     """Load a model of a zoo, or one that your own function returns.
 
     Args:
         name: ``efficientnet_lite0`` or ``efficientnet_lite1`` (ImageNet weights from installed packages,
-            no download), ``torchvision:NAME``, ``timm:NAME``, or ``module.path:callable``, called without
-            arguments, which returns a module or a whole `LoadedModel`.
+            no download), ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME_OR_FOLDER``, an image classifier of
+            Hugging Face's, or ``module.path:callable``, called without arguments, which returns a module or a whole
+            `LoadedModel`. Of a module alone the preprocessing is ImageNet's, for as many channels as its first
+            convolution takes.
         weights: ``default`` (the zoo's own; of a callable, what it returns), ``none`` (random, seed 0), the
             name of a torchvision weights enum or of a timm tag, or the path of a state dict (loaded with
             ``weights_only=True``).
         device: Where to put it.
         dtype: Floating-point type of parameters and buffers.
+        image_size: Side of the square that it sees, in pixels; None for its own.
 
     Returns:
         The model in eval mode, with its preprocessing and labels.
@@ -120,17 +69,21 @@ def load_model(
     elif source == "torchvision" and rest:
         model = _load_torchvision(rest, wanted)
     elif source == "timm" and rest:
-        model = _load_timm(rest, wanted)
+        model = _load_timm(rest, wanted, image_size)
+    elif source == "transformers" and rest:
+        model = load_transformers(rest, wanted)
     elif rest:
         model = _load_callable(source, rest, "default" if path else weights)
     else:
         raise ValueError(
-            f"model must be {' or '.join(efficientnet_lite.NAMES)}, torchvision:NAME, timm:NAME or "
-            f"module.path:callable, got {name!r}.{_nearest_model(name)}"
+            f"model must be {' or '.join(efficientnet_lite.NAMES)}, torchvision:NAME, timm:NAME, "
+            f"transformers:NAME or module.path:callable, got {name!r}.{_nearest_model(name)}"
         )
     model = replace(model, name=name)
     if path:
         _load_file(model, path)
+    if image_size is not None:
+        model = replace(model, preprocessing=model.preprocessing.sized(image_size))
     return replace(model, module=model.module.eval().to(device=device, dtype=dtype))
 
 
@@ -154,7 +107,7 @@ def _weights_file(weights: str) -> Path | None:
 def _load_efficientnet_lite(name: str, weights: str) -> LoadedModel:
     if weights not in {"default", "none"}:
         raise ValueError(f"weights of {name} must be default, none or a state-dict file, got {weights!r}.")
-    with _seeded():
+    with seeded():
         module = efficientnet_lite.build(name)
     if weights == "default":
         module.load_state_dict(efficientnet_lite.packaged_weights(name))
@@ -185,10 +138,10 @@ def _load_torchvision(name: str, weights: str) -> LoadedModel:
     # Detection and segmentation models download a trained backbone unless told not to.
     has_backbone = "weights_backbone" in inspect.signature(get_model_builder(name)).parameters
     backbone = {"weights_backbone": None} if has_backbone else {}
-    with _seeded(), warnings.catch_warnings():
+    with seeded(), warnings.catch_warnings():
         # googlenet and inception_v3 announce a change of their random initialization.
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
-        with _readable_download(name):
+        with readable_download(name):
             module = get_model(name, weights=entry, **backbone)
     preprocessing = _from_preset(name, described.transforms())
     return LoadedModel(name, module, preprocessing, tuple(described.meta["categories"]))
@@ -214,7 +167,7 @@ def _from_preset(name: str, preset: Any) -> Preprocessing:
     return Preprocessing(preset.resize_size[0], crop, tuple(preset.mean), tuple(preset.std), preset.interpolation)
 
 
-def _load_timm(name: str, weights: str) -> LoadedModel:
+def _load_timm(name: str, weights: str, image_size: int | None) -> LoadedModel:
     timm = import_extra("timm", "demo")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
@@ -225,8 +178,12 @@ def _load_timm(name: str, weights: str) -> LoadedModel:
             tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
             known = ", ".join(["default", "none", *tags])
             raise ValueError(f"weights of {architecture} must be one of {known} or a file, got {weights!r}.")
-    with _seeded(), _readable_download(name):
-        module = timm.create_model(name, pretrained=weights != "none")
+    with seeded(), readable_download(name):
+        try:
+            sized = {} if image_size is None else {"img_size": image_size}
+            module = timm.create_model(name, pretrained=weights != "none", **sized)
+        except TypeError:  # one that takes images of any size is not told theirs
+            module = timm.create_model(name, pretrained=weights != "none")
     config = timm.data.resolve_model_data_config(module)
     side = config["input_size"][-1]
     preprocessing = Preprocessing(
@@ -254,13 +211,15 @@ def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedMode
     build = getattr(module, attribute, None)
     if not callable(build):
         raise ValueError(f"model must name a callable, got {name!r}.{nearest(attribute, vars(module))}")
-    with _seeded():
+    with seeded():
         built = build()
     if isinstance(built, LoadedModel):
         return built
     if not isinstance(built, nn.Module):
         raise TypeError(f"{name} must return a torch.nn.Module or a LoadedModel, got {type(built).__name__}.")
-    return LoadedModel(name, built)
+    first = next((module for module in built.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else len(IMAGENET_MEAN)
+    return LoadedModel(name, built, Preprocessing().for_channels(channels))
 
 
 def _load_file(model: LoadedModel, path: Path) -> None:
@@ -297,23 +256,3 @@ def _check_fit(own: dict[str, Tensor], loaded: dict[str, Tensor], name: str, pat
 
 def _first(keys: Sequence[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]}, ..."
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Random weights that are the same in every run, without touching the user's generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-@contextmanager
-def _readable_download(name: str) -> Iterator[None]:
-    """Say what to do where the weights of a zoo cannot be fetched."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"weights of {name} must be on the network or in the cache, got {reason}. Use none or a file."
-        ) from error

@@ -1,6 +1,6 @@
 """What a model expects of its input image: size, mean, standard deviation; and the way back to a picture."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -9,6 +9,8 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Res
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# PIL's name of the colors that so many channels hold
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
@@ -16,9 +18,10 @@ class Preprocessing:
     """PIL image in, normalized tensor (C, H, W) out.
 
     Attributes:
-        resize: Length of the shorter side after resizing, in pixels.
+        resize: Length of the shorter side after resizing, in pixels; or height and width, whatever the image's.
         crop: Side of the square cut out of the middle, in pixels; None keeps the whole image.
-        mean: What is subtracted from each channel, which before is a fraction of white in 0 to 1.
+        mean: What is subtracted from each channel, which before is a fraction of white in 0 to 1. One channel is gray,
+            three are red, green and blue, four have opacity as well.
         std: What each channel is divided by, after that.
         interpolation: How pixels are resampled.
 
@@ -28,10 +31,10 @@ class Preprocessing:
         torch.Size([3, 224, 224])
     """
 
-    resize: int = 256
+    resize: int | tuple[int, int] = 256
     crop: int | None = 224
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -42,6 +45,51 @@ class Preprocessing:
     def whole(self, image: Image.Image) -> Tensor:
         """Return the same without the crop, (C, H, W): every part of the image, at the scale of training."""
         return self._normalized(self._resized(image))
+
+    def sized(self, side: int) -> "Preprocessing":
+        """Return the same for images of another size.
+
+        Args:
+            side: Side in pixels of the square that the model is to see, or of the shorter side where nothing is cut.
+
+        Returns:
+            The same part of the image, larger or smaller.
+
+        Example:
+            >>> Preprocessing(resize=256, crop=224).sized(112).resize
+            128
+        """
+        if isinstance(self.resize, tuple):
+            return replace(self, resize=(side, side), crop=None if self.crop is None else side)
+        if self.crop is None:
+            return replace(self, resize=side)
+        return replace(self, resize=round(self.resize * side / self.crop), crop=side)
+
+    def for_channels(self, count: int) -> "Preprocessing":
+        """Return the same for a model of another number of channels: the mean of what it was for all of them.
+
+        Args:
+            count: Channels.
+
+        Returns:
+            The preprocessing.
+
+        Raises:
+            ValueError: If no picture has so many channels.
+
+        Example:
+            >>> Preprocessing(mean=(0.4, 0.5, 0.6)).for_channels(1).mean
+            (0.5,)
+        """
+        if count == len(self.mean):
+            return self
+        if count not in _MODES:
+            raise ValueError(
+                f"a model must take pictures of {', '.join(map(str, _MODES))} channels, got one of {count}. Return a "
+                "LoadedModel whose preprocessing, a subclass of Preprocessing, makes such a tensor."
+            )
+        mean, std = (round(sum(values) / len(values), 4) for values in (self.mean, self.std))
+        return replace(self, mean=(mean,) * count, std=(std,) * count)
 
     def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return which part of a photograph the model sees, so that maps can be drawn on the photograph itself.
@@ -58,8 +106,11 @@ class Preprocessing:
         """
         if self.crop is None:
             return (0, 0, *size)
-        scale = min(size) / self.resize
-        starts = [max(0.0, (side - self.crop * scale) / 2) for side in size]
+        if isinstance(self.resize, tuple):
+            scales = [side / resized for side, resized in zip(size, reversed(self.resize), strict=True)]
+        else:
+            scales = [min(size) / self.resize] * 2
+        starts = [max(0.0, (side - self.crop * scale) / 2) for side, scale in zip(size, scales, strict=True)]
         x0, y0 = (round(start) for start in starts)
         x1, y1 = (round(side - start) for side, start in zip(size, starts, strict=True))
         return x0, y0, x1, y1
@@ -78,6 +129,8 @@ class Preprocessing:
         return (pixels * std + mean).clamp(0.0, 1.0)
 
     def _resized(self, image: Image.Image) -> Image.Image:
+        mode = _MODES.get(len(self.mean), "RGB")
+        image = image if image.mode == mode else image.convert(mode)
         resized: Image.Image = Resize(self.resize, self.interpolation)(image)
         return resized
 

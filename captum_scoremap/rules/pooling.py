@@ -271,7 +271,17 @@ class Ordered(Rule):
 
 
 class Scattered(Tangent):
-    """Several values into one place: sums and means are linear; extrema and products go by their tangent."""
+    """Several values into one place: sums and means are linear; extrema and products go by their tangent.
+
+    Equation:
+        y = f(x̄) + f′(x̄) (x - x̄), which for a sum or a mean is f(x).
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> largest = lambda x: torch.zeros(1, 1).scatter_reduce(1, torch.tensor([[0, 0]]), x, "amax")
+        >>> freeze(largest, torch.tensor([[1.0, 2.0]]))(torch.tensor([[9.0, 3.0]]))
+        tensor([[3.]])
+    """
 
     def is_affine(self, call: Call) -> bool:
         """For sums and means."""

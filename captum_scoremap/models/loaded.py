@@ -1,0 +1,89 @@
+"""A classifier with what is needed to use it on an image, and what every loader does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from captum_scoremap.checks import nearest
+from captum_scoremap.models.preprocessing import Preprocessing
+
+__all__ = ["LoadedModel", "readable_download", "seeded"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier and what is needed to use it on an image.
+
+    Attributes:
+        name: How it was asked for, for titles and messages.
+        module: The network, in eval mode.
+        preprocessing: PIL image in, tensor (C, H, W) out.
+        labels: Names of the labels, in the order of the scores; empty where they are unknown.
+
+    Example:
+        >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_name(1)
+        'dog'
+    """
+
+    name: str
+    module: nn.Module
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    labels: tuple[str, ...] = ()
+
+    def label_name(self, index: int) -> str:
+        """Return the name of a label, or ``"label 7"`` where names are not known."""
+        return self.labels[index] if index < len(self.labels) else f"label {index}"
+
+    def label_index(self, label: str) -> int:
+        """Return the place of a label among the scores.
+
+        Args:
+            label: Its name, in any case, or its index in digits.
+
+        Returns:
+            The index.
+
+        Raises:
+            ValueError: No label, or more than one, has this name.
+
+        Example:
+            >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_index("Dog")
+            1
+        """
+        if label.isdecimal():
+            index = int(label)
+            if self.labels and index >= len(self.labels):
+                raise ValueError(f"label must be less than {len(self.labels)}, got {index}.")
+            return index
+        if not self.labels:
+            raise ValueError(f"label must be an index, as the label names of {self.name} are not known; got {label!r}.")
+        folded = [name.casefold() for name in self.labels]
+        matches = [index for index, name in enumerate(folded) if name == label.casefold()]
+        if len(matches) > 1:
+            raise ValueError(f"label must be unique, got {label!r}, the name of {matches}. Use the index.")
+        if not matches:
+            raise ValueError(f"label must be one of {self.name}, got {label!r}.{nearest(label, self.labels)}")
+        return matches[0]
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Random weights that are the same in every run, without touching the user's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def readable_download(name: str) -> Iterator[None]:
+    """Say what to do where the weights of a zoo cannot be fetched."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"weights of {name} must be on the network or in the cache, got {reason}. Use none or a file."
+        ) from error
