@@ -348,3 +348,44 @@ def test_main_layers_leave_no_hooks_where_the_model_raises() -> None:
 )
 def test_map_channel_dim(shape: tuple[int, ...], channel_dim: int | None) -> None:
     assert map_channel_dim(shape, (2, 3, 256, 384)) == channel_dim
+
+
+def test_gray_models_take_gray_pictures_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gray_zoo.py").write_text(
+        "from torch import nn\n"
+        "def build(channels=1):\n"
+        "    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))\n"
+        "def many():\n    return build(7)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = load_model("gray_zoo:build", image_size=112)
+    inputs = model.preprocessing(Image.new("RGB", (64, 48), (255, 0, 0)))
+    assert inputs.shape == (1, 112, 112)
+    assert_close(model.preprocessing.picture(inputs), torch.full((1, 112, 112), 76 / 255), rtol=0, atol=1e-6)
+    assert model.module(inputs[None]).shape == (1, 3)
+    with pytest.raises(ValueError, match="pictures of 1, 3, 4 channels, got one of 7. Return a LoadedModel"):
+        load_model("gray_zoo:many")
+
+
+def test_image_classifiers_of_hugging_face_come_whole(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    labels = {0: "cat", 1: "dog"}
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", id2label=labels
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessor(size={"height": 40, "width": 48}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path)
+    model = load_model(f"transformers:{tmp_path}")
+    picture = read_image("sample:chelsea")
+    inputs = model.preprocessing(picture)
+    expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    assert inputs.shape == (3, 40, 48)
+    assert (inputs - expected).abs().mean() < 0.02
+    assert model.labels == ("cat", "dog")
+    form = linear_form(model.module.double(), inputs[None].double(), 1)
+    assert_close(form.score, model.module(inputs[None].double()).logits[:, 1])
+    assert_close(form.sums + form.bias, form.score)
+    transformers.BertConfig().save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="must be an image classifier, got .* a bert"):
+        load_model(f"transformers:{tmp_path / 'text'}", "none")

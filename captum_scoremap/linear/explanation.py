@@ -116,7 +116,8 @@ class Explanation:
     def _axis(self, value: Value, activations: Tensor, product: Tensor) -> int | None:
         """Return the dimension of a layer's tensor that holds the images."""
         count = len(self.score)
-        if count == 1 or [axis for axis, size in enumerate(product.shape) if size == count] == [0]:
+        depends = value.sites & 1  # on the images; what does not may have as many rows by chance
+        if count == 1 or (depends and [axis for axis, size in enumerate(product.shape) if size == count] == [0]):
             return 0
         with unrecorded():
             return image_axis(self.tape, self.seeds, value, count, activations)
