@@ -7,7 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torchvision.models import (
     AlexNet_Weights,
     ResNet50_Weights,
@@ -17,6 +19,7 @@ from torchvision.models import (
     squeezenet1_1,
 )
 
+from captum_scoremap import linear_form
 from captum_scoremap.data import extras
 from captum_scoremap.layout import main_layers, map_channel_dim
 from captum_scoremap.models import (
@@ -363,7 +366,7 @@ def test_gray_models_take_gray_pictures_of_any_size(tmp_path: Path, monkeypatch:
     assert inputs.shape == (1, 112, 112)
     assert_close(model.preprocessing.picture(inputs), torch.full((1, 112, 112), 76 / 255), rtol=0, atol=1e-6)
     assert model.module(inputs[None]).shape == (1, 3)
-    with pytest.raises(ValueError, match="pictures of 1, 3, 4 channels, got one of 7. Return a LoadedModel"):
+    with pytest.raises(ValueError, match=r"pictures of 1, 3, 4 channels, got one of 7\. Return a LoadedModel"):
         load_model("gray_zoo:many")
 
 
@@ -387,5 +390,5 @@ def test_image_classifiers_of_hugging_face_come_whole(tmp_path: Path) -> None:
     assert_close(form.score, model.module(inputs[None].double()).logits[:, 1])
     assert_close(form.sums + form.bias, form.score)
     transformers.BertConfig().save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="must be an image classifier, got .* a bert"):
+    with pytest.raises(ValueError, match=r"must be an image classifier, got .* a bert"):
         load_model(f"transformers:{tmp_path / 'text'}", "none")
