@@ -2,21 +2,79 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-__all__ = ["layer_shapes", "main_layers", "main_modules", "map_channel_dim", "resized", "token_grid"]
+__all__ = [
+    "as_images",
+    "channel_dim_of",
+    "layer_shapes",
+    "main_layers",
+    "main_modules",
+    "map_channel_dim",
+    "patch_grid",
+    "placed_map",
+    "resized",
+    "token_grid",
+]
+
+# The most tokens that may stand before the patches: a class token, a distillation token, registers.
+_EXTRA_TOKENS = 8
+
+Grid = tuple[int, int]
+
+
+def channel_dim_of(shape: Sequence[int], input_shape: Sequence[int]) -> int:
+    """Return the axis of the channels of a layer's output.
+
+    Args:
+        shape: Shape of the output.
+        input_shape: Shape of the model's input, (N, C, H, W) for images.
+
+    Returns:
+        -1 for (N, h, w, C), and with time before the rows for videos, for tokens (N, tokens, C) and (tokens, N, C);
+        1 for everything else. For images and videos, rows and columns are told by being like those of the input; for
+        an input of three axes, (N, C, length) is told from (N, length, C) by the axis whose size stays.
+
+    Example:
+        >>> images = (2, 3, 224, 224)
+        >>> channel_dim_of((2, 96, 56, 56), images), channel_dim_of((2, 56, 56, 96), images)
+        (1, -1)
+        >>> channel_dim_of((2, 197, 768), images), channel_dim_of((197, 2, 768), images)
+        (-1, -1)
+        >>> channel_dim_of((2, 512, 49), images), channel_dim_of((2, 1000), images)
+        (1, 1)
+    """
+    dims = len(shape)
+    if dims == len(input_shape) and dims > 3:
+        rows, columns = shape[-2:]
+        fits = abs(rows - columns * input_shape[-2] / input_shape[-1]) < 0.75  # but for rounding
+        return 1 if fits or _unlikeness(shape[-2:], input_shape) <= _unlikeness(shape[-3:-1], input_shape) else -1
+    if dims != 3:
+        return 1
+    if len(input_shape) == 3:
+        return -1 if shape[1] == input_shape[1] and shape[2] != input_shape[2] else 1
+    if len(input_shape) < 4 or shape[0] != input_shape[0]:
+        return -1
+    tokens, last = (patch_grid(size, input_shape) for size in shape[1:])
+    flat = last is not None and tokens is None and math.prod(last) == shape[2]
+    return 1 if flat else -1
+
+
+def _unlikeness(grid: Sequence[int], input_shape: Sequence[int]) -> float:
+    """Return how far the sides of a grid are from being like those of the image."""
+    return abs(math.log(max(grid[0], 1) / max(grid[1], 1) / (input_shape[-2] / input_shape[-1])))
 
 
 def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int | None:
-    """Return the axis of the channels of a layer's output, found by its rows and columns being like those of the image.
+    """Return the axis of the channels of a layer's output where it is a map of the image.
 
     Args:
         shape: Shape of the output.
@@ -35,48 +93,148 @@ def map_channel_dim(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int
     """
     if len(shape) not in {3, 4} or shape[0] != image_shape[0]:
         return None
+    channel_dim = channel_dim_of(shape, image_shape)
     if len(shape) == 3:
-        return -1 if shape[1] >= 4 else None
-    aspect = image_shape[2] / image_shape[3]
-    layouts = ((1, shape[2], shape[3]), (-1, shape[1], shape[2]))
-    unlikeness, channel_dim, cells = min(
-        (abs(math.log(rows / columns / aspect)), -axis, rows * columns) for axis, rows, columns in layouts
-    )
-    return -channel_dim if cells > 1 and unlikeness < math.log(1.5) else None
+        return -1 if channel_dim == -1 and shape[1] >= 4 and shape[2] > 1 else None
+    grid = shape[2:] if channel_dim == 1 else shape[1:3]
+    return channel_dim if math.prod(grid) > 1 and _unlikeness(grid, image_shape) < math.log(1.5) else None
 
 
-def token_grid(score_map: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """Lay the tokens of a score map out as an image, so that it plots like any other.
-
-    Class and register tokens, which stand before the patches and have no place in the image, are left out; what they
-    add to the score is the difference of the sums.
+def patch_grid(tokens: int, image_shape: Sequence[int], known: Collection[Grid] = ()) -> Grid | None:
+    """Return the rows and columns of the patches among so many tokens.
 
     Args:
-        score_map: Map of a token layer, taken with ``channel_dim=-1``: (N, tokens, K) as in ViT, or (N, h, w, K) as in
-            Swin.
-        grid: Rows and columns of patches; None for the largest square that the tokens fill.
+        tokens: How many there are; up to eight class and register tokens may be among them.
+        image_shape: Shape of the images, (N, C, H, W).
+        known: Grids of maps in the same network, of which the largest that fits is taken.
 
     Returns:
-        (N, K, h, w), in the units of the map.
+        The grid, of sides like the image's unless it is a known one; None if there is none.
+
+    Example:
+        >>> patch_grid(197, (1, 3, 224, 224)), patch_grid(99, (1, 3, 224, 112)), patch_grid(77, (1, 3, 224, 224))
+        ((14, 14), (14, 7), None)
+    """
+    fitting = [grid for grid in known if 0 <= tokens - math.prod(grid) <= _EXTRA_TOKENS]
+    if fitting:
+        return max(fitting, key=math.prod)
+    aspect = image_shape[-2] / image_shape[-1]
+    for patches in range(tokens, max(3, tokens - _EXTRA_TOKENS - 1), -1):
+        rows = round(math.sqrt(patches * aspect))
+        columns = patches // rows if rows else 0
+        if rows * columns == patches and (rows == round(columns * aspect) or columns == round(rows / aspect)):
+            return rows, columns
+    return None
+
+
+@overload
+def token_grid(score_map: Tensor, grid: Grid | None = None) -> Tensor: ...
+@overload
+def token_grid(
+    score_map: Tensor, grid: Grid | None = None, *, return_placeless: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def token_grid(
+    score_map: Tensor, grid: Grid | None = None, *, return_placeless: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Lay the tokens of a score map out as an image, so that it plots like any other.
+
+    Class and register tokens, which stand before the patches, have no place in the image; what they add to the score
+    comes with ``return_placeless``.
+
+    Args:
+        score_map: Map of a token layer: (N, tokens, K) as in ViT, (N, h, w, K) as in Swin.
+        grid: Rows and columns of patches; None for the square that the tokens fill but for up to eight.
+        return_placeless: Whether to return what the tokens without a place add, too.
+
+    Returns:
+        (N, K, h, w), in the units of the map; with ``return_placeless`` a pair of it and (N, K).
 
     Raises:
-        ValueError: If the map has another number of dimensions, or fewer tokens than the grid.
+        ValueError: If the map has another number of dimensions, fewer tokens than the grid, or no square of tokens.
 
     Example:
         >>> import torch
-        >>> token_grid(torch.rand(1, 197, 1)).shape  # a class token and 14 x 14 patches
-        torch.Size([1, 1, 14, 14])
+        >>> score_map = torch.rand(1, 197, 1)  # a class token and 14 x 14 patches
+        >>> patches, placeless = token_grid(score_map, return_placeless=True)
+        >>> patches.shape, bool(torch.allclose(patches.sum() + placeless.sum(), score_map.sum()))
+        (torch.Size([1, 1, 14, 14]), True)
+    """
+    if score_map.dim() not in {3, 4}:
+        raise ValueError(f"score_map must be (N, tokens, K) or (N, h, w, K), got {tuple(score_map.shape)}.")
+    if score_map.dim() == 4:
+        laid, extra = score_map, 0
+    else:
+        tokens = score_map.shape[1]
+        rows, columns = grid or patch_grid(tokens, (1, 1, 1, 1)) or (0, 0)
+        if not rows:
+            raise ValueError(
+                f"score_map must hold a square of tokens and up to {_EXTRA_TOKENS} class and register tokens, got "
+                f"{tokens} tokens. Name the rows and columns of the patches: grid=(rows, columns)."
+            )
+        if tokens < rows * columns:
+            raise ValueError(f"grid must have at most {tokens} patches, one for each token, got {rows} x {columns}.")
+        extra = tokens - rows * columns
+        laid = score_map[:, extra:].unflatten(1, (rows, columns))
+    patches = laid.movedim(-1, 1)
+    if not return_placeless:
+        return patches
+    return patches, score_map[:, :extra].sum(1) if extra else patches.new_zeros(patches.shape[:2])
+
+
+def as_images(score_map: Tensor) -> Tensor:
+    """Return the score map of a layer of any layout as images.
+
+    Args:
+        score_map: Summed over channels: (N, 1, h, w), (N, h, w, 1), (N, tokens, 1) or (tokens, N, 1); what is none of
+            the last three stays as it is.
+
+    Returns:
+        (N, 1, h, w).
+
+    Example:
+        >>> as_images(torch.ones(2, 50, 1)).shape, as_images(torch.ones(2, 7, 7, 1)).shape
+        (torch.Size([2, 1, 7, 7]), torch.Size([2, 1, 7, 7]))
     """
     if score_map.dim() == 4:
-        return score_map.movedim(-1, 1)
-    if score_map.dim() != 3:
-        raise ValueError(f"score_map must be (N, tokens, K) or (N, h, w, K), got {tuple(score_map.shape)}.")
-    tokens = score_map.shape[1]
-    rows, columns = grid if grid is not None else (math.isqrt(tokens), math.isqrt(tokens))
-    if tokens < rows * columns:
-        raise ValueError(f"grid must have at most {tokens} patches, one for each token, got {rows} x {columns}.")
-    patches: Tensor = score_map[:, tokens - rows * columns :].unflatten(1, (rows, columns))
-    return patches.movedim(-1, 1)
+        return score_map.movedim(-1, 1) if score_map.shape[3] == 1 and score_map.shape[1] > 1 else score_map
+    if score_map.dim() != 3 or score_map.shape[2] != 1:
+        return score_map
+    square = (1, 1, 1, 1)
+    tokens_first = patch_grid(score_map.shape[1], square) is None and patch_grid(score_map.shape[0], square)
+    return token_grid(score_map.transpose(0, 1) if tokens_first else score_map)
+
+
+def placed_map(product: Tensor, image_shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    """Sum a layer's products A·Y over channels, each at its place in the image.
+
+    Args:
+        product: Shaped like the layer's output: (N, C, h, w), (N, h, w, C), (N, tokens, C) or (tokens, N, C).
+        image_shape: Shape of the images, (N, C, H, W).
+
+    Returns:
+        The map, (N, 1, rows, columns), None if the layer has no place in the image; and what class and register tokens
+        add, (N,), None if there are none.
+
+    Example:
+        >>> [tuple(one.shape) for one in placed_map(torch.ones(2, 17, 8), (2, 3, 64, 64))]
+        [(2, 1, 4, 4), (2,)]
+    """
+    shape = tuple(image_shape)
+    if product.dim() == 3 and product.shape[0] != shape[0] and product.shape[1] == shape[0]:
+        product = product.transpose(0, 1)  # (tokens, N, C)
+    elif product.dim() == 3 and channel_dim_of(product.shape, shape) == 1:
+        product = product.transpose(1, 2)  # (N, C, tokens)
+    channel_dim = map_channel_dim(tuple(product.shape), shape)
+    if channel_dim is None:
+        return None, None
+    summed = product.sum(channel_dim, keepdim=True)
+    if product.dim() == 4:
+        return summed if channel_dim == 1 else summed.movedim(-1, 1), None
+    grid = patch_grid(product.shape[1], shape)
+    if grid is None:
+        return None, None
+    patches, rest = token_grid(summed, grid, return_placeless=True)
+    return patches, rest[:, 0] if product.shape[1] > math.prod(grid) else None
 
 
 def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
@@ -146,32 +304,60 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]
 
 
 def main_modules(
-    forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...] = (), *, channels_first: bool = False
-) -> list[nn.Module]:
+    forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...] = ()
+) -> dict[nn.Module, Grid]:
     """Return the last module of each resolution on the main path, in the order in which they run.
 
     Of all modules that run once and return maps of one size, those count that the fewest modules enclose, and of them
-    the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut.
+    the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut. Of tokens
+    it is the last of the longest row of blocks; where class or register tokens stand among them, on which alone the
+    last blocks' score may depend, the block after three quarters of the row. A network that keeps one resolution is cut
+    at its quarters.
 
     Args:
         forward_func: The model, or a function that calls it; it runs once.
         inputs: Images, (N, C, H, W).
         additional: Additional arguments.
-        channels_first: Whether only outputs (N, C, h, w) count, not (N, h, w, C).
 
     Returns:
-        Modules whose outputs are maps of more than one cell, at most one for each resolution; empty if there are none.
+        Modules whose outputs are maps of more than one cell, to their rows and columns; empty if there are none.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-        >>> main_modules(network, torch.randn(1, 3, 10, 10)) == [network[1], network[2]]
+        >>> main_modules(network, torch.randn(1, 3, 10, 10)) == {network[1]: (8, 8), network[2]: (4, 4)}
         True
     """
-    return _last_of_each_resolution(_run(forward_func, inputs, additional), inputs, channels_first=channels_first)
+    outputs = _run(forward_func, inputs, additional)
+    image = tuple(inputs.shape)
+    maps: dict[Grid, list[_Output]] = {}
+    for output in outputs:
+        channel_dim = map_channel_dim(output.shape, image) if len(output.shape) == 4 else None
+        if channel_dim is not None:
+            grid = output.shape[2:] if channel_dim == 1 else output.shape[1:3]
+            maps.setdefault((grid[0], grid[1]), []).append(output)
+    tokens: dict[Grid, list[_Output]] = {}
+    for output in outputs:
+        count = _tokens(output.shape, image)
+        found = patch_grid(count, image, maps) if count else None
+        if found is not None:
+            tokens.setdefault(found, []).append(output)
+    grids = [*maps, *(grid for grid in tokens if grid not in maps)]
+    chosen: dict[_Output, Grid] = {}
+    for grid in grids:
+        blocks = _longest_row(tokens.get(grid, []))
+        has_extra = bool(blocks) and _tokens(blocks[-1].shape, image) > math.prod(grid)
+        some = maps.get(grid) or tokens[grid]
+        if not blocks or len(grids) == 1:
+            chosen[_last_outermost(some)] = grid
+        if blocks:
+            quarters = (1, 2, 3) if len(grids) == 1 else (3,) if has_extra else (4,)
+            last = len(blocks) - (2 if has_extra else 1)
+            chosen |= {blocks[min(len(blocks) * quarter // 4, last)]: grid for quarter in quarters}
+    return {output.module: chosen[output] for output in outputs if output in chosen}
 
 
 def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
-    """Return the names of the main modules; a transformer that keeps one resolution throughout is cut at its quarters.
+    """Return the names of the main modules.
 
     Args:
         model: The model; it runs once.
@@ -186,25 +372,21 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
         ['1', '2']
     """
     names = {module: name for name, module in model.named_modules()}
-    outputs = _run(model, inputs, ())
-    last = [names[module] for module in _last_of_each_resolution(outputs, inputs)]
-    if len(last) > 1:
-        return last
-    tokens = [names[one.module] for one in outputs if map_channel_dim(one.shape, tuple(inputs.shape)) == -1]
-    return [*last, *_quarters(tokens)]
+    return [names[module] for module in main_modules(model, inputs)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Output:
-    """What a module returned, and how many modules enclose it."""
+    """What a module returned, by which module it was called, and how many enclose it."""
 
     module: nn.Module
+    parent: nn.Module | None
     depth: int
     shape: tuple[int, ...]
 
 
 def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...]) -> list[_Output]:
-    """Outputs of the modules that run once and return a tensor, in the order in which they end."""
+    """Return the outputs of the modules that run once and return one tensor, in the order in which they end."""
     calls: Counter[nn.Module] = Counter()
     enclosing: list[nn.Module] = []
     outputs: list[_Output] = []
@@ -215,8 +397,10 @@ def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         enclosing.pop()
-        if module is not forward_func and isinstance(output, Tensor) and output.is_floating_point():
-            outputs.append(_Output(module, len(enclosing), tuple(output.shape)))
+        tensor = _only_tensor(output)
+        if module is not forward_func and tensor is not None:
+            parent = enclosing[-1] if enclosing else None
+            outputs.append(_Output(module, parent, len(enclosing), tuple(tensor.shape)))
 
     with ExitStack() as stack:
         # hooks on all modules: those inside a plain function cannot be named beforehand
@@ -227,24 +411,32 @@ def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any
     return [output for output in outputs if calls[output.module] == 1]
 
 
-def _last_of_each_resolution(
-    outputs: Sequence[_Output], inputs: Tensor, *, channels_first: bool = False
-) -> list[nn.Module]:
-    last: dict[tuple[int, ...], _Output] = {}
+def _only_tensor(output: Any) -> Tensor | None:
+    """Return the one floating-point tensor of a layer's output, alone or in a tuple."""
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    nested = any(isinstance(part, (tuple, list, dict)) for part in parts)
+    return tensors[0] if len(tensors) == 1 and not nested else None
+
+
+def _tokens(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
+    """Return how many tokens are in (N, tokens, C) or (tokens, N, C); 0 in anything else."""
+    if len(shape) != 3 or shape[2] == 1 or channel_dim_of(shape, image_shape) == 1:
+        return 0
+    return shape[1] if shape[0] == image_shape[0] else shape[0] if shape[1] == image_shape[0] else 0
+
+
+def _last_outermost(outputs: Sequence[_Output]) -> _Output:
+    """Return the last of those that the fewest modules enclose."""
+    depth = min(output.depth for output in outputs)
+    return [output for output in outputs if output.depth == depth][-1]
+
+
+def _longest_row(outputs: Sequence[_Output]) -> list[_Output]:
+    """Return the blocks of the longest row: modules of one type that one module calls one after another."""
+    rows: dict[tuple[nn.Module | None, type], list[_Output]] = {}
     for output in outputs:
-        channel_dim = map_channel_dim(output.shape, tuple(inputs.shape)) if len(output.shape) == 4 else None
-        if channel_dim is None or (channels_first and channel_dim != 1):
-            continue
-        size = output.shape[2:] if channel_dim == 1 else output.shape[1:3]
-        if size not in last or output.depth <= last[size].depth:
-            last[size] = output
-    return [output.module for output in outputs if output in last.values()]
-
-
-def _quarters(token_layers: list[str]) -> list[str]:
-    """Return the blocks after a quarter, a half and three quarters of the longest row of blocks."""
-    rows: dict[str, list[str]] = {}
-    for name in token_layers:
-        rows.setdefault(name.rpartition(".")[0], []).append(name)
-    blocks = max(rows.values(), key=len, default=[])
-    return [blocks[len(blocks) * quarter // 4] for quarter in (1, 2, 3)] if len(blocks) >= 4 else []
+        if next(output.module.children(), None) is not None:
+            rows.setdefault((output.parent, type(output.module)), []).append(output)
+    row = max(rows.values(), key=lambda row: (len(row), -row[0].depth), default=[])
+    return row if len(row) > 1 else []

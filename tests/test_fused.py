@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_scoremap import FusedScoreMap
+from captum_scoremap import CompleteScoreMap, FusedScoreMap, linear_form
 from captum_scoremap.attribution.fused import log_odds
 from captum_scoremap.layout import main_modules
 from captum_scoremap.metrics import parameter_randomization
@@ -156,14 +156,14 @@ class Network(nn.Module):
 def test_main_layers_lie_outside_of_branches(inputs: Tensor) -> None:
     network = Network().double().eval()
     before = GlobalState.now()
-    found = main_modules(network, inputs.repeat(1, 1, 2, 2), channels_first=True)
-    assert found == [network.stem, *network.blocks]
+    found = list(main_modules(network, inputs.repeat(1, 1, 2, 2)))
+    assert found == [network.stem, *network.blocks[:-1], network.tokens]  # channels last
     assert GlobalState.now() == before
 
 
 def test_fewer_resolutions_are_fine(inputs: Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, LABELS)).double()
-    assert main_modules(network, inputs, channels_first=True) == [network[1]]
+    assert list(main_modules(network, inputs)) == [network[1]]
 
 
 def test_a_network_without_maps_is_named(inputs: Tensor) -> None:
@@ -242,5 +242,88 @@ def test_layers_must_not_be_empty(model: nn.Sequential) -> None:
 
 
 def test_a_layer_must_return_a_map(model: nn.Sequential, inputs: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"layers must return maps \(N, C, h, w\), got \(2, 5\) from a Linear"):
+    with pytest.raises(ValueError, match=r"layers must return maps .*, got \(2, 5\) from a Linear"):
         FusedScoreMap(model, [model[9]]).attribute(inputs, target=0)
+
+
+def test_one_layer_is_one_layer(inputs: Tensor, generator: torch.Generator) -> None:
+    """A Sequential is a layer, not a list of its modules."""
+    network = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Flatten(), nn.Linear(4 * 14 * 14, LABELS)
+    ).double()
+    network = with_weights(network, generator)
+    found = FusedScoreMap(network, network[0]).attribute(inputs, target=0)
+    torch.testing.assert_close(found, FusedScoreMap(network, [network[0]]).attribute(inputs, target=0), rtol=0, atol=0)
+
+
+# --- tokens ---
+
+
+class Block(nn.Module):
+    """Attention and an MLP, without norms; tokens (N, tokens, C)."""
+
+    def __init__(self, sequence_first: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=not sequence_first)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    """Patches of 4 pixels, two more tokens before them, six blocks; the score is read from the first token."""
+
+    def __init__(self, sequence_first: bool = False, has_tokens: bool = True) -> None:
+        super().__init__()
+        self.sequence_first, self.has_tokens = sequence_first, has_tokens
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.tokens = nn.Parameter(torch.randn(1, 2, 8))
+        self.blocks = nn.ModuleList([Block(sequence_first) for _ in range(6)])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        if self.has_tokens:
+            x = torch.cat([self.tokens.expand(len(x), -1, -1), x], 1)
+        x = x.transpose(0, 1) if self.sequence_first else x
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        x = x.transpose(0, 1) if self.sequence_first else x
+        return self.head(x[:, 0] if self.has_tokens else x.mean(1))
+
+
+@pytest.fixture
+def wide(generator: torch.Generator) -> Tensor:
+    return torch.randn(2, 3, 16, 24, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+@pytest.mark.parametrize("sequence_first", [True, False])
+def test_tokens_are_fused(sequence_first: bool, has_tokens: bool, wide: Tensor, generator: torch.Generator) -> None:
+    network = with_weights(Transformer(sequence_first, has_tokens), generator)
+    grid = (4, 6)
+    expected = {network.patches: grid, **{network.blocks[block]: grid for block in (1, 3, 4)}}
+    assert main_modules(network, wide) == expected
+    assert list(main_modules(lambda x: network(x), wide)) == list(expected)  # a function
+    fused = FusedScoreMap(network).attribute(wide, target=1)
+    assert fused.shape == (2, 1, 16, 24)
+    assert (fused > 0).any()
+    named = FusedScoreMap(network, list(expected)).attribute(wide, target=1)
+    torch.testing.assert_close(fused, named, rtol=0, atol=0)
+    alone = torch.cat([FusedScoreMap(network).attribute(one[None], target=1) for one in wide])
+    torch.testing.assert_close(fused, alone, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("sequence_first", [True, False])
+def test_complete_maps_of_tokens_add_up(sequence_first: bool, wide: Tensor, generator: torch.Generator) -> None:
+    network = with_weights(Transformer(sequence_first), generator)
+    score = network(wide)[:, 1].detach()
+    for layers in (None, network.blocks[2], list(network.blocks[1:3])):
+        complete, placeless = CompleteScoreMap(network, layers).attribute(wide, 1, return_placeless=True)
+        torch.testing.assert_close(complete.sum((1, 2, 3)) + placeless, score, rtol=1e-9, atol=1e-9)
+    form = linear_form(network, wide, 1, network.blocks[2])
+    torch.testing.assert_close(form.complete_map().sum((1, 2, 3)) + form.placeless, score, rtol=1e-9, atol=1e-9)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap import bias_terms, freeze, linear_form, token_grid
+from captum_scoremap import LayerScoreMap, NeuronScoreMap, bias_terms, freeze, linear_form, token_grid
+from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.rules import TANGENT, Tangent
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -66,7 +67,7 @@ def test_contrast_is_the_form_of_the_difference(chain: nn.Sequential, image: Ten
 
 
 def test_forms_of_different_layers_have_no_contrast(chain: nn.Sequential, image: Tensor) -> None:
-    with pytest.raises(ValueError, match="same layer at the same image to be subtracted"):
+    with pytest.raises(ValueError, match="same layer at the same image to be added or subtracted"):
         linear_form(chain, image, 1, chain[3]) - linear_form(chain, image, 1, chain[2])
 
 
@@ -159,6 +160,18 @@ def test_a_grid_larger_than_the_tokens_is_an_error() -> None:
         token_grid(torch.zeros(1, 9, 1), (4, 4))
     with pytest.raises(ValueError, match=r"score_map must be \(N, tokens, K\) or \(N, h, w, K\), got \(3, 3\)"):
         token_grid(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"got 99 tokens. Name the rows and columns of the patches: grid="):
+        token_grid(torch.zeros(1, 99, 1))
+
+
+def test_what_tokens_without_a_place_add_comes_along() -> None:
+    score_map = torch.arange(2.0 * 19).reshape(2, 19, 1)
+    patches, placeless = token_grid(score_map, return_placeless=True)
+    torch.testing.assert_close(placeless, score_map[:, :3].sum(1))
+    torch.testing.assert_close(patches.sum((2, 3)) + placeless, score_map.sum(1))
+    patches, placeless = token_grid(torch.ones(2, 3, 3, 4), return_placeless=True)
+    assert patches.shape == (2, 4, 3, 3)
+    assert not placeless.any()
 
 
 def test_a_layer_that_does_not_depend_on_the_image_can_be_replaced_in_a_frozen_model() -> None:
@@ -181,3 +194,154 @@ def test_a_layer_that_does_not_depend_on_the_image_can_be_replaced_in_a_frozen_m
     torch.testing.assert_close(frozen(2 * inputs, {model.table: 0 * given}), 2 * inputs, **EXACT)
     form = linear_form(model, inputs, 0, model.table)
     torch.testing.assert_close(form.sums + form.bias, form.score)
+
+
+# --- forms as objects -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small() -> tuple[nn.Sequential, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).double().eval()
+        return model, torch.randn(2, 3, 6, 6, dtype=torch.float64)
+
+
+def test_forms_add_up_as_scores_do(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    first, second = (linear_form(model, x, label, model[1]) for label in (1, 2))
+
+    def mixed(output: Tensor) -> Tensor:
+        return 3 * output[:, 1] - output[:, 2] / 2
+
+    expected = linear_form(model, x, mixed, model[1])
+    found = 3 * first + -second / 2
+    for name in ("coefficients", "bias", "score", "sums"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), **EXACT)
+    torch.testing.assert_close(found.residual, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert sum([first, second]) == first + second
+    assert first - second == first + -1 * second
+    torch.testing.assert_close(found.score_map(), expected.score_map(), **EXACT)
+    with pytest.raises(ValueError, match=r"of the same layer at the same image to be added or subtracted"):
+        first + linear_form(model, x, 1, model[0])
+    for wrong in (lambda: first + 1, lambda: first * first, lambda: "a" * first, lambda: sum([first], start=2)):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_forms_are_compared_number_by_number(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    form, again, other = (linear_form(model, x, label, model[1]) for label in (1, 1, 2))
+    assert form == again
+    assert hash(form) == hash(again)
+    assert form != other
+    assert form != linear_form(model, x, 1)
+    assert form != linear_form(model.float(), x.float(), 1, model[1])
+    assert form != 3
+    assert other not in [form, again]
+
+
+def test_several_layers_make_a_table(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    layers = [None, model[0], model[3]]
+    forms = linear_form(model, x, 1, layers)
+    assert isinstance(forms, list)
+    assert forms == [linear_form(model, x, 1, layer) for layer in layers]
+    assert linear_form(model, x, 1, tuple(layers)) == forms
+    text, html = repr(forms), forms._repr_html_()
+    assert text.splitlines()[0].split() == ["layer", "image", "size", "Σ", "A·Y", "B", "S", "residual"]
+    assert [line.split()[:2] for line in text.splitlines()[1:]] == [[n, i] for n in ("input", "0", "3") for i in "01"]
+    assert f"{float(forms[1].score[0]):.4f}" in text
+    assert "3 × 6 × 6" in text
+    assert html.count("<tr>") == 7
+    assert html.count("<td>") == 6 * 7
+    one = linear_form(model, x[:1], 1, [model[1]])
+    assert len(repr(one).splitlines()) == 2
+    assert "image" not in repr(one)
+    with pytest.raises(ValueError, match=r"layer must name at least one module, got none"):
+        linear_form(model, x, 1, [])
+    with pytest.raises(TypeError, match=r"layer must be a module, got the name 'conv'"):
+        linear_form(model, x, 1, "conv")
+
+
+def test_a_form_says_what_it_is_in_a_line(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    form = linear_form(model, x[:1], 1, model[1])
+    assert repr(form) == (
+        f"LinearForm(1 (1, 4, 4, 4): S = A·Y + B = {float(form.score):.4f} = {float(form.sums):.4f} + "
+        f"{float(form.bias):.4f})"
+    )
+    assert len(repr(linear_form(model, x.repeat(50, 1, 1, 1), 1, model[1]))) < 200
+    assert form._repr_html_().startswith("<table>")
+
+
+def test_forms_draw_themselves(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    form = linear_form(model, x[:1], 1, model[1])
+    _, axes = form.plot(x[0].sigmoid())
+    assert axes.get_title() == (
+        f"1: S = {float(form.score):.2f}\nΣ A·Y = {float(form.sums):.2f}, B = {float(form.bias):.2f}"
+    )
+    assert (2 * form).plot(title="twice")[1].get_title() == "twice"
+    with pytest.raises(ValueError, match=r"the layer must have a place in the image to be drawn.* got \(1, 5\)"):
+        linear_form(model, x[:1], 1, model[3]).plot()
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "channel_dim"),
+    [
+        ((2, 8, 5, 7), (2, 3, 20, 28), 1),
+        ((2, 5, 7, 8), (2, 3, 20, 28), -1),
+        ((2, 4, 3, 2), (2, 3, 16, 12), 1),  # channels first, unless that cannot be
+        ((2, 35, 8), (2, 3, 20, 28), -1),  # tokens
+        ((36, 2, 8), (2, 3, 20, 28), -1),  # tokens first
+        ((2, 600, 35), (2, 3, 20, 28), 1),  # a flattened map
+        ((2, 8, 2, 5, 7), (2, 3, 4, 20, 28), 1),  # a video
+        ((2, 2, 5, 7, 8), (2, 3, 4, 20, 28), -1),
+        ((2, 8, 50), (2, 3, 50), 1),  # a signal
+        ((2, 50, 8), (2, 50, 3), -1),  # a sequence
+        ((2, 50, 8), (2, 50), -1),  # words
+        ((2, 8), (2, 3, 20, 28), 1),
+        ((2, 8, 1, 1), (2, 3, 20, 28), 1),
+    ],
+)
+def test_channels_are_found(shape: tuple[int, ...], inputs: tuple[int, ...], channel_dim: int) -> None:
+    assert channel_dim_of(shape, inputs) == channel_dim
+
+
+@pytest.mark.parametrize("layout", ["images", "last", "tokens", "first"])
+def test_maps_of_any_layout_without_a_word(layout: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.layer, self.head = nn.Conv2d(3, 8, 4, 4), nn.Identity(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)  # (N, 8, 5, 5)
+            x = {
+                "images": lambda: self.layer(x.relu()),
+                "last": lambda: self.layer(x.relu().movedim(1, -1)).movedim(-1, 1),
+                "tokens": lambda: self.layer(x.relu().flatten(2).mT).mT.unflatten(2, (5, 5)),
+                "first": lambda: self.layer(x.relu().flatten(2).permute(2, 0, 1)).permute(1, 2, 0).unflatten(2, (5, 5)),
+            }[layout]()
+            return self.head(x.mean((2, 3)))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Model().double().eval(), torch.randn(3, 3, 20, 20, dtype=torch.float64)
+    expected = LayerScoreMap(model, model.conv).attribute(x, 1)
+    method = LayerScoreMap(model, model.layer)
+    score_map, delta = method.attribute(x, 1, return_convergence_delta=True)
+    shapes = {"images": (3, 1, 5, 5), "last": (3, 5, 5, 1), "tokens": (3, 25, 1), "first": (25, 3, 1)}
+    assert score_map.shape == shapes[layout]
+    torch.testing.assert_close(delta, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(LayerScoreMap.interpolate(score_map, (5, 5)), expected, **EXACT)
+    assert LayerScoreMap.interpolate(score_map, (20, 20)).shape == (3, 1, 20, 20)
+    torch.testing.assert_close(linear_form(model, x, 1, model.layer).score_map(), score_map, **EXACT)
+    several = method.attribute_targets(x, [1, 2])
+    torch.testing.assert_close(several.select(1 if layout == "images" else -1, 0), score_map.squeeze(), **EXACT)
+    neuron = NeuronScoreMap(model, model.head).attribute(x, 1, to_layer=model.layer, attr_dim_summation=True)
+    torch.testing.assert_close(neuron, score_map, **EXACT)

@@ -315,6 +315,7 @@ def test_imagenet_labels() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("timm:vit_tiny_patch16_224", ["patch_embed.proj", "blocks.3", "blocks.6", "blocks.9"]),
         ("torchvision:alexnet", ["features.1", "features.4", "features.11", "avgpool"]),
         ("torchvision:resnet18", ["relu", "layer1", "layer2", "layer3", "layer4"]),
         ("torchvision:swin_t", ["features.1", "features.3", "features.5", "permute"]),

@@ -20,8 +20,10 @@ from captum_scoremap import (
     ScoreMap,
     bias_terms,
     linear_form,
+    metrics,
+    semantic_patches,
 )
-from captum_scoremap.scores import similarity
+from captum_scoremap.scores import detection, region_mean, similarity
 
 LABELS = 12
 CASES = {
@@ -172,3 +174,138 @@ def test_functions_that_do_not_fit_are_named() -> None:
         ScoreMap(model).attribute(inputs, lambda output: 3)
     one = ScoreMap(model).attribute(inputs[:1], lambda output: output[0, 3])  # of one image, a number will do
     assert_close(one, ScoreMap(model).attribute(inputs[:1], 3), **SAME)
+
+
+def test_patches_of_a_function() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).double().eval()
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for by in ("score_map", "gradient", "complete_map"):
+        found, plain = (
+            semantic_patches(model, model[1], images, target, by, k=4, progress=False)
+            for target in (lambda output: output[:, 3], 3)
+        )
+        assert [(one.image, one.box, one.value) for one in found] == [(one.image, one.box, one.value) for one in plain]
+        assert [one.target for one in found] == [None] * 4
+
+
+def test_metrics_of_a_function() -> None:
+    """A metric of a function is that of a model which returns the function beside another label, bar the softmax."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).double().eval()
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    label = torch.tensor([3, 3, 3])
+
+    def attribute(inputs: Tensor, target: Any) -> Tensor:
+        return ScoreMap(model).attribute(inputs, target)
+
+    def function(output: Tensor) -> Tensor:
+        return output[:, 3]
+
+    for metric in (metrics.completeness, metrics.single_deletion):
+        found = metric(model, attribute, images, function)
+        assert_close(found, metric(model, attribute, images, label))
+    changed = images.clone()
+    changed[:, :, 2:5, 3:6] += 1
+    found, plain = (metrics.cause_game(model, attribute, images, changed, one) for one in (function, label))
+    assert_close(found.placed, plain.placed)
+    assert_close(found.rise, plain.rise)
+    by_softmax = metrics.deletion(model, attribute, images, label, steps=4).probabilities
+    by_function = metrics.deletion(model, lambda x, _: attribute(x, 3), images, lambda o: o.softmax(1)[:, 3], steps=4)
+    assert_close(by_function.probabilities, by_softmax)
+    boxes = torch.tensor([[0, 0, 4, 4]] * 3)
+    found = metrics.patch_score(model, images, lambda output: output.softmax(1)[:, 3], boxes)
+    assert_close(found, metrics.patch_score(model, images, label, boxes))
+
+
+# --- scores ready made ----------------------------------------------------------------------------------------------
+
+
+def test_region_mean_is_the_mean_logit_of_the_region() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 6, 8, generator=generator, dtype=torch.float64)
+    mask = torch.rand(6, 8, generator=generator) > 0.5
+    expected = torch.stack([one[2][mask].mean() for one in logits])
+    assert_close(region_mean(mask, 2)(logits), expected, **SAME)
+    assert_close(region_mean(mask, 2)({"out": logits, "aux": logits}), expected, **SAME)
+    each = torch.rand(2, 6, 8, generator=generator) > 0.5
+    expected = torch.stack([one[2][own].mean() for one, own in zip(logits, each, strict=True)])
+    assert_close(region_mean(each, 2)(logits), expected, **SAME)
+    fine = mask.repeat_interleave(4, 0).repeat_interleave(4, 1)  # of the image's size, where the map is coarser
+    assert_close(region_mean(fine, 2)(logits), region_mean(mask, 2)(logits), **SAME)
+
+
+def test_similarity_is_the_cosine() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, one, each = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((3, 5), (5,), (3, 5)))
+    assert_close(similarity(one)(own), torch.cosine_similarity(own, one[None]), **SAME)
+    assert_close(similarity(each)({"image_embeds": own}), torch.cosine_similarity(own, each), **SAME)
+
+
+def test_the_detection_that_is_meant() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [21, 21, 33, 33]])
+    found = [{"boxes": boxes, "labels": torch.tensor([1, 1, 2]), "scores": torch.tensor([0.6, 0.9, 0.99])}]
+    logit = torch.logit
+    assert_close(detection(1)(found), logit(torch.tensor([0.9])))
+    assert_close(detection(1, (1, 1, 9, 9))(found), logit(torch.tensor([0.6])))
+    assert_close(detection(2, torch.tensor([0.0, 0, 10, 10]))(found), logit(torch.tensor([0.99])))
+    queries = {"logits": torch.tensor([[[0.0, 5.0], [2.0, 1.0]]]), "pred_boxes": torch.tensor([[[0.2] * 4, [0.7] * 4]])}
+    assert_close(detection(0)(queries), torch.tensor([2.0]))
+    assert_close(detection(0, (0.1, 0.1, 0.3, 0.3))(queries), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: region_mean(torch.zeros(4, 4), 1), "mask must mark a region"),
+        (lambda: region_mean(torch.ones(4), 1), r"mask must be \(H, W\) or \(N, H, W\), got \(4,\)"),
+        (lambda: region_mean(torch.ones(4, 4), 7)(torch.zeros(1, 3, 4, 4)), r"more than 7 labels, got \(1, 3, 4, 4\)"),
+        (lambda: region_mean(torch.ones(3, 4, 4), 0)(torch.zeros(2, 3, 4, 4)), "one for each of the 2 images, got 3"),
+        (
+            lambda: region_mean(torch.ones(4, 4), 0)({"logits": torch.zeros(1)}),
+            "mapping with 'out', got dict with logits",
+        ),
+        (lambda: similarity(torch.zeros(4)), r"embedding must be \(D,\) or \(N, D\) and not zero"),
+        (lambda: similarity(torch.ones(4))(torch.ones(2, 5)), r"embeddings \(N, 4\), got \(2, 5\)"),
+        (lambda: detection(1, (3, 3, 2, 2)), "box must be x0, y0, x1, y1"),
+        (
+            lambda: detection(4)([{"boxes": torch.ones(1, 4), "labels": torch.tensor([1]), "scores": torch.ones(1)}]),
+            r"must find label 4 in every image, got \[1\] in one",
+        ),
+    ],
+)
+def test_ready_scores_that_do_not_fit(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"])
+def test_a_region_of_a_segmentation(name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        make = getattr(torchvision.models.segmentation, name)
+        model = make(weights=None, weights_backbone=None, num_classes=4).double().eval()
+        inputs = torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    mask = torch.zeros(40, 48, dtype=torch.bool)
+    mask[5:20, 10:30] = True
+    target = region_mean(mask, 2)
+    layer = next(module for key, module in model.named_modules() if key.startswith("classifier") and "." in key)
+    forms = linear_form(model, inputs, target, [None, layer])
+    expected = model(inputs)["out"][:, 2][:, mask].mean(1).detach()
+    for form in forms:
+        assert_close(form.score, expected, rtol=1e-10, atol=1e-12)
+        assert_close(form.sums + form.bias, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_regression_and_a_video() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        regression = torchvision.models.resnet18(weights=None, num_classes=1).double().eval()
+        video = torchvision.models.video.r3d_18(weights=None, num_classes=5).double().eval()
+        image, clip = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randn(1, 3, 4, 32, 32, dtype=torch.float64)
+    for model, inputs, target in (
+        (regression, image, None),
+        (regression, image, lambda output: 3 * output[:, 0] - 1),
+        (video, clip, lambda output: output[:, 1] - output[:, 2]),
+    ):
+        for form in linear_form(model, inputs, target, [None, model.layer2]):
+            assert_close(form.sums + form.bias, form.score, rtol=1e-9, atol=1e-12)
+    assert LayerScoreMap(video, video.layer2).attribute(clip, 1).shape == (1, 1, 2, 8, 8)

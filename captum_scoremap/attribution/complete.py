@@ -110,7 +110,8 @@ class CompleteScoreMap(Contract):
         forward_func = unwrap_parallel(self.forward_func)
         modules = _modules(self._layers)
         if modules is None:
-            modules = self._main_layers(forward_func, image, additional)[-2:]
+            found = self._main_layers(forward_func, image, additional)
+            modules = list({grid: module for module, grid in found.items()}.values())[-2:]
         sites: list[Site | None] = [(module, False) for module in modules or ()] or [None]
         books, score = explain_completely(forward_func, inputs, target, sites, additional, rules=self._rules)
         size = None if isinstance(self._layers, nn.Module) else (image.shape[2], image.shape[3])

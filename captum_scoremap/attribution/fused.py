@@ -9,13 +9,14 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
-from captum_scoremap.layout import main_modules
+from captum_scoremap.layout import placed_map
 from captum_scoremap.linear import check_sites, warn_of_probabilities
 from captum_scoremap.rules import Rule, Value, with_rules
 from captum_scoremap.scores import Target, is_function, select_scores
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
 
 from .contract import Contract
+from .main_layers import MainLayers
 
 __all__ = ["FusedScoreMap"]
 
@@ -45,8 +46,10 @@ class FusedScoreMap(Contract):
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
-        layers: Modules with outputs (N, C, h, w), in the order in which they run; None for the last main layer of each
-            resolution (main layers: those that the fewest modules enclose).
+        layers: A module or several, in the order in which they run, with outputs (N, C, h, w) or (N, h, w, C), or
+            tokens, of which class and register tokens are left out; None for the last main layer of each resolution
+            (main layers: those that the fewest modules enclose), of transformers of one resolution for the blocks at
+            their quarters.
         rules: Operation to rule, to replace or add some.
 
     Example:
@@ -73,7 +76,7 @@ class FusedScoreMap(Contract):
         if named is not None and not named:
             raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
         self._layers = None if named is None else list(named)
-        self._found: dict[torch.Size, list[nn.Module]] = {}
+        self._main_layers = MainLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -126,11 +129,11 @@ class FusedScoreMap(Contract):
             leaf = output.detach().requires_grad_()
             score, odds = select_scores(leaf, label), log_odds(leaf, label)
             of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
-        taps = [_map_of(recording.tapped[site], site[0]) for site in sites]
+        taps = [_map_of(recording.tapped[site], site[0], image.shape) for site in sites]
         with torch.no_grad():
             every = [(recording.tape.inputs[0], image), *taps]
-            fused = fuse(_score_maps(recording.tape, of_odds, every), odds.detach(), image.shape[-2:])
-            for score_map in _score_maps(recording.tape, of_score, taps):
+            fused = fuse(_score_maps(recording.tape, of_odds, every, image.shape), odds.detach(), image.shape[-2:])
+            for score_map in _score_maps(recording.tape, of_score, taps, image.shape):
                 fused = fused * F.interpolate((score_map != 0).to(fused), size=image.shape[-2:], mode="nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
@@ -139,12 +142,10 @@ class FusedScoreMap(Contract):
     ) -> list[nn.Module]:
         if self._layers is not None:
             return self._layers
-        size = image.shape[1:]
-        if size not in self._found:
-            self._found[size] = main_modules(forward_func, image, additional, channels_first=True)
-        if not self._found[size]:
+        found = list(self._main_layers(forward_func, image, additional))
+        if not found:
             raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
-        return self._found[size]
+        return found
 
 
 def log_odds(output: Tensor, target: Target) -> Tensor:
@@ -194,23 +195,32 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Ten
     return torch.where(energy > 0, energy * belief, energy)
 
 
-def _map_of(tapped: Tapped, layer: nn.Module) -> tuple[Value, Tensor]:
+def _map_of(tapped: Tapped, layer: nn.Module, image_shape: torch.Size) -> tuple[Value, Tensor]:
     """Return the value and the tensor of a layer that returns one map."""
     activations = tapped.activations
-    if len(activations) != 1 or activations[0].dim() != 4:
+    if len(activations) != 1 or placed_map(activations[0], image_shape)[0] is None:
         got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
-        raise ValueError(f"layers must return maps (N, C, h, w), got {got} from a {type(layer).__name__}.")
+        raise ValueError(
+            f"layers must return maps (N, C, h, w) or tokens (N, tokens, C), got {got} from a {type(layer).__name__}."
+        )
     return tapped.values[0], activations[0]
 
 
-def _map_at(activations: Tensor) -> Callable[[Tensor], Tensor]:
-    """From coefficients to the score map."""
-    return lambda coefficients: (coefficients * activations).sum(1, keepdim=True)
+def _map_at(activations: Tensor, image_shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    """Return the function from coefficients to the score map, (N, 1, h, w)."""
+
+    def score_map(coefficients: Tensor) -> Tensor:
+        found, _ = placed_map(coefficients * activations, image_shape)
+        return activations.new_zeros(()) if found is None else found
+
+    return score_map
 
 
-def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]]) -> list[Tensor]:
-    """Return the score maps of layers for given coefficients of the output; zero where it does not depend on one."""
+def _score_maps(
+    tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]], image_shape: torch.Size
+) -> list[Tensor]:
+    """Return the score maps of layers, (N, 1, h, w), for given coefficients of the output; zero where it has none."""
     output = tape.value_of_output()
-    wanted: dict[Value, Callable[[Tensor], Tensor]] = {value: _map_at(y) for value, y in layers if value is not None}
-    found = {} if output is None else tape.transposed({output: coefficients}, wanted)
-    return [found[value] if value is not None and value in found else torch.zeros_like(y[:, :1]) for value, y in layers]
+    of_layer = [(value, _map_at(y, image_shape), y) for value, y in layers]
+    found = {} if output is None else tape.transposed({output: coefficients}, {v: f for v, f, _ in of_layer if v})
+    return [found[v] if v is not None and v in found else function(torch.zeros_like(y)) for v, function, y in of_layer]

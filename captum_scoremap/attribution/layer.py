@@ -1,6 +1,7 @@
 """LayerScoreMap: the score maps of a layer, or of several from one backward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from captum_scoremap.checks import (
     is_tuple_of_one,
     unwrap_parallel,
 )
+from captum_scoremap.layout import as_images, channel_dim_of
 from captum_scoremap.linear import Reduction, explain, explain_targets
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Label, Target, select_scores
@@ -91,7 +93,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         attr_dim_summation: bool = True,
         grad_kwargs: dict[str, Any] | None = None,
         return_convergence_delta: bool = False,
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
     ) -> Any:
         """Return the score map, or the sub-scores, of the layer.
 
@@ -107,12 +109,14 @@ class LayerScoreMap(LayerAttribution, Contract):
                 parameters; the other options of ``torch.autograd.grad`` are accepted for compatibility with Captum.
             return_convergence_delta: Whether to return S - (A·Y + B) too, with B from the frozen model with the layer
                 at zero.
-            channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
+            channel_dim: Dimension of the channels; None to find it by the shapes of layer and input: the last for
+                (N, h, w, C), (N, tokens, C) and (tokens, N, C), else the first after the images.
 
         Returns:
-            Tensor in logits, (N, 1, h, w) for a layer of (N, C, h, w), or shaped like the layer without summation; a
-            tuple for a layer with several tensors, and for an input that is a tuple of one, as in ``sensitivity_max``;
-            a list for a list of layers. With the delta a pair of that and a tensor (N,), or a list of them.
+            Tensor in logits, (N, 1, h, w) for a layer of (N, C, h, w), (N, tokens, 1) for one of (N, tokens, C), or
+            shaped like the layer without summation; a tuple for a layer with several tensors, and for an input that is
+            a tuple of one, as in ``sensitivity_max``; a list for a list of layers. With the delta a pair of that and a
+            tensor (N,), or a list of them.
 
         Raises:
             TypeError: If an input is not floating point, or a target has no known form.
@@ -153,7 +157,7 @@ class LayerScoreMap(LayerAttribution, Contract):
             tensors,
             select,
             sites,
-            Reduction(self._multiply_by_inputs, channel_dim if attr_dim_summation else None),
+            Reduction(self._multiply_by_inputs, _channels(channel_dim, tensors) if attr_dim_summation else None),
             additional,
             rules=self._rules,
             keep=return_convergence_delta,
@@ -180,7 +184,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
         internal_batch_size: int | None = None,
     ) -> Any:
         """Return the score maps of many labels from one forward pass.
@@ -196,7 +200,8 @@ class LayerScoreMap(LayerAttribution, Contract):
             additional_forward_args: Additional arguments of ``forward_func``; they are constants.
             attribute_to_layer_input: Whether Y is the layer's input.
             relu_attributions: Whether to return the positive part only.
-            channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
+            channel_dim: Dimension of the channels; None to find it by the shapes of layer and input: the last for
+                (N, h, w, C), (N, tokens, C) and (tokens, N, C), else the first after the images.
             internal_batch_size: Bound on the images processed at once, and thereby on memory; None for a moderate one.
 
         Returns:
@@ -216,7 +221,7 @@ class LayerScoreMap(LayerAttribution, Contract):
             tensors,
             targets,
             sites,
-            Reduction(self._multiply_by_inputs, channel_dim),
+            Reduction(self._multiply_by_inputs, _channels(channel_dim, tensors)),
             as_tuple_of_arguments(additional_forward_args),
             rules=self._rules,
             internal_batch_size=internal_batch_size,
@@ -224,6 +229,30 @@ class LayerScoreMap(LayerAttribution, Contract):
         if relu_attributions:
             maps = [F.relu(one) for one in maps]
         return self._formatted(maps, None)
+
+    @staticmethod
+    def interpolate(
+        layer_attribution: Tensor, interpolate_dims: int | tuple[int, ...], interpolate_mode: str = "nearest"
+    ) -> Tensor:
+        """Enlarge a map, as Captum does; maps of tokens are laid out first.
+
+        Class and register tokens have no place in the image; :func:`captum_scoremap.token_grid` says what they add.
+
+        Args:
+            layer_attribution: (N, C, h, w), (N, C, length) for a single dimension; or a map that :meth:`attribute` made
+                of a layer of tokens, (N, tokens, 1) or (tokens, N, 1), or of (N, h, w, C), (N, h, w, 1).
+            interpolate_dims: Rows and columns.
+            interpolate_mode: As in ``torch.nn.functional.interpolate``.
+
+        Returns:
+            (N, C, rows, columns).
+
+        Raises:
+            ValueError: If tokens are no square but for up to eight. Lay them out with ``token_grid`` first.
+        """
+        if not isinstance(interpolate_dims, int) and len(interpolate_dims) == 2:
+            layer_attribution = as_images(layer_attribution)
+        return LayerAttribution.interpolate(layer_attribution, interpolate_dims, interpolate_mode)
 
     def has_convergence_delta(self) -> bool:
         """Return True: S = A·Y + B is exact, and the delta checks it."""
@@ -274,6 +303,11 @@ class LayerScoreMap(LayerAttribution, Contract):
         if isinstance(self.layer, (list, tuple)):
             return maps if deltas is None else (maps, deltas)
         return maps[0] if deltas is None else (maps[0], deltas[0])
+
+
+def _channels(channel_dim: int | None, inputs: tuple[Tensor, ...]) -> int | Callable[[Sequence[int]], int]:
+    """Return the dimension of the channels, or what finds it."""
+    return partial(channel_dim_of, input_shape=inputs[0].shape) if channel_dim is None else channel_dim
 
 
 def _check_layers(forward_func: Callable[..., Any], layer: object) -> list[nn.Module]:

@@ -19,9 +19,11 @@ class MainLayers:
     """
 
     def __init__(self) -> None:
-        self._found: dict[torch.Size, list[nn.Module]] = {}
+        self._found: dict[torch.Size, dict[nn.Module, tuple[int, int]]] = {}
 
-    def __call__(self, forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...]) -> list[nn.Module]:
+    def __call__(
+        self, forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...]
+    ) -> dict[nn.Module, tuple[int, int]]:
         """Return the layers, finest first; the model runs once more where the size of the image is a new one.
 
         Args:
@@ -30,14 +32,14 @@ class MainLayers:
             additional: Additional arguments.
 
         Returns:
-            Modules that return maps (N, C, h, w); empty if there are none.
+            Modules that return maps, to their rows and columns; empty if there are none.
         """
         size = image.shape[1:]
         if size not in self._found:
-            if isinstance(forward_func, MultiView):
-                ten = forward_func.views == "ten-crop"  # the layers see every image twice, also mirrored
-                found = [] if ten else main_modules(forward_func.features, image, channels_first=True)
+            if not isinstance(forward_func, MultiView):
+                self._found[size] = main_modules(forward_func, image, additional)
+            elif forward_func.views == "ten-crop":  # the layers see every image twice, also mirrored
+                self._found[size] = {}
             else:
-                found = main_modules(forward_func, image, additional, channels_first=True)
-            self._found[size] = found
+                self._found[size] = main_modules(forward_func.features, image)
         return self._found[size]

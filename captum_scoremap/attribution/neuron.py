@@ -1,6 +1,7 @@
 """NeuronScoreMap: the map of one neuron on the input or on any lower layer."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from captum_scoremap.checks import (
     is_tuple_of_one,
     unwrap_parallel,
 )
+from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.tape import Site, as_tuple_of_arguments
@@ -76,7 +78,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
         attr_dim_summation: bool = False,
         grad_kwargs: dict[str, Any] | None = None,
         return_convergence_delta: bool = False,
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
     ) -> Any:
         """Return the sub-scores (or coefficients) of a neuron.
 
@@ -92,7 +94,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
             grad_kwargs: With ``create_graph=True`` the result can be differentiated, in the inputs and in the model's
                 parameters; the other options of ``torch.autograd.grad`` are accepted for compatibility with Captum.
             return_convergence_delta: Whether to return activation - (A·Y + B) too.
-            channel_dim: Dimension of the channels; -1 for tokens.
+            channel_dim: Dimension of the channels; None to find it by the shapes of layer and input.
 
         Returns:
             Tensor, or tuple, shaped like the input or the output of ``to_layer``, in units of the activation; with the
@@ -123,6 +125,8 @@ class NeuronScoreMap(NeuronAttribution, Contract):
             check_layer(self.forward_func, to_layer)
             site = (to_layer, False)
 
+        channels = partial(channel_dim_of, input_shape=tensors[0].shape) if channel_dim is None else channel_dim
+
         def select(value: Any) -> Tensor:
             return select_neuron(value, neuron_selector)
 
@@ -131,7 +135,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
             tensors,
             select,
             [site],
-            Reduction(self._multiply_by_inputs, channel_dim if attr_dim_summation else None),
+            Reduction(self._multiply_by_inputs, channels if attr_dim_summation else None),
             additional,
             rules=self._rules,
             keep=return_convergence_delta,

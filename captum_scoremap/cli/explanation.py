@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from captum_scoremap.checks import nearest
-from captum_scoremap.layout import map_channel_dim, token_grid
+from captum_scoremap.layout import map_channel_dim, patch_grid, token_grid
 from captum_scoremap.linear import Target, linear_form
 from captum_scoremap.rules import tensors_in
 
@@ -168,7 +168,8 @@ def layer_numbers(
             "Choose one before the pooling or flattening."
         )
     (score_map,) = tensors_in(form.score_map(channel_dim))
-    score_map = score_map if channel_dim == 1 else token_grid(score_map)
+    if channel_dim != 1:
+        score_map = token_grid(score_map, patch_grid(size[1], inputs.shape) if len(size) == 3 else None)
     residual = float(form.relative_residual)
     return float(form.score), LayerNumbers(
         name,

@@ -7,7 +7,7 @@ from .bias_maps import BiasMaps, bias_maps, explain_completely
 from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
 from .explanation import Explanation, check_sites, explain, warn_of_probabilities
-from .form import LinearForm, linear_form
+from .form import LinearForm, LinearForms, linear_form
 from .ledger import Ledger, ledgers
 from .reduction import Reduction, image_sums
 
@@ -19,6 +19,7 @@ __all__ = [
     "LayerExactness",
     "Ledger",
     "LinearForm",
+    "LinearForms",
     "Reduction",
     "Target",
     "bias_maps",

@@ -74,15 +74,15 @@ def explain_targets(
         tensors = len(recording.tapped[site].values)
         if tensors != 1:
             raise ValueError(f"attribute_targets needs layers with one output tensor, got {tensors}. Use attribute.")
-    channels = 1 if reduction.channel_dim is None else reduction.channel_dim
+    channels = {site: reduction.channels(recording.tapped[site].activations[0]) or 1 for site in sites}
     images = max(1, (internal_batch_size or _IMAGES_AT_ONCE) // inputs[0].shape[0])
     with torch.no_grad():
         seeds = _Seeds(recording, output, labels)
-        forward = {site for site in sites if _is_forward(seeds, recording.tapped[site], reduction, channels)}
+        forward = {site for site in sites if _is_forward(seeds, recording.tapped[site], reduction, channels[site])}
         backward = [site for site in sites if site not in forward]
         maps = _pushed_back(seeds, {site: recording.tapped[site] for site in backward}, reduction, channels, images)
         for site in forward:
-            maps[site] = _pushed_forward(seeds, recording.tapped[site], channels, images)
+            maps[site] = _pushed_forward(seeds, recording.tapped[site], channels[site], images)
     return [maps[site] for site in sites]
 
 
@@ -136,7 +136,7 @@ def _is_forward(seeds: _Seeds, tapped: Tapped, reduction: Reduction, channels: i
 
 
 def _pushed_back(
-    seeds: _Seeds, sites: Mapping[Site, Tapped], reduction: Reduction, channels: int, images: int
+    seeds: _Seeds, sites: Mapping[Site, Tapped], reduction: Reduction, channels: Mapping[Site, int], images: int
 ) -> dict[Site, Tensor]:
     """One pass over the transposed steps for each label, several at once."""
     if not sites:
@@ -153,8 +153,8 @@ def _pushed_back(
             one = found.get(tapped.values[0])
             if one is None:
                 one = y.new_zeros((len(rows), *reduction.shape(y)))
-            parts[site].append(torch.cat(one.unbind(0), channels))
-    return {site: torch.cat(some, channels) for site, some in parts.items()}
+            parts[site].append(torch.cat(one.unbind(0), channels[site]))
+    return {site: torch.cat(some, channels[site]) for site, some in parts.items()}
 
 
 def _pushed_forward(seeds: _Seeds, tapped: Tapped, channels: int, positions_at_once: int) -> Tensor:

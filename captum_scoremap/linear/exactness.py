@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import UnsupportedOperationError, check_callable, check_inputs
 from captum_scoremap.rules import Rule, display_name, with_rules
-from captum_scoremap.scores import select_scores
+from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Recording, Site
 
 from .bias_terms import shares_of_constants
@@ -74,7 +74,7 @@ class Exactness:
 def check_exactness(
     model: nn.Module,
     inputs: Tensor,
-    target: int,
+    target: Target,
     *,
     rules: Mapping[Any, Rule] | None = None,
     tolerance: float | None = None,
@@ -85,7 +85,7 @@ def check_exactness(
     Args:
         model: The model in evaluation mode.
         inputs: One image, (1, C, H, W).
-        target: Index of the label.
+        target: Label in any of Captum's forms, or a function from the model's output to (N,).
         rules: Operation to rule, to replace or add some.
         tolerance: The largest residual that counts as rounding; None for one that fits the type of the inputs.
         progress: Wraps the loop over layers, as ``tqdm`` does.

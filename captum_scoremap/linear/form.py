@@ -1,23 +1,25 @@
 """Eq. (2)-(3) as objects: the score of a label as A·Y + B with the outputs Y of any layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.layout import channel_dim_of, placed_map
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments
 
-from .explanation import explain
+from .explanation import Explanation, explain
+from .form_table import as_html, as_text
 from .ledger import Ledger, ledgers
 from .reduction import Reduction
 
-__all__ = ["LinearForm", "linear_form"]
+__all__ = ["LinearForm", "LinearForms", "linear_form"]
 
 Tensors = Tensor | tuple[Tensor, ...]
 
@@ -29,7 +31,7 @@ def _no_ledger() -> Ledger:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearForm:
     """The score of a label as an affine function of one layer's output: S = A·Y + B, Eq. (3) of Yu et al. 2015.
 
@@ -39,11 +41,18 @@ class LinearForm:
         bias: B, (N,), in logits: the frozen model with the layer at zero.
         score: S, (N,), in logits, as the model gives it.
         sums: Sum of A·Y for each image, (N,), in logits.
+        layer: Name of the layer; "input" for the image.
+
+    Forms of one layer at one image add up, subtract (the contrast "why this label and not that") and take factors, as
+    scores do.
 
     Example:
         >>> form = linear_form(nn.Linear(3, 2), torch.rand(1, 3), target=0)
         >>> bool(torch.allclose(form.score, form.sub_scores.sum(1) + form.bias))
         True
+        >>> double = form + form
+        >>> double == 2 * form, double == form
+        (True, False)
     """
 
     coefficients: Tensors
@@ -51,7 +60,9 @@ class LinearForm:
     bias: Tensor
     score: Tensor
     sums: Tensor
-    _ledger: Callable[[], Ledger] = field(repr=False, compare=False, default=_no_ledger)
+    _ledger: Callable[[], Ledger] = field(default=_no_ledger)
+    layer: str = ""
+    _input_shape: tuple[int, ...] = ()
 
     def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return the complete map C: the score map plus every constant above the layer, at its place.
@@ -79,16 +90,17 @@ class LinearForm:
             return self.coefficients * self.activations
         return tuple(a * y for a, y in zip(self.coefficients, self.activations, strict=True))
 
-    def score_map(self, channel_dim: int = 1) -> Tensors:
+    def score_map(self, channel_dim: int | None = None) -> Tensors:
         """Return the score map M, Eq. (4): the sub-scores summed over channels, kept with size 1.
 
         Args:
-            channel_dim: Dimension of the channels; -1 for tokens, (N, tokens, C).
+            channel_dim: Dimension of the channels; None to find it by the shapes of layer and input.
 
         Returns:
-            In logits, (N, 1, H, W) for a layer of (N, C, H, W).
+            In logits, (N, 1, H, W) for a layer of (N, C, H, W), (N, tokens, 1) for one of (N, tokens, C).
         """
-        reduction = Reduction(channel_dim=channel_dim)
+        found = partial(channel_dim_of, input_shape=self._input_shape)
+        reduction = Reduction(channel_dim=found if channel_dim is None else channel_dim)
         if isinstance(self.coefficients, Tensor) and isinstance(self.activations, Tensor):
             return reduction(self.coefficients, self.activations)
         return tuple(reduction(a, y) for a, y in zip(self.coefficients, self.activations, strict=True))
@@ -104,29 +116,147 @@ class LinearForm:
         scale = self.score.abs() + self.sums.abs()
         return self.residual.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
-    def __sub__(self, other: "LinearForm") -> "LinearForm":
-        """Return the contrast "why this label and not that": coefficients, bias and score subtracted; Y is the same."""
+    def plot(self, image: Any = None, **options: Any) -> tuple[Any, Any]:
+        """Draw the score map.
+
+        Args:
+            image: What to draw it over, as :func:`captum_scoremap.visualization.visualize_score_map` takes it.
+            **options: Further arguments of that function.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            ValueError: If the layer has no place in the image.
+
+        Example:
+            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+            >>> figure, axes = linear_form(model, torch.rand(1, 3, 6, 6), 7, model[1]).plot()
+        """
+        from captum_scoremap.visualization import visualize_score_map
+
+        if not isinstance(self.coefficients, Tensor) or not isinstance(self.activations, Tensor):
+            raise ValueError(f"the layer must give one tensor to be drawn, got {len(self.activations)}.")
+        placed = rest = None
+        if len(self._input_shape) == 4:
+            placed, rest = placed_map(self.coefficients * self.activations, self._input_shape)
+        if placed is None:
+            raise ValueError(
+                "the layer must have a place in the image to be drawn, (N, C, h, w) or (N, tokens, C), got "
+                f"{tuple(self.activations.shape)}."
+            )
+        if len(self.score) == 1:
+            lines = [f"{self.layer or 'layer'}: S = {float(self.score):.2f}"]
+            lines.append(f"Σ A·Y = {float(placed.sum()):.2f}, B = {float(self.bias):.2f}")
+            if rest is not None:
+                lines.append(f"class tokens: {float(rest):.2f}")
+            options = {"title": "\n".join(lines), **options}
+        return visualize_score_map(placed, image, **options)
+
+    def __repr__(self) -> str:
+        parts = zip(self.score, self.sums, self.bias, strict=True)
+        shown = [f"{score:.4f} = {total:.4f} + {bias:.4f}" for score, total, bias in list(parts)[:3]]
+        dots = ", ..." if len(self.score) > len(shown) else ""
+        shapes = ", ".join(str(tuple(y.shape)) for y in tensors_in(self.activations))
+        return f"LinearForm({self.layer or 'layer'} {shapes}: S = A·Y + B = {', '.join(shown)}{dots})"
+
+    def _repr_html_(self) -> str:
+        return as_html([self])
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether A, Y, B and S are equal, number by number."""
         if not isinstance(other, LinearForm):
             return NotImplemented
-        mine, others = list(tensors_in(self.activations)), list(tensors_in(other.activations))
-        if [t.shape for t in mine] != [t.shape for t in others] or not all(map(torch.equal, mine, others)):
+        return _are_equal(self._tensors(), other._tensors())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.score.tolist()))
+
+    def __add__(self, other: object) -> "LinearForm":
+        """Return the form of the sum of two scores; Y is the same."""
+        return self._combined(other, 1, 1)
+
+    def __radd__(self, other: object) -> "LinearForm":
+        """Return the form itself, as ``sum`` begins, with 0."""
+        if isinstance(other, int) and other == 0:
+            return self
+        return NotImplemented
+
+    def __sub__(self, other: object) -> "LinearForm":
+        """Return the contrast "why this label and not that": coefficients, bias and score subtracted; Y is the same."""
+        return self._combined(other, 1, -1)
+
+    def __mul__(self, factor: float) -> "LinearForm":
+        """Return the form of a multiple of the score."""
+        return self._combined(self, factor, 0) if isinstance(factor, (int, float)) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "LinearForm":
+        """Return the form of a fraction of the score."""
+        return self * (1 / divisor) if isinstance(divisor, (int, float)) else NotImplemented
+
+    def __neg__(self) -> "LinearForm":
+        return self * -1
+
+    def _tensors(self) -> list[Tensor]:
+        return list(tensors_in((self.coefficients, self.activations, self.bias, self.score)))
+
+    def _combined(self, other: object, mine: float, others: float) -> "LinearForm":
+        """Return the weighted sum of two forms of one layer."""
+        if not isinstance(other, LinearForm):
+            return NotImplemented  # type: ignore[no-any-return]
+        if not _are_equal(list(tensors_in(self.activations)), list(tensors_in(other.activations))):
             raise ValueError(
-                "two linear forms must be of the same layer at the same image to be subtracted; got different "
+                "two linear forms must be of the same layer at the same image to be added or subtracted; got different "
                 "activations."
             )
+
+        def combined(one: Tensor, another: Tensor) -> Tensor:
+            return mine * one + others * another if others else mine * one
+
         if isinstance(self.coefficients, Tensor) and isinstance(other.coefficients, Tensor):
-            coefficients: Tensors = self.coefficients - other.coefficients
+            coefficients: Tensors = combined(self.coefficients, other.coefficients)
         else:
-            coefficients = tuple(a - b for a, b in zip(self.coefficients, other.coefficients, strict=True))
+            coefficients = tuple(map(combined, self.coefficients, other.coefficients))
         return LinearForm(
             coefficients,
             self.activations,
-            self.bias - other.bias,
-            self.score - other.score,
-            self.sums - other.sums,
+            combined(self.bias, other.bias),
+            combined(self.score, other.score),
+            combined(self.sums, other.sums),
+            layer=self.layer,
+            _input_shape=self._input_shape,
         )
 
 
+def _are_equal(mine: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether tensors are equal, number by number; those of other types or devices are not."""
+    kinds, other_kinds = ([(t.shape, t.dtype, t.device) for t in tensors] for tensors in (mine, others))
+    return kinds == other_kinds and all(map(torch.equal, mine, others))
+
+
+class LinearForms(list[LinearForm]):
+    """The linear forms of several layers, a list that prints as a table.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+        >>> for parameter in model.parameters():
+        ...     _ = nn.init.ones_(parameter)
+        >>> linear_form(model, torch.ones(1, 3), target=0, layer=[None, model[0]])
+        layer  size   Σ A·Y       B       S  residual
+        input     3  6.0000  3.0000  9.0000   0.0e+00
+        0         2  8.0000  1.0000  9.0000   0.0e+00
+    """
+
+    def __repr__(self) -> str:
+        return as_text(self) if self else "[]"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+@overload
 def linear_form(
     forward_func: Callable[..., Any],
     inputs: Tensors,
@@ -136,8 +266,40 @@ def linear_form(
     *,
     attribute_to_layer_input: bool = False,
     rules: Mapping[Any, Rule] | None = None,
-) -> LinearForm:
-    """Return the score of a label as A·Y + B with the output Y of a layer, Eq. (3) of Yu et al. 2015.
+) -> LinearForm: ...
+@overload
+def linear_form(
+    forward_func: Callable[..., Any],
+    inputs: Tensors,
+    target: Target = None,
+    *,
+    layer: Sequence[nn.Module | None],
+    additional_forward_args: object = None,
+    attribute_to_layer_input: bool = False,
+    rules: Mapping[Any, Rule] | None = None,
+) -> LinearForms: ...
+@overload
+def linear_form(
+    forward_func: Callable[..., Any],
+    inputs: Tensors,
+    target: Target,
+    layer: Sequence[nn.Module | None],
+    additional_forward_args: object = None,
+    *,
+    attribute_to_layer_input: bool = False,
+    rules: Mapping[Any, Rule] | None = None,
+) -> LinearForms: ...
+def linear_form(
+    forward_func: Callable[..., Any],
+    inputs: Tensors,
+    target: Target = None,
+    layer: nn.Module | Sequence[nn.Module | None] | None = None,
+    additional_forward_args: object = None,
+    *,
+    attribute_to_layer_input: bool = False,
+    rules: Mapping[Any, Rule] | None = None,
+) -> LinearForm | LinearForms:
+    """The score of a label as A·Y + B with the output Y of a layer, Eq. (3) of Yu et al. 2015.
 
     A comes from one backward pass, B from the frozen model with the layer set to zero, S from the model itself, so that
     ``residual`` is a check of all three.
@@ -146,13 +308,14 @@ def linear_form(
         forward_func: The model in evaluation mode, or a function that calls it.
         inputs: The image, (N, C, H, W), or a tuple of such inputs.
         target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
-        layer: The layer; None for the image itself. If it runs more than once, its last call counts.
+        layer: The layer; None for the image itself; or several, for which one run and one backward pass serve. If one
+            runs more than once, its last call counts.
         additional_forward_args: Additional arguments; they are constants.
         attribute_to_layer_input: Whether Y is the layer's input.
         rules: Operation to rule, to replace or add some.
 
     Returns:
-        The linear form.
+        The linear form; for several layers a list of them, which prints as a table.
 
     Raises:
         TypeError: If the model is compiled or scripted, an input is not floating point, or the layer is no module.
@@ -171,30 +334,47 @@ def linear_form(
         True
     """
     check_callable(forward_func)
-    tensors = check_inputs(inputs, indices=layer is not None)
-    site: Site | None = None
-    if layer is not None:
-        check_layer(forward_func, layer)
-        site = (layer, attribute_to_layer_input)
-    forward_func = unwrap_parallel(forward_func)
-    additional = as_tuple_of_arguments(additional_forward_args)
+    several = not isinstance(layer, (nn.Module, str)) and layer is not None
+    layers: Sequence[Any] = layer if several else [layer]  # type: ignore[assignment]
+    if not layers:
+        raise ValueError("layer must name at least one module, got none. Leave it out for the image itself.")
+    tensors = check_inputs(inputs, indices=None not in layers)
+    for one in layers:
+        if one is not None:
+            check_layer(forward_func, one)
+    sites: list[Site | None] = [None if one is None else (one, attribute_to_layer_input) for one in layers]
 
     def select(output: Any) -> Tensor:
         return select_scores(output, target, len(tensors[0]))
 
     found = explain(
-        forward_func, tensors, select, [site], Reduction(multiply=False), additional, rules=rules, keep=True
+        unwrap_parallel(forward_func),
+        tensors,
+        select,
+        sites,
+        Reduction(multiply=False),
+        as_tuple_of_arguments(additional_forward_args),
+        rules=rules,
+        keep=True,
     )
+    forms = LinearForms(_form(found, site, inputs) for site in sites)
+    return forms if several else forms[0]
+
+
+def _form(found: Explanation, site: Site | None, inputs: Tensors) -> LinearForm:
+    """Return the form at one of the sites that a run explained."""
     coefficients, activations = found.results[site], found.tapped(site).activations
     single = isinstance(inputs, Tensor) if site is None else not found.tapped(site).is_tuple
+    shape = tuple(tensors_in(inputs)[0].shape)
 
     @torch.no_grad()
     def ledger() -> Ledger:
-        if tensors[0].dim() != 4 or any(y.dim() < 3 for y in activations):
+        if len(shape) != 4 or any(y.dim() < 3 for y in activations):
             return _no_ledger()
         seeds = found.seeds(torch.ones_like(found.score))
-        return ledgers(found.recording, seeds, found.score, [site], tensors[0].shape)[0]
+        return ledgers(found.recording, seeds, found.score, [site], shape)[0]
 
+    name = "input" if site is None else found.recording.places.name_of(site[0]) or type(site[0]).__name__
     return LinearForm(
         coefficients[0] if single else coefficients,
         activations[0].clone() if single else tuple(y.clone() for y in activations),
@@ -202,4 +382,6 @@ def linear_form(
         found.score,
         found.sums(site),
         cache(ledger),
+        name,
+        shape,
     )

@@ -6,21 +6,18 @@ of a tensor with places by steps that only move elements, or that keep the posit
 elements are carried back along those steps, which is what their transposes do, up to where the branch begins.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from captum_scoremap.checks import is_traced, unrecorded
-from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.layout import map_channel_dim, patch_grid
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Tape
 
 __all__ = ["Entry", "Placement"]
 
-# The most tokens that may stand before the patches: a class token, a distillation token, registers.
-_EXTRA_TOKENS = 8
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 64
 
@@ -82,6 +79,8 @@ class Placement:
 
     def _by_shape(self, product: Tensor) -> Entry | None:
         """The sum over channels, if the shape says where they are."""
+        if product.dim() == 3 and product.shape[0] != self._images and product.shape[1] == self._images:
+            product = product.transpose(0, 1)  # (tokens, N, C)
         shape = tuple(product.shape)
         channel_dim = map_channel_dim(shape, self._image_shape)
         if channel_dim is None:
@@ -93,19 +92,12 @@ class Placement:
             if channel_dim == -1 and abs(rows * width - columns * height) > max(height, width):
                 return None  # windows by tokens of a window, say: no grid of the image's proportions
             return summed.reshape(self._images, 1, rows, columns), None
-        grid = self._grid_of(shape[1])
+        grid = patch_grid(shape[1], self._image_shape, self._grids)
         if grid is None:
             return None
         extra = shape[1] - grid[0] * grid[1]
         rest = summed[:, :extra].sum(1) if extra else None
         return summed[:, extra:].reshape(self._images, 1, *grid), rest
-
-    def _grid_of(self, tokens: int) -> tuple[int, int] | None:
-        """Rows and columns of patches among so many tokens."""
-        side = math.isqrt(tokens)
-        known = [grid for grid in self._grids if 0 <= tokens - grid[0] * grid[1] <= _EXTRA_TOKENS]
-        grid = max(known, key=math.prod, default=(side, side))
-        return grid if tokens - math.prod(grid) <= _EXTRA_TOKENS else None
 
     def _carried_back(self, product: Tensor, value: Value) -> Iterator[tuple[Tensor, Value]]:
         """The same numbers at the elements of the values that the value was made of, if these have its positions."""

@@ -18,12 +18,16 @@ class Reduction:
 
     Attributes:
         multiply: Whether to take the sub-scores A·Y, or A alone.
-        channel_dim: Dimension to sum over, kept with size 1; None to sum over none. A layer whose output has no such
-            dimension is left as it is.
+        channel_dim: Dimension to sum over, kept with size 1, or what finds it by the shape of the output; None to sum
+            over none. A layer whose output has no such dimension is left as it is.
     """
 
     multiply: bool = True
-    channel_dim: int | None = None
+    channel_dim: int | Callable[[Sequence[int]], int] | None = None
+
+    def channels(self, activations: Tensor) -> int | None:
+        """Return the dimension to sum over; None to sum over none."""
+        return self.channel_dim(activations.shape) if callable(self.channel_dim) else self.channel_dim
 
     def shape(self, activations: Tensor) -> torch.Size:
         """Shape of the result."""
@@ -51,10 +55,8 @@ class Reduction:
 
     def _channels(self, activations: Tensor) -> int | None:
         """Return the dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
-        dims = activations.dim()
-        if self.channel_dim is None or not -dims <= self.channel_dim < dims:
-            return None
-        return self.channel_dim % dims - dims
+        dims, channels = activations.dim(), self.channels(activations)
+        return None if channels is None or not -dims <= channels < dims else channels % dims - dims
 
 
 def image_sums(products: Sequence[Tensor], axes: Sequence[int | None], score: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from captum_scoremap.layout import resized
-from captum_scoremap.metrics.maps import Attribution, check_batch_size, check_images, in_batches, label_scores
+from captum_scoremap.metrics.maps import Attribution, Score, check_batch_size, check_images, in_batches, label_scores
 
 __all__ = ["CauseGame", "cause_game", "single_deletion"]
 
@@ -43,7 +43,7 @@ class CauseGame:
 
 
 def cause_game(
-    forward_func: Callable[..., Any], attribute: Attribution, inputs: Tensor, changed: Tensor, target: Tensor
+    forward_func: Callable[..., Any], attribute: Attribution, inputs: Tensor, changed: Tensor, target: Score
 ) -> CauseGame:
     """Change some pixels, and see whether the map puts the rise of the score there.
 
@@ -56,7 +56,7 @@ def cause_game(
             enlarged with sums kept.
         inputs: Images (N, C, H, W).
         changed: The same images, changed inside a region each, the smallest box around all changed pixels.
-        target: Labels (N,).
+        target: Labels (N,), or a function from the model's output to (N,).
 
     Returns:
         Rise and what is placed, for each image.
@@ -93,7 +93,7 @@ def single_deletion(
     forward_func: Callable[..., Any],
     attribute: Attribution,
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     cells: int = 4,
     batch_size: int = 32,
 ) -> Tensor:
@@ -106,7 +106,7 @@ def single_deletion(
         forward_func: The model; returns scores (N, K).
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``, signed.
         inputs: Images (N, C, H, W).
-        target: Labels (N,).
+        target: Labels (N,), or a function from the model's output to (N,).
         cells: Cells along each side.
         batch_size: Images that the model sees at once.
 
@@ -137,7 +137,7 @@ def single_deletion(
     def deleted(index: Tensor) -> Tensor:
         return inputs[index // count] * (cell != (index % count)[:, None, None])[:, None]
 
-    scores = in_batches(label_scores, forward_func, deleted, target.repeat_interleave(count), batch_size)
+    scores = in_batches(label_scores, forward_func, deleted, inputs, target, count, batch_size)
     drops = label_scores(forward_func, inputs, target)[:, None] - scores.view(-1, count)
     pairs = zip(sums, drops, strict=True)
     return torch.tensor([_rank_correlation(one, other) for one, other in pairs], dtype=inputs.dtype)

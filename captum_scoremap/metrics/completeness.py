@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, check_images, label_scores
+from captum_scoremap.metrics.maps import Attribution, Score, check_images, label_scores
 
 
 def completeness(
     forward_func: Callable[..., Any],
     attribute: Attribution,
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     offset: Tensor | float = 0.0,
 ) -> Tensor:
     """Return what an attribution leaves unexplained: score - offset - sum of the attribution.
@@ -25,7 +25,7 @@ def completeness(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C, h, w)``; summed as it is, never resized.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         offset: ``(N,)`` or one number, logits.
 
     Returns:

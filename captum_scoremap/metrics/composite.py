@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, check_images, unit_maps
+from captum_scoremap.metrics.maps import Attribution, Score, check_images, unit_maps
 from captum_scoremap.metrics.remove_and_debias import road
 
 
@@ -40,7 +40,7 @@ def arcc(
     forward_func: Callable[..., Any],
     attribute: Attribution,
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     fractions: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     noise: float = 0.01,
     generator: torch.Generator | None = None,
@@ -56,7 +56,7 @@ def arcc(
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``; called for the images, and for the images times
             their maps.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         fractions: as in :func:`road`.
         noise: as in :func:`road`.
         generator: as in :func:`road`.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, check_images, label_probabilities, unit_maps
+from captum_scoremap.metrics.maps import Attribution, Score, check_images, label_probabilities, unit_maps
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MaskedConfidence:
 
 
 def masked_confidence(
-    forward_func: Callable[..., Any], attribute: Attribution, inputs: Tensor, target: Tensor
+    forward_func: Callable[..., Any], attribute: Attribution, inputs: Tensor, target: Score
 ) -> MaskedConfidence:
     """Multiply the image by its map, and see what is left of the label's probability.
 
@@ -51,7 +51,7 @@ def masked_confidence(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``; zero is where the mask is zero.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
 
     Returns:
         The probabilities of each image.

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.scores import logits_in
+from captum_scoremap.scores import logits_in, select_scores
 
-Attribution: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Score: TypeAlias = Tensor | Callable[[Any], Tensor]
+"""Which score is meant: labels ``(N,)``, or a function from the model's output to ``(N,)``."""
+
+Attribution: TypeAlias = Callable[[Tensor, Any], Tensor]
 """``attribute(inputs, target)``: inputs ``(N, C, H, W)`` and labels ``(N,)`` to ``(N, C or 1, h, w)``."""
 
 
@@ -42,7 +45,7 @@ def input_sized(attributions: Tensor, height: int, width: int) -> Tensor:
     return maps[:, 0]
 
 
-def attribution_maps(attribute: Attribution, inputs: Tensor, target: Tensor) -> Tensor:
+def attribution_maps(attribute: Attribution, inputs: Tensor, target: Score) -> Tensor:
     """Return ``attribute(inputs, target)`` as input-sized maps ``(N, H, W)``."""
     return input_sized(attribute(inputs, target), inputs.shape[-2], inputs.shape[-1])
 
@@ -53,7 +56,7 @@ def ranks(maps: Tensor) -> Tensor:
     return order.argsort(dim=1).view_as(maps)
 
 
-def unit_maps(attribute: Attribution, inputs: Tensor, target: Tensor) -> Tensor:
+def unit_maps(attribute: Attribution, inputs: Tensor, target: Score) -> Tensor:
     """Return the positive parts of ``attribute(inputs, target)`` as input-sized maps ``(N, 1, H, W)`` between 0 and 1.
 
     Each is divided by its largest value; a map without anything positive is zero.
@@ -63,8 +66,8 @@ def unit_maps(attribute: Attribution, inputs: Tensor, target: Tensor) -> Tensor:
     return positive / torch.where(largest > 0, largest, 1.0)
 
 
-def check_images(inputs: Tensor, target: Tensor) -> None:
-    """Check that there is a batch of images with one label for each.
+def check_images(inputs: Tensor, target: Score) -> None:
+    """Check that there is a batch of images with one label for each, or a function.
 
     Raises:
         ValueError: if inputs are no ``(N, C, H, W)`` or target is no ``(N,)``.
@@ -72,7 +75,7 @@ def check_images(inputs: Tensor, target: Tensor) -> None:
     if inputs.dim() != 4:
         advice = " Use inputs[None]." if inputs.dim() == 3 else ""
         raise ValueError(f"inputs must have the shape (N, C, H, W), got {tuple(inputs.shape)}.{advice}")
-    if tuple(target.shape) != (inputs.shape[0],):
+    if isinstance(target, Tensor) and tuple(target.shape) != (inputs.shape[0],):
         raise ValueError(
             f"target must hold one label per image, ({inputs.shape[0]},), got {tuple(target.shape)}. "
             "Use torch.full((len(inputs),), label) for one label."
@@ -90,10 +93,12 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def in_batches(
-    value: Callable[[Callable[..., Any], Tensor, Tensor], Tensor],
+    value: Callable[[Callable[..., Any], Tensor, Any], Tensor],
     forward_func: Callable[..., Any],
     images: Callable[[Tensor], Tensor],
-    labels: Tensor,
+    inputs: Tensor,
+    target: Score,
+    copies: int,
     batch_size: int,
 ) -> Tensor:
     """Return the values of many changed images, which are made when the model is about to see them.
@@ -102,25 +107,28 @@ def in_batches(
         value: :func:`label_scores` or :func:`label_probabilities`.
         forward_func: the model; returns scores ``(N, K)``.
         images: from indices ``(n,)`` of the changed images to these images ``(n, C, H, W)``.
-        labels: of all changed images, ``(M,)``.
+        inputs: the images as they were, ``(N, C, H, W)``.
+        target: labels ``(N,)``, or a function.
+        copies: how many changed images there are of each.
         batch_size: images that the model sees at once.
 
     Returns:
-        ``(M,)``.
+        ``(N * copies,)``.
     """
-    indices = torch.arange(len(labels), device=labels.device).split(batch_size)
-    return torch.cat([value(forward_func, images(some), labels[some]) for some in indices])
+    indices = torch.arange(len(inputs) * copies, device=inputs.device).split(batch_size)
+    labels = target.repeat_interleave(copies).to(inputs.device) if isinstance(target, Tensor) else None
+    return torch.cat([value(forward_func, images(i), target if labels is None else labels[i]) for i in indices])
 
 
-def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:
+def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: Score) -> Tensor:
     """Return the score (logit) of each image's label, ``(N,)``."""
     with torch.no_grad():
-        scores: Tensor = logits_in(forward_func(inputs))
-    return scores.gather(1, target[:, None])[:, 0]
+        return select_scores(forward_func(inputs), target, len(inputs))
 
 
-def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:
-    """Return the probability (softmax of the scores) of each image's label, ``(N,)``."""
+def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target: Score) -> Tensor:
+    """Return the probability (softmax of the scores) of each image's label, ``(N,)``; of a function its value."""
     with torch.no_grad():
-        scores: Tensor = logits_in(forward_func(inputs))
-    return scores.softmax(dim=1).gather(1, target[:, None])[:, 0]
+        scores = forward_func(inputs)
+        scores = logits_in(scores) if isinstance(target, Tensor) else scores
+        return select_scores(scores.softmax(dim=1) if isinstance(target, Tensor) else scores, target, len(inputs))

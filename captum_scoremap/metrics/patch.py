@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import label_probabilities
+from captum_scoremap.metrics.maps import Score, label_probabilities
 
 
 def patch_score(
     forward_func: Callable[..., Any],
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     boxes: Tensor,
     view: tuple[int, int] | None = None,
 ) -> Tensor:
@@ -25,7 +25,7 @@ def patch_score(
     Args:
         forward_func: the model; returns scores ``(N, K)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         boxes: pixel ``x0, y0, x1, y1`` (end exclusive), integers; ``(N, 4)``, or ``(N, k, 4)`` for k patches
             of each image.
         view: rows and columns to which a patch is enlarged (bicubic, antialiased); the size of the images if
@@ -60,12 +60,13 @@ def patch_score(
     size = (height, width) if view is None else view
     per_image = boxes if boxes.dim() == 3 else boxes[:, None]
     probabilities = []
-    for image, label, image_boxes in zip(inputs, target, per_image, strict=True):
+    for place, (image, image_boxes) in enumerate(zip(inputs, per_image, strict=True)):
         patches = [
             F.interpolate(image[None, :, top:bottom, left:right], size, mode="bicubic", antialias=True)
             for left, top, right, bottom in image_boxes.tolist()
         ]
-        probabilities.append(label_probabilities(forward_func, torch.cat(patches), label.expand(len(patches))))
+        label = target[place].expand(len(patches)) if isinstance(target, Tensor) else target
+        probabilities.append(label_probabilities(forward_func, torch.cat(patches), label))
     scores = torch.stack(probabilities)
     return scores if boxes.dim() == 3 else scores[:, 0]
 

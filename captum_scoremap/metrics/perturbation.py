@@ -10,6 +10,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from captum_scoremap.metrics.maps import (
     Attribution,
+    Score,
     attribution_maps,
     check_batch_size,
     check_images,
@@ -45,7 +46,7 @@ def insertion(
     forward_func: Callable[..., Any],
     attribute: Attribution,
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     baseline: str | Tensor = "blur",
     steps: int = 32,
     batch_size: int = 32,
@@ -58,7 +59,7 @@ def insertion(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         baseline: ``"blur"`` (Gaussian of 11 pixels, sigma 5, as in RISE), ``"mean"`` (the mean color of each
             image), ``"zero"``, or a tensor that broadcasts to the inputs.
         steps: number of equal shares in which the pixels are exchanged.
@@ -87,7 +88,7 @@ def deletion(
     forward_func: Callable[..., Any],
     attribute: Attribution,
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     baseline: str | Tensor = "zero",
     steps: int = 32,
     batch_size: int = 32,
@@ -101,7 +102,7 @@ def deletion(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         baseline: as in :func:`insertion`.
         steps: number of equal shares in which the pixels are exchanged.
         batch_size: images that the model sees at once.
@@ -127,7 +128,7 @@ def _curve(
     forward_func: Callable[..., Any],
     attribute: Attribution,
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     baseline: str | Tensor,
     steps: int,
     batch_size: int,
@@ -148,8 +149,7 @@ def _curve(
         which, step = index // (steps + 1), index % (steps + 1)
         return torch.where(rank[which] < exchanged[step][:, None, None, None], after[which], before[which])
 
-    labels = target.repeat_interleave(steps + 1)
-    probabilities = in_batches(label_probabilities, forward_func, images, labels, batch_size)
+    probabilities = in_batches(label_probabilities, forward_func, images, inputs, target, steps + 1, batch_size)
     return PerturbationCurve((exchanged / pixels).to(inputs), probabilities.view(len(inputs), steps + 1))
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, attribution_maps, check_images
+from captum_scoremap.metrics.maps import Attribution, Score, attribution_maps, check_images
 
 
 def mosaics(
@@ -93,7 +93,7 @@ def grid_pointing_game(attribute: Attribution, images: Tensor, labels: Tensor) -
     return torch.stack(shares).view(len(images), cells)
 
 
-def pointing_game(attribute: Attribution, inputs: Tensor, target: Tensor, masks: Tensor, tolerance: int = 0) -> Tensor:
+def pointing_game(attribute: Attribution, inputs: Tensor, target: Score, masks: Tensor, tolerance: int = 0) -> Tensor:
     """Return whether the highest value of the map lies on the object.
 
     Zhang et al. 2016, *Top-down Neural Attention by Excitation Backprop* (with a tolerance of 15 pixels).
@@ -101,7 +101,7 @@ def pointing_game(attribute: Attribution, inputs: Tensor, target: Tensor, masks:
     Args:
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         masks: where the object is, boolean ``(N, H, W)``.
         tolerance: pixels by which the highest value may lie beside the object (distance in both axes).
 
@@ -128,7 +128,7 @@ def pointing_game(attribute: Attribution, inputs: Tensor, target: Tensor, masks:
     return reach.flatten(start_dim=1).gather(1, highest)[:, 0] > 0
 
 
-def energy_pointing_game(attribute: Attribution, inputs: Tensor, target: Tensor, masks: Tensor) -> Tensor:
+def energy_pointing_game(attribute: Attribution, inputs: Tensor, target: Score, masks: Tensor) -> Tensor:
     """Return the share of the positive attribution that lies on the object.
 
     Wang et al. 2020, *Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks*,
@@ -137,7 +137,7 @@ def energy_pointing_game(attribute: Attribution, inputs: Tensor, target: Tensor,
     Args:
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         masks: where the object is, boolean ``(N, H, W)``.
 
     Returns:
@@ -159,7 +159,7 @@ def energy_pointing_game(attribute: Attribution, inputs: Tensor, target: Tensor,
     return torch.where(total > 0, inside / total, 0.0)
 
 
-def _check_masks(inputs: Tensor, target: Tensor, masks: Tensor) -> None:
+def _check_masks(inputs: Tensor, target: Score, masks: Tensor) -> None:
     check_images(inputs, target)
     expected = (inputs.shape[0], *inputs.shape[-2:])
     if tuple(masks.shape) != expected or masks.dtype is not torch.bool:

@@ -2,19 +2,20 @@
 
 import copy
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from captum_scoremap.metrics.maps import check_images, input_sized
+from captum_scoremap.metrics.maps import Score, check_images, input_sized
 
 
 def parameter_randomization(
     model: nn.Module,
-    attribute: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    attribute: Callable[[nn.Module, Tensor, Any], Tensor],
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     seed: int = 0,
     layers: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def parameter_randomization(
         attribute: ``attribute(model, inputs, target) -> (N, C or 1, h, w)``: the method, built on the model
             it is given.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         seed: of the new parameters; torch's own generator is left as it is.
         layers: names of the layers after which to compare; after every one if None. All are randomized.
 

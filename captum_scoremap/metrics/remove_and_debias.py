@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captum_scoremap.metrics.maps import (
     Attribution,
+    Score,
     attribution_maps,
     check_batch_size,
     check_images,
@@ -52,7 +53,7 @@ def road(
     forward_func: Callable[..., Any],
     attribute: Attribution,
     inputs: Tensor,
-    target: Tensor,
+    target: Score,
     fractions: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     noise: float = 0.01,
     generator: torch.Generator | None = None,
@@ -68,7 +69,7 @@ def road(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``.
+        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
         fractions: shares of the pixels to remove.
         noise: standard deviation of the noise, in units of the inputs.
         generator: source of the noise; torch's default if None.
@@ -106,8 +107,7 @@ def road(
         random = torch.randn(filled.shape, generator=generator, dtype=filled.dtype)
         return filled + noise * random.to(filled) * holes.flatten(0, 1)[index][:, None]
 
-    labels = target.repeat_interleave(holes.shape[1])
-    probabilities = in_batches(label_probabilities, forward_func, imputed, labels, batch_size)
+    probabilities = in_batches(label_probabilities, forward_func, imputed, inputs, target, holes.shape[1], batch_size)
     most, least = probabilities.view(len(inputs), len(removed), 2).unbind(dim=2)
     return Road(torch.tensor([count / pixels for count in removed]).to(inputs), most, least)
 

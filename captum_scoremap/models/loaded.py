@@ -13,7 +13,7 @@ from captum_scoremap.models.preprocessing import Preprocessing
 __all__ = ["LoadedModel", "readable_download", "seeded"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A classifier and what is needed to use it on an image.
 
@@ -32,6 +32,11 @@ class LoadedModel:
     module: nn.Module
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     labels: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        known = f"{len(self.labels)} labels" if self.labels else "labels without names"
+        side = self.preprocessing.crop or self.preprocessing.resize
+        return f"LoadedModel({self.name!r}: {type(self.module).__name__}, {known}, images of {side} pixels)"
 
     def label_name(self, index: int) -> str:
         """Return the name of a label, or ``"label 7"`` where names are not known."""

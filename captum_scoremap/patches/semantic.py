@@ -13,10 +13,11 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from captum_scoremap.attribution import CompleteScoreMap, LayerScoreMap, NeuronScoreMap
+from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
 from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
-from captum_scoremap.scores import logits_in
+from captum_scoremap.scores import is_function, logits_in
 
 __all__ = ["By", "Patch", "semantic_patches"]
 
@@ -30,7 +31,7 @@ class Patch:
 
     Attributes:
         image: Position of the image in the sequence, or its path where it was given as one.
-        target: Label whose score is meant; None for the value of a neuron, and for an activation.
+        target: Label whose score is meant; None for a function, the value of a neuron, and an activation.
         box: ``x0, y0, x1, y1`` in pixels of the original image, x1 and y1 exclusive.
         row: Row of the layer's cell.
         col: Column of the layer's cell.
@@ -59,7 +60,7 @@ def semantic_patches(
     forward_func: Callable[..., Any],
     layer: nn.Module,
     images: Iterable[Picture],
-    targets: int | Iterable[int | None] | None = None,
+    targets: int | Iterable[int | None] | Callable[[Any], Tensor] | None = None,
     by: By = "score_map",
     k: int = 9,
     *,
@@ -67,7 +68,7 @@ def semantic_patches(
     size: int | tuple[int, int] | None = None,
     channel: int | None = None,
     neuron: Neuron | None = None,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     preprocess: Preprocess | None = None,
     batch_size: int = 16,
     progress: bool = True,
@@ -82,7 +83,8 @@ def semantic_patches(
         forward_func: The model in evaluation mode, or a function that calls it; gives scores (N, K).
         layer: The layer.
         images: Paths, PIL images, or tensors (C, H, W) as the network takes them; any iterable.
-        targets: Label whose score is explained: one for all images, or one for each; None for the label that
+        targets: Label whose score is explained: one for all images, or one for each; or a function from the model's
+            output to (N,), the score itself; None for the label that
             scores highest. For the patches of a single label, pass its images.
         by: ``"score_map"``: the score map M (SMSM). ``"complete_map"``: M plus every constant above the layer, at
             its place, so that the values of an image add up to its score. ``"gradient"``: the largest ``|A|`` of
@@ -95,7 +97,7 @@ def semantic_patches(
         channel: Use this channel of the layer alone.
         neuron: Explain a neuron instead of a label: its layer, and its index in that layer's output without the
             batch dimension. ``layer`` lies below.
-        channel_dim: Axis of the channels in the layer's output; -1 in channels-last networks.
+        channel_dim: Axis of the channels in the layer's output; None to find it by the shapes of layer and input.
         preprocess: From a PIL image to the network's input (C, H, W); may resize, crop, pad and mirror. Needed
             for paths and PIL images.
         batch_size: Images in one pass.
@@ -122,17 +124,23 @@ def semantic_patches(
     """
     _check(images, targets, by, k, per_image, batch_size, channel, neuron)
     windows: dict[torch.Size, Tensor] = {}
+    channels: dict[torch.Size, int] = {}
+    function = targets if is_function(targets) else None
+    given: Any = None if is_function(targets) else targets
     best: list[tuple[float, int, Patch]] = []  # a heap, the worst first, of equal values the latest
     found = 0
     pictures = tqdm(images, disable=None if progress else True, unit="image", leave=False)
-    for batch in batches(examples(pictures, targets, preprocess, on_unreadable, ahead=batch_size), batch_size):
+    for batch in batches(examples(pictures, given, preprocess, on_unreadable, ahead=batch_size), batch_size):
         inputs = torch.stack([example.inputs for example in batch]).to(_device(forward_func))
         shape = inputs.shape[1:]
         if shape not in windows:
-            windows[shape] = _windows(receptive_field(forward_func, layer, shape, channel_dim), size)
+            channels[shape] = _channel_dim(forward_func, layer, inputs[:1]) if channel_dim is None else channel_dim
+            windows[shape] = _windows(receptive_field(forward_func, layer, shape, channels[shape]), size)
         boxes = windows[shape]
-        labels = _labels(forward_func, inputs, [example.target for example in batch], by, neuron)
-        values = _values(forward_func, layer, inputs, labels, by, channel, neuron, channel_dim)
+        labels: list[int | None] = [example.target for example in batch]
+        if function is None:
+            labels = _labels(forward_func, inputs, labels, by, neuron)
+        values = _values(forward_func, layer, inputs, function or labels, by, channel, neuron, channels[shape])
         maps = values.cpu().reshape(len(batch), *boxes.shape[:2])
         for example, label, value_map in zip(batch, labels, maps, strict=True):
             for row, col in _peaks(value_map, boxes, per_image):
@@ -154,7 +162,7 @@ def semantic_patches(
 
 def _check(
     images: Iterable[Picture],
-    targets: int | Iterable[int | None] | None,
+    targets: int | Iterable[int | None] | Callable[[Any], Tensor] | None,
     by: str,
     k: int,
     per_image: int,
@@ -228,7 +236,7 @@ def _values(
     forward_func: Callable[..., Any],
     layer: nn.Module,
     inputs: Tensor,
-    labels: list[int | None],
+    target: Any,
     by: By,
     channel: int | None,
     neuron: Neuron | None,
@@ -238,7 +246,7 @@ def _values(
     multiply = by == "score_map"
     values: Tensor
     if by == "complete_map":
-        complete: Tensor = CompleteScoreMap(forward_func, layer).attribute(inputs, labels)
+        complete: Tensor = CompleteScoreMap(forward_func, layer).attribute(inputs, target)
         return complete[:, 0]
     if by == "activation":
         values = _activations(forward_func, layer, inputs)
@@ -247,13 +255,18 @@ def _values(
         values = neuron_map.attribute(inputs, neuron[1], to_layer=layer)
     else:
         layer_map = LayerScoreMap(forward_func, layer, multiply_by_inputs=multiply)
-        values = layer_map.attribute(inputs, labels, attr_dim_summation=False)
+        values = layer_map.attribute(inputs, target, attr_dim_summation=False)
     if channel is not None:
         channels = values.shape[channel_dim]
         if not 0 <= channel < channels:
             raise ValueError(f"channel must be from 0 to {channels - 1}, got {channel}.")
         values = values.narrow(channel_dim, channel, 1)
     return values.abs().amax(channel_dim) if by == "gradient" else values.sum(channel_dim)
+
+
+def _channel_dim(forward_func: Callable[..., Any], layer: nn.Module, image: Tensor) -> int:
+    """Return the axis of the channels in the layer's output, by one more run."""
+    return channel_dim_of(_activations(forward_func, layer, image).shape, image.shape)
 
 
 def _activations(forward_func: Callable[..., Any], layer: nn.Module, inputs: Tensor) -> Tensor:
