@@ -359,7 +359,7 @@ def folder(tmp_path: Path) -> Path:
     for number in range(3):
         planted((10 * number, 10)).save(folder / f"{number}.png")
     (folder / "broken.jpg").write_bytes(b"")
-    (tmp_path / "labels.csv").write_text("file,label\n0.png,cat\n1.png,dog\n2.png,cat\n")
+    (tmp_path / "labels.csv").write_text("file,label\n0.png,cat\n1.png,dog\n2.png,cat\nbroken.jpg,cat\n")
     return folder
 
 
