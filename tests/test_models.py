@@ -60,16 +60,19 @@ def reference_scores(weights: dict[str, Tensor], images: Tensor) -> Tensor:
 
     x = norm(convolution(images, "_conv_stem", stride=2), "_bn0").clamp(0, 6)
     blocks = sorted({int(name.split(".")[1]) for name in weights if name.startswith("_blocks.")})
-    # Stages of Table 1, by their channels, whose first block halves the resolution.
-    strided = {24, 40, 80, 192}
+    stage, strided = (
+        0,
+        {2, 3, 4, 6},
+    )  # of the seven stages of blocks of Table 1, those whose first halves the resolution
     for block in blocks:
         place = f"_blocks.{block}"
         skip = x
         if f"{place}._expand_conv.weight" in weights:
             x = norm(convolution(x, f"{place}._expand_conv"), f"{place}._bn0").clamp(0, 6)
         channels = weights[f"{place}._project_conv.weight"].shape[0]
-        first = channels != skip.shape[1]
-        x = convolution(x, f"{place}._depthwise_conv", stride=2 if first and channels in strided else 1)
+        first = channels != skip.shape[1]  # the number of channels changes from stage to stage, whatever the width
+        stage += first
+        x = convolution(x, f"{place}._depthwise_conv", stride=2 if first and stage in strided else 1)
         x = norm(x, f"{place}._bn1").clamp(0, 6)
         x = norm(convolution(x, f"{place}._project_conv"), f"{place}._bn2")
         x = x if first else x + skip
