@@ -146,6 +146,30 @@ def test_a_model_of_the_user(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(rows(output)) == ["input", "1"]
 
 
+def test_a_score_of_the_user(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "cats_in_this_folder.py").write_text(
+        "def cats(scores):\n    return scores[:, 281:286].mean(1)\n\ndef broken(scores):\n    return scores\n"
+    )
+    arguments = ["explain", "-l", "bn2", "--dtype", "float64", "--save-maps", "maps.npz"]
+    try:
+        assert main([*arguments, "--score", "cats_in_this_folder:cats"]) == 0
+        output = capsys.readouterr().out
+        assert "sample:chelsea: cats_in_this_folder:cats, S = " in output
+        assert main([*arguments, "--score", "cats_in_this_folder:broken"]) == 2
+        assert "must return one score for each image, (1,), got (1, 1000)" in capsys.readouterr().err
+        for more in (["--target", "top:1"], ["--contrast", "lynx"]):
+            assert main([*arguments, "--score", "cats_in_this_folder:cats", *more]) == 2
+            assert "--target and --contrast must be left out with --score" in capsys.readouterr().err
+    finally:
+        sys.modules.pop("cats_in_this_folder", None)
+    model = load_model(dtype=torch.float64)
+    with torch.no_grad():
+        scores = model.module(model.preprocessing(read_image("sample:chelsea"))[None].double())
+    with np.load(folder / "maps.npz") as maps:
+        assert maps["0/score"] == pytest.approx(float(scores[0, 281:286].mean()), rel=1e-5)
+        assert int(maps["0/target"]) == -1
+
+
 @pytest.mark.parametrize("suffix", ["pdf", "svg"])
 def test_vector_formats(folder: Path, suffix: str) -> None:
     assert main(["explain", "-l", "bn2", "-o", f"maps.{suffix}"]) == 0
@@ -173,6 +197,8 @@ def test_vector_formats(folder: Path, suffix: str) -> None:
         (["--save-maps", "no/maps.npz"], "output must be a path that can be written, got 'no/maps.npz'"),
         (["--device", "quantum"], "device must be one of this machine, got 'quantum'"),
         (["--weights", "missing.pt"], "got 'missing.pt': no such file"),
+        (["--score", "no_such_module:age"], "score must be importable, got 'no_such_module:age': there is no module"),
+        (["--score", "math:lgama"], "score must name a callable, got 'math:lgama'. Did you mean"),
     ],
 )
 def test_errors_are_one_line(

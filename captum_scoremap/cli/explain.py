@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from captum_scoremap.attribution import CompleteScoreMap
 from captum_scoremap.cli.bundle import Bundle
 from captum_scoremap.cli.console import make_console
-from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers, score_of
+from captum_scoremap.cli.explanation import INPUT, Explanation, find_layers, layer_numbers
 from captum_scoremap.cli.options import (
     PICTURE_FORMATS,
     DeviceOption,
@@ -38,8 +39,9 @@ from captum_scoremap.data.ahead import map_ahead
 from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
+from captum_scoremap.models.loading import imported
 from captum_scoremap.multiview import MultiView
-from captum_scoremap.scores import logits_in
+from captum_scoremap.scores import Target, logits_in
 from captum_scoremap.visualization import visualize_layer_score_maps
 
 # Pixels of the longer side of a photograph in a picture.
@@ -62,21 +64,19 @@ class View(str, Enum):
 
 @dataclass(frozen=True)
 class _Question:
-    """Why has this image its score for this label, or for this label rather than that?
+    """Why has this image its score for this label, for this label rather than that, or by this function?
 
     Attributes:
-        image: The image, as the user named it.
-        inputs: The same as the network takes it, (1, C, H, W).
-        target: Index of the label.
+        label: Name of the label or labels, or of the function.
+        score: What is explained: index of the label, or a function from the model's output to (N,).
+        target: Index of the label; None for a function.
         contrast: Index of the label whose score is taken off; None for none.
-        label: Name of the label or labels.
     """
 
-    image: str
-    inputs: Tensor
-    target: int
-    contrast: int | None
     label: str
+    score: Target
+    target: int | None = None
+    contrast: int | None = None
 
 
 def explain(
@@ -103,12 +103,26 @@ def explain(
         ),
     ] = None,
     target: Annotated[
-        str,
-        typer.Option("--target", "-t", metavar="LABEL", help="Name or index of a label, or top:N for the best N."),
-    ] = "top:1",
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="LABEL",
+            help="Name or index of a label, or top:N for the best N. \\[default: top:1]",
+            show_default=False,
+        ),
+    ] = None,
     contrast: Annotated[
         str | None,
         typer.Option("--contrast", "-c", metavar="LABEL", help="Explain why the target and not this label."),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            metavar="MODULE:FUNCTION",
+            help="Explain what a function makes of the model's output, one number an image, not a label's score.",
+        ),
     ] = None,
     maps: Annotated[
         Maps,
@@ -158,6 +172,8 @@ def explain(
     * `captum-scoremap explain a.jpg b.jpg --model torchvision:resnet50 --layers layer3,layer4`
 
     * `captum-scoremap explain photo.jpg --model my_package.models:build --weights weights.pt`
+
+    * `captum-scoremap explain photo.jpg --model my_package.models:build --score my_package.scores:age`
     """
     check_suffix("out", out, PICTURE_FORMATS)
     if save_maps:
@@ -185,8 +201,8 @@ def explain(
         if view is View.multi:
             network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
         found = find_layers(network, layers.split(",") if layers else _default_layers(network, first[1]))
-        other = None if contrast is None else loaded.label_index(contrast)
-        total = len(names) * len(_targets(target, network, first[1], loaded))
+        asked = _questions(score, target, contrast, loaded)
+        total = len(names) * len(asked(network, first[1]))
         arrays: dict[str, Any] = {}
         explanations: list[Explanation] = []
         numbers = count(1)
@@ -194,11 +210,10 @@ def explain(
             for name, inputs, picture in chain([first], pictures):
                 if view is View.multi:
                     _note_enlarged(console, name, picture.size, loaded.preprocessing.crop)
-                for label in _targets(target, network, inputs, loaded):
-                    question = _Question(name, inputs, label, other, _label(loaded, label, other))
-                    explanation = _answer(network, question, found, progress)
+                for question in asked(network, inputs):
+                    explanation = _answer(network, name, inputs, question, found, progress)
                     number = next(numbers)
-                    path = out if total == 1 else _numbered(out, number, question)
+                    path = out if total == 1 else _numbered(out, number, explanation)
                     _draw(explanation, loaded, maps, picture if view is View.single else None, path)
                     explanations.append(explanation)
                     if save_maps:
@@ -248,39 +263,61 @@ def _targets(target: str, network: nn.Module, inputs: Tensor, loaded: LoadedMode
     return [int(index) for index in scores[0].topk(int(best[1])).indices]
 
 
-def _label(loaded: LoadedModel, target: int, contrast: int | None) -> str:
-    """Return what a picture is called: the name of the label, or of both."""
-    name = loaded.label_name(target)
-    return name if contrast is None else f"{name} − {loaded.label_name(contrast)}"
+def _questions(
+    score: str | None, target: str | None, contrast: str | None, loaded: LoadedModel
+) -> Callable[[nn.Module, Tensor], list[_Question]]:
+    """Return what is to be asked of each image, given the network and the image as it takes it."""
+    if score is not None:
+        if target is not None or contrast is not None:
+            raise ValueError("--target and --contrast must be left out with --score; the function says what is meant.")
+        question = _Question(score, imported("score", score))
+        return lambda network, inputs: [question]
+    other = None if contrast is None else loaded.label_index(contrast)
+
+    def of_label(index: int) -> _Question:
+        name = loaded.label_name(index)
+        if other is None:
+            return _Question(name, index, index)
+        return _Question(
+            f"{name} − {loaded.label_name(other)}",
+            lambda output: logits_in(output)[:, index] - logits_in(output)[:, other],
+            index,
+            other,
+        )
+
+    return lambda network, inputs: [of_label(index) for index in _targets(target or "top:1", network, inputs, loaded)]
 
 
-def _numbered(out: Path, number: int, question: _Question) -> Path:
+def _numbered(out: Path, number: int, explanation: Explanation) -> Path:
     """Return the path of one picture of several: it says what is on it."""
-    image = Path(question.image.removeprefix(SAMPLE_PREFIX)).stem
-    words = "_".join(re.findall(r"\w+", f"{image} {question.label}"))
+    image = Path(explanation.image.removeprefix(SAMPLE_PREFIX)).stem
+    words = "_".join(re.findall(r"\w+", f"{image} {explanation.label}"))
     return out.with_stem(f"{out.stem}_{number}_{words}")
 
 
 def _answer(
-    network: nn.Module, question: _Question, layers: dict[str, nn.Module | None], progress: "tqdm[Any]"
+    network: nn.Module,
+    image: str,
+    inputs: Tensor,
+    question: _Question,
+    layers: dict[str, nn.Module | None],
+    progress: "tqdm[Any]",
 ) -> Explanation:
     """Explain: the linear form at every layer, and the complete map."""
     score = 0.0
     numbers = []
     for name, layer in layers.items():
-        score, row = layer_numbers(network, question.inputs, question.target, question.contrast, name, layer)
+        score, row = layer_numbers(network, inputs, question.score, name, layer)
         numbers.append(row)
         progress.update()
-    complete, placeless = CompleteScoreMap(network).attribute(
-        question.inputs, score_of(question.target, question.contrast), return_placeless=True
-    )
+    complete, placeless = CompleteScoreMap(network).attribute(inputs, question.score, return_placeless=True)
     return Explanation(
-        question.image,
+        image,
         question.label,
         question.target,
         question.contrast,
         score,
-        question.inputs[0],
+        inputs[0],
         tuple(numbers),
         complete[0, 0],
         float(placeless),

@@ -45,12 +45,12 @@ class LayerNumbers:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an image has the score it has for a label, or for one label rather than another.
+    """Why an image has the score it has for a label, for one label rather than another, or by a function.
 
     Attributes:
         image: The image, as the user named it.
-        label: Name of the label, or "A − B" for a contrast.
-        target: Index of the label.
+        label: Name of the label, "A − B" for a contrast, or name of the function.
+        target: Index of the label; None for a function.
         contrast: Index of the label whose score is taken off; None for none.
         score: S, in logits.
         inputs: What the network saw, (C, H, W), normalized.
@@ -61,7 +61,7 @@ class Explanation:
 
     image: str
     label: str
-    target: int
+    target: int | None
     contrast: int | None
     score: float
     inputs: Tensor
@@ -99,7 +99,7 @@ class Explanation:
         return {
             "image": np.array(self.image),
             "label": np.array(self.label),
-            "target": np.array(self.target),
+            "target": np.array(-1 if self.target is None else self.target),
             "contrast": np.array(-1 if self.contrast is None else self.contrast),
             "score": np.array(self.score),
             "layers": np.array([row.layer for row in self.layers]),
@@ -136,8 +136,7 @@ def find_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
 def layer_numbers(
     network: nn.Module,
     inputs: Tensor,
-    target: int,
-    contrast: int | None,
+    score: Target,
     name: str,
     layer: nn.Module | None,
 ) -> tuple[float, LayerNumbers]:
@@ -146,8 +145,7 @@ def layer_numbers(
     Args:
         network: The model.
         inputs: The image, (1, C, H, W).
-        target: Index of the label.
-        contrast: Index of the label whose score is taken off; None for none.
+        score: Index of the label, or a function from the model's output to (N,).
         name: Name of the layer, for tables.
         layer: The layer; None for the image.
 
@@ -157,7 +155,7 @@ def layer_numbers(
     Raises:
         ValueError: The output of the layer has no rows and columns.
     """
-    form = linear_form(network, inputs, score_of(target, contrast), layer)
+    form = linear_form(network, inputs, score, layer)
     if not isinstance(form.activations, Tensor):
         raise ValueError(f"layers must give one tensor, got {name}, which gives {len(form.activations)}.")
     size = tuple(form.activations.shape)
@@ -181,18 +179,3 @@ def layer_numbers(
         form.complete_map()[0, 0],
         float(form.placeless),
     )
-
-
-def score_of(target: int, contrast: int | None) -> Target:
-    """Return the score to explain: a label's, or how much more it has than another.
-
-    Args:
-        target: Index of the label.
-        contrast: Index of the label whose score is taken off; None for none.
-
-    Returns:
-        A target as all of this package take it.
-    """
-    if contrast is None:
-        return target
-    return lambda scores: scores[:, target] - scores[:, contrast]

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,15 +202,7 @@ def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedMode
     name = f"{module_path}:{attribute}"
     if weights != "default":
         raise ValueError(f"weights of {name} must be default or a state-dict file, got {weights!r}.")
-    try:
-        module = importlib.import_module(module_path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_path.startswith(error.name):
-            raise
-        raise ValueError(f"model must be importable, got {name!r}: there is no module {error.name!r}.") from None
-    build = getattr(module, attribute, None)
-    if not callable(build):
-        raise ValueError(f"model must name a callable, got {name!r}.{nearest(attribute, vars(module))}")
+    build = imported("model", name)
     with seeded():
         built = build()
     if isinstance(built, LoadedModel):
@@ -220,6 +212,35 @@ def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedMode
     first = next((module for module in built.modules() if isinstance(module, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else len(IMAGENET_MEAN)
     return LoadedModel(name, built, Preprocessing().for_channels(channels))
+
+
+def imported(what: str, name: str) -> Callable[..., Any]:
+    """Return the function that a user names.
+
+    Args:
+        what: What it is for, for messages.
+        name: ``module:function``.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: There is no such module, or no such function in it.
+        ModuleNotFoundError: The module imports another one that is not there.
+    """
+    module_path, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_path)
+    except ValueError as error:
+        raise ValueError(f"{what} must be module:function, got {name!r}.") from error
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_path.startswith(error.name):
+            raise
+        raise ValueError(f"{what} must be importable, got {name!r}: there is no module {error.name!r}.") from None
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ValueError(f"{what} must name a callable, got {name!r}.{nearest(attribute, vars(module))}")
+    return found  # type: ignore[no-any-return]
 
 
 def _load_file(model: LoadedModel, path: Path) -> None:
