@@ -299,7 +299,7 @@ def linear_form(
     attribute_to_layer_input: bool = False,
     rules: Mapping[Any, Rule] | None = None,
 ) -> LinearForm | LinearForms:
-    """The score of a label as A·Y + B with the output Y of a layer, Eq. (3) of Yu et al. 2015.
+    """Return the score of a label as A·Y + B with the output Y of a layer, Eq. (3) of Yu et al. 2015.
 
     A comes from one backward pass, B from the frozen model with the layer set to zero, S from the model itself, so that
     ``residual`` is a check of all three.
