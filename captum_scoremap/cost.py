@@ -93,6 +93,7 @@ def forward_backward(model: Callable[[Tensor], Tensor], inputs: Tensor, label: i
         The gradient in the images, (N, C, H, W), in logits per unit of input.
 
     Example:
+        >>> from torch import nn
         >>> forward_backward(nn.Linear(4, 2), torch.zeros(3, 4), 1).shape
         torch.Size([3, 4])
     """

@@ -55,7 +55,8 @@ def channel_dim_of(shape: Sequence[int], input_shape: Sequence[int]) -> int:
     dims = len(shape)
     if dims == len(input_shape) and dims > 3:
         rows, columns = shape[-2:]
-        fits = abs(rows - columns * input_shape[-2] / input_shape[-1]) < 0.75  # but for rounding
+        # rounding, and windows without padding, take less than a cell; PyTorch's own layout is believed where it may be
+        fits = abs(rows - columns * input_shape[-2] / input_shape[-1]) < 1
         return 1 if fits or _unlikeness(shape[-2:], input_shape) <= _unlikeness(shape[-3:-1], input_shape) else -1
     if dims != 3:
         return 1

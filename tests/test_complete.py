@@ -122,8 +122,8 @@ class Windowed(nn.Module):
 
     def __init__(self, windows: bool) -> None:
         super().__init__()
-        self.stem, self.linear, self.norm = nn.Conv2d(3, 5, 2, 2), nn.Linear(5, 5), nn.LayerNorm(5)
-        self.head = nn.Linear(5, 4)
+        self.stem, self.linear, self.norm = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 4)
         self.windows = windows
 
     def forward(self, x: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def test_maps_of_the_zoo_are_gradients_of_frozen_models(name: str) -> None:
     every = called_once(model, inputs)
     of_the_image = [one for one in every if "cpb_mlp" not in one]  # not the position tables of Swin V2
     layers = {one: every[one] for one in spread(of_the_image, 12)}
-    found = LayerScoreMap(model, list(layers.values())).attribute(inputs, label)
+    found = LayerScoreMap(model, list(layers.values())).attribute(inputs, label, channel_dim=1)
     expected = by_autograd(model, inputs, label, layers)
     for one, (layer, score_map) in zip(found, expected.items(), strict=True):
         size = float(score_map.abs().max())

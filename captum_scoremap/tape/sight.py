@@ -77,7 +77,9 @@ class Sight:
     def pass_storage(self, name: str, *storages: object) -> None:
         """Note that numbers leave some memory, or get there, past all tensors."""
         is_live = any(isinstance(one, UntypedStorage) and self._holds_live(one) for one in storages)
-        if name in _STORAGE_ENTRIES and (is_live or self._exits):
+        # memory that no tensor has yet, as in a deep copy: a tensor that gets it is met as one made of what left
+        is_new = isinstance(storages[0], UntypedStorage) and torch._C._storage_Use_Count(storages[0]._cdata) <= 1
+        if name in _STORAGE_ENTRIES and (is_live or self._exits) and not is_new:
             self._hide(f"what UntypedStorage.{name}() wrote to a tensor's memory")
         elif is_live:
             self._exits.append(f"untyped_storage().{name}")
