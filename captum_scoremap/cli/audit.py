@@ -196,14 +196,23 @@ class _Terminated(BaseException):
 @contextmanager
 def _stoppable(out: Path) -> Iterator[None]:
     """Say what is kept and how to go on where the user or the system ends an audit."""
+    asked: list[int] = []
 
-    def stop(*_: object) -> None:
-        raise _Terminated
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        if hasattr(signal, "setitimer"):  # what is raised inside a destructor is lost: ask again until it is not
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+        raise KeyboardInterrupt if asked[0] == signal.SIGINT else _Terminated
 
-    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
+        before = {one: signal.signal(one, stop) for one in wanted if signal.getsignal(one) is not signal.SIG_IGN}
     try:
         yield
     except (KeyboardInterrupt, _Terminated) as end:
+        if asked and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         from captum_scoremap.audit.shards import Shards
 
         kept = Shards(out).count_images()
@@ -213,8 +222,10 @@ def _stoppable(out: Path) -> Iterator[None]:
         print(f"captum-scoremap: stopped. {how}.", file=sys.stderr)
         sys.exit(130 if isinstance(end, KeyboardInterrupt) else 143)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if asked and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _say(lines: Iterable[str], out: Path) -> None:
