@@ -1,12 +1,21 @@
-"""``python -m captum_scoremap`` is ``captum-scoremap``."""
+"""``captum-scoremap`` and ``python -m captum_scoremap``: the program as a process."""
 
 import atexit
 import os
 import sys
+from typing import NoReturn
 
 from captum_scoremap.cli import main
 
-if __name__ == "__main__":
+__all__ = ["run"]
+
+
+def run() -> NoReturn:
+    """Run the program and end the process with its status.
+
+    Threads of libraries that still run when the interpreter goes down abort the process, whatever its status: it ends
+    at once, with what is to be done at exit done, and all output written.
+    """
     status = main()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -15,5 +24,8 @@ if __name__ == "__main__":
                 stream.flush()
         except (OSError, ValueError):  # nobody reads it any more
             continue
-    # Threads of libraries that still run when the interpreter goes down abort the process, whatever its status.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run()

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 __all__ = [
     "as_images",
     "channel_dim_of",
+    "channels_at",
     "layer_shapes",
     "main_layers",
     "main_modules",
@@ -67,6 +69,23 @@ def channel_dim_of(shape: Sequence[int], input_shape: Sequence[int]) -> int:
     tokens, last = (patch_grid(size, input_shape) for size in shape[1:])
     flat = last is not None and tokens is None and math.prod(last) == shape[2]
     return 1 if flat else -1
+
+
+def channels_at(channel_dim: int | None, input_shape: Sequence[int]) -> int | Callable[[Sequence[int]], int]:
+    """Return the axis of the channels as a caller names it, or what finds it by the shape of a layer's output.
+
+    Args:
+        channel_dim: The axis; None to find it.
+        input_shape: Shape of the model's input.
+
+    Returns:
+        The axis, or :func:`channel_dim_of` for this input.
+
+    Example:
+        >>> channels_at(1, (2, 3, 224, 224)), channels_at(None, (2, 3, 224, 224))((2, 56, 56, 96))
+        (1, -1)
+    """
+    return partial(channel_dim_of, input_shape=input_shape) if channel_dim is None else channel_dim
 
 
 def _unlikeness(grid: Sequence[int], input_shape: Sequence[int]) -> float:
@@ -205,12 +224,15 @@ def as_images(score_map: Tensor) -> Tensor:
     return token_grid(score_map.transpose(0, 1) if tokens_first else score_map)
 
 
-def placed_map(product: Tensor, image_shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+def placed_map(
+    product: Tensor, image_shape: Sequence[int], known: Collection[Grid] = ()
+) -> tuple[Tensor | None, Tensor | None]:
     """Sum a layer's products A·Y over channels, each at its place in the image.
 
     Args:
         product: Shaped like the layer's output: (N, C, h, w), (N, h, w, C), (N, tokens, C) or (tokens, N, C).
         image_shape: Shape of the images, (N, C, H, W).
+        known: As for :func:`patch_grid`.
 
     Returns:
         The map, (N, 1, rows, columns), None if the layer has no place in the image; and what class and register tokens
@@ -231,7 +253,7 @@ def placed_map(product: Tensor, image_shape: Sequence[int]) -> tuple[Tensor | No
     summed = product.sum(channel_dim, keepdim=True)
     if product.dim() == 4:
         return summed if channel_dim == 1 else summed.movedim(-1, 1), None
-    grid = patch_grid(product.shape[1], shape)
+    grid = patch_grid(product.shape[1], shape, known)
     if grid is None:
         return None, None
     patches, rest = token_grid(summed, grid, return_placeless=True)
@@ -342,10 +364,14 @@ def main_modules(
         found = patch_grid(count, image, maps) if count else None
         if found is not None:
             tokens.setdefault(found, []).append(output)
+    rows = {grid: _longest_row(some) for grid, some in tokens.items()}
+    # what has four axes in a block of tokens is heads of attention, or beside the main path
+    inside = {module for blocks in rows.values() for block in blocks for module in block.module.modules()}
+    maps = {grid: kept for grid, some in maps.items() if (kept := [one for one in some if one.module not in inside])}
     grids = [*maps, *(grid for grid in tokens if grid not in maps)]
     chosen: dict[_Output, Grid] = {}
     for grid in grids:
-        blocks = _longest_row(tokens.get(grid, []))
+        blocks = rows.get(grid, [])
         has_extra = bool(blocks) and _tokens(blocks[-1].shape, image) > math.prod(grid)
         some = maps.get(grid) or tokens[grid]
         if not blocks or len(grids) == 1:

@@ -405,3 +405,27 @@ def test_a_function_as_target_of_a_fused_map_is_another_score_than_the_label(mod
 
     assert_close(compile_map(method, inputs, second, backend="graph")(inputs), method.attribute(inputs, second))
     assert not torch.allclose(method.attribute(inputs, second), method.attribute(inputs, 1))
+
+
+class ChannelsLast(nn.Module):
+    """A linear layer on (N, h, w, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.linear, self.head = nn.Conv2d(3, 24, 2, 2), nn.Linear(24, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.stem(x).permute(0, 2, 3, 1)).relu()
+        return self.head(y.mean((1, 2)))
+
+
+def test_a_file_sums_over_the_channels_that_the_eager_map_does(tmp_path: Path, generator: torch.Generator) -> None:
+    model = ChannelsLast().eval()
+    images, labels = torch.randn(2, 3, 16, 16, generator=generator), torch.tensor([4, 0])
+    method = LayerScoreMap(model, model.linear)
+    exported = compile_map(method, images, labels, backend="graph").export(tmp_path / "map.pt2")
+    expected = method.attribute(images, labels)
+    assert expected.shape == (2, 8, 8, 1)
+    found = read_back(exported.path, ["image", "target"], list(exported.returns))(images, labels)
+    by_name = dict(zip(exported.returns, found, strict=True))
+    assert_close(by_name["map"], expected, rtol=1e-4, atol=1e-6)

@@ -318,6 +318,37 @@ def test_tokens_are_fused(sequence_first: bool, has_tokens: bool, wide: Tensor, 
     torch.testing.assert_close(fused, alone, rtol=1e-8, atol=1e-8)
 
 
+class _Tokens(nn.Module):
+    """Maps (N, C, h, w) to tokens (N, 1 + h w, C), the mean before them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        return torch.cat([x.mean(1, keepdim=True), x], 1)
+
+
+class _First(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+
+class Heads(nn.Sequential):
+    """A block that splits its tokens into heads, (N, heads, tokens, C / heads), as for norms of queries and keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self[0](x.unflatten(2, (4, 10)).transpose(1, 2))  # 7 tokens of 10 channels look like 7 x 10 positions
+        return x + heads.transpose(1, 2).flatten(2)
+
+
+def test_heads_of_attention_are_no_map(generator: torch.Generator) -> None:
+    blocks = [Heads(nn.Tanh()) for _ in range(4)]
+    network = with_weights(
+        nn.Sequential(nn.Conv2d(3, 40, 4, 4), _Tokens(), *blocks, _First(), nn.Linear(40, 2)), generator
+    )
+    images = torch.randn(1, 3, 8, 12, generator=generator, dtype=torch.float64)
+    assert list(main_modules(network, images)) == [network[0], *blocks[1:3]]
+    assert bool((FusedScoreMap(network).attribute(images, target=1) != 0).any())
+
+
 @pytest.mark.parametrize("sequence_first", [True, False])
 def test_complete_maps_of_tokens_add_up(sequence_first: bool, wide: Tensor, generator: torch.Generator) -> None:
     network = with_weights(Transformer(sequence_first), generator)

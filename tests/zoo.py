@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from captum_scoremap import LayerScoreMap, freeze, linear_form
 from captum_scoremap.checks import UnsupportedOperationError
-from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.layout import layer_shapes, map_channel_dim
 from captum_scoremap.linear import explain_completely
 from tests.layers import called_once
 
@@ -356,42 +356,18 @@ def completeness(
     """
     if inputs.dim() != 4:
         return math.nan, math.nan
-    shapes = {name: shape for name, shape in shapes_of(model, inputs, layers).items() if is_map(shape, inputs)}
-    sites = [None, *((layers[name], False) for name in shapes)]
+    shapes = layer_shapes(model, inputs.clone())
+    maps = [name for name in layers if map_channel_dim(shapes[name], tuple(inputs.shape)) is not None]
+    sites = [None, *((layers[name], False) for name in maps)]
     books, _ = explain_completely(model, inputs, label, sites, ())
     complete = of_bias_maps = 0.0
-    for name, book in zip(["", *shapes], books, strict=True):
+    for name, book in zip(["", *maps], books, strict=True):
         entries = [*book.maps.items(), *book.placeless.items()]
         own, above = (sum((one.sum() for key, one in entries if bool(key) == of), 0 * score) for of in (False, True))
         complete = max(complete, float((own + above - score).abs() / score.abs()))
         size = float(score.abs() + (score - biases[name]).abs())
         of_bias_maps = max(of_bias_maps, float((above - biases[name]).abs()) / size)
     return complete, of_bias_maps
-
-
-def is_map(shape: tuple[int, ...], inputs: Tensor) -> bool:
-    """Whether a layer's output has places in the image."""
-    return map_channel_dim(shape, tuple(inputs.shape)) is not None
-
-
-def shapes_of(model: nn.Module, inputs: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the outputs of layers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def hook(name: str, output: Tensor) -> None:
-        shapes[name] = tuple(output.shape)
-
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, name=name: hook(name, output))
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            model(inputs.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
 
 
 def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What every attribution class here promises Captum, or refuses with an error."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from captum._utils.gradient import compute_gradients
@@ -99,8 +100,7 @@ def exact_delta(
         )
     inputs = check_inputs(end_point, indices=site is not None)
 
-    def select(output: Any) -> Tensor:
-        return select_scores(output, target, len(inputs[0]))
+    select = partial(select_scores, target=target, images=len(inputs[0]))
 
     found = explain(
         unwrap_parallel(method.forward_func),

@@ -1,6 +1,7 @@
 """ScoreMap: sub-scores of the image itself, l = 0."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from captum.log import log_usage
@@ -96,8 +97,7 @@ class ScoreMap(Contract):
         tensors = check_inputs(inputs)
         additional = as_tuple_of_arguments(additional_forward_args)
 
-        def select(output: Any) -> Tensor:
-            return select_scores(output, target, len(tensors[0]))
+        select = partial(select_scores, target=target, images=len(tensors[0]))
 
         found = explain(
             unwrap_parallel(self.forward_func),

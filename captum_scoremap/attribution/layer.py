@@ -16,7 +16,7 @@ from captum_scoremap.checks import (
     is_tuple_of_one,
     unwrap_parallel,
 )
-from captum_scoremap.layout import as_images, channel_dim_of
+from captum_scoremap.layout import as_images, channels_at
 from captum_scoremap.linear import Reduction, explain, explain_targets
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Label, Target, select_scores
@@ -142,6 +142,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         tensors = check_inputs(inputs, indices=True)
         additional = as_tuple_of_arguments(additional_forward_args)
         sites = self._sites(attribute_to_layer_input)
+        channels = channels_at(channel_dim, tensors[0].shape)
         if attr_dim_summation and self.layer is not self._made_for:
             raise ValueError(
                 "attr_dim_summation must be False where the layer is set later, as TCAV does, which takes coefficients "
@@ -149,15 +150,14 @@ class LayerScoreMap(LayerAttribution, Contract):
                 "tcav.interpret(..., attr_dim_summation=False). For a score map, name the layer when making the method."
             )
 
-        def select(output: Any) -> Tensor:
-            return select_scores(output, target, len(tensors[0]))
+        select = partial(select_scores, target=target, images=len(tensors[0]))
 
         found = explain(
             unwrap_parallel(self.forward_func),
             tensors,
             select,
             sites,
-            Reduction(self._multiply_by_inputs, _channels(channel_dim, tensors) if attr_dim_summation else None),
+            Reduction(self._multiply_by_inputs, channels if attr_dim_summation else None),
             additional,
             rules=self._rules,
             keep=return_convergence_delta,
@@ -221,7 +221,7 @@ class LayerScoreMap(LayerAttribution, Contract):
             tensors,
             targets,
             sites,
-            Reduction(self._multiply_by_inputs, _channels(channel_dim, tensors)),
+            Reduction(self._multiply_by_inputs, channels_at(channel_dim, tensors[0].shape)),
             as_tuple_of_arguments(additional_forward_args),
             rules=self._rules,
             internal_batch_size=internal_batch_size,
@@ -303,11 +303,6 @@ class LayerScoreMap(LayerAttribution, Contract):
         if isinstance(self.layer, (list, tuple)):
             return maps if deltas is None else (maps, deltas)
         return maps[0] if deltas is None else (maps[0], deltas[0])
-
-
-def _channels(channel_dim: int | None, inputs: tuple[Tensor, ...]) -> int | Callable[[Sequence[int]], int]:
-    """Return the dimension of the channels, or what finds it."""
-    return partial(channel_dim_of, input_shape=inputs[0].shape) if channel_dim is None else channel_dim
 
 
 def _check_layers(forward_func: Callable[..., Any], layer: object) -> list[nn.Module]:

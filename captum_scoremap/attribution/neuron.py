@@ -1,7 +1,6 @@
 """NeuronScoreMap: the map of one neuron on the input or on any lower layer."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from captum_scoremap.checks import (
     is_tuple_of_one,
     unwrap_parallel,
 )
-from captum_scoremap.layout import channel_dim_of
+from captum_scoremap.layout import channels_at
 from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.tape import Site, as_tuple_of_arguments
@@ -125,7 +124,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
             check_layer(self.forward_func, to_layer)
             site = (to_layer, False)
 
-        channels = partial(channel_dim_of, input_shape=tensors[0].shape) if channel_dim is None else channel_dim
+        channels = channels_at(channel_dim, tensors[0].shape)
 
         def select(value: Any) -> Tensor:
             return select_neuron(value, neuron_selector)

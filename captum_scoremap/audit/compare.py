@@ -20,8 +20,8 @@ from captum_scoremap.audit.analysis import lists
 from captum_scoremap.audit.concentration import peak
 from captum_scoremap.audit.explaining import MapLayer
 from captum_scoremap.audit.proof import Example
+from captum_scoremap.audit.screening import FALSE_ALARMS
 from captum_scoremap.audit.shards import Shards, write_json
-from captum_scoremap.layout import token_grid
 
 __all__ = ["SETTINGS", "check_comparable", "compare"]
 
@@ -29,7 +29,6 @@ SETTINGS = "audit.json"
 
 _SHOWN = 10  # labels that are looked at with the network
 _IMAGES = 16  # of each
-_FALSE_ALARMS = 0.05
 
 
 def check_comparable(other: Path, settings: Mapping[str, Any]) -> None:
@@ -110,7 +109,7 @@ def compare(
             "predicted": float(rates[0][label]),
             "predicted_before": float(rates[1][label]),
             "chance": float(chances[label]),
-            "confident": bool(chances[label] <= _FALSE_ALARMS),
+            "confident": bool(chances[label] <= FALSE_ALARMS),
         }
         if place < _SHOWN and row["change"] > 0:
             most = indices[np.argsort(-gains[:, label])][:_IMAGES].tolist()
@@ -148,7 +147,7 @@ def _patches(
         if example is None:
             continue
         found = method.attribute(example.inputs[None], label, attr_dim_summation=False).detach()
-        sub_scores = (found if layer.channel_dim == 1 else token_grid(found)).double()
+        sub_scores = layer.as_images(found).double()
         map_ = sub_scores.sum(1)
         row, column = peak(map_)
         patches.append({"index": index, "row": float(row), "column": float(column), "value": float(map_.max())})

@@ -39,6 +39,10 @@ class MapLayer:
     name: str
     channel_dim: int = 1
 
+    def as_images(self, output: Tensor) -> Tensor:
+        """Return what is shaped like the output, or like it summed over channels to size 1, as (N, C or 1, H, W)."""
+        return output if self.channel_dim == 1 else token_grid(output)
+
 
 @dataclass(frozen=True)
 class Explained:
@@ -260,7 +264,7 @@ def _score_maps(parts: Mapping[MapLayer, Tensor], *, every_channel: bool) -> Map
     for layer, part in parts.items():
         score_map = part.sum(layer.channel_dim, keepdim=True) if every_channel else part
         total = score_map.flatten(1).sum(1)
-        placed = score_map if layer.channel_dim == 1 else token_grid(score_map)
+        placed = layer.as_images(score_map)
         maps[layer] = _RoleMap(placed, total, torch.zeros_like(total))
     return maps
 

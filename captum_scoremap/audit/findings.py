@@ -47,7 +47,7 @@ def find(shards: Shards, worker: Worker) -> list[dict[str, Any]]:
                 truth[row["index"]] = row["true"]
     layers = {layer.name: layer for layer in worker.pool}
     model = worker.model
-    candidates = screen(shards, list(layers))
+    candidates = screen(shards, list(layers), predicted)
     findings = prove(candidates, model.module, layers, worker.example, predicted, truth, model.label_name)
     write_json(shards.folder / "analysis" / "findings.json", {"findings": findings})
     return findings

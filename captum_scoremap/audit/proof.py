@@ -23,7 +23,6 @@ from captum_scoremap.attribution import LayerScoreMap
 from captum_scoremap.audit.concentration import border_share, peak, resized
 from captum_scoremap.audit.explaining import MapLayer
 from captum_scoremap.audit.screening import FALSE_ALARMS, Candidate
-from captum_scoremap.layout import token_grid
 
 __all__ = ["Example", "prove"]
 
@@ -146,7 +145,8 @@ class _Look:
         area = float(region.mean())
         local = area <= _LOCAL
         kind, rest = _kind(concept, local)
-        sub_scores, coefficients = self._sub_scores(inputs)
+        coefficients = self._coefficients(inputs)
+        sub_scores = coefficients * y
         if local:
             part = sub_scores.sum(1) * region
             gone = [self._scores(_filled(inputs, region))]
@@ -194,7 +194,7 @@ class _Look:
         finally:
             handle.remove()
         y = outputs[-1]
-        return scores.double(), (y if self.layer.channel_dim == 1 else token_grid(y)).double()
+        return scores.double(), self.layer.as_images(y).double()
 
     def _scores(self, inputs: Tensor) -> Tensor:
         scores: Tensor = self.model(inputs).double()
@@ -211,16 +211,12 @@ class _Look:
         maximum = torch.zeros_like(mean).flatten(1).scatter_add(1, where, beyond).reshape(mean.shape)
         return mean + maximum
 
-    def _sub_scores(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """A·Y and A at the layer, (N, C, H, W)."""
-        found = []
-        for multiply in (True, False):
-            method = LayerScoreMap(self.model, self.module, multiply_by_inputs=multiply)
-            with torch.enable_grad():
-                one = method.attribute(inputs, self.candidate.label, attr_dim_summation=False)
-            one = one.detach()
-            found.append((one if self.layer.channel_dim == 1 else token_grid(one)).double())
-        return found[0], found[1]
+    def _coefficients(self, inputs: Tensor) -> Tensor:
+        """A at the layer, (N, C, H, W)."""
+        method = LayerScoreMap(self.model, self.module, multiply_by_inputs=False)
+        with torch.enable_grad():
+            found = method.attribute(inputs, self.candidate.label, attr_dim_summation=False)
+        return self.layer.as_images(found.detach()).double()
 
     def _shifted(self, inputs: Tensor, shift: Tensor) -> Tensor:
         """The scores with the layer's channels shifted by as much."""

@@ -70,18 +70,18 @@ class Candidate:
     sample: tuple[int, ...]
 
 
-def screen(shards: Shards, layers: Sequence[str]) -> list[Candidate]:
+def screen(shards: Shards, layers: Sequence[str], predicted: Mapping[int, int]) -> list[Candidate]:
     """Compare each predicted label's channels with those of the others.
 
     Args:
         shards: The results.
         layers: Names of the layers whose channels are pooled.
+        predicted: Predicted label of every image that could be audited, by its position.
 
     Returns:
         A candidate for each label of at least ten images, the least likely by chance first; none where there are fewer
         than five such labels.
     """
-    predicted = _predicted(shards)
     labels = [label for label, count in zip(*np.unique(list(predicted.values()), return_counts=True), strict=True)
               if count >= _ENOUGH]  # fmt: skip
     if len(labels) < _LABELS:
@@ -231,15 +231,6 @@ def _thinned(indices: Integers, predicted: Integers, labels: Integers) -> tuple[
         kept.append(mine[np.arange(min(len(mine), most)) * len(mine) // min(len(mine), most)])
     chosen = np.sort(np.concatenate(kept))
     return indices[chosen], predicted[chosen]
-
-
-def _predicted(shards: Shards) -> Mapping[int, int]:
-    """Predicted label of every image that could be audited."""
-    found: dict[int, int] = {}
-    for _, table in shards.each("images"):
-        pairs = zip(table["index"].to_pylist(), table["predicted"].to_pylist(), strict=True)
-        found |= {index: label for index, label in pairs if label is not None}
-    return found
 
 
 def _pooled(shards: Shards, layer: str, indices: Integers) -> Array:

@@ -196,11 +196,29 @@ class _Terminated(BaseException):
 @contextmanager
 def _stoppable(out: Path) -> Iterator[None]:
     """Say what is kept and how to go on where the user or the system ends an audit."""
+    try:
+        with _signals_raised():
+            yield
+    except (KeyboardInterrupt, _Terminated) as end:
+        from captum_scoremap.audit.shards import Shards
+
+        kept = Shards(out).count_images()
+        how = (
+            f"{kept} images are kept in {out}. Go on with the same command and --resume" if kept else "Nothing is kept"
+        )
+        print(f"captum-scoremap: stopped. {how}.", file=sys.stderr)
+        sys.exit(130 if isinstance(end, KeyboardInterrupt) else 143)
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """Raise where the program is asked to end, again and again: what is raised inside a destructor is lost."""
     asked: list[int] = []
+    has_timer = hasattr(signal, "setitimer")
 
     def stop(number: int, _: object) -> None:
         asked.append(number)
-        if hasattr(signal, "setitimer"):  # what is raised inside a destructor is lost: ask again until it is not
+        if has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0.5)
         raise KeyboardInterrupt if asked[0] == signal.SIGINT else _Terminated
 
@@ -210,19 +228,8 @@ def _stoppable(out: Path) -> Iterator[None]:
         before = {one: signal.signal(one, stop) for one in wanted if signal.getsignal(one) is not signal.SIG_IGN}
     try:
         yield
-    except (KeyboardInterrupt, _Terminated) as end:
-        if asked and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        from captum_scoremap.audit.shards import Shards
-
-        kept = Shards(out).count_images()
-        how = (
-            f"{kept} images are kept in {out}. Go on with the same command and --resume" if kept else "Nothing is kept"
-        )
-        print(f"captum-scoremap: stopped. {how}.", file=sys.stderr)
-        sys.exit(130 if isinstance(end, KeyboardInterrupt) else 143)
     finally:
-        if asked and hasattr(signal, "setitimer"):
+        if asked and has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for one, handler in before.items():
             signal.signal(one, handler)

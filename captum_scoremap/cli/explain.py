@@ -38,6 +38,7 @@ from captum_scoremap.cli.options import (
 from captum_scoremap.data.ahead import map_ahead
 from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.layout import main_layers
+from captum_scoremap.linear import linear_form
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
 from captum_scoremap.models.loading import imported
 from captum_scoremap.multiview import MultiView
@@ -304,19 +305,16 @@ def _answer(
     progress: "tqdm[Any]",
 ) -> Explanation:
     """Explain: the linear form at every layer, and the complete map."""
-    score = 0.0
-    numbers = []
-    for name, layer in layers.items():
-        score, row = layer_numbers(network, inputs, question.score, name, layer)
-        numbers.append(row)
-        progress.update()
+    forms = linear_form(network, inputs, question.score, list(layers.values()))
+    numbers = [layer_numbers(form, name, inputs) for name, form in zip(layers, forms, strict=True)]
+    progress.update(len(numbers))
     complete, placeless = CompleteScoreMap(network).attribute(inputs, question.score, return_placeless=True)
     return Explanation(
         image,
         question.label,
         question.target,
         question.contrast,
-        score,
+        float(forms[0].score),
         inputs[0],
         tuple(numbers),
         complete[0, 0],

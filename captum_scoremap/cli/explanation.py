@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import nearest
 from captum_scoremap.layout import map_channel_dim, patch_grid, token_grid
-from captum_scoremap.linear import Target, linear_form
+from captum_scoremap.linear import LinearForm
 from captum_scoremap.rules import tensors_in
 
 INPUT = "input"
@@ -134,28 +134,23 @@ def find_layers(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module
 
 
 def layer_numbers(
-    network: nn.Module,
-    inputs: Tensor,
-    score: Target,
+    form: LinearForm,
     name: str,
-    layer: nn.Module | None,
-) -> tuple[float, LayerNumbers]:
-    """Return score and linear form at one layer.
+    inputs: Tensor,
+) -> LayerNumbers:
+    """Return the numbers of one layer.
 
     Args:
-        network: The model.
-        inputs: The image, (1, C, H, W).
-        score: Index of the label, or a function from the model's output to (N,).
+        form: The linear form there.
         name: Name of the layer, for tables.
-        layer: The layer; None for the image.
+        inputs: The image, (1, C, H, W).
 
     Returns:
-        S in logits, and the numbers of the layer.
+        The numbers.
 
     Raises:
         ValueError: The output of the layer has no rows and columns.
     """
-    form = linear_form(network, inputs, score, layer)
     if not isinstance(form.activations, Tensor):
         raise ValueError(f"layers must give one tensor, got {name}, which gives {len(form.activations)}.")
     size = tuple(form.activations.shape)
@@ -169,7 +164,7 @@ def layer_numbers(
     if channel_dim != 1:
         score_map = token_grid(score_map, patch_grid(size[1], inputs.shape) if len(size) == 3 else None)
     residual = float(form.relative_residual)
-    return float(form.score), LayerNumbers(
+    return LayerNumbers(
         name,
         size[1:],
         score_map[0, 0],

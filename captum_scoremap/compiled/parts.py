@@ -8,6 +8,7 @@ from torch import Tensor
 
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
 from captum_scoremap.checks import unwrap_parallel
+from captum_scoremap.layout import channels_at
 from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments, root_module
@@ -68,13 +69,14 @@ def _linear_parts(
     options: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """Return maps, B and residual of every site: S = A·Y + B."""
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
     sites: list[Site | None] = [None]
     reduction = Reduction(multiply=method.multiplies_by_inputs)
     if isinstance(method, LayerScoreMap):
         sites = [*method._sites(bool(options.get("attribute_to_layer_input")))]
+        channels = channels_at(options.get("channel_dim"), tensors[0].shape)
         is_summed = options.get("attr_dim_summation", True)
-        reduction = Reduction(method.multiplies_by_inputs, options.get("channel_dim", 1) if is_summed else None)
-    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+        reduction = Reduction(method.multiplies_by_inputs, channels if is_summed else None)
     run = explain(
         unwrap_parallel(method.forward_func),
         tensors,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,8 +107,7 @@ def explain_completely(
     """
     image = check_images(inputs)
 
-    def select(output: Any) -> Tensor:
-        return select_scores(output, target, len(image))
+    select = partial(select_scores, target=target, images=len(image))
 
     recording, score = record_score(
         unwrap_parallel(forward_func), (image,), select, sites, additional, rules=rules, keep=True

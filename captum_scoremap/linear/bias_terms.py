@@ -1,6 +1,7 @@
 """Where B comes from: the share of every operation's constant part in the score."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,8 +65,7 @@ def bias_terms(
     tensors = check_inputs(inputs)
     forward_func = unwrap_parallel(forward_func)
 
-    def select(output: Any) -> Tensor:
-        return select_scores(output, target, len(tensors[0]))
+    select = partial(select_scores, target=target, images=len(tensors[0]))
 
     additional = as_tuple_of_arguments(additional_forward_args)
     recording, score = record_score(forward_func, tensors, select, (), additional, rules=rules)

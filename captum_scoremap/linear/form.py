@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
-from captum_scoremap.layout import channel_dim_of, placed_map
+from captum_scoremap.layout import channels_at, placed_map
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments
@@ -99,8 +99,7 @@ class LinearForm:
         Returns:
             In logits, (N, 1, H, W) for a layer of (N, C, H, W), (N, tokens, 1) for one of (N, tokens, C).
         """
-        found = partial(channel_dim_of, input_shape=self._input_shape)
-        reduction = Reduction(channel_dim=found if channel_dim is None else channel_dim)
+        reduction = Reduction(channel_dim=channels_at(channel_dim, self._input_shape))
         if isinstance(self.coefficients, Tensor) and isinstance(self.activations, Tensor):
             return reduction(self.coefficients, self.activations)
         return tuple(reduction(a, y) for a, y in zip(self.coefficients, self.activations, strict=True))
@@ -344,8 +343,7 @@ def linear_form(
             check_layer(forward_func, one)
     sites: list[Site | None] = [None if one is None else (one, attribute_to_layer_input) for one in layers]
 
-    def select(output: Any) -> Tensor:
-        return select_scores(output, target, len(tensors[0]))
+    select = partial(select_scores, target=target, images=len(tensors[0]))
 
     found = explain(
         unwrap_parallel(forward_func),
@@ -357,22 +355,32 @@ def linear_form(
         rules=rules,
         keep=True,
     )
-    forms = LinearForms(_form(found, site, inputs) for site in sites)
+    shape = tuple(tensors[0].shape)
+
+    @cache
+    @torch.no_grad()
+    def books() -> dict[Site | None, Ledger]:
+        seeds = found.seeds(torch.ones_like(found.score))
+        return dict(zip(sites, ledgers(found.recording, seeds, found.score, sites, shape), strict=True))
+
+    forms = LinearForms(_form(found, site, inputs, shape, books) for site in sites)
     return forms if several else forms[0]
 
 
-def _form(found: Explanation, site: Site | None, inputs: Tensors) -> LinearForm:
+def _form(
+    found: Explanation,
+    site: Site | None,
+    inputs: Tensors,
+    shape: tuple[int, ...],
+    books: Callable[[], Mapping[Site | None, Ledger]],
+) -> LinearForm:
     """Return the form at one of the sites that a run explained."""
     coefficients, activations = found.results[site], found.tapped(site).activations
     single = isinstance(inputs, Tensor) if site is None else not found.tapped(site).is_tuple
-    shape = tuple(tensors_in(inputs)[0].shape)
 
-    @torch.no_grad()
     def ledger() -> Ledger:
-        if len(shape) != 4 or any(y.dim() < 3 for y in activations):
-            return _no_ledger()
-        seeds = found.seeds(torch.ones_like(found.score))
-        return ledgers(found.recording, seeds, found.score, [site], shape)[0]
+        has_place = len(shape) == 4 and all(y.dim() >= 3 for y in activations)
+        return books()[site] if has_place else _no_ledger()
 
     name = "input" if site is None else found.recording.places.name_of(site[0]) or type(site[0]).__name__
     return LinearForm(
@@ -381,7 +389,7 @@ def _form(found: Explanation, site: Site | None, inputs: Tensors) -> LinearForm:
         found.bias(site),
         found.score,
         found.sums(site),
-        cache(ledger),
+        ledger,
         name,
         shape,
     )

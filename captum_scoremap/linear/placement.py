@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.checks import is_traced, unrecorded
-from captum_scoremap.layout import map_channel_dim, patch_grid
+from captum_scoremap.layout import map_channel_dim, placed_map
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Tape
 
@@ -60,12 +60,15 @@ class Placement:
         return self._entries(product.expand(value.shape), value, _FAR)
 
     def _entries(self, product: Tensor, value: Value, far: int) -> list[Entry]:
-        by_shape = self._by_shape(product)
-        if by_shape is not None and map_channel_dim(tuple(product.shape), self._image_shape) == 1:
+        channel_dim = map_channel_dim(tuple(product.shape), self._image_shape) if product.dim() == 4 else None
+        by_shape: Entry = (None, None)
+        if channel_dim != -1 or self._is_in_proportion(product.shape[1:3]):
+            by_shape = placed_map(product, self._image_shape, self._grids)
+        if channel_dim == 1:
             return [by_shape]
         carried = list(self._carried_back(product, value)) if far else []
         entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
-        if by_shape is not None and all(one is None for one, _ in entries):
+        if by_shape[0] is not None and all(one is None for one, _ in entries):
             return [by_shape]
         if not carried:
             return [(None, self._of_images(self._total(product), product))]
@@ -77,27 +80,10 @@ class Placement:
                 entries.append((None, self._of_images(lost, product)))
         return entries
 
-    def _by_shape(self, product: Tensor) -> Entry | None:
-        """The sum over channels, if the shape says where they are."""
-        if product.dim() == 3 and product.shape[0] != self._images and product.shape[1] == self._images:
-            product = product.transpose(0, 1)  # (tokens, N, C)
-        shape = tuple(product.shape)
-        channel_dim = map_channel_dim(shape, self._image_shape)
-        if channel_dim is None:
-            return None
-        summed = product.sum(channel_dim, keepdim=channel_dim == 1)
-        if product.dim() == 4:
-            rows, columns = summed.shape[-2:]
-            height, width = self._image_shape[2:]
-            if channel_dim == -1 and abs(rows * width - columns * height) > max(height, width):
-                return None  # windows by tokens of a window, say: no grid of the image's proportions
-            return summed.reshape(self._images, 1, rows, columns), None
-        grid = patch_grid(shape[1], self._image_shape, self._grids)
-        if grid is None:
-            return None
-        extra = shape[1] - grid[0] * grid[1]
-        rest = summed[:, :extra].sum(1) if extra else None
-        return summed[:, extra:].reshape(self._images, 1, *grid), rest
+    def _is_in_proportion(self, grid: Sequence[int]) -> bool:
+        """Return whether rows and columns are in the image's proportions but for a cell: windows by tokens are not."""
+        height, width = self._image_shape[2:]
+        return abs(grid[0] * width - grid[1] * height) <= max(height, width)
 
     def _carried_back(self, product: Tensor, value: Value) -> Iterator[tuple[Tensor, Value]]:
         """The same numbers at the elements of the values that the value was made of, if these have its positions."""

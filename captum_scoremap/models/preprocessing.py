@@ -40,7 +40,7 @@ class Preprocessing:
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the tensor (C, H, W) that the model takes, float32."""
         resized = self._resized(image)
-        return self._normalized(resized if self.crop is None else CenterCrop(self.crop)(resized))
+        return self._normalized(resized if self.crop is None else CenterCrop(self.crop).forward(resized))
 
     def whole(self, image: Image.Image) -> Tensor:
         """Return the same without the crop, (C, H, W): every part of the image, at the scale of training."""
@@ -128,12 +128,14 @@ class Preprocessing:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (pixels * std + mean).clamp(0.0, 1.0)
 
+    # forward, not a call: this runs on a thread that reads ahead, and torch.fx, which takes the call of a module on any
+    # thread for one of the model's, may be tracing the model meanwhile
     def _resized(self, image: Image.Image) -> Image.Image:
         mode = _MODES.get(len(self.mean), "RGB")
         image = image if image.mode == mode else image.convert(mode)
-        resized: Image.Image = Resize(self.resize, self.interpolation)(image)
+        resized: Image.Image = Resize(self.resize, self.interpolation).forward(image)
         return resized
 
     def _normalized(self, image: Image.Image) -> Tensor:
-        normalized: Tensor = Normalize(self.mean, self.std)(ToTensor()(image))
+        normalized: Tensor = Normalize(self.mean, self.std).forward(ToTensor()(image))
         return normalized
