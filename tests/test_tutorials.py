@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import NotebookNode
+from scipy.stats import t
 
 from tests.tutorials import FOLDER, SOURCES, execute, noise, notebook_from, source_from
 
@@ -18,6 +19,9 @@ MACHINE = {
     "address": r"\b0x[0-9a-f]{6,}",
     "traceback": r"Traceback \(most recent call last\)",
 }
+
+ELSEWHERE = {"2.1", *(f"{student:.2f}" for student in t.ppf(0.975, [5, 3, 1e9]))}
+"""Numbers of prose that no cell gives: a section of the paper, and Student's t."""
 
 each_tutorial = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
@@ -35,6 +39,17 @@ def texts(cell: NotebookNode) -> list[str]:
     return found
 
 
+def untold(notebook: NotebookNode) -> set[str]:
+    """Decimal numbers of the prose that nothing in the code or in what it prints rounds to."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    shown = " ".join(text for cell in code for text in (cell.source, *texts(cell)))
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", shown)]
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    prose = re.sub(r"```.*?```|\$[^$]*\$|`[^`]*`", "", prose, flags=re.DOTALL)
+    told = {f"{number:.{places}f}" for number in numbers for places in (1, 2, 3)}
+    return set(re.findall(r"(?<![\w.])\d+\.\d+(?!\w)", prose)) - told - ELSEWHERE
+
+
 def kinds(notebook: NotebookNode) -> list[list[str]]:
     """What every cell shows, by kind: printed text, results, pictures."""
     return [
@@ -49,6 +64,13 @@ def test_runs_without_a_warning(source: Path) -> None:
     execute(notebook)
     assert list(noise(notebook)) == []
     assert kinds(notebook) == kinds(stored(source)), REBUILD
+    assert untold(notebook) == untold(stored(source)) == set(), "prose states a number that the code does not give"
+
+
+def test_numbers_of_prose_are_looked_for() -> None:
+    said = nbformat.v4.new_markdown_cell("The score is 9.14, of which 0.3 and not 8.77; `x = 1.25` is code.")
+    did = nbformat.v4.new_code_cell("print(1)", outputs=[nbformat.v4.new_output("stream", text="9.1382 and 0.27\n")])
+    assert untold(nbformat.v4.new_notebook(cells=[said, did])) == {"8.77"}
 
 
 @each_tutorial
