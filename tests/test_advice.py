@@ -260,3 +260,24 @@ def test_dropout_in_training_mode_is_frozen_and_said_once(module: nn.Module) -> 
     assert form.coefficients.eq(0).any() or isinstance(module, nn.AlphaDropout)
     model.eval()
     assert_close(linear_form(model, some_images(), 1).score, model(some_images())[:, 1], **EXACT)
+
+
+def test_a_mask_that_attentions_kernel_misreads_is_refused_and_the_advice_helps() -> None:
+    """PyTorch takes what lies there for float64; the scores themselves are wrong."""
+
+    class Masked(nn.Module):
+        kind = torch.float32
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(x.shape[-2], x.shape[-2]).to(self.kind))
+
+    masked = Masked()
+    model, images = between(masked), some_images()
+    with pytest.raises(ValueError, match=r"attn_mask of the queries' type, got torch.float32 beside torch.float64"):
+        linear_form(model, images, 1)
+    masked.kind = torch.float64
+    form = linear_form(model, images, 1)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
+    masked.kind = torch.float32
+    form = linear_form(model.float(), images.float(), 1)
+    assert_close(form.sums + form.bias, form.score, rtol=1e-4, atol=1e-4)

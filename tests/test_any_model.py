@@ -6,20 +6,15 @@ import importlib.util
 
 import pytest
 
-from tests.any_model import Case, blocks, detection, recurrent
+from tests.any_model import blocks, detection, recurrent
 
 TABLES = {module.__name__.rpartition(".")[2]: module.CASES for module in (blocks, detection, recurrent)}
 
 
-def cases_of_transformers() -> dict[str, Case]:
-    if importlib.util.find_spec("transformers") is None:
-        return {}
-    from tests.any_model import transformers
+if importlib.util.find_spec("transformers") is not None:
+    from tests.any_model import dense, transformers
 
-    return transformers.CASES
-
-
-TABLES["transformers"] = cases_of_transformers()
+    TABLES |= {"transformers": transformers.CASES, "dense": dense.CASES}
 
 
 @pytest.mark.parametrize(("table", "name"), [(table, name) for table, cases in TABLES.items() for name in cases])

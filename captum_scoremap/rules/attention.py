@@ -62,7 +62,7 @@ class Attention(Rule):
             The scores.
 
         Raises:
-            ValueError: If there is dropout.
+            ValueError: If there is dropout, or a mask that the kernel misreads.
         """
         query, key, _ = call.args[:3]
 
@@ -82,6 +82,12 @@ class Attention(Rule):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
         mask = argument(self.mask, "attn_mask" if self.mask is None else "attn_bias", None)
+        if mask is not None and mask.dtype is torch.float32 and query.dtype is torch.float64:
+            raise ValueError(  # what lies in memory there is taken for numbers of twice the size
+                "scaled_dot_product_attention must have an attn_mask of the queries' type, got torch.float32 beside "
+                "torch.float64, where PyTorch's kernel returns wrong numbers. Explain model.float(), or make the mask "
+                "with dtype=query.dtype."
+            )
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activations import Absolute, Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
 from .attention import Attention
-from .composite import COMPOSITE
+from .composite import COMPOSITE, Composite
 from .normalization import BatchNorm, EvaluatedBatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
@@ -239,7 +239,7 @@ _CONSTANT: dict[str, Rule] = {
 DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT}
 
 TANGENT: Mapping[str, Rule] = {
-    name: rule if isinstance(rule, (PiecewiseLinear, MaxPool, Extremum, Choice, Ordered)) else Tangent()
+    name: rule if isinstance(rule, (PiecewiseLinear, MaxPool, Extremum, Choice, Ordered, Composite)) else Tangent()
     for name, rule in _NONLINEAR.items()
 }
 

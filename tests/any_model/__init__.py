@@ -7,7 +7,8 @@ linear form is exact at the input and at three layers, or it is refused with the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.zoo import randomize, relative_residual, spread
 
 Model = Callable[..., Any]
 REFUSALS = (UnsupportedOperationError, TypeError, ValueError)
-# Everything by its derivative: then A is the gradient that autograd takes, by a route of its own.
+# Everything by its derivative: then A is the gradient, which is known by a route of its own.
 GRADIENT = {**TANGENT, "grid_sampler_2d": Tangent(), "grid_sampler_3d": Tangent(), "roi_align": FirstLinear()}
 
 
@@ -36,7 +37,8 @@ class Case:
         layers: Names of layers; None for three, spread over those that run once.
         refused: What the error must say; "" where there must be none.
         tolerance: The largest relative residual.
-        is_gradient: Whether A under the tangent everywhere is autograd's gradient; not where the model detaches.
+        gradient: Who else knows A under the tangent everywhere: "autograd"; "differences" along a random direction,
+            where the model detaches or autograd cannot follow; "" for none, where places are frozen even then.
         random: Whether to fill the model with random numbers.
     """
 
@@ -45,12 +47,12 @@ class Case:
     layers: tuple[str, ...] | None = None
     refused: str = ""
     tolerance: float = 1e-9
-    is_gradient: bool = True
+    gradient: str = "autograd"
     random: bool = True
 
     def check(self) -> None:
         """Hold the row to what it says."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), default_dtype(torch.float64):
             torch.manual_seed(0)
             model, inputs = self.build()
             if isinstance(model, nn.Module):
@@ -61,8 +63,10 @@ class Case:
                 self.check_refused(model, inputs)
             else:
                 self.check_exact(model, inputs)
-                if self.is_gradient:
+                if self.gradient == "autograd":
                     self.check_gradient(model, inputs)
+                elif self.gradient:
+                    self.check_differences(model, inputs)
 
     def check_refused(self, model: Model, inputs: Tensor) -> None:
         with pytest.raises(REFUSALS, match=re.escape(self.refused)):
@@ -92,6 +96,32 @@ class Case:
         found = ScoreMap(model, multiply_by_inputs=False, rules=GRADIENT).attribute(inputs, self.target)
         difference = (found - expected).abs().max() / expected.abs().max()
         assert difference <= self.tolerance, f"coefficients differ from the gradient by {difference:.1e}"
+
+    def check_differences(self, model: Model, inputs: Tensor) -> None:
+        """The model itself, a little to each side of the image: whatever it detaches still counts."""
+        direction = torch.randn_like(inputs)
+        coefficients = ScoreMap(model, multiply_by_inputs=False, rules=GRADIENT).attribute(inputs, self.target)
+        found = (coefficients * direction).flatten(1).sum(1)
+        differences = []
+        for step in (1e-4, 1e-6, 1e-9):  # too large for kinks, too small for rounding: one of them is neither
+            places = inputs + step * direction, inputs - step * direction
+            with torch.no_grad():
+                ahead, behind = (select_scores(model(place), self.target, len(inputs)) for place in places)
+            expected = (ahead - behind) / (2 * step)
+            differences.append(float((found - expected).abs().max() / expected.abs().max()))
+        allowed = 1e-5 if self.tolerance <= 1e-9 else 1e-2
+        assert min(differences) <= allowed, f"coefficients differ from differences of the score by {differences}"
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Have what a model makes without naming a type be of this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def layers_of_images(model: nn.Module, inputs: Tensor) -> tuple[str, ...]:

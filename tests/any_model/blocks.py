@@ -397,8 +397,8 @@ CASES = {
     "mixture of experts": around(Experts),
     "squeeze and excitation": around(Squeeze),
     "warp and correlation": around(Wave),
-    "a Hessian for each image": block(lambda x: quietly(hessians, x), is_gradient=False),
-    "products scattered": block(lambda x: quietly(multiplied, x), is_gradient=False),
+    "a Hessian for each image": block(lambda x: quietly(hessians, x), gradient=""),
+    "products scattered": block(lambda x: quietly(multiplied, x), gradient="differences"),
     "the largest of each index": block(lambda x: quietly(largest, x)),
     "temporal classification": block(labelled),
     "masked attention": block(masked),
@@ -420,12 +420,12 @@ CASES = {
     "functional_call": Case(functional),
     "ensemble by vmap": Case(ensemble),
     "channels last": Case(channels_last),
-    "gradient of the model": Case(input_gradient, is_gradient=False),
-    "derivative of the model along the image": Case(tangents, is_gradient=False),
+    "gradient of the model": Case(input_gradient, gradient="differences"),
+    "derivative of the model along the image": Case(tangents, gradient=""),
     "checkpoint": around(lambda: Checkpointed(reentrant=False)),
-    "checkpoint, re-entrant": around(lambda: Checkpointed(reentrant=True), is_gradient=False, random=False),
+    "checkpoint, re-entrant": around(lambda: Checkpointed(reentrant=True), gradient="differences", random=False),
     # bfloat16 has eight bits
-    "autocast": Case(lambda: (Autocast(), image()), tolerance=2e-2, random=False, layers=(), is_gradient=False),
+    "autocast": Case(lambda: (Autocast(), image()), tolerance=2e-2, random=False, layers=(), gradient=""),
     "scripted block": around(
         lambda: quietly(torch.jit.script, CrossStage().double().eval()), random=False, layers=("conv",)
     ),

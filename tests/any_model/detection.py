@@ -1,10 +1,11 @@
-"""Detectors of torchvision, small, on two images at once: the score of each image's first box."""
+"""Detectors of torchvision, small, on two images at once: the score of each image's first box; and optical flow."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.models.optical_flow import raft, raft_small
 from torchvision.ops import DeformConv2d, MultiScaleRoIAlign, nms, roi_align
 
 from . import Case
@@ -153,11 +155,24 @@ class Regions(nn.Module):
         return torch.stack(found)
 
 
+class Flow(nn.Module):
+    """Optical flow from the first three channels to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = raft_small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        make = raft.make_coords_grid  # in float32 whatever goes in
+        with mock.patch.object(raft, "make_coords_grid", lambda *sizes: make(*sizes).to(x.dtype)):
+            return self.model(x[:, :3], x[:, 3:], num_flow_updates=2)[-1]  # type: ignore[no-any-return]
+
+
 CASES = {
     "Faster R-CNN": Case(two_stages(detection.FasterRCNN), first_box("scores"), BACKBONE),
     "Faster R-CNN, images in a list": Case(listed, 0),
     "Faster R-CNN, an edge of a box": Case(
-        two_stages(detection.FasterRCNN), first_box("boxes", 0), BACKBONE, is_gradient=False
+        two_stages(detection.FasterRCNN), first_box("boxes", 0), BACKBONE, gradient=""
     ),
     "Mask R-CNN": Case(mask_rcnn, first_box("scores"), BACKBONE),
     "Mask R-CNN, a pixel of a mask": Case(mask_rcnn, first_box("masks", 0, 20, 20), BACKBONE),
@@ -175,6 +190,12 @@ CASES = {
         single_shot(lambda: SSDLiteHead([8, 8], [4, 6], LABELS, nn.BatchNorm2d)), first_box("scores"), BACKBONE
     ),
     # where to sample is frozen
-    "deformable convolution": Case(lambda: (Deformed(), images(1)), is_gradient=False),
+    "deformable convolution": Case(lambda: (Deformed(), images(1)), gradient=""),
     "regions by suppression": Case(lambda: (Regions(), images())),
+    # it detaches the flow that it refines
+    "RAFT, the flow of a square": Case(
+        lambda: (Flow(), torch.rand(1, 6, 128, 128, dtype=torch.float64)),
+        lambda flow: flow[:, 0, 40:80, 40:80].mean((1, 2)),
+        gradient="differences",
+    ),
 }
