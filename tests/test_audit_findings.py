@@ -9,7 +9,7 @@ import torch
 from captum_scoremap import LayerScoreMap
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import layers_to_pool, pooled
-from captum_scoremap.audit.screening import FALSE_ALARMS, stand_out
+from captum_scoremap.audit.screening import FALSE_ALARMS, _separations, stand_out
 from captum_scoremap.audit.shards import Shards
 from captum_scoremap.models import LoadedModel, prepare
 from tests.planted import Case, pictures, trained
@@ -18,6 +18,7 @@ CASES = {
     "fixed corner": (Case("fixed corner", "digits", "pooled", 2), "place"),
     "random place": (Case("random place", "digits", "pooled", 0), "concept"),
     "color": (Case("color", "textures", "plain", 1), "background"),
+    "stripes": (Case("stripes", "digits", "pooled", 2), "background"),
     "another label's": (Case("another label's", "textures", "normed", 0), "concept"),
 }
 
@@ -129,6 +130,47 @@ def test_false_alarms_of_the_test_are_as_rare_as_it_says(count):
     rng = np.random.default_rng(0)
     alarms = [stand_out(rng.normal(0, 1, count))[1].min() <= FALSE_ALARMS for _ in range(400)]
     assert np.mean(alarms) <= FALSE_ALARMS + 3 * np.sqrt(FALSE_ALARMS * (1 - FALSE_ALARMS) / 400)
+
+
+def test_labels_that_agree_by_accident_are_no_reason_to_be_sure():
+    values = np.array([0.30, 0.31, 0.29, 0.30, 0.32, 0.28, 0.30, 0.31, 0.29, 0.75])
+    distances, chances = stand_out(values)
+    assert distances.argmax() == 9
+    assert chances.min() > FALSE_ALARMS
+    values[9] = 2.0
+    assert stand_out(values)[1].argmin() == 9
+    assert stand_out(values)[1].min() <= FALSE_ALARMS
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 3.0])
+def test_false_alarms_are_rare_whatever_the_spread(spread):
+    rng = np.random.default_rng(1)
+    alarms = [stand_out(rng.normal(0, spread, 10))[1].min() <= FALSE_ALARMS for _ in range(400)]
+    assert np.mean(alarms) <= FALSE_ALARMS + 3 * np.sqrt(FALSE_ALARMS * (1 - FALSE_ALARMS) / 400)
+
+
+def test_a_neighbor_that_is_gone_does_not_make_a_label_stand_out():
+    # On a ring each label is like its two neighbors; label 0 went elsewhere, so that 1 and 9 have one neighbor left.
+    labels = np.arange(10)
+    predicted = np.repeat(labels, 40)
+    distance = np.abs(predicted[:, None] - labels)
+    near = np.exp(-np.square(np.minimum(distance, 10 - distance)))
+    near[predicted == 0] = 0
+    near[:, 0] = 5 * (predicted == 0)
+    scores = near + np.random.default_rng(0).normal(0, 0.1, near.shape)
+    _, chances = stand_out(np.log(_separations(scores, predicted, labels)))
+    assert chances[0] <= FALSE_ALARMS
+    assert min(chances[1:]) > FALSE_ALARMS
+
+
+def test_a_label_with_the_same_mark_does_not_hide_another():
+    labels = np.arange(10)
+    predicted = np.repeat(labels, 40)
+    scores = np.random.default_rng(0).normal(0, 0.5, (400, 10)) + (predicted[:, None] == labels)
+    scores[predicted == 3, 3] += 6
+    scores[np.flatnonzero(predicted == 7)[:16], 3] += 6
+    _, chances = stand_out(np.log(_separations(scores, predicted, labels)))
+    assert (chances <= FALSE_ALARMS).tolist() == [label == 3 for label in range(10)]
 
 
 def test_two_labels_that_stand_out_do_not_hide_each_other():

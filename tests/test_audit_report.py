@@ -97,9 +97,10 @@ def browser(request):
     path = request.config.getoption("browser")
     if path is None:
         pytest.skip("needs a Chromium: pytest -m browser --browser PATH")
-    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    from playwright.sync_api import sync_playwright
+
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
-    with api.sync_playwright() as play:
+    with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=path, args=arguments)
         yield chromium
         chromium.close()

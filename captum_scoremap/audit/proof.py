@@ -4,7 +4,8 @@ A discriminant of pooled channels is itself a sum over positions: the mean of a 
 maximum from one cell. That sum is the map of the concept. What holds most of it is taken away on images that the
 discriminant was not fitted to: a small region by the mean color of the rest of the image, something spread over the
 image by shifting the layer's channels to what they are in other labels' images. A control of equal size is taken away
-as well, and S and the prediction are read again.
+as well, and S and the prediction are read again. What fills the image may be found in a small part of it and be there
+still when that is gone: where a region has no effect, the shift is tried.
 """
 
 from collections import Counter
@@ -37,6 +38,7 @@ _PAIR = 0.1  # share of a label's images: more are no accident
 _CHANNELS = 5  # are named
 _CONTROLS = 3
 _EFFECT = 0.01  # chance of the effect
+_ELSEWHERE = 0.5  # of the effect: a control that has as much takes away the same
 _GRAY = 0.05  # of S: less is no effect worth a finding
 
 
@@ -49,7 +51,7 @@ class Example:
 
 
 def prove(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Sequence[Candidate]],
     model: nn.Module,
     layers: Mapping[str, MapLayer],
     read: Callable[[int], Example | None],
@@ -60,7 +62,7 @@ def prove(
     """Turn candidates into findings.
 
     Args:
-        candidates: What sets labels apart, the least likely by chance first.
+        candidates: What sets each label apart, at one layer or more, the least likely by chance first.
         model: The network, in eval mode.
         layers: Its pooled layers by name.
         read: From the position of an image to the image; None where it cannot be read.
@@ -74,33 +76,52 @@ def prove(
     """
     counts = Counter(truth.values())
     findings = []
-    for place, candidate in enumerate(candidates):
-        finding: dict[str, Any] = {
-            "label": candidate.label,
-            "name": label_name(candidate.label),
-            "kind": None,
-            "strength": candidate.strength,
-            "chance": candidate.chance,
-            "confident": False,
-            "share": None,
-            "images": list(candidate.carriers),
-            "layer": candidate.layer,
-        }
-        if place < _PROVEN or candidate.chance <= FALSE_ALARMS:
-            images = [(index, read(index)) for index in (candidate.held_out or candidate.carriers)[:_IMAGES]]
-            others = [read(index) for index in candidate.sample]
-            known = [(index, one.inputs) for index, one in images if one is not None]
-            sample = [one.inputs for one in others if one is not None]
-            known = [(index, one) for index, one in known if one.shape == known[0][1].shape]
-            sample = [one for one in sample if one.shape == known[0][1].shape] if known else []
-            if len(known) > 2 and sample:
-                indices = [index for index, _ in known]
-                look = _Look(model, layers[candidate.layer], candidate)
-                finding |= look(torch.stack([one for _, one in known]), torch.stack(sample), indices)
-                finding["confident"] = candidate.chance <= FALSE_ALARMS and finding["effect"]["chance"] <= _EFFECT
+    for place, (first, *others) in enumerate(candidates):
+        finding = _unproven(first, label_name)
+        if place < _PROVEN or first.chance <= FALSE_ALARMS:
+            finding |= _looked_at(first, model, layers, read)
+            # Not every layer takes the shift that makes the difference: any at which the label stands out will do.
+            for other in others:
+                if finding["confident"]:
+                    break
+                found = _unproven(other, label_name) | _looked_at(other, model, layers, read)
+                finding = found if found["confident"] else finding
         findings.append(finding)
         findings += _pairs(finding, predicted, truth, counts, label_name)
     return sorted(findings, key=lambda one: (not one["confident"], one["chance"], -one["strength"]))
+
+
+def _unproven(candidate: Candidate, label_name: Callable[[int], str]) -> dict[str, Any]:
+    """The finding that a candidate is before it is looked at."""
+    return {
+        "label": candidate.label,
+        "name": label_name(candidate.label),
+        "kind": None,
+        "strength": candidate.strength,
+        "chance": candidate.chance,
+        "confident": False,
+        "share": None,
+        "images": list(candidate.carriers),
+        "layer": candidate.layer,
+    }
+
+
+def _looked_at(
+    candidate: Candidate, model: nn.Module, layers: Mapping[str, MapLayer], read: Callable[[int], Example | None]
+) -> dict[str, Any]:
+    """What the network adds to a finding; nothing where too few images can be read."""
+    images = [(index, read(index)) for index in (candidate.held_out or candidate.carriers)[:_IMAGES]]
+    others = [read(index) for index in candidate.sample]
+    known = [(index, one.inputs) for index, one in images if one is not None]
+    sample = [one.inputs for one in others if one is not None]
+    known = [(index, one) for index, one in known if one.shape == known[0][1].shape]
+    sample = [one for one in sample if one.shape == known[0][1].shape] if known else []
+    if len(known) <= 2 or not sample:
+        return {}
+    look = _Look(model, layers[candidate.layer], candidate)
+    found = look(torch.stack([one for _, one in known]), torch.stack(sample), [index for index, _ in known])
+    sure = candidate.chance <= FALSE_ALARMS and found["effect"]["chance"] <= _EFFECT
+    return {**found, "confident": sure}
 
 
 def _pairs(
@@ -125,6 +146,26 @@ def _pairs(
             }
 
 
+@dataclass(frozen=True)
+class _Removal:
+    """The concept taken away: how, what of S it was for each channel, (N, C), in logits, and what followed."""
+
+    how: str
+    sub_scores: Tensor
+    effect: dict[str, Any]
+
+    @property
+    def proven(self) -> bool:
+        """Return whether it has an effect beyond its control's."""
+        return float(self.effect["chance"]) <= _EFFECT
+
+    @property
+    def falls_as_much_elsewhere(self) -> bool:
+        """Return whether its control has much of its effect: what is taken away is elsewhere, too."""
+        fall, control = self.effect["score_fall"], self.effect["control_score_fall"]
+        return bool(control >= max(_ELSEWHERE * fall, _GRAY * abs(self.effect["score"])))
+
+
 class _Look:
     """One candidate seen through the network."""
 
@@ -143,29 +184,24 @@ class _Look:
         concept = self._concept(y)
         region = _region(concept)
         area = float(region.mean())
-        local = area <= _LOCAL
-        kind, rest = _kind(concept, local)
         coefficients = self._coefficients(inputs)
-        sub_scores = coefficients * y
-        if local:
-            part = sub_scores.sum(1) * region
-            gone = [self._scores(_filled(inputs, region))]
-            controls = [self._scores(_filled(inputs, _moved(region, turn))) for turn in range(_CONTROLS)]
-        else:
-            shift = y.mean((2, 3)).mean(0) - other_y.mean((2, 3)).mean(0)
-            part = (coefficients * shift[:, None, None]).sum(1)
-            gone = [self._shifted(inputs, shift)]
-            generator = torch.Generator().manual_seed(label)
-            order = [torch.randperm(len(shift), generator=generator) for _ in range(_CONTROLS)]
-            controls = [self._shifted(inputs, shift[one.to(device)]) for one in order]
+        shift = y.mean((2, 3)).mean(0) - other_y.mean((2, 3)).mean(0)
+        removals = []
+        if area <= _LOCAL:
+            removals.append(self._without_region(inputs, scores, coefficients * y, region))
+        if not removals or not removals[0].proven:
+            removals.append(self._without_direction(inputs, scores, coefficients, shift))
+        removal = next((one for one in removals if one.proven), removals[0])
+        everywhere = area > _LOCAL or (not removals[0].proven and removals[0].falls_as_much_elsewhere)
+        kind, rest = _kind(concept, everywhere=everywhere)
         score = scores[:, label]
-        per_channel = (sub_scores * region[:, None] if local else coefficients * shift[:, None, None]).sum((0, 2, 3))
+        per_channel = removal.sub_scores.sum(0)
         strongest = per_channel.abs().topk(min(_CHANNELS, len(per_channel))).indices.tolist()
         rows, columns = peak(concept)
         value = concept.flatten(1).amax(1)
         return {
             "kind": kind,
-            "share": float(part.sum() / score.sum()) if float(score.sum()) > 0 else None,
+            "share": float(per_channel.sum() / score.sum()) if float(score.sum()) > 0 else None,
             "area": area,
             **rest,
             "channels": [
@@ -182,8 +218,24 @@ class _Look:
                     indices, rows.tolist(), columns.tolist(), value.tolist(), strict=True
                 )
             ][:8],
-            "effect": _effect("region" if local else "direction", label, scores, gone, controls),
+            "effect": {"how": removal.how, **removal.effect},
         }
+
+    def _without_region(self, inputs: Tensor, scores: Tensor, sub_scores: Tensor, region: Tensor) -> "_Removal":
+        """What lies in a region (N, H, W) taken away; the control is the same region at other places."""
+        gone = [self._scores(_filled(inputs, region))]
+        controls = [self._scores(_filled(inputs, _moved(region, turn))) for turn in range(_CONTROLS)]
+        effect = _effect(self.candidate.label, scores, gone, controls)
+        return _Removal("region", (sub_scores * region[:, None]).sum((2, 3)), effect)
+
+    def _without_direction(self, inputs: Tensor, scores: Tensor, coefficients: Tensor, shift: Tensor) -> "_Removal":
+        """The layer's channels shifted by (C,); the control shifts others by as much."""
+        generator = torch.Generator().manual_seed(self.candidate.label)
+        order = [torch.randperm(len(shift), generator=generator).to(shift.device) for _ in range(_CONTROLS)]
+        gone = [self._shifted(inputs, shift)]
+        controls = [self._shifted(inputs, shift[one]) for one in order]
+        effect = _effect(self.candidate.label, scores, gone, controls)
+        return _Removal("direction", coefficients.sum((2, 3)) * shift, effect)
 
     def _run(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (N, K), and the layer's output as (N, C, H, W)."""
@@ -260,7 +312,7 @@ def _filled(inputs: Tensor, region: Tensor) -> Tensor:
     return inputs * (1 - mask) + rest * mask
 
 
-def _kind(concept: Tensor, local: bool) -> tuple[str, dict[str, Any]]:
+def _kind(concept: Tensor, *, everywhere: bool) -> tuple[str, dict[str, Any]]:
     """What kind of thing the concept is, by where its map lies."""
     positive = concept.clamp(min=0)
     border = float(border_share(positive).mean())
@@ -269,7 +321,7 @@ def _kind(concept: Tensor, local: bool) -> tuple[str, dict[str, Any]]:
     count = len(unit)
     consistency = float((unit.sum(0).square().sum() - count) / (count * (count - 1)))
     rest = {"border": border, "consistency": consistency, "row": None, "column": None}
-    if not local:
+    if everywhere:
         return "background", rest
     if consistency >= _SAME_PLACE:
         row, column = peak(positive.mean(0, keepdim=True))
@@ -277,7 +329,7 @@ def _kind(concept: Tensor, local: bool) -> tuple[str, dict[str, Any]]:
     return ("border" if border >= _BORDER else "concept"), rest
 
 
-def _effect(how: str, label: int, scores: Tensor, gone: Sequence[Tensor], controls: Sequence[Tensor]) -> dict[str, Any]:
+def _effect(label: int, scores: Tensor, gone: Sequence[Tensor], controls: Sequence[Tensor]) -> dict[str, Any]:
     """How S and accuracy fall without it, beside a control; positive numbers are falls."""
     score = scores[:, label]
     falls = [torch.stack([score - one[:, label] for one in some]).mean(0) for some in (gone, controls)]
@@ -286,7 +338,6 @@ def _effect(how: str, label: int, scores: Tensor, gone: Sequence[Tensor], contro
     sure = np.ptp(more) > 0 and float(more.mean()) >= _GRAY * float(score.abs().mean())
     chance = float(stats.ttest_1samp(more, 0, alternative="greater").pvalue) if sure else 1.0
     return {
-        "how": how,
         "images": len(scores),
         "score": float(score.mean()),
         "score_fall": float(falls[0].mean()),

@@ -5,16 +5,21 @@ Of every image each layer's channels are known, pooled over positions (mean and 
 not told apart yet. So for each label and layer a linear discriminant of its images against all others is fitted and
 read on held-out images, and asked how far they lie beyond the images of other labels:
 
-    separation = (q75 of the label's images − median of the others) / (a high image of another label − that median)
+    separation = (q75 of the label's images − median of the others) / reach of the others
 
-The upper quartile, so that half of the images are enough; *a high image of another label* is the 95% quantile of the
-label that has the highest but one, so that one label with the same mark does no harm. What is far depends on the layer
-and the data, so the null is the other labels: the logarithm of the separation is compared with theirs by the
-generalized extreme Studentized deviate test (Rosner 1983), one-sided, with a prediction interval of Student's t and
-Bonferroni's correction over labels and layers. Where all labels are told apart as well, no label stands out.
+The upper quartile, so that half of the images are enough. The *reach* is the root mean square, over the other labels,
+of how far the 90% quantile of a label's images lies above that median: all labels count, so that one neighbor more or
+less is no great matter, but the one that reaches highest, so that a label with the same mark does no harm.
+
+What is far depends on the layer and the data, so the null is the other labels: the logarithm of the separation is
+compared with theirs by the generalized extreme Studentized deviate test (Rosner 1983), one-sided, with a prediction
+interval of Student's t and Bonferroni's correction over labels and layers. A handful of labels may agree by accident;
+their spread is therefore taken a second time, moderated by what is usual (Smyth 2004), and the larger chance counts.
+Where all labels are told apart as well, no label stands out.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -40,7 +45,7 @@ _LABELS = 5  # to compare with each other
 _FOLDS = 5
 _SHRINKAGE = 0.1
 _NUMBERS = 40_000_000  # of images times labels held at once; more images are thinned out
-_SPREAD = 0.1  # of the logarithm: labels that agree better than by 10% are not held to be that sure
+_SPREAD, _WEIGHT = 0.3, 8  # usual spread of the logarithms between labels, and how many labels that counts for
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Candidate:
     sample: tuple[int, ...]
 
 
-def screen(shards: Shards, layers: Sequence[str], predicted: Mapping[int, int]) -> list[Candidate]:
+def screen(shards: Shards, layers: Sequence[str], predicted: Mapping[int, int]) -> list[tuple[Candidate, ...]]:
     """Compare each predicted label's channels with those of the others.
 
     Args:
@@ -79,8 +84,8 @@ def screen(shards: Shards, layers: Sequence[str], predicted: Mapping[int, int]) 
         predicted: Predicted label of every image that could be audited, by its position.
 
     Returns:
-        A candidate for each label of at least ten images, the least likely by chance first; none where there are fewer
-        than five such labels.
+        For each label of at least ten images a candidate, the least likely by chance first, each followed by those of
+        other layers at which the label stands out, too; none where there are fewer than five such labels.
     """
     labels = [label for label, count in zip(*np.unique(list(predicted.values()), return_counts=True), strict=True)
               if count >= _ENOUGH]  # fmt: skip
@@ -89,14 +94,21 @@ def screen(shards: Shards, layers: Sequence[str], predicted: Mapping[int, int]) 
     indices = np.array(sorted(predicted))
     of_image = np.array([predicted[index] for index in indices.tolist()])
     indices, of_image = _thinned(indices, of_image, np.array(labels))
-    best: dict[int, Candidate] = {}
+    found: dict[int, list[Candidate]] = defaultdict(list)
     for layer in layers:
         pooled = _pooled(shards, layer, indices)
         for candidate in _candidates(layer, pooled, indices, of_image, np.array(labels), len(layers)):
-            known = best.get(candidate.label)
-            if known is None or (candidate.chance, -candidate.strength) < (known.chance, -known.strength):
-                best[candidate.label] = candidate
-    return sorted(best.values(), key=lambda one: (one.chance, -one.strength, one.label))
+            found[candidate.label].append(candidate)
+    ranked = []
+    for candidates in found.values():
+        first, *others = sorted(candidates, key=_suspicion)
+        ranked.append((first, *(one for one in others if one.chance <= FALSE_ALARMS)))
+    return sorted(ranked, key=lambda candidates: _suspicion(candidates[0]))
+
+
+def _suspicion(candidate: Candidate) -> tuple[float, float, int]:
+    """What candidates are ordered by: the least likely by chance first."""
+    return candidate.chance, -candidate.strength, candidate.label
 
 
 def stand_out(values: Array) -> tuple[Array, Array]:
@@ -132,9 +144,15 @@ def stand_out(values: Array) -> tuple[Array, Array]:
 
 def _against(value: float, null: Array) -> tuple[float, float]:
     """Distance of a number from others in their standard deviations, and its chance, by Student's t."""
-    spread = max(float(null.std(ddof=1)), _SPREAD)
-    distance = (value - float(null.mean())) / spread
-    return distance, float(stats.t.sf(distance / math.sqrt(1 + 1 / len(null)), len(null) - 1))
+    freedom, variance = len(null) - 1, float(null.var(ddof=1))
+    moderated = (_WEIGHT * _SPREAD**2 + freedom * variance) / (_WEIGHT + freedom)
+    beyond, tiny = value - float(null.mean()), np.finfo(float).tiny
+    found = []
+    for square, degrees in ((variance, freedom), (moderated, _WEIGHT + freedom)):
+        distance = beyond / math.sqrt(max(square, tiny))
+        found.append((float(stats.t.sf(distance / math.sqrt(1 + 1 / len(null)), degrees)), distance))
+    chance, distance = max(found)
+    return distance, chance
 
 
 def _candidates(
@@ -202,13 +220,13 @@ def _directions(features: Array, predicted: Integers, labels: Integers) -> Array
 
 def _separations(scores: Array, predicted: Integers, labels: Integers) -> Array:
     """How far the images of each label lie beyond those of the others, (labels,)."""
-    high = np.stack([np.quantile(scores[predicted == label], 0.95, axis=0) for label in labels])
+    high = np.stack([np.quantile(scores[predicted == label], 0.9, axis=0) for label in labels])
     found = np.empty(len(labels))
     for place, label in enumerate(labels):
         mine = predicted == label
         middle = np.median(scores[~mine, place])
-        second = np.sort(np.delete(high[:, place], place))[-2]
-        reach = max(float(second - middle), 1e-3)
+        others = np.sort(np.delete(high[:, place], place))[:-1]
+        reach = max(math.sqrt(np.square(np.maximum(others - middle, 0)).mean()), 1e-3)
         found[place] = max(float(np.quantile(scores[mine, place], 0.75) - middle) / reach, 1e-2)
     return found
 

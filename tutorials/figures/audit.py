@@ -1,6 +1,6 @@
 """Draw ``audit.png``: the report of an audit of the photographs that scikit-image and scikit-learn carry.
 
-``python tutorials/figures/audit.py /usr/bin/chromium`` writes it beside this file; it needs playwright and a Chromium.
+``python tutorials/figures/audit.py /usr/bin/chromium`` writes it here, with the extra dev.
 """
 
 import sys
