@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 
+from captum_scoremap.speed import plainly
 from tests.state import GlobalState
 
 
@@ -27,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="folder of photographs with a labels.csv; tests that need one are skipped without it",
+    )
+    group.addoption(
+        "--plainly",
+        action="store_true",
+        help="empty the table of faster ways: everything must hold without them, only slower",
     )
     group.addoption(
         "--browser",
@@ -60,6 +66,19 @@ def _figures_as_before() -> Iterator[None]:
     before = pyplot.get_fignums()
     yield
     assert pyplot.get_fignums() == before
+
+
+@pytest.fixture
+def plain() -> Iterator[None]:
+    """Do everything the plain way: without packed masks and what else is only faster."""
+    with plainly():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _plainly_if_asked(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("plainly"):
+        request.getfixturevalue("plain")
 
 
 @pytest.fixture

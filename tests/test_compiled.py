@@ -29,6 +29,7 @@ from captum_scoremap import (
 from captum_scoremap.compiled.decomposed import ONNX, functional
 from captum_scoremap.compiled.export import read_back
 from captum_scoremap.compiled.graph import trace
+from captum_scoremap.compiled.held import hold_masks
 from captum_scoremap.rules import TANGENT
 from tests.state import untouched
 
@@ -429,3 +430,20 @@ def test_a_file_sums_over_the_channels_that_the_eager_map_does(tmp_path: Path, g
     found = read_back(exported.path, ["image", "target"], list(exported.returns))(images, labels)
     by_name = dict(zip(exported.returns, found, strict=True))
     assert_close(by_name["map"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(generator: torch.Generator) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU6(), nn.Flatten(),
+        nn.Linear(8 * 24 * 24, 4),
+    ).eval()  # fmt: skip
+    x, other = torch.randn(2, 2, 3, 24, 24, generator=generator)
+    method = ScoreMap(model)
+    graph = trace(lambda x: [method.attribute(x, 1)], (x,), [model])
+    state = graph.read()
+    module = hold_masks(graph.module, [x, *state])
+    held = [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
+    assert [(node.meta.get("val"), len(node.users)) for node in held] == [(None, 1)] * 2
+    assert_close(module(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
+    types = {node.args[0].args[1] for node in held}
+    assert types == {torch.uint8}

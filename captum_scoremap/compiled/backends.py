@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .graph import Graph
+from .held import hold_masks
 
 __all__ = ["Backend", "Program", "compiled"]
 
@@ -33,8 +34,9 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
 
     try:
         with torch.no_grad():
-            program: Any = inductor.compile(graph.module, [*arguments, *graph.read()])
-            program(*arguments, *graph.read())
+            example: list[Any] = [*arguments, *graph.read()]
+            program: Any = inductor.compile(hold_masks(graph.module, example), example)
+            program(*example)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         warnings.warn(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from captum_scoremap.speed import plainly
 from captum_scoremap.tape import exits_refused
 
 __all__ = ["Graph", "State", "trace"]
@@ -120,7 +121,7 @@ def trace(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     noise = _noise_state(arguments)
-    with torch.no_grad(), exits_refused(_depends), warnings.catch_warnings():
+    with torch.no_grad(), plainly(), exits_refused(_depends), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have been shown when the function ran
         try:
             traced = make_fx(lambda *tensors: tuple(function(*tensors)), record_stack_traces=True)(*arguments)

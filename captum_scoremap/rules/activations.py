@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_scoremap.speed import faster
+
 from .call import Call, Value
 from .rule import Gradients, Rule, Tangent, steps_until_equal
 from .structure import summed_to
@@ -73,7 +75,7 @@ class PiecewiseLinear(Rule):
         masks = [compare(call.input, point) for compare, point in comparisons]
         if len(masks) == 1:
             return masks[0]
-        return torch.stack([mask.to(torch.uint8) for mask in torch.broadcast_tensors(*masks)]).sum(0, dtype=torch.uint8)
+        return which_piece(list(torch.broadcast_tensors(*masks)), call.input.dtype)
 
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """Return slope * x + offset of the frozen piece."""
@@ -88,7 +90,7 @@ class PiecewiseLinear(Rule):
         (gradient,) = gradients
         if gradient is None:
             return [None] * len(call.values)
-        product = _times(gradient, _chosen(self._breakpoints(call).slopes, state, gradient.dtype))
+        product = times(gradient, _chosen(self._breakpoints(call).slopes, state, gradient.dtype))
         # a live bound of clamp stays as it was at the image
         return [summed_to(product, call.values[0]), *[None] * (len(call.values) - 1)]
 
@@ -181,19 +183,17 @@ class Clamp(PiecewiseLinear):
     def freeze(self, call: Call) -> Tensor:
         """Return the piece that each element of the output is on."""
         (_, lower), *upper = self._breakpoints(call).comparisons
-        inside = _differs(call.output, lower)
+        inside = differs(call.output, lower)
         if not upper:
             return inside
-        below = _differs(call.output, upper[0][1])
-        return inside.view(torch.uint8) + below.logical_not_().view(torch.uint8)
+        return which_piece([inside, ~differs(call.output, upper[0][1])], call.output.dtype)
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients where the mask is set."""
         (gradient,) = gradients
         if gradient is None:
             return [None]
-        mask = state.view(torch.uint8) if state.dtype == torch.bool else state & 1
-        return [_times(gradient, mask.to(gradient.dtype))]
+        return [masked(gradient, state)]
 
 
 class Choice(Rule):
@@ -234,7 +234,7 @@ class Choice(Rule):
             return [None] * len(call.values)
         masks = (state, ~state)
         return [
-            summed_to(_times(gradient, mask.view(torch.uint8).to(gradient.dtype)), argument)
+            summed_to(masked(gradient, mask), argument)
             for mask, argument in zip(masks, call.args[:2], strict=True)
             if isinstance(argument, Value)
         ]
@@ -333,43 +333,53 @@ class GatedLinearUnit(Rule):
         return int(dim)
 
 
-def _times(gradient: Tensor, slope: Tensor) -> Tensor:
-    """Return their product, in the slope's own new memory: a product of two types takes ten times as long."""
-    alone = torch._C._functorch.peek_interpreter_stack() is None and not torch.is_grad_enabled()
-    if alone and slope.shape == gradient.shape and slope.dtype == gradient.dtype:
-        return slope.mul_(gradient)
-    return gradient * slope
-
-
 def _is_zero(value: Number) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def _differs(x: Tensor, value: Number) -> Tensor:
-    """Return where x is not exactly the value: ``x != value``, but vectorized on a CPU."""
-    return (x if _is_zero(value) else x - value).bool()
+@faster
+def differs(x: Tensor, value: Number) -> Tensor:
+    """Return where x is not exactly the value."""
+    return x != value
+
+
+@faster
+def masked(coefficients: Tensor, state: Tensor) -> Tensor:
+    """Return the coefficients where a mask is set, or where an element is on the middle one of three pieces."""
+    mask = state if state.dtype == torch.bool else state.to(coefficients.dtype) == 1
+    return torch.where(mask, coefficients, 0.0)
+
+
+@faster
+def times(coefficients: Tensor, slope: Tensor) -> Tensor:
+    """Return their product; the slope is nobody else's, so that its memory may be used."""
+    return coefficients * slope
+
+
+@faster
+def which_piece(masks: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the index of the piece that each element is on: how many of its masks are set, as bytes."""
+    first, *others = (mask.to(dtype) for mask in masks)
+    return sum(others, first).to(torch.uint8)
+
+
+@faster
+def piece(state: Tensor, number: int, pieces: int, dtype: torch.dtype) -> Tensor:
+    """Return 1 where an element is on a piece, else 0."""
+    return (state.to(dtype) == number).to(dtype)
 
 
 def _chosen(values: tuple[Number, ...], state: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the value of each element's piece."""
     total: Any = None
-    for piece, value in enumerate(values):
+    for number, value in enumerate(values):
         if _is_zero(value):
             continue
-        here = _is_piece(state, piece, len(values))
+        here = piece(state, number, len(values), dtype)
         if isinstance(value, Tensor) or not math.isfinite(value):
             constant = torch.as_tensor(value, device=state.device).to(dtype)
             term = torch.where(here.bool(), constant, torch.zeros((), dtype=dtype, device=state.device))
         else:
-            term = here.to(dtype) if value == 1 else here.to(dtype) * value
+            term = here if value == 1 else here * value
         total = term if total is None else total + term
     return torch.zeros((), dtype=dtype, device=state.device) if total is None else total
-
-
-def _is_piece(state: Tensor, piece: int, pieces: int) -> Tensor:
-    """Return 1 where an element is on a piece, else 0, as bytes, which convert to other types fast."""
-    if state.dtype == torch.bool:
-        return (state if piece else ~state).view(torch.uint8)
-    if pieces == 3 and piece != 0:
-        return state & 1 if piece == 1 else state >> 1
-    return (state == piece).view(torch.uint8)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_scoremap.speed import faster
+
 from .call import Call
 from .rule import Gradients, Rule, Tangent, transposed_by_autograd
 
@@ -37,15 +39,28 @@ class MaxPool(Rule):
         self.adaptive = adaptive
 
     def freeze(self, call: Call) -> Tensor:
-        """Return the flat position of each window's maximum, in as few bytes as it needs."""
+        """Return the flat position of each window's maximum."""
         positions: Tensor = call.output[1]
-        cells = torch.Size(call.input.shape[-self.dimensions :]).numel()
-        return positions.to(torch.int16 if cells <= 2**15 else torch.int32)
+        return positions
+
+    def held(self, call: Call, state: Tensor) -> Any:
+        """Return the positions, or where each is within its window."""
+        return held_positions(state, lambda: self._windows_begin(call, state))
+
+    def _windows_begin(self, call: Call, state: Tensor) -> tuple[Tensor, int]:
+        """Return the flat position at which each window begins, and the largest that one holds beyond that."""
+        shape, out = (tuple(size[-self.dimensions :]) for size in (call.input.shape, state.shape))
+        axes = _adaptive_windows(shape, out) if self.adaptive else self._windows(call, shape, out)
+        origins, reach = torch.zeros(1, dtype=torch.long), 0
+        for (positions, _), size in zip(axes, shape, strict=True):
+            origins = (origins[:, None] * size + positions[0]).flatten()
+            reach = reach * size + int((positions[-1] - positions[0]).max())
+        return origins.reshape(out).to(state.device), reach
 
     def apply(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values at the frozen positions, and the positions."""
         spatial = -self.dimensions
-        values = call.input.flatten(spatial).gather(-1, state.flatten(spatial).long())
+        values = call.input.flatten(spatial).gather(-1, state.flatten(spatial))
         return values.unflatten(-1, state.shape[spatial:]), state
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
@@ -57,10 +72,10 @@ class MaxPool(Rule):
         if self.dimensions == 2 and not self.adaptive:
             backward = torch.ops.aten.max_pool2d_with_indices_backward
             arguments = _with_defaults(*call.args[1:], **call.kwargs)
-            return [backward(gradient, value.empty(), *arguments, state.long())]
+            return [backward(gradient, value.empty(), *arguments, state)]
         spatial = -self.dimensions
         flat = torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(value.shape).flatten(spatial)
-        return [flat.scatter_add(-1, state.flatten(spatial).long(), gradient.flatten(spatial)).reshape(value.shape)]
+        return [flat.scatter_add(-1, state.flatten(spatial), gradient.flatten(spatial)).reshape(value.shape)]
 
     def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
         """Return none: it is proportional to its argument."""
@@ -68,7 +83,7 @@ class MaxPool(Rule):
 
     def switch(self, state: Tensor) -> Tensor:
         """Return the positions."""
-        return state.long()
+        return state
 
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which some other position of a window overtakes the frozen one.
@@ -77,7 +92,6 @@ class MaxPool(Rule):
             (members of a window, ..., windows).
         """
         spatial = -self.dimensions
-        state = state.long()
         x, change = call.input.flatten(spatial), changes[0].flatten(spatial)
         winner, speed = x.gather(-1, state.flatten(spatial)), change.gather(-1, state.flatten(spatial))
         members, valid = self._members(call, state)
@@ -111,6 +125,12 @@ class MaxPool(Rule):
             inside = (position >= 0) & (position < shape[axis])
             rows.append((position.clamp(0, shape[axis] - 1), inside))
         return rows
+
+
+@faster
+def held_positions(positions: Tensor, windows: Callable[[], tuple[Tensor, int]]) -> Any:
+    """Return positions of maxima to hold, given where their windows begin and how far they reach."""
+    return positions
 
 
 def _with_defaults(

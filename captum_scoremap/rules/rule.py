@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from captum_scoremap.speed import faster
+
 from .call import Call, substituted, tensors_in
 
 __all__ = [
@@ -75,6 +77,10 @@ class Rule(ABC):
     def freeze(self, call: Call) -> Any:
         """Return what the operation freezes at the image: tensors, or a tuple of tensors and None."""
 
+    def held(self, call: Call, state: Any) -> Any:
+        """Return what is frozen as the tape shall hold it: itself, or the same in fewer bytes."""
+        return held(state) if isinstance(state, Tensor) else state
+
     @abstractmethod
     def apply(self, call: Call, state: Any) -> Any:
         """Return the output of the frozen operation: affine in the live arguments, ``call.output`` at the image."""
@@ -132,6 +138,12 @@ class Rule(ABC):
             The steps, in any shape; None without switches.
         """
         return None
+
+
+@faster
+def held(state: Tensor) -> Any:
+    """Return a frozen tensor to hold."""
+    return state
 
 
 def steps_until_equal(call: Call, first: Any, second: Any, changes: Sequence[Tensor]) -> Tensor:

@@ -467,7 +467,7 @@ class Recording(TorchDispatchMode):
                 if not operation.is_trusted:
                     self._verify_later(operation.display, rule, call)
                 if is_frozen:
-                    step.state = self._held(rule.freeze(call), live, output)
+                    step.state = self._held(rule.held(call, rule.freeze(call)), live, output)
             if is_constant:
                 self.tape.steps.append(step)
                 return output
@@ -642,7 +642,7 @@ class Recording(TorchDispatchMode):
         if tensor.dtype is torch.bool or tensor.dtype is torch.uint8:
             return tensor
         address = tensor.untyped_storage()._cdata
-        shared = any(one.untyped_storage()._cdata == address for one in (*live, *floating(output)))
+        shared = any(one.untyped_storage()._cdata == address for one in (*live, *tensors_in(output)))
         return self._memory.keep(tensor) if shared else tensor
 
     def _keep_bypass(self, sites: int, values: Sequence[Value], live: list[Tensor]) -> None:

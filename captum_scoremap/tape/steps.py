@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.rules import Call, Rule, Value, floating, substituted
+from captum_scoremap.speed import Packed
 
 __all__ = ["Kept", "Step", "Tape", "given_or_kept"]
 
@@ -58,7 +59,7 @@ class Step(Call):
     def frozen(self) -> Any:
         """Return what it froze, as tensors."""
         state = self.state
-        if isinstance(state, Kept):
+        if isinstance(state, (Kept, Packed)):
             return state.tensor
         if type(state) is tuple:
             return tuple(one.tensor if isinstance(one, Kept) else one for one in state)
