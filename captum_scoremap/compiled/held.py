@@ -50,7 +50,8 @@ def hold_masks(module: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphM
             narrow = graph.call_function(aten.to.dtype, (number, torch.uint8))
         with graph.inserting_after(narrow):
             held = graph.call_function(prims.force_stride_order, (narrow, value.stride()))
-        node.replace_all_uses_with(held, delete_user_cb=lambda user, number=number: user is not number)
+        for user in [user for user in node.users if user is not number]:
+            user.replace_input_with(node, held)
         if value.dtype == torch.bool:
             for user in list(held.users):
                 with graph.inserting_before(user):
