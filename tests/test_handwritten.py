@@ -504,6 +504,25 @@ def test_images_of_a_state_lie_in_the_second_dimension(generator: torch.Generato
         assert_close(form.residual, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_queries_share_heads_of_keys_and_values(generator: torch.Generator) -> None:
+    """Grouped queries: the coefficients of a value are the weights of all queries that look at it."""
+    x = torch.randn(
+        2, 8, 5, 3, generator=generator, dtype=torch.float64
+    )  # four heads of queries, two of keys, of values
+
+    def grouped(x: Tensor) -> Tensor:
+        parts = x.split((4, 2, 2), 1)
+        return F.scaled_dot_product_attention(*parts, enable_gqa=True)[:, :, 1].sum(1)
+
+    query, key, _ = x.split((4, 2, 2), 1)
+    weights = (query @ key.repeat_interleave(2, 1).transpose(-2, -1) / 3**0.5).softmax(-1)
+    expected = torch.zeros_like(x)
+    expected[:, 6:, :, 0] = weights[:, :, 1].unflatten(1, (2, 2)).sum(2)
+    form = linear_form(grouped, x, 0)
+    assert_close(form.coefficients, expected, rtol=1e-12, atol=1e-12)
+    assert_close(form.bias, torch.zeros_like(form.bias), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", WITHOUT_RULE)
 def test_what_has_no_rule_is_named(name: str, generator: torch.Generator) -> None:
     model = network(*WITHOUT_RULE[name])
