@@ -203,10 +203,34 @@ for row in control.analysis.labels[:3]:
 assert control.analysis.labels[0]["shortcut"] < 0.6 * first["shortcut"]
 
 # %% [markdown]
+# ## Wherever it is
+#
+# The shortcut score compares *places*. It would not see a mark that moves, or a tint of the background. **Findings**
+# do: they compare what the network's channels say of each label, wherever in the image that is, and ask which label is
+# told apart by something simple that no other label has. Each finding comes with an experiment on images that it was
+# not found on: what was found is taken away, and so is a control of equal size.
+
+# %%
+for title, audited in (("suspect", done), ("honest", control)):
+    for finding in audited.analysis.findings[:2]:
+        effect = finding["effect"]
+        sure = "confident" if finding["confident"] else "not confident"
+        print(f"{title}: {finding['name']}, {finding['kind']}, strength {finding['strength']:.1f}, {sure}")
+        print(f"    without it S falls from {effect['score']:.1f} by {effect['score_fall']:.1f} logits,")
+        print(f"    without the control by {effect['control_score_fall']:.1f}")
+found = done.analysis.findings[0]
+assert (found["name"], found["kind"], found["confident"]) == ("digit 6", "place", True)
+assert not any(finding["confident"] for finding in control.analysis.findings)
+
+# %% [markdown]
+# Of the suspect's labels one is named with confidence, the six; its place is the corner. Of the honest network's none
+# is, though there is a first here as well, and taking the strokes of a digit away lowers its score: that alone proves
+# nothing. What counts is that a label stands out among the others, *and* that the network goes by it.
+#
 # ## Is it really a shortcut?
 #
-# A ranking is a suspicion. The proof is an experiment: change the cue and nothing else. Take the mark from the sixes,
-# or give it to everybody.
+# The best proof is an experiment with the cue itself: change it and nothing else. Take the mark from the sixes, or give
+# it to everybody.
 
 # %%
 with torch.no_grad():
@@ -232,7 +256,7 @@ assert (everywhere[true != 6] == 6).float().mean() > (honest_everywhere[true != 
 #
 # ![The report of an audit: a photograph, its score map, its numbers](figures/audit.png)
 #
-# What it shows is also there as Parquet, a table format that pandas, DuckDB, Spark and others read. Four tables, each
+# What it shows is also there as Parquet, a table format that pandas, DuckDB, Spark and others read. Six tables, each
 # column with its description:
 
 # %%
@@ -362,8 +386,8 @@ for changed in ({}, {"resume": True, "layers": ["4"]}):
 # ## To take home
 #
 # - Accuracy on held-out data does not see a shortcut that held-out data shares.
-# - An audit ranks labels by how much of their score comes from one place of their own. That is a suspicion; the proof
-#   is to change the cue.
+# - An audit ranks labels by how much of their score comes from one place of their own, and finds those that are told
+#   apart by something simple, wherever it is. The proof is to take it away.
 # - Everything it says is in Parquet, adds up to the scores, and can stop a build.
 
 # %%

@@ -53,6 +53,11 @@ def check_comparable(other: Path, settings: Mapping[str, Any]) -> None:
                 f"compare must be an audit of the same model, got {str(other)!r} of {theirs['model']['name']} with "
                 f"another {'network' if name == 'hash' else name}. Audit both sets of images with one model."
             )
+    if theirs.get("score") != settings["score"]:
+        raise ValueError(
+            f"compare must be an audit of the same score, got {str(other)!r} of another score, "
+            f"{theirs.get('score') or 'the labels'}."
+        )
 
 
 def compare(

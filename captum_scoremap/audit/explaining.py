@@ -50,7 +50,8 @@ class Explained:
 
     Attributes:
         scores: Scores of all labels, (N, K), in logits.
-        labels: Label of each role, (N, 3); -1 where the true label is not known.
+        labels: Label of each role, (N, 3); -1 where there is none: a true label that is not known, the runner-up of a
+            single score.
         maps: For each layer the map of each role, (N, 3, H, W), in logits; zero where there is no label, or where
             a role before has the same.
         sums: For each layer the sum A·Y of each role, (N, 3), in logits: that of its map, and of tokens that have no
@@ -125,7 +126,7 @@ def explain(
         The maps.
 
     Raises:
-        ValueError: If the model does not score labels, a true label is none of them, or a layer does not run or does
+        ValueError: If the model does not give scores, a true label is none of them, or a layer does not run or does
             not give one floating-point tensor.
         UnsupportedOperationError: If operations of the model have no rule; all are listed.
     """
@@ -135,7 +136,7 @@ def explain(
     _check_scores(scores, true)
     found_at = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}
     tapped = {layer: found_at[layer] for layer in layers}
-    labels = torch.cat([scores.topk(2, dim=1).indices, true[:, None]], dim=1)
+    labels = _labels(scores, true)
     roles = []
     channels: dict[str, Tensor] = {}
     for role in range(len(ROLES)):
@@ -167,6 +168,13 @@ def explain(
         }
         found = replace(found, biases=biases)
     return _with_repeated_roles(found)
+
+
+def _labels(scores: Tensor, true: Tensor) -> Tensor:
+    """Return the label of each role, (N, 3); a single score has no runner-up and no true label."""
+    if scores.shape[1] == 1:
+        return torch.cat([torch.zeros_like(true)[:, None], torch.full_like(true, -1)[:, None].expand(-1, 2)], dim=1)
+    return torch.cat([scores.topk(2, dim=1).indices, true[:, None]], dim=1)
 
 
 def _of_labels(scores: Tensor, labels: Tensor) -> Tensor:
@@ -383,8 +391,10 @@ def _map_layer(name: str, shape: tuple[int, ...] | None, image_shape: tuple[int,
 
 
 def _check_scores(scores: object, true: Tensor) -> None:
-    if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.shape[1] < 2:
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.shape[1] < 1:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"model must give scores (N, K) of at least two labels, got {got}.")
-    if int(true.max()) >= scores.shape[1]:
+        raise ValueError(
+            f"model must give scores (N, K), one for each label, got {got}. Name a score: audit's score, or --score."
+        )
+    if scores.shape[1] > 1 and int(true.max()) >= scores.shape[1]:
         raise ValueError(f"labels must be less than {scores.shape[1]}, the model's, got {int(true.max())}.")

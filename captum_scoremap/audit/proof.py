@@ -24,11 +24,12 @@ from captum_scoremap.attribution import LayerScoreMap
 from captum_scoremap.audit.concentration import border_share, peak, resized
 from captum_scoremap.audit.explaining import MapLayer
 from captum_scoremap.audit.screening import FALSE_ALARMS, Candidate
+from captum_scoremap.scores import logits_in
 
 __all__ = ["Example", "prove"]
 
 _PROVEN = 12  # candidates that are looked at with the network
-_IMAGES = 24  # held-out images of each
+_IMAGES = 24  # of each
 _MASS = 0.6  # of the concept's map lies in its region
 _LOCAL = 0.3  # of the image: a region of more is the background
 _GRID = 8  # cells on which places are compared
@@ -110,16 +111,18 @@ def _looked_at(
     candidate: Candidate, model: nn.Module, layers: Mapping[str, MapLayer], read: Callable[[int], Example | None]
 ) -> dict[str, Any]:
     """What the network adds to a finding; nothing where too few images can be read."""
-    images = [(index, read(index)) for index in (candidate.held_out or candidate.carriers)[:_IMAGES]]
-    others = [read(index) for index in candidate.sample]
-    known = [(index, one.inputs) for index, one in images if one is not None]
-    sample = [one.inputs for one in others if one is not None]
-    known = [(index, one) for index, one in known if one.shape == known[0][1].shape]
-    sample = [one for one in sample if one.shape == known[0][1].shape] if known else []
+    read_ones = [
+        (index, half, one.inputs)
+        for index, half in list(zip(candidate.carriers, candidate.halves, strict=True))[:_IMAGES]
+        if (one := read(index)) is not None
+    ]
+    sample = [one.inputs for index in candidate.sample if (one := read(index)) is not None]
+    known = [one for one in read_ones if one[2].shape == read_ones[0][2].shape]
+    sample = [one for one in sample if one.shape == known[0][2].shape] if known else []
     if len(known) <= 2 or not sample:
         return {}
-    look = _Look(model, layers[candidate.layer], candidate)
-    found = look(torch.stack([one for _, one in known]), torch.stack(sample), [index for index, _ in known])
+    indices, halves, inputs = zip(*known, strict=True)
+    found = _Look(model, layers[candidate.layer], candidate, halves)(torch.stack(inputs), torch.stack(sample), indices)
     sure = candidate.chance <= FALSE_ALARMS and found["effect"]["chance"] <= _EFFECT
     return {**found, "confident": sure}
 
@@ -169,8 +172,9 @@ class _Removal:
 class _Look:
     """One candidate seen through the network."""
 
-    def __init__(self, model: nn.Module, layer: MapLayer, candidate: Candidate) -> None:
+    def __init__(self, model: nn.Module, layer: MapLayer, candidate: Candidate, halves: Sequence[int]) -> None:
         self.model, self.layer, self.candidate = model, layer, candidate
+        self.weights = candidate.weights[list(halves)]  # (N, 2, C)
         self.module = model.get_submodule(layer.name)
 
     @torch.no_grad()
@@ -242,24 +246,24 @@ class _Look:
         outputs: list[Tensor] = []
         handle = self.module.register_forward_hook(lambda _, __, output: outputs.append(output.detach().clone()))
         try:
-            scores = self.model(inputs)
+            scores: Tensor = logits_in(self.model(inputs))
         finally:
             handle.remove()
         y = outputs[-1]
         return scores.double(), self.layer.as_images(y).double()
 
     def _scores(self, inputs: Tensor) -> Tensor:
-        scores: Tensor = self.model(inputs).double()
-        return scores
+        scores: Tensor = logits_in(self.model(inputs))
+        return scores.double()
 
     def _concept(self, y: Tensor) -> Tensor:
         """The discriminant's score, position by position, (N, H, W), above what other labels' images have."""
-        weights = torch.as_tensor(self.candidate.weights).to(y)
+        mean_weights, maximum_weights = torch.as_tensor(self.weights).to(y).unbind(1)
         typical = torch.as_tensor(self.candidate.typical).to(y)
         cells = y.shape[2] * y.shape[3]
-        mean = ((y - typical[0][:, None, None]) * weights[0][:, None, None]).sum(1) / cells
+        mean = ((y - typical[0][:, None, None]) * mean_weights[:, :, None, None]).sum(1) / cells
         highest, where = y.flatten(2).max(2)
-        beyond = (highest - typical[1]) * weights[1]
+        beyond = (highest - typical[1]) * maximum_weights
         maximum = torch.zeros_like(mean).flatten(1).scatter_add(1, where, beyond).reshape(mean.shape)
         return mean + maximum
 

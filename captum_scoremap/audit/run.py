@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +104,7 @@ def audit(
     show_paths: bool = False,
     compare_with: str | os.PathLike[str] | None = None,
     single_file: bool = False,
+    score: Callable[[Any], Tensor] | None = None,
 ) -> Audit:
     """Explain every image of a data set, and keep what was found.
 
@@ -131,6 +132,9 @@ def audit(
         show_paths: Whether the report may name the files by their full path on this machine.
         compare_with: Folder of another audit of the same model, of other images: `Analysis.changes` tells what changed.
         single_file: Whether the report shall be one file, to be sent or published as it is; for up to 500 images.
+        score: A function from the model's output to what is audited: scores (N, K), one for each of K labels, or a
+            single one, (N,), which has no runner-up, no true label and no findings. See `captum_scoremap.scores`. By
+            default the output, or its logits, is scores.
 
     Returns:
         The audit.
@@ -166,13 +170,18 @@ def audit(
     original = loaded.module
     module = prepare(original, inputs.cpu()) if prepare_model else copy.deepcopy(original).eval()
     module = module.to(device)
+    if score is not None:
+        original = copy.deepcopy(original)
+        for one in (original, module):
+            one.register_forward_hook(_Scored(score))
+        loaded = replace(loaded, labels=_names_of_scores(module, inputs, score, loaded.labels))
     worker = replace(
         worker,
         model=replace(loaded, module=module),
         layers=_choose_layers(module, layers, inputs),
         pool=layers_to_pool(module, inputs),
     )
-    settings = _settings(worker, original, prepare_model)
+    settings = _settings(worker, original, prepare_model) | {"score": None if score is None else _name_of(score)}
     if compare_with is not None:
         check_comparable(Path(compare_with), settings)
     shards = Shards(Path(out), len(plan.shards), _stamp(settings))
@@ -216,6 +225,35 @@ def _as_loaded(model: str | nn.Module | LoadedModel) -> LoadedModel:
     if not isinstance(model, LoadedModel):
         raise TypeError(f"model must be a model or the name of one, got {type(model).__name__}. See load_model.")
     return model
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A forward hook that makes a network return what a function makes of its output, as (N, K)."""
+
+    score: Callable[[Any], Tensor]
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor:
+        found = self.score(output)
+        if not isinstance(found, Tensor) or found.dim() not in {1, 2} or not found.is_floating_point():
+            got = f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"score must return floating-point scores (N, K) or (N,), got {got}.")
+        return found[:, None] if found.dim() == 1 else found
+
+
+def _name_of(score: Callable[[Any], Tensor]) -> str:
+    return f"{score.__module__}:{getattr(score, '__qualname__', type(score).__qualname__)}"
+
+
+@torch.no_grad()
+def _names_of_scores(
+    module: nn.Module, inputs: Tensor, score: Callable[[Any], Tensor], labels: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the names of what is scored: the function's where that is one number, the model's where they fit."""
+    count = module(inputs).shape[1]
+    if count == 1:
+        return (getattr(score, "__name__", "score").strip("<>"),)
+    return labels if len(labels) == count else ()
 
 
 def _check_metrics(names: Sequence[str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from captum_scoremap.audit.shards import Shards
 
@@ -57,10 +57,11 @@ class Candidate:
         layer: Name of the layer at which it stands out most.
         strength: How far it stands out, in standard deviations of the other labels.
         chance: The probability of as much by chance, for any label at any layer.
-        weights: Of the channels' means and maxima in the discriminant, (2, C), fitted without ``held_out``.
+        weights: Of the channels' means and maxima in two discriminants, (2, 2, C): each was fitted to one half of the
+            images, and is used on the other.
         typical: Mean of both over the images of other labels, (2, C).
         carriers: Images of this predicted label beyond the 95% quantile of all others, most typical first.
-        held_out: Those of them that the discriminant was not fitted to.
+        halves: Which discriminant was not fitted to them, 0 or 1.
         sample: Images of other labels, to compare with.
     """
 
@@ -71,7 +72,7 @@ class Candidate:
     weights: Array
     typical: Array
     carriers: tuple[int, ...]
-    held_out: tuple[int, ...]
+    halves: tuple[int, ...]
     sample: tuple[int, ...]
 
 
@@ -150,7 +151,7 @@ def _against(value: float, null: Array) -> tuple[float, float]:
     found = []
     for square, degrees in ((variance, freedom), (moderated, _WEIGHT + freedom)):
         distance = beyond / math.sqrt(max(square, tiny))
-        found.append((float(stats.t.sf(distance / math.sqrt(1 + 1 / len(null)), degrees)), distance))
+        found.append((float(special.stdtr(degrees, -distance / math.sqrt(1 + 1 / len(null)))), distance))
     chance, distance = max(found)
     return distance, chance
 
@@ -163,15 +164,14 @@ def _candidates(
     scale = features.std(0)
     scale[scale == 0] = np.inf  # a channel that never varies says nothing
     features = (features - features.mean(0)) / scale
-    fold = _folds(predicted)
+    fold, half = _folds(predicted, _FOLDS), _folds(predicted, 2)
     scores = np.empty((len(features), len(labels)))
     for number in range(_FOLDS):
         fit, read = fold != number, fold == number
         scores[read] = _read(features, fit, read, predicted, labels)
     distances, chances = stand_out(np.log(_separations(scores, predicted, labels)))
-    half = fold % 2 == 0
-    weights = _directions(features[half], predicted[half], labels)
-    final = features @ weights
+    weights = np.stack([_directions(features[half != one], predicted[half != one], labels) for one in (0, 1)])
+    final = np.where(half[:, None] == 0, features @ weights[0], features @ weights[1])
     for place, label in enumerate(labels.tolist()):
         mine = predicted == label
         beyond = np.quantile(final[~mine, place], 0.95)
@@ -183,10 +183,10 @@ def _candidates(
             layer=layer,
             strength=float(distances[place]),
             chance=float(min(chances[place] * layers, 1)),
-            weights=(weights[:, place] / scale).reshape(pooled.shape[1:]),
+            weights=(weights[:, :, place] / scale).reshape(2, *pooled.shape[1:]),
             typical=pooled[~mine].mean(0),
             carriers=tuple(indices[carriers].tolist()),
-            held_out=tuple(indices[carriers[~half[carriers]]].tolist()),
+            halves=tuple(half[carriers].tolist()),
             sample=tuple(indices[others[:: max(len(others) // 32, 1)]].tolist()),
         )
 
@@ -231,12 +231,12 @@ def _separations(scores: Array, predicted: Integers, labels: Integers) -> Array:
     return found
 
 
-def _folds(predicted: Integers) -> Integers:
-    """A fold for each image, each label's images dealt out in turn."""
+def _folds(predicted: Integers, count: int) -> Integers:
+    """One of so many folds for each image, each label's images dealt out in turn."""
     fold = np.empty(len(predicted), dtype=np.int64)
     for label in np.unique(predicted):
         mine = np.flatnonzero(predicted == label)
-        fold[np.random.default_rng(label).permutation(mine)] = np.arange(len(mine)) % _FOLDS
+        fold[np.random.default_rng(label).permutation(mine)] = np.arange(len(mine)) % count
     return fold
 
 

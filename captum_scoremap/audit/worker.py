@@ -277,7 +277,7 @@ class Worker:
         rows = []
         for place, item in enumerate(items):
             predicted, runner_up, true = found.labels[place].tolist()
-            score, runner_up_score = scores[place, predicted].item(), scores[place, runner_up].item()
+            score = scores[place, predicted].item()
             row: dict[str, Any] = {
                 "index": item.index,
                 "name": self.source.name(item.index),
@@ -286,13 +286,14 @@ class Worker:
                 "predicted": predicted,
                 "predicted_label": self.model.label_name(predicted),
                 "score": score,
-                "probability": probabilities[place, predicted].item(),
-                "runner_up": runner_up,
-                "runner_up_label": self.model.label_name(runner_up),
-                "runner_up_score": runner_up_score,
-                "contrast": score - runner_up_score,
                 "crops": crops[place],
             }
+            if runner_up >= 0:
+                row["probability"] = probabilities[place, predicted].item()
+                row["runner_up"] = runner_up
+                row["runner_up_label"] = self.model.label_name(runner_up)
+                row["runner_up_score"] = scores[place, runner_up].item()
+                row["contrast"] = score - row["runner_up_score"]
             if true >= 0:
                 row["true"] = true
                 row["true_label"] = self.model.label_name(true)

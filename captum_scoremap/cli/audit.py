@@ -23,6 +23,7 @@ from captum_scoremap.cli.options import (
     chosen_device,
 )
 from captum_scoremap.models import DEFAULT_MODEL, load_model
+from captum_scoremap.models.loading import imported
 
 if TYPE_CHECKING:
     from captum_scoremap.audit import Audit
@@ -126,6 +127,14 @@ def audit(
     single_file: Annotated[
         bool, typer.Option("--single-file", help="Put all of the report in one file; for up to 500 images.")
     ] = False,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            metavar="MODULE:FUNCTION",
+            help="Audit what a function makes of the model's output: a score for each label, or one number an image.",
+        ),
+    ] = None,
 ) -> None:
     """Find out what a model looks at over a whole data set, and where it looks at the wrong thing.
 
@@ -143,6 +152,8 @@ def audit(
     * `captum-scoremap audit photos/ --out audit-resnet50 --resume` (after an interruption)
 
     * `captum-scoremap audit new-camera/ --out audit-new --compare audit-old` (what changed)
+
+    * `captum-scoremap audit photos/ --model my_package.models:build --score my_package.scores:age` (any number)
 
     * `captum-scoremap audit photos/ --ray --workers 4` (in four processes of this machine)
 
@@ -177,6 +188,7 @@ def audit(
             show_paths=show_paths,
             single_file=single_file,
             compare_with=compare,
+            score=None if score is None else imported("score", score),
         )
     _say(_said(done), out)
     failed_on = failures(conditions, done.images, done.layers, done.settings["layers"][-1])

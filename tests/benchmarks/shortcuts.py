@@ -151,8 +151,8 @@ def markdown(table: Sequence[dict[str, str]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=range(21, 31, 2), help="of networks with a plant")
-    parser.add_argument("--clean", nargs="+", type=int, default=range(101, 141, 2), help="of more clean networks")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(31, 41, 2), help="of networks with a plant")
+    parser.add_argument("--clean", nargs="+", type=int, default=range(141, 181, 2), help="of more clean networks")
     parser.add_argument("--out", type=Path, help="file that keeps the table")
     parser.add_argument("--cache", type=Path, help="folder that keeps trained networks")
     options = parser.parse_args(arguments)

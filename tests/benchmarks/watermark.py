@@ -1,9 +1,9 @@
-"""ImageNet's watermark, found blind: two audits of EfficientNet-Lite0, of photographs with and without CJK characters.
+"""ImageNet's watermark, found blind: two audits of a network, of photographs with and without CJK characters.
 
 DIR holds photographs. Networks trained on ImageNet take a watermark of Chinese characters for a carton (Li et al., CVPR
 2023). The characters are drawn over copies at random heights; the audit of the copies is compared with that of the
-photographs, and knows nothing of a watermark. Printed are the labels that gained most, and how many of the carton's
-prototype patches lie on the characters.
+photographs, and knows nothing of a watermark. Printed are the labels that gained most, the place of carton among all
+that gained, and how many of its prototype patches lie on the characters.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from captum_scoremap.audit import Audit, audit
+from captum_scoremap.models import load_model
 
 FONT = Path("/usr/share/fonts/opentype/noto/NotoSansCJK-Bold.ttc")
 TEXT = "捷径捷径捷径捷径"
 SIDE, VIEW = 256, 224
 CARTON = 478
+MODELS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
 def write(photographs: Sequence[Path], folder: Path, font: Path | None) -> dict[str, tuple[float, float]]:
@@ -48,14 +50,21 @@ def write(photographs: Sequence[Path], folder: Path, font: Path | None) -> dict[
     return bands
 
 
-def on_characters(done: Audit, bands: dict[str, tuple[float, float]], cell: float) -> tuple[int, int]:
-    """How many of the carton's patches lie on the characters, and how many there are."""
+def on_characters(done: Audit, bands: dict[str, tuple[float, float]], enlarged: float) -> tuple[int, int]:
+    """How many of the carton's patches lie on the characters, and how many there are.
+
+    Args:
+        done: The audit.
+        bands: First and last row of the characters on each picture, from 0 to 1.
+        enlarged: How much larger a picture is than what the network sees of it.
+    """
+    cell = 0.5 / 14
     (carton,) = (one for one in done.analysis.changes if one["label"] == CARTON)
     names = dict(zip(done.images["index"].to_pylist(), done.images["name"].to_pylist(), strict=True))
     hits = 0
     for patch in carton.get("patches", []):
         first, last = bands[names[patch["index"]]]
-        top, bottom = (0.5 + (edge - 0.5) * SIDE / VIEW for edge in (first, last))
+        top, bottom = (0.5 + (edge - 0.5) * enlarged for edge in (first, last))
         hits += top - cell <= patch["row"] <= bottom + cell
     return hits, len(carton.get("patches", []))
 
@@ -65,23 +74,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="photographs")
     parser.add_argument("--font", type=Path, default=FONT, help="a font with CJK characters")
-    parser.add_argument("--out", type=Path, help="keep both audits in this folder")
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="networks trained on ImageNet")
+    parser.add_argument("--out", type=Path, help="keep the audits in this folder")
     options = parser.parse_args(arguments)
     photographs = sorted(path for path in options.images.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         write(photographs, folder / "plain", None)
         bands = write(photographs, folder / "marked", options.font)
-        audit(folder / "plain", out=folder / "audit-plain", progress=False)
-        done = audit(
-            folder / "marked", out=folder / "audit-marked", compare_with=folder / "audit-plain", progress=False
-        )
-        print("| label | gain in logits | chance | predicted, before → now |\n| --- | --- | --- | --- |")
-        for one in done.analysis.changes[:5]:
-            rates = f"{one['predicted_before']:.2f} → {one['predicted']:.2f}"
-            print(f"| {one['name']} | {one['change']:+.2f} | {one['chance']:.0e} | {rates} |")
-        hits, patches = on_characters(done, bands, cell=0.5 / 14)
-        print(f"\nPatches of carton on the characters: {hits} of {patches}.")
+        for name in options.models:
+            model = load_model(name)
+            before = folder / f"{name}-plain"
+            audit(folder / "plain", model, out=before, progress=False)
+            done = audit(folder / "marked", model, out=folder / f"{name}-marked", compare_with=before, progress=False)
+            print(f"{name}\n\n| label | gain in logits | chance | predicted, before → now |\n| --- | --- | --- | --- |")
+            for one in done.analysis.changes[:5]:
+                rates = f"{one['predicted_before']:.2f} → {one['predicted']:.2f}"
+                print(f"| {one['name']} | {one['change']:+.2f} | {one['chance']:.0e} | {rates} |")
+            place = [one["label"] for one in done.analysis.changes].index(CARTON) + 1
+            seen = model.preprocessing
+            hits, patches = on_characters(done, bands, seen.resize / seen.crop if seen.crop else 1.0)
+            total = len(done.analysis.changes)
+            print(f"\nCarton is number {place} of {total}; {hits} of its {patches} patches lie on the characters.\n")
 
 
 if __name__ == "__main__":

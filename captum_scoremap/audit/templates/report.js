@@ -335,8 +335,10 @@
     const found = [["predicted", `predicted: ${labelName(own)}`, [own]]];
     const other = image.true !== null && image.true !== own;
     if (other) found.push(["true", `true: ${labelName(image.true)}`, [image.true]]);
-    found.push(["runner-up", `runner-up: ${labelName(image.runner_up)}`, [image.runner_up]]);
-    found.push(["contrast", `contrast: ${labelName(own)} − ${labelName(image.runner_up)}`, [own, image.runner_up]]);
+    if (image.runner_up !== null) {
+      found.push(["runner-up", `runner-up: ${labelName(image.runner_up)}`, [image.runner_up]]);
+      found.push(["contrast", `contrast: ${labelName(own)} − ${labelName(image.runner_up)}`, [own, image.runner_up]]);
+    }
     if (other) found.push(["contrast-true", `contrast: ${labelName(own)} − ${labelName(image.true)}`, [own, image.true]]);
     return found;
   };
@@ -378,7 +380,7 @@
         ["in the best tenth", percent(map.top10_share)], ["in the border", percent(map.border_share)],
         ["in the region", percent(map.region_share)]);
     }
-    rows.push(["S minus runner-up's", `${short(image.contrast)} logits`],
+    rows.push(["S minus runner-up's", image.contrast === null ? "–" : `${short(image.contrast)} logits`],
       ["unusualness", short(image.unusual)], ["insertion", short(image.insertion)], ["deletion", short(image.deletion)]);
     if (image.path) rows.push(["file", image.path]);
     byId("numbers").tBodies[0].replaceChildren(...rows.filter(([, value]) => value !== "–").map(([name, value]) =>
