@@ -26,6 +26,7 @@ from captum_scoremap import (
     compile_map,
     linear_form,
 )
+from captum_scoremap.compiled import batches
 from captum_scoremap.compiled.decomposed import ONNX, functional
 from captum_scoremap.compiled.export import read_back
 from captum_scoremap.compiled.graph import trace
@@ -103,9 +104,65 @@ def test_a_graph_gives_the_map_at_images_and_labels_it_never_saw(
             assert_close(compiled(other, label), method.attribute(other, label, **options), rtol=1e-11, atol=1e-13)
 
 
-def test_a_graph_is_made_for_each_number_of_images_and_goes_by_the_weights_as_they_are(
-    model: Network, inputs: Tensor
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_any_number_of_images_goes_through_what_was_compiled_for_one_number(
+    model: Network, inputs: Tensor, name: str, size: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    build, options = METHODS[name]
+    method = build(model)
+    compiled = compile_map(method, torch.cat([inputs] * 2)[:size], 1, backend="graph", **options)
+    monkeypatch.setattr(batches, "trace", None)  # nothing is compiled again
+    for count in (1, 2, 5):
+        other = torch.randn(count, *inputs.shape[1:], generator=generator, dtype=torch.float64)
+        labels = torch.randint(LABELS, (count,), generator=generator)
+        assert_close(compiled(other, labels), method.attribute(other, labels, **options), rtol=1e-11, atol=1e-13)
+
+
+class Mixed(nn.Module):
+    """Images that have a part in each other's scores, which no map can tell apart; or the number of images is fixed."""
+
+    def __init__(self, fixed: int | None = None) -> None:
+        super().__init__()
+        self.linear, self.fixed = nn.Linear(4, 3), fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(0) if self.fixed is None else x.reshape(self.fixed, 4)
+        found: Tensor = self.linear(x.relu())
+        return found
+
+
+def test_images_that_mix_are_compiled_for_each_number(generator: torch.Generator) -> None:
+    method = ScoreMap(Mixed().eval())
+    compiled = compile_map(method, torch.randn(3, 4, generator=generator), 1, backend="graph")
+    for count in (2, 3, 5):
+        other = torch.randn(count, 4, generator=generator)
+        assert_close(compiled(other, 2), method.attribute(other, 2))
+    one = ScoreMap(Mixed(1).eval())
+    single = torch.randn(1, 4, generator=generator)
+    assert_close(compile_map(one, single, 1, backend="graph")(-single, 2), one.attribute(-single, 2))
+
+
+def test_layers_that_have_images_elsewhere_than_first(generator: torch.Generator) -> None:
+    class Sequences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:  # tokens before images
+            found: Tensor = self.head(self.layer(x.transpose(0, 1)).relu().mean(0))
+            return found
+
+    model = Sequences().eval()
+    method = LayerScoreMap(model, model.layer)
+    compiled = compile_map(method, torch.randn(2, 5, 4, generator=generator), 1, backend="graph", channel_dim=-1)
+    other = torch.randn(3, 5, 4, generator=generator)
+    found = compiled(other, [0, 1, 2])
+    assert found.shape == (5, 3, 1)
+    assert_close(found, method.attribute(other, [0, 1, 2], channel_dim=-1))
+
+
+def test_a_graph_goes_by_the_weights_as_they_are(model: Network, inputs: Tensor) -> None:
     method = ScoreMap(model)
     compiled = compile_map(method, inputs, 1, backend="graph")
     three = torch.cat([inputs, inputs[:1] * 2])

@@ -41,7 +41,7 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
         reason = str(error).strip().splitlines()[0]
         warnings.warn(
             f"the map runs as a plain graph, for Inductor cannot compile it here ({type(error).__name__}: {reason}).",
-            stacklevel=5,
+            stacklevel=7,
         )
         return graph
 

@@ -1,5 +1,6 @@
 """Is a program the map? It is run beside it, at the example and at a random image, where all that is frozen differs."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from .backends import Program
 
 __all__ = ["check", "elsewhere", "run"]
+
+_SMALL = 1e-3
 
 
 def run(program: Program, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -42,11 +45,13 @@ def check(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], toleranc
     Raises:
         ValueError: If they are not.
     """
-    for one, wanted in zip(got, expected, strict=True):
+    norms = [float(wanted.detach().cpu().double().norm()) for wanted in expected]
+    # what is small beside all else may be rounding itself, such as a convergence delta
+    least = max(torch.finfo(torch.float32).tiny, _SMALL * max((norm for norm in norms if norm < math.inf), default=0))
+    for one, wanted, norm in zip(got, expected, norms, strict=True):
         if one.shape == wanted.shape:
-            wide = wanted.detach().cpu().double()
-            scale = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
-            difference = float((one.detach().cpu().double() - wide).norm() / scale)
+            change = one.detach().cpu().double() - wanted.detach().cpu().double()
+            difference = float(change.norm()) / max(norm, least)
             if difference <= tolerance or bool((one.cpu() == wanted.cpu()).all()):
                 continue
             how = f"a relative difference of {difference:.1e}"

@@ -1,7 +1,6 @@
 """A map as a graph that is compiled once, runs without Python's time for each operation, and can leave Python."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
@@ -17,7 +16,8 @@ from captum_scoremap.checks import check_inputs, unwrap_parallel
 from captum_scoremap.scores import Positions, Target, is_function, select_scores
 from captum_scoremap.tape import as_tuple_of_arguments, root_module
 
-from .backends import Backend, Program, compiled
+from .backends import Backend
+from .batches import COMPILED, Batches, tolerance
 from .checked import check, elsewhere, run
 from .graph import Graph, trace
 from .parts import Method, parts
@@ -26,11 +26,6 @@ __all__ = ["CompiledMap", "compile_map"]
 
 _METHODS = (ScoreMap, LayerScoreMap, CompleteScoreMap, FusedScoreMap)
 Inputs = Tensor | tuple[Tensor, ...]
-
-# How much a graph may differ from the eager map, as a fraction of its norm. A plain graph runs the same kernels; a
-# compiled one rounds otherwise, so that a mask may flip where an activation is almost zero.
-_PLAIN = {torch.float64: 1e-10, torch.float32: 1e-4}
-_COMPILED = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 def compile_map(
@@ -113,8 +108,9 @@ class Exported:
 class CompiledMap:
     """A map as a compiled graph; made by :func:`compile_map`.
 
-    It goes by the model's weights as they are at each call, and is compiled once more for each new number of images.
-    What else the model is (its structure, hooks, ``rules``, the options) is as it was when it was compiled.
+    It goes by the model's weights as they are at each call. Other numbers of images than it was compiled for go through
+    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is (its
+    structure, hooks, ``rules``, the options) is as it was when it was compiled.
 
     Args:
         method: The method.
@@ -142,8 +138,8 @@ class CompiledMap:
         self._layout = [_layout(tensor) for tensor in tensors]
         self._example: tuple[Tensor, ...] = ()
         self._sizes: tuple[int, ...] = ()
-        self._programs: dict[int, _Compiled] = {}
-        self._programs[len(tensors[0])] = self._compile(tensors, target)
+        self._spec = pytree.tree_structure(None)
+        self._batches = self._compiled(tensors, target)
 
     def __call__(self, inputs: Inputs, target: Target = None) -> Any:
         """Return what ``method.attribute(inputs, target)`` returns.
@@ -167,10 +163,7 @@ class CompiledMap:
                 f"inputs must be as the map was compiled for, {_described(self._layout, self._is_tensor)}, got "
                 f"{_described(got, isinstance(inputs, Tensor))}. Compile a map for these, too."
             )
-        count = len(tensors[0])
-        if count not in self._programs:
-            self._programs[count] = self._compile(tensors, target)
-        return self._programs[count](tensors, self._positions(target, tensors))
+        return pytree.tree_unflatten(self._batches(*tensors, *self._positions(target, tensors)), self._spec)
 
     def export(self, path: str | Path) -> "Exported":
         """Write the map as a file that runs without this package.
@@ -220,7 +213,7 @@ class CompiledMap:
                     [one + shift for one, shift in zip(each, shifts, strict=True)]
                     for each in (run(program, case), wanted)
                 )
-                check(f"the file {path.name}", got, expected, _tolerance(_COMPILED, case))
+                check(f"the file {path.name}", got, expected, tolerance(COMPILED, case))
             draft.replace(path)
         return Exported(
             path,
@@ -271,36 +264,33 @@ class CompiledMap:
         each = [tuple(int(axis) for axis in one) for one in torch.stack(torch.unravel_index(flat[0], self._sizes), 1)]
         return each if len(self._sizes) > 1 else [label for (label,) in each]
 
-    def _compile(self, tensors: tuple[Tensor, ...], target: Target) -> "_Compiled":
-        """Trace the map at these inputs, compile it and check it against the eager one, here and elsewhere."""
-        expected = self._attribute(tensors, target)
+    def _compiled(self, tensors: tuple[Tensor, ...], target: Target) -> Batches:
+        """Compile the map at these inputs."""
         if self._function is None:
+            with torch.no_grad():
+                self._attribute(tensors, target)  # says what is wrong with them, before anything else does
             self._sizes = self._sizes_of_scores(tensors)
         arguments = (*tensors, *self._positions(target, tensors))
-        leaves, spec = pytree.tree_flatten(expected)
+        self._example = tuple(argument.detach().clone() for argument in arguments)
 
         def function(*arguments: Tensor) -> list[Tensor]:
             found = self._attribute(arguments[: len(tensors)], self._target(arguments))
             return pytree.tree_leaves(found)
 
-        graph = self._traced(function, arguments)
-        other = self._elsewhere(arguments)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they have been shown
-            labels = self._labels(other)
-            cases = [(arguments, leaves), (other, pytree.tree_leaves(self._attribute(other[: len(tensors)], labels)))]
-        for case, wanted in cases:
-            check("the graph", run(graph, case), wanted, _tolerance(_PLAIN, case))
-        program = compiled(graph, arguments, self._backend)
-        for case, wanted in cases if program is not graph else ():
-            check("the compiled graph", run(program, case), wanted, _tolerance(_COMPILED, case))
-        if not self._programs:
-            self._example = tuple(argument.detach().clone() for argument in arguments)
-        return _Compiled(program, spec, [tensor.stride() for tensor in tensors])
+        def eager(*arguments: Tensor) -> list[Tensor]:
+            leaves, self._spec = pytree.tree_flatten(
+                self._attribute(arguments[: len(tensors)], self._labels(arguments))
+            )
+            return leaves
+
+        return Batches(function, eager, arguments, self._elsewhere, self._modules(), self._backend)
+
+    def _modules(self) -> list[nn.Module]:
+        root = root_module(unwrap_parallel(self._method.forward_func))
+        return [] if root is None else [root]
 
     def _traced(self, function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> Graph:
-        root = root_module(unwrap_parallel(self._method.forward_func))
-        return trace(function, arguments, [] if root is None else [root])
+        return trace(function, arguments, self._modules())
 
     def _elsewhere(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return random inputs, and random labels."""
@@ -309,27 +299,6 @@ class CompiledMap:
         generator = torch.Generator().manual_seed(1)
         others = [torch.randint(math.prod(self._sizes), one.shape, generator=generator).to(one) for one in labels]
         return (*elsewhere(arguments[:count]), *others)
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """The program for one number of images."""
-
-    program: Program
-    spec: pytree.TreeSpec
-    strides: Sequence[tuple[int, ...]]
-
-    def __call__(self, tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> Any:
-        laid_out = [
-            tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
-            for tensor, stride in zip(tensors, self.strides, strict=True)
-        ]
-        return pytree.tree_unflatten(list(run(self.program, (*laid_out, *indices))), self.spec)
-
-
-def _tolerance(tolerances: Mapping[torch.dtype, float], arguments: Sequence[Tensor]) -> float:
-    """Return how much may differ: by the type of the inputs; tokens go through a network of single precision."""
-    return tolerances.get(next((one.dtype for one in arguments if one.is_floating_point()), torch.float32), 0.2)
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
