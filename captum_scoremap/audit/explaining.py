@@ -111,6 +111,7 @@ def explain(
     true: Tensor,
     pool: Sequence[MapLayer] = (),
     kind: str = "score",
+    passes: int | None = None,
 ) -> Explained:
     """Explain one batch: one recorded run, one transposed pass for each role, one forward pass for each layer's B.
 
@@ -121,6 +122,8 @@ def explain(
         true: True labels (N,), -1 where not known.
         pool: Layers whose output is pooled over positions.
         kind: One of `MAPS`.
+        passes: How many roles get a transposed pass, whether or not they need one, so that the operations do not depend
+            on the labels; None for those that need it.
 
     Returns:
         The maps.
@@ -133,7 +136,7 @@ def explain(
     sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in (*layers, *pool)}
     recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), bypass=True)
     scores = recording.record((inputs,), (), logits_in)
-    _check_scores(scores, true)
+    _check_scores(scores, true if passes is None else None)
     found_at = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}
     tapped = {layer: found_at[layer] for layer in layers}
     labels = _labels(scores, true)
@@ -144,7 +147,8 @@ def explain(
         wanted = (labels[:, role] >= 0) & (labels[:, :role] != labels[:, role, None]).all(1)
         one_hot = torch.zeros_like(scores).scatter(1, labels[:, role, None].clamp(min=0), wanted[:, None].to(scores))
         if kind == "score" or role == 0:
-            parts = _sub_scores(recording.tape, one_hot if wanted.any() else None, tapped, every_channel=role == 0)
+            is_needed = bool(wanted.any()) if passes is None else role < passes
+            parts = _sub_scores(recording.tape, one_hot if is_needed else None, tapped, every_channel=role == 0)
         if role == 0:
             channels = {one.name: part.movedim(one.channel_dim, 1).flatten(2).sum(2) for one, part in parts.items()}
         if kind == "score":
@@ -390,11 +394,11 @@ def _map_layer(name: str, shape: tuple[int, ...] | None, image_shape: tuple[int,
     raise ValueError(f"layers must give maps (N, C, H, W) or tokens (N, tokens, C), got {shape} from {name!r}.")
 
 
-def _check_scores(scores: object, true: Tensor) -> None:
+def _check_scores(scores: object, true: Tensor | None) -> None:
     if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.shape[1] < 1:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"model must give scores (N, K), one for each label, got {got}. Name a score: audit's score, or --score."
         )
-    if scores.shape[1] > 1 and int(true.max()) >= scores.shape[1]:
+    if true is not None and scores.shape[1] > 1 and int(true.max()) >= scores.shape[1]:
         raise ValueError(f"labels must be less than {scores.shape[1]}, the model's, got {int(true.max())}.")

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -21,6 +22,7 @@ from captum_scoremap.audit.analysis import Analysis, analyze
 from captum_scoremap.audit.cluster import on_ray
 from captum_scoremap.audit.compare import SETTINGS as _SETTINGS
 from captum_scoremap.audit.compare import check_comparable, compare
+from captum_scoremap.audit.compiling import ENOUGH
 from captum_scoremap.audit.explaining import MAPS, MapLayer, layers_to_pool, map_layers
 from captum_scoremap.audit.findings import find
 from captum_scoremap.audit.plan import Plan
@@ -100,6 +102,7 @@ def audit(
     shard_size: int = 128,
     device: str | torch.device = "cpu",
     prepare_model: bool = True,
+    compile_maps: bool | None = None,
     progress: bool = True,
     show_paths: bool = False,
     compare_with: str | os.PathLike[str] | None = None,
@@ -128,6 +131,8 @@ def audit(
         shard_size: Images whose results are written together.
         device: Where the model computes.
         prepare_model: Whether to explain a faster copy of the model, its batch norms folded.
+        compile_maps: Whether to compile what computes the maps, which takes a minute or more before the first image; by
+            default from 5000 images on. The numbers stay the same but for rounding.
         progress: Whether to show how far it is.
         show_paths: Whether the report may name the files by their full path on this machine.
         compare_with: Folder of another audit of the same model, of other images: `Analysis.changes` tells what changed.
@@ -180,6 +185,7 @@ def audit(
         model=replace(loaded, module=module),
         layers=_choose_layers(module, layers, inputs),
         pool=layers_to_pool(module, inputs),
+        compiled=plan.count >= ENOUGH if compile_maps is None else compile_maps,
     )
     settings = _settings(worker, original, prepare_model) | {"score": None if score is None else _name_of(score)}
     if compare_with is not None:
@@ -204,6 +210,10 @@ def _work(worker: Worker, shards: Shards, ray: str | None, workers: int, show: b
     plan = worker.plan
     done = shards.finished()
     missing = sorted(set(plan.shards) - set(done))
+    if worker.compiled and missing and show and sys.stderr is not None:
+        print(
+            "audit: maps are compiled first, which takes a minute or more; --no-compile leaves it out", file=sys.stderr
+        )
     progress = Progress(plan.count, sum(map(plan.size, done)), show)
     results = (
         worker.results(missing, progress.advance)
@@ -297,6 +307,7 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
         "pooled_layers": [layer.name for layer in worker.pool],
         "metrics": list(worker.metrics),
         "maps": worker.maps,
+        "compiled": worker.compiled,
         "limit": plan.limit,
         "batch_size": plan.batch_size,
         "shard_size": plan.shard_size,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby, islice
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from captum_scoremap import metrics
+from captum_scoremap.audit.compiling import Explainer
 from captum_scoremap.audit.concentration import border_share, peak, region_share, top_share
-from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer, explain
+from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.proof import Example
 from captum_scoremap.audit.schema import TABLES
@@ -62,6 +64,7 @@ class Worker:
         maps: Kind of the maps, of `MAPS`.
         device: Where the model computes.
         threads: Threads that decode images.
+        compiled: Whether the maps are computed by a compiled graph.
     """
 
     source: Source
@@ -73,6 +76,12 @@ class Worker:
     maps: str = "score"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 2
+    compiled: bool = False
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        size = self.plan.batch_size if self.compiled else 0
+        return Explainer(self.model.module, self.layers, self.pool, self.maps, size)
 
     def results(
         self, shards: Sequence[int], done: Callable[[int], None] | None = None
@@ -178,7 +187,7 @@ class Worker:
         inputs = torch.stack([item.inputs for item in items if item.inputs is not None])
         on_device = inputs.to(self.device)
         true = torch.tensor([item.label for item in items], device=self.device)
-        found = explain(self.model.module, self.layers, on_device, true, self.pool, self.maps)
+        found = self._explainer(on_device, true)
         good = found.finite
         marked = list(zip(items, good.tolist(), strict=True))
         kept = [item for item, finite in marked if finite]

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from captum_scoremap.cli.options import (
+    CompileOption,
     DeviceOption,
     ImageSizeOption,
     ModelOption,
@@ -113,6 +114,7 @@ def audit(
     shard_size: Annotated[int, typer.Option("--shard-size", metavar="N", help="Images written together.", min=1)] = 128,
     device: DeviceOption = "auto",
     prepare_model: PrepareOption = True,
+    compile_maps: CompileOption = None,
     compare: Annotated[
         Path | None,
         typer.Option(
@@ -185,6 +187,7 @@ def audit(
             shard_size=shard_size,
             device=chosen_device(device),
             prepare_model=prepare_model,
+            compile_maps=compile_maps,
             show_paths=show_paths,
             single_file=single_file,
             compare_with=compare,

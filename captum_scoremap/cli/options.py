@@ -69,6 +69,14 @@ PrepareOption = Annotated[
         help="Explain a faster copy of the model, its batch norms folded; or the model as it is.",
     ),
 ]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile what computes the maps, which takes a minute or more at first. \\[default: where it pays]",
+        show_default=False,
+    ),
+]
 
 
 def chosen_device(name: str) -> torch.device:

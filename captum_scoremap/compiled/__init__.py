@@ -1,5 +1,8 @@
 """Maps as graphs: compiled, or exported to run beside the model in production."""
 
+from .backends import Backend
+from .batches import Batches
+from .checked import elsewhere
 from .compiled_map import CompiledMap, Exported, compile_map
 
-__all__ = ["CompiledMap", "Exported", "compile_map"]
+__all__ = ["Backend", "Batches", "CompiledMap", "Exported", "compile_map", "elsewhere"]
