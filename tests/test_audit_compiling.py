@@ -129,3 +129,13 @@ def test_only_large_audits_are_compiled_by_themselves(tmp_path: Path, monkeypatc
     assert traced == [1]
     audit(tmp_path / "in", tiny_model(), out=tmp_path / "not", compile_maps=False, **QUICK)
     assert traced == [1]
+
+
+def test_a_single_score_is_compiled_whatever_the_labels(generator: torch.Generator) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 1)).double().eval()
+    images = torch.randn(4, 3, 6, 6, generator=generator, dtype=torch.float64)
+    explainer = Explainer(model, LAYERS[:1], (), "score", 4)
+    for labels in (torch.tensor([0, 3, -1, 9]), torch.full((4,), -1)):
+        for _ in range(2):
+            same(explainer(images, labels), explain(model, LAYERS[:1], images, labels))
+    assert explainer._batches is not None

@@ -5,7 +5,8 @@ ratio is the median of the ratios within rounds, and its range is given. Memory 
 each in a process of its own that returns at once what it frees. Two tables are printed: everything, and the goals.
 
 "plain" is a hand-written forward and backward pass with respect to the input, of the model as it comes; "prepared" is
-this package on the copy that ``prepare`` makes. Of the 1000 calls that Captum needs for all labels, 5 are measured and
+this package on the copy that ``prepare`` makes, "compiled" that copy's map by ``compile_map``: what it takes to compile
+stands apart, in the last column. Of the 1000 calls that Captum needs for all labels, 5 are measured and
 their time is scaled. The audit is compared with plain passes over as many images that are decoded already.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -32,23 +34,30 @@ class Cost(TypedDict):
 
     seconds: list[float]
     bytes: int | None
+    ready: float
 
 
 Costs = dict[str, Cost]
 
 
-def measure(case: Case, rounds: int, device: str, with_memory: bool, folder: Path) -> Costs:
-    """What each competitor of a case takes; those that are not installed are left out."""
+def measure(case: Case, rounds: int, device: str, with_memory: bool, folder: Path, chosen: Sequence[str] = ()) -> Costs:
+    """What each competitor of a case takes, or the first and those chosen; those not installed are left out."""
     competitors = [who for who in case.who if who not in NEEDS or find_spec(NEEDS[who])]
+    competitors = [who for who in competitors if not chosen or who in {case.who[0], *chosen}]
     subject = Subject(case.model, case.batch, device, folder)
-    jobs = {who: build(case.kind, who, subject) for who in competitors}
+    jobs, ready = {}, {}
+    for who in competitors:
+        start = time.perf_counter()
+        jobs[who] = build(case.kind, who, subject)
+        ready[who] = time.perf_counter() - start
     taken = interleaved(jobs, rounds, device)
     del jobs
     found = {}
     for who in competitors:
         share = SHARES.get((case.kind, who), 1)
         seconds = [value / share for value in taken[who]]
-        found[who] = Cost(seconds=seconds, bytes=memory(case, who, device, folder) if with_memory else None)
+        peak = memory(case, who, device, folder) if with_memory else None
+        found[who] = Cost(seconds=seconds, bytes=peak, ready=ready[who])
     return found
 
 
@@ -69,6 +78,7 @@ def table(case: Case, costs: Costs) -> Iterator[str]:
         cells = [case.title, who + calls, f"{Spread.of(cost['seconds']):.3f}", f"{ratio:.2f}"]
         has_memory = cost["bytes"] is not None and base["bytes"]
         cells += [f"{cost['bytes'] / 2**20:.0f}", f"{cost['bytes'] / base['bytes']:.2f}"] if has_memory else ["", ""]
+        cells += [f"{cost['ready']:.0f}" if who == "compiled" else ""]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -112,18 +122,29 @@ def readable(ratio: float) -> str:
     return f"1/{1 / ratio:.0f}" if ratio < 0.02 else f"{ratio:.2f}"
 
 
-def run(cases: Iterable[Case], goals: Sequence[Goal], rounds: int, device: str, with_memory: bool) -> dict[str, Any]:
+def run(
+    cases: Iterable[Case],
+    goals: Sequence[Goal],
+    rounds: int,
+    device: str,
+    with_memory: bool,
+    chosen: Sequence[str] = (),
+) -> dict[str, Any]:
     """Measure and print; what is returned is what ``--json`` writes."""
     where = setting(device, ("torch", "torchvision", "captum", "captum-scoremap"))
     print(", ".join(f"{name}: {value}" for name, value in where.items()) + f", float32, {rounds} rounds\n")
-    print("| case | who | seconds (range) | of the first (range) | MiB | of the first |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| case | who | seconds (range) | of the first (range) | MiB | of the first | ready after, s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     measured: dict[Case, Costs] = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
-            measured[case] = measure(case, rounds, device, with_memory, Path(folder))
+            measured[case] = measure(case, rounds, device, with_memory, Path(folder), chosen)
             print(*table(case, measured[case]), sep="\n", flush=True)
-    judged = [judge(goal, measured[goal.case]) for goal in goals if goal.case in measured]
+    judged = [
+        judge(goal, measured[goal.case])
+        for goal in goals
+        if goal.case in measured and {goal.who, goal.against} <= measured[goal.case].keys()
+    ]
     reached = [row for row in judged if row is not None]
     if reached:
         print("", *goals_table(reached), sep="\n")
@@ -141,18 +162,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="cases whose titles hold all these words")
+    parser.add_argument(
+        "--who",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="these competitors beside the first, in cases that have them",
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count (default 5)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of PyTorch (default 2)")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options = parser.parse_args(arguments)
-    cases = [case for case in CASES if all(word in case.title for word in options.only)]
+    cases = [
+        case for case in CASES if all(word in case.title for word in options.only) and {*options.who} <= {*case.who}
+    ]
     if not cases:
         titles = "\n".join(case.title for case in CASES)
         parser.error(f"--only must leave a case, got {' '.join(options.only)!r}. The titles are:\n{titles}")
     torch.set_num_threads(options.threads)
-    found = run(cases, GOALS, options.rounds, options.device, not options.no_memory)
+    found = run(cases, GOALS, options.rounds, options.device, not options.no_memory, options.who)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

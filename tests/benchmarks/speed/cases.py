@@ -10,7 +10,9 @@ TITLES = {
     "layers": "all layers' score maps",
     "labels": "all 1000 labels at the last layer",
     "ten labels": "10 labels at the input",
+    "complete": "complete map",
     "audit": "audit of a folder",
+    "images of an audit": "images of an audit",
     "import": "import",
 }
 
@@ -76,20 +78,28 @@ INPUT_1 = {
 }
 INPUT_8 = {
     "alexnet": _zoo("input", "alexnet", 8, "plain", "inference", "captum", "ours"),
-    "vgg16": _zoo("input", "vgg16", 8, "plain", "inference", "captum", "ours", "prepared"),
-    "resnet50": _zoo("input", "resnet50", 8, "plain", "inference", "captum", "zennit", "ours", "prepared"),
+    "vgg16": _zoo("input", "vgg16", 8, "plain", "inference", "captum", "ours", "prepared", "compiled"),
+    "resnet50": _zoo("input", "resnet50", 8, "plain", "inference", "captum", "zennit", "ours", "prepared", "compiled"),
 }
-MOBILE = _zoo("input", "mobilenet_v2", 8, "plain", "inference", "captum", "ours", "prepared")
+MOBILE = _zoo("input", "mobilenet_v2", 8, "plain", "inference", "captum", "ours", "prepared", "compiled")
 LAYERS = {
-    "resnet50": _zoo("layers", "resnet50", 8, "plain", "inference", "captum", "ours", "prepared"),
+    "resnet50": _zoo("layers", "resnet50", 8, "plain", "inference", "captum", "ours", "prepared", "compiled"),
     "vgg16": _zoo("layers", "vgg16", 8, "plain", "inference", "captum", "ours"),
 }
 LABELS = {name: _zoo("labels", name, 1, "plain", "captum", "ours") for name in ("alexnet", "resnet50")}
 TEN_LABELS = _zoo("ten labels", "resnet50", 1, "plain", "captum", "ours", "prepared")
-FROZEN = [_zoo("input", name, 1, "plain", "inference", "captum", "ours") for name in TRANSFORMERS]
+FROZEN = [_zoo("input", name, 1, "plain", "inference", "captum", "ours") for name in TRANSFORMERS[1:]]
+VIT = _zoo("input", "vit_b_16", 1, "plain", "inference", "captum", "ours", "prepared", "compiled")
+SMALL = {
+    name: _zoo("input", name, 1, "plain", "inference", "ours", "prepared", "compiled")
+    for name in ("resnet18", "mobilenet_v3_small", "efficientnet_b0")
+}
+COMPLETE = Case("complete", EFFICIENTNET, 8, ("plain", "inference", "ours", "prepared", "compiled"))
 LAYER = _zoo("layer", "resnet50", 8, "plain", "inference", "captum", "grad-cam", "ours", "prepared")
 IMPORT = Case("import", "", 1, ("captum", "ours"))
 AUDIT = Case("audit", EFFICIENTNET, 64, ("plain", "ours"))
+
+AUDITED = Case("images of an audit", EFFICIENTNET, 64, ("plain", "prepared", "compiled"))
 
 CASES = [
     *INPUT_1.values(),
@@ -98,10 +108,14 @@ CASES = [
     *LAYERS.values(),
     *LABELS.values(),
     TEN_LABELS,
+    VIT,
     *FROZEN,
+    *SMALL.values(),
+    COMPLETE,
     LAYER,
     IMPORT,
     AUDIT,
+    AUDITED,
 ]
 _INPUTS = [*INPUT_1.values(), *INPUT_8.values()]
 GOALS = [
@@ -117,7 +131,18 @@ GOALS = [
     *(Goal(case, "ours", "captum", 1 / 400) for case in LABELS.values()),
     Goal(TEN_LABELS, "ours", "captum", 0.7),
     Goal(TEN_LABELS, "prepared", "captum", 0.45),
-    *(Goal(case, "ours", "plain", 1.25) for case in FROZEN),
+    *(Goal(case, "ours", "plain", 1.25) for case in (VIT, *FROZEN)),
+    Goal(SMALL["mobilenet_v3_small"], "compiled", "plain", 0.5),
+    Goal(SMALL["efficientnet_b0"], "compiled", "plain", 0.6),
+    Goal(SMALL["resnet18"], "compiled", "plain", 0.9),
+    Goal(MOBILE, "compiled", "plain", 0.6),
+    Goal(INPUT_8["resnet50"], "compiled", "plain", 0.8),
+    Goal(INPUT_8["vgg16"], "compiled", "plain", 0.88),
+    Goal(VIT, "compiled", "plain", 0.95),
+    Goal(LAYERS["resnet50"], "compiled", "plain", 0.85),
+    Goal(LAYERS["resnet50"], "compiled", "plain", 1.0, memory=True),
+    Goal(COMPLETE, "compiled", "plain", 1.0),
     Goal(IMPORT, "ours", "captum", 1.05),
+    Goal(AUDITED, "plain", "compiled", 1.15, at_least=True, label="images per second of an audit, compiled"),
     Goal(AUDIT, "plain", "ours", 0.8, at_least=True, label="images per second of the audit"),
 ]

@@ -16,9 +16,14 @@ import torch
 from captum.attr import InputXGradient, LayerGradientXActivation
 from torch import Tensor, nn
 
-from captum_scoremap import LayerScoreMap, ScoreMap, prepare
+from captum_scoremap import CompleteScoreMap, LayerScoreMap, ScoreMap, compile_map, prepare
 from captum_scoremap.audit import audit
+from captum_scoremap.audit.explaining import layers_to_pool, map_layers
+from captum_scoremap.audit.plan import Plan
+from captum_scoremap.audit.worker import Worker
 from captum_scoremap.cost import Job, forward_backward
+from captum_scoremap.data.sources import open_source
+from captum_scoremap.layout import main_layers
 from captum_scoremap.models import LoadedModel, Preprocessing, load_model, read_image
 
 LABEL = 281
@@ -178,6 +183,26 @@ def our_layers(subject: Subject) -> Job:
     return lambda: LayerScoreMap(subject.model, subject.layers).attribute(subject.inputs, LABEL)
 
 
+# Complete maps, and compiled ones
+
+
+def our_complete(subject: Subject) -> Job:
+    return lambda: CompleteScoreMap(subject.model).attribute(subject.inputs, LABEL)
+
+
+def compiled_input(subject: Subject) -> Job:
+    return partial(compile_map(ScoreMap(subject.model), subject.inputs, LABEL), subject.inputs, LABEL)
+
+
+def compiled_layers(subject: Subject) -> Job:
+    method = LayerScoreMap(subject.model, subject.layers)
+    return partial(compile_map(method, subject.inputs, LABEL), subject.inputs, LABEL)
+
+
+def compiled_complete(subject: Subject) -> Job:
+    return partial(compile_map(CompleteScoreMap(subject.model), subject.inputs, LABEL), subject.inputs, LABEL)
+
+
 # All labels, and some
 
 
@@ -218,6 +243,28 @@ def our_audit(subject: Subject) -> Job:
     return job
 
 
+def _audited(subject: Subject, *, compiled: bool) -> Job:
+    """What an audit does for each image, decoding included; what it does once is left out."""
+    source, inputs = open_source(subject.photographs), subject.inputs[:1]
+    layers = map_layers(subject.model, main_layers(subject.model, inputs)[-3:], inputs)
+    worker = Worker(
+        source,
+        Plan(len(source), batch_size=AUDIT_BATCH),
+        replace(subject.loaded, module=subject.model),
+        layers,
+        layers_to_pool(subject.model, inputs),
+        device=torch.device(subject.device),
+        compiled=compiled,
+    )
+
+    def job() -> object:
+        return list(worker.results(worker.plan.shards))
+
+    if compiled:
+        job()  # which compiles
+    return job
+
+
 def importing(module: str) -> Callable[[Subject], Job]:
     command = [sys.executable, "-c", f"import {module}"]
     return lambda _: partial(subprocess.run, command, check=True)
@@ -225,12 +272,18 @@ def importing(module: str) -> Callable[[Subject], Job]:
 
 PASSES = {"plain": plain, "inference": inference}
 KINDS: dict[str, dict[str, Callable[[Subject], Job]]] = {
-    "input": {**PASSES, "captum": captum_input, "zennit": zennit_input, "ours": our_input},
+    "input": {**PASSES, "captum": captum_input, "zennit": zennit_input, "ours": our_input, "compiled": compiled_input},
+    "complete": {**PASSES, "ours": our_complete, "compiled": compiled_complete},
     "layer": {**PASSES, "captum": captum_layer, "grad-cam": grad_cam_layer, "ours": our_layer},
-    "layers": {**PASSES, "captum": captum_layers, "ours": our_layers},
+    "layers": {**PASSES, "captum": captum_layers, "ours": our_layers, "compiled": compiled_layers},
     "labels": {**PASSES, "captum": captum_labels, "ours": our_labels},
     "ten labels": {**PASSES, "captum": captum_ten, "ours": our_ten},
     "audit": {"plain": raw_throughput, "ours": our_audit},
+    "images of an audit": {
+        "plain": raw_throughput,
+        "ours": partial(_audited, compiled=False),
+        "compiled": partial(_audited, compiled=True),
+    },
     "import": {"captum": importing("captum"), "ours": importing("captum_scoremap")},
 }
 """What is computed, by whom: the job of a competitor on a subject."""
@@ -243,7 +296,7 @@ NEEDS = {"zennit": "zennit", "grad-cam": "pytorch_grad_cam"}
 
 
 def build(kind: str, who: str, subject: Subject) -> Job:
-    """The job of one competitor; ``prepared`` is ours on the prepared model."""
+    """The job of one competitor; ``prepared`` is ours on the prepared model, ``compiled`` that, compiled."""
     return KINDS[kind]["ours" if who == "prepared" else who](_subject_of(who, subject))
 
 
@@ -258,7 +311,8 @@ def build_alone(kind: str, who: str, subject: Subject) -> Job:
 
 def _subject_of(who: str, subject: Subject) -> Subject:
     """What a competitor works on; a subject that is prepared already keeps what it has loaded."""
-    return replace(subject, is_prepared=True) if who == "prepared" and not subject.is_prepared else subject
+    own = who in {"prepared", "compiled"}
+    return replace(subject, is_prepared=True) if own and not subject.is_prepared else subject
 
 
 def warm_up(kind: str, who: str, subject: Subject) -> None:
