@@ -66,12 +66,18 @@ class UnsupportedOperationError(NotImplementedError):
         self.hidden = tuple(hidden)
         parts = []
         if self.operations:
-            first = self.operations[0][0]
+            plain = [name for name, _ in self.operations if name != "int_repr" and not name.startswith("quantized")]
+            advice = (
+                f'\nSupply one, for instance the tangent at the image: rules={{"{plain[0]}": Tangent()}}, with '
+                "`from captum_scoremap.rules import Tangent`."
+                if plain
+                else "\nExplain the model as it was before this part was quantized. Of quantized operations, linear "
+                "layers, convolutions, norms, pooling and elementwise ones have rules; of torchao, weights alone."
+            )
             parts.append(
                 "every operation on the way from the image to the score must have a rule; these have none:\n"
                 + _listed(self.operations)
-                + f'\nSupply one, for instance the tangent at the image: rules={{"{first}": Tangent()}}, with '
-                "`from captum_scoremap.rules import Tangent`."
+                + advice
             )
         if self.hidden:
             parts.append(

@@ -12,6 +12,7 @@ from .composite import Composite
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool
 from .products import Division, Power, Product
+from .quantized import Rounded, in_range, unpacked
 from .rule import Comparison, FirstLinear, Frozen, Linear, Rule, Tangent, floating
 from .structure import Copy
 from .table import DEFAULT, TANGENT, display_name, with_rules
@@ -40,12 +41,15 @@ __all__ = [
     "PiecewiseLinear",
     "Power",
     "Product",
+    "Rounded",
     "Rule",
     "Tangent",
     "Value",
     "display_name",
     "floating",
+    "in_range",
     "substituted",
     "tensors_in",
+    "unpacked",
     "with_rules",
 ]

@@ -121,7 +121,13 @@ def _lstm_layer(
     return torch.stack(outputs), hidden[None], cell[None], input.new_empty(0)
 
 
+def _aminmax(input: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    dims = () if dim is None else (dim,)
+    return input.amin(dims, keepdim), input.amax(dims, keepdim)
+
+
 COMPOSITE: dict[str, Rule] = {
+    "aminmax": Composite(_aminmax),
     "clamp.Tensor": Composite(_clamp),
     "clamp_min.Tensor": Composite(_clamp),
     "clamp_max.Tensor": Composite(_clamp_max),

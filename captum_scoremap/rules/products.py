@@ -120,9 +120,10 @@ class Product(Rule):
 
     def constants(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Sequence[Tensor | None]:
         """Return the term that is added."""
-        if self.term is None or call.is_live(call.args[self.term]):
+        term = None if self.term is None or self.term >= len(call.args) else call.args[self.term]
+        if term is None or call.is_live(term):
             return ()
-        return (call.args[self.term] * call.kwargs.get("beta", 1),)
+        return (term * call.kwargs.get("beta", 1),)
 
     @staticmethod
     def _of_term(call: Call, argument: Value, gradient: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .composite import COMPOSITE, Composite
 from .normalization import BatchNorm, EvaluatedBatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
+from .quantized import QUANTIZED
 from .rule import WRITTEN_OUT, Backward, Comparison, FirstLinear, Frozen, Rule, Tangent
 from .structure import AFFINE, STRUCTURAL, Copy
 
@@ -29,7 +30,7 @@ _FROZEN = """
     rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
     empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
     multinomial _assert_async is_same_size is_pinned heaviside
-    _has_same_storage_numel nms fake_quantize_per_tensor_affine_cachemask
+    _has_same_storage_numel nms
 """
 
 
@@ -196,8 +197,8 @@ _NONLINEAR: dict[str, Rule] = {
     "addmv": Product((1, 2), vector_times, term=0),
     "addr": Product((1, 2)),
     "_trilinear": Product((0, 1, 2)),
-    "linear": Product(),
-    "mkldnn_linear": Product(),
+    "linear": Product(term=2),
+    "mkldnn_linear": Product(term=2),
     "convolution": Convolution(),
     "convolution_overrideable": Convolution(),
     "div": Division(),
@@ -236,7 +237,7 @@ _CONSTANT: dict[str, Rule] = {
     **{name: Comparison(0.0) for name in ("sign", "sgn", "signbit")},
 }
 
-DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT}
+DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT, **QUANTIZED}
 
 TANGENT: Mapping[str, Rule] = {
     name: rule if isinstance(rule, (PiecewiseLinear, MaxPool, Extremum, Choice, Ordered, Composite)) else Tangent()

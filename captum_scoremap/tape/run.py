@@ -24,6 +24,7 @@ from captum_scoremap.rules import (
     Composite,
     Copy,
     Linear,
+    Rounded,
     Rule,
     Tangent,
     Value,
@@ -35,6 +36,7 @@ from captum_scoremap.rules import (
 
 from .memory import Memory, geometry
 from .places import Places, Site, StopRun
+from .quantized import RealNumbers, rounding
 from .sight import Sight
 from .steps import Kept, Step, Tape
 
@@ -104,12 +106,15 @@ class _Operation:
         "lists",
         "name",
         "reads",
+        "rounds",
         "rule",
         "tensors",
     )
 
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
+        if operation.namespace.startswith("quantized"):  # else they would go by the names of plain ones
+            name = f"{operation.namespace}::{name}"
         arguments = operation._schema.arguments
         self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
         self.lists = {at for at in self.tensors if "List" in str(arguments[at].type)}
@@ -130,6 +135,8 @@ class _Operation:
         self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
         self.lifts = name in {"lift", "lift_fresh"}
         self.display = display_name(self.functional or operation)
+        if operation.namespace.startswith("quantized"):
+            self.display = name
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
         if self.rule is None:
@@ -137,7 +144,8 @@ class _Operation:
             aliases = (self.display,) if self.display not in DEFAULT else ()
             aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
             self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
-        if self.functional is None or len(changed) > 1 or (name, overload) == ("view", "dtype"):
+        self.rounds = isinstance(self.rule, Rounded)
+        if ((self.functional is None or len(changed) > 1) and not self.rounds) or (name, overload) == ("view", "dtype"):
             self.rule = None
         self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
         # affine whatever the arguments, so that nothing needs to be asked
@@ -214,6 +222,7 @@ class Recording(TorchDispatchMode):
         self._operations = _OPERATIONS if rules is DEFAULT else {}
         self._values: dict[int, tuple[weakref.ref[Tensor], Value, int]] = {}
         self._memory = Memory(self._record)
+        self._real = RealNumbers()
         self._sight = Sight(self._is_live, self._holds_live, self.places)
         self._bits = 1
         self._unsupported: dict[tuple[str, str], None] = {}
@@ -392,7 +401,11 @@ class Recording(TorchDispatchMode):
             names = sorted(kwargs, key=lambda name: name == written) if isinstance(written, str) else kwargs
             named = {name: self._symbol(kwargs[name], live, values) for name in names}
         if not values:
+            if self._real and self._real.are_in((args, kwargs)):
+                return self._round(func, operation, args, kwargs)
             return self._run_constant(func, operation, args, kwargs)
+        if operation.rounds:
+            return self._round(func, operation, args, kwargs)
         if self._sight.is_suspicious and operation.reads:
             for at in operation.tensors:
                 if at < len(args) and at != operation.changes and symbols[at] is args[at]:
@@ -496,6 +509,53 @@ class Recording(TorchDispatchMode):
         with self:
             return rule.body(*args, **kwargs)
 
+    def _round(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on quantized tensors, or one that rounds, and record the plain one and the rounding."""
+        rule, where = operation.rule, operation.changes
+        body = rule.body if isinstance(rule, Rounded) else operation.functional
+        if not operation.rounds and not self._real.allow(rule, args):
+            if not operation.reads:
+                return self._run_constant(func, operation, args, kwargs)
+            self._unsupported[f"quantized {operation.display}", self.places.module_name] = None
+            raise UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
+        output = self._run_constant(func, operation, args, kwargs)
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+        if not any(isinstance(part, Tensor) for part in parts):
+            return output  # a scale, a type
+        in_place = where is not None and not isinstance(rule, Rounded)
+        changed = (args[where] if isinstance(where, int) else kwargs[where]) if in_place else None  # type: ignore[index]
+        if changed is not None:
+            kwargs = {name: argument for name, argument in kwargs.items() if name != where}
+        real, named = self._real.instead(args), self._real.instead(kwargs)
+        for tensor in (*real[1], *named[1]):
+            self._sight.made(tensor, "")
+        try:
+            with self:
+                plain = body(*real[0], **named[0])
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # there is none
+            plain = None
+        plains = list(plain) if isinstance(plain, (tuple, list)) else [plain]
+        if plain is None or (changed is not None and self._real.share_memory(changed)):
+            self._unsupported[operation.display, self.places.module_name] = None
+            raise UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
+        mask = parts[1] if len(parts) > len(plains) and parts[1].dtype is torch.bool else None
+        for rounded, numbers in zip(parts, plains, strict=False):
+            if not rounded.is_quantized and not rounded.is_floating_point():
+                self._real.stand(rounded, numbers)
+                continue
+            kept, constant = rounding(numbers, rounded, mask)
+            for tensor in tensors_in((kept, constant)):
+                self._sight.made(tensor, "")
+            with self:
+                exact = numbers if kept is None else numbers * kept
+                exact = exact if constant is None else exact + constant
+            value = self.value_of(exact)
+            if rounded.is_quantized:
+                self._real.stand(rounded, exact)
+            elif value is not None:
+                self._name(rounded, value)
+        return output
+
     def _change(
         self,
         func: Any,
@@ -548,6 +608,8 @@ class Recording(TorchDispatchMode):
 
     def _run_constant(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on constants as it is."""
+        if operation.name == "_int_mm":  # integers of the image: rounded, so frozen, but the scales beside them are not
+            self._unsupported["quantized _int_mm", self.places.module_name] = None
         where = operation.changes
         if where is not None:
             for tensor in tensors_in(args[where] if isinstance(where, int) else kwargs.get(where)):
@@ -560,7 +622,7 @@ class Recording(TorchDispatchMode):
         output = func(*args, **kwargs)
         if operation.name == "set":
             self._sight.placed(args[0])
-        if where is None:
+        if where is None or not isinstance(output, Tensor):  # beside what it changes it may return something new
             for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
                 self._sight.made(tensor, operation.name)
         return output
@@ -667,6 +729,12 @@ class Recording(TorchDispatchMode):
         taps: dict[int, Tensor] = {}
 
         def tapped(tensor: Tensor) -> Tensor:
+            numbers = self._real.of(tensor)
+            if numbers is not None:
+                with unrecorded():
+                    again = tensor.clone()
+                self._real.stand(again, tapped(numbers))
+                return again
             if not tensor.is_floating_point():
                 return tensor
             if id(tensor) not in taps:
