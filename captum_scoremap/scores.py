@@ -294,7 +294,7 @@ def _detected(found: Mapping[str, Tensor], label: int, best: Callable[[Tensor, T
     if not places:
         raise ValueError(f"the model must find label {label} in every image, got {sorted(set(labels))} in one.")
     probability = found["scores"][places[best(found["scores"][places], found["boxes"][places])]]
-    if not 0 < float(probability) < 1:
+    if not 0 < float(probability.detach()) < 1:
         raise ValueError("a detection must have a probability between 0 and 1, got a rounded one. Use float64.")
     return probability.logit()
 

@@ -90,7 +90,7 @@ def unpacked(argument: Any) -> Any:
         argument: What a quantized layer's kernel is given.
 
     Returns:
-        :class:`Unpacked`, or the argument.
+        Weight, bias and geometry, or the argument.
 
     Example:
         >>> unpacked(3)

@@ -3,6 +3,7 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_scoremap.rules import MaxPool, Rule, in_range, substituted, tensors_in, unpacked
