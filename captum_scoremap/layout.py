@@ -1,11 +1,11 @@
 """Where channels, positions and tokens are in a layer's output, and which layers of a model are worth explaining."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -85,7 +85,7 @@ def channels_at(channel_dim: int | None, input_shape: Sequence[int]) -> int | Ca
         >>> channels_at(1, (2, 3, 224, 224)), channels_at(None, (2, 3, 224, 224))((2, 56, 56, 96))
         (1, -1)
     """
-    return partial(channel_dim_of, input_shape=input_shape) if channel_dim is None else channel_dim
+    return functools.partial(channel_dim_of, input_shape=input_shape) if channel_dim is None else channel_dim
 
 
 def _unlikeness(grid: Sequence[int], input_shape: Sequence[int]) -> float:
@@ -362,7 +362,7 @@ def main_modules(
     for output in outputs:
         count = _tokens(output.shape, image)
         found = patch_grid(count, image, maps) if count else None
-        if found is not None:
+        if found is not None and (not maps or found in maps or _is_merged(found, output, tokens)):
             tokens.setdefault(found, []).append(output)
     rows = {grid: _longest_row(some) for grid, some in tokens.items()}
     # what has four axes in a block of tokens is heads of attention, or beside the main path
@@ -417,6 +417,8 @@ def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any
     calls: Counter[nn.Module] = Counter()
     enclosing: list[nn.Module] = []
     outputs: list[_Output] = []
+    # a module that the forward makes is none that could be named, or that runs again
+    members = functools.cache(lambda root: frozenset(root.modules()))
 
     def enter(module: nn.Module, arguments: Any) -> None:
         calls[module] += 1
@@ -425,7 +427,7 @@ def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         enclosing.pop()
         tensor = _only_tensor(output)
-        if module is not forward_func and tensor is not None:
+        if module is not forward_func and tensor is not None and (not enclosing or module in members(enclosing[0])):
             parent = enclosing[-1] if enclosing else None
             outputs.append(_Output(module, parent, len(enclosing), tuple(tensor.shape)))
 
@@ -451,6 +453,18 @@ def _tokens(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
     if len(shape) != 3 or shape[2] == 1 or channel_dim_of(shape, image_shape) == 1:
         return 0
     return shape[1] if shape[0] == image_shape[0] else shape[0] if shape[1] == image_shape[0] else 0
+
+
+def _is_merged(grid: Grid, output: _Output, tokens: dict[Grid, list[_Output]]) -> bool:
+    """Return whether tokens are those of a finer grid, merged: half as many rows and columns, of other channels.
+
+    As many tokens as fill a square by chance are no positions: object queries, latents, the tokens of several maps.
+    """
+    return any(
+        output.shape[2] != some[-1].shape[2]
+        and all(one in {fine // 2, (fine + 1) // 2} for one, fine in zip(grid, finer, strict=True))
+        for finer, some in tokens.items()
+    )
 
 
 def _last_outermost(outputs: Sequence[_Output]) -> _Output:

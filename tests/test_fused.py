@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, linear_form
 from captum_scoremap.attribution.fused import log_odds
-from captum_scoremap.layout import main_modules
+from captum_scoremap.layout import main_layers, main_modules
 from captum_scoremap.metrics import parameter_randomization
 from tests.state import GlobalState
 
@@ -358,3 +358,48 @@ def test_complete_maps_of_tokens_add_up(sequence_first: bool, wide: Tensor, gene
         torch.testing.assert_close(complete.sum((1, 2, 3)) + placeless, score, rtol=1e-9, atol=1e-9)
     form = linear_form(network, wide, 1, network.blocks[2])
     torch.testing.assert_close(form.complete_map().sum((1, 2, 3)) + form.placeless, score, rtol=1e-9, atol=1e-9)
+
+
+class Queries(nn.Module):
+    """A decoder's object queries, as many as fill a square, over the positions of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU())
+        self.queries = nn.Parameter(torch.randn(1, 25, 8))
+        self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.features(x).flatten(2).transpose(1, 2)
+        found = self.queries.expand(len(x), -1, -1)
+        for block in self.blocks:
+            found = block(found, tokens)
+        return self.head(nn.Tanh()(found))[:, 0]
+
+
+def test_object_queries_are_no_positions_and_passing_modules_no_layers() -> None:
+    model = Queries().eval()
+    assert main_layers(model, torch.randn(1, 3, 32, 32)) == ["features"]
+
+
+def test_tokens_that_were_merged_are_positions() -> None:
+    """Swin's as Hugging Face has them: a quarter of the tokens, of twice the channels, at every stage."""
+
+    class Merging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.merge = nn.Conv2d(3, 8, 4, 4), nn.Linear(32, 16)
+            self.fine = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+            self.coarse = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            for block in self.fine:
+                tokens = block(tokens)
+            tokens = self.merge(tokens.unflatten(1, (4, 2, 4, 2)).transpose(2, 3).flatten(3).flatten(1, 2).flatten(2))
+            for block in self.coarse:
+                tokens = block(tokens)
+            return tokens.mean(1)
+
+    assert main_layers(Merging().eval(), torch.randn(1, 3, 32, 32)) == ["fine.1", "coarse.1"]

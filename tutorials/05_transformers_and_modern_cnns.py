@@ -195,7 +195,7 @@ vit = train(SmallViT(), epochs=6, rate=8e-3)
 # ## Exact at every block
 #
 # For a hundred held-out digits and their true labels we ask for the linear form at every stage. Tokens come as
-# (images, tokens, channels), with the channels last: hence `channel_dim=-1`.
+# (images, tokens, channels): the map sums over the last dimension, as it finds from the shape.
 #
 # The **residual** S − (A·Y + B) puts three computations against each other: S is what the model says, A comes from
 # one backward pass, B from the frozen model with the layer's output set to zero.
@@ -239,7 +239,7 @@ plt.show()
 #   take an early layer. (Transformers that average all their tokens have maps at every block.)
 
 # %%
-last = LayerScoreMap(vit, vit.blocks[-1]).attribute(shown, named, channel_dim=-1)
+last = LayerScoreMap(vit, vit.blocks[-1]).attribute(shown, named)
 assert last.shape == (100, 65, 1)
 assert (last[:, 1:] == 0).all()
 grids = token_grid(last)  # leaves the class token out and lays the 64 others out as they lie in the image
@@ -257,7 +257,7 @@ figure, axes = plt.subplots(len(chosen), 3, figsize=(8, 9), layout="constrained"
 for row, index in zip(axes, chosen, strict=True):
     image, label = shown[index : index + 1], int(named[index])
     maps = {"patches": LayerScoreMap(vit, vit.patches).attribute(image, label)}
-    maps["blocks.0"] = token_grid(LayerScoreMap(vit, vit.blocks[0]).attribute(image, label, channel_dim=-1))
+    maps["blocks.0"] = token_grid(LayerScoreMap(vit, vit.blocks[0]).attribute(image, label))
     row[0].imshow(image[0, 0], cmap="gray")
     row[0].set(title=f"a {label}", xticks=[], yticks=[])
     for ax, (name, score_map) in zip(row[1:], maps.items(), strict=True):
@@ -584,8 +584,7 @@ for name, rule in ways.items():
 # - S = A·Y + B holds for every network at one image; gates, scales and attention weights are frozen there.
 # - A transformer's map says where the score comes from *once it is known where the network looked*, not why it looked
 #   there.
-# - Take token maps with `channel_dim=-1`, lay them out with `token_grid`, and take them early: late ones live on the
-#   class token.
+# - Lay token maps out with `token_grid`, and take them early: late ones live on the class token.
 # - Gate and tangent are both exact; the tangent's B can swallow the whole score. Look at B before you look at the
 #   map.
 # - `captum-scoremap check` says of a model what is frozen where; `rules=` changes it; what has no rule is an error

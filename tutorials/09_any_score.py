@@ -390,7 +390,8 @@ show(pairs, titles, unit="circles per cell")
 
 # %% [markdown]
 # Each line adds up to S, but for the placeless rest. This is more than a picture: the network's count, split into
-# amounts that you can check one by one.
+# amounts that you can check one by one. Which part of a circle it looks at is its own choice; one edge is enough to
+# tell it.
 #
 # ## A sequence: an LSTM
 #

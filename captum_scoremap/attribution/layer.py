@@ -36,8 +36,7 @@ class LayerScoreMap(LayerAttribution, Contract):
 
     Goes wherever Captum takes a layer method: ``NoiseTunnel``, ``sensitivity_max``, and, with
     ``multiply_by_inputs=False`` and ``attr_dim_summation=False``, ``TCAV``. ``LLMGradientAttribution`` asks for one of
-    three classes by name; a subclass whose ``SUPPORTED_METHODS`` has this one too takes it, with
-    ``attribute(..., channel_dim=-1)``.
+    three classes by name; a subclass whose ``SUPPORTED_METHODS`` has this one too takes it.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
