@@ -108,12 +108,14 @@ plt.show()
 # A network that labels every pixel has SIDE x SIDE scores for each label. A question about one *thing* is a question
 # about a region: the mean of its logits, `region_mean(mask, label)`.
 
-
 # %%
+LABELS = 1 + len(SHAPES)  # with the background
+
+
 class Segmenter(nn.Module):
     def __init__(self):
         super().__init__()
-        self.features, self.head = backbone(), nn.Conv2d(64, 4, 1)
+        self.features, self.head = backbone(), nn.Conv2d(64, LABELS, 1)
 
     def forward(self, x):
         return F.interpolate(self.head(self.features(x)), size=x.shape[2:], mode="bilinear", align_corners=False)
@@ -157,8 +159,10 @@ show(pairs, titles)
 # Which boxes survive, and where they lie, is frozen, like a max-pooling's switches; their class score is explained.
 # Here that is torchvision's FCOS, on our small features.
 
-
 # %%
+anchors = AnchorGenerator(((16,),), ((1.0,),))
+
+
 class Features(nn.Module):
     def __init__(self):
         super().__init__()
@@ -179,12 +183,12 @@ def detection_loss(model):
 
 detector = FCOS(
     Features(),
-    4,
+    LABELS,
     min_size=SIDE,
     max_size=SIDE,
     image_mean=[0.2, 0.2, 0.2],
     image_std=[0.25, 0.25, 0.25],
-    anchor_generator=AnchorGenerator(((16,),), ((1.0,),)),
+    anchor_generator=anchors,
     score_thresh=0.2,
     size_divisible=8,  # else it pads to a multiple of 32, and maps of layers are of the padded image
 )
@@ -213,7 +217,6 @@ show(pairs, titles)
 #
 # Nothing changes with a third dimension. The clips show a shape that moves; the score is the logit of the direction.
 # The input is (N, C, T, H, W), and a layer's map (N, 1, t, h, w).
-
 
 # %%
 DIRECTIONS = ("left", "right", "up", "down")
@@ -288,12 +291,14 @@ print(
 # "text" is a color and a shape. The score is the cosine similarity with the embedding of a text,
 # `similarity(embedding)`.
 
-
 # %%
+WIDTH = 24  # of embeddings
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.features, self.project = backbone(), nn.Linear(64, 24)
+        self.features, self.project = backbone(), nn.Linear(64, WIDTH)
 
     def forward(self, x):
         return self.project(self.features(x).amax((2, 3)))
@@ -302,7 +307,7 @@ class Encoder(nn.Module):
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
-        self.image, self.words = Encoder(), nn.Embedding(9, 24)
+        self.image, self.words = Encoder(), nn.Embedding(9, WIDTH)
 
     def texts(self):
         return F.normalize(self.words.weight, dim=1)
@@ -347,8 +352,10 @@ show(pairs, titles)
 # A model with a single output needs no `target` at all; its map is in the *unit of the output*. This one counts
 # circles. If it really counts, each circle should add one.
 
-
 # %%
+CIRCLE = SHAPES.index("circle")
+
+
 class Counter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -360,7 +367,7 @@ class Counter(nn.Module):
 
 def counting_loss(model):
     images, truth = pictures(24)
-    circles = ((truth["kinds"] == 0) & truth["present"]).sum(1, keepdim=True).float()
+    circles = ((truth["kinds"] == CIRCLE) & truth["present"]).sum(1, keepdim=True).float()
     return F.mse_loss(model(images), circles)
 
 
@@ -368,7 +375,7 @@ counter = Counter()
 counter.features[0].load_state_dict(segmenter.features.state_dict())  # it knows shapes already
 counter = trained(counter, counting_loss, 400, rate=3e-3)
 images, truth = pictures(200)
-circles = ((truth["kinds"] == 0) & truth["present"]).sum(1)
+circles = ((truth["kinds"] == CIRCLE) & truth["present"]).sum(1)
 with torch.no_grad():
     print(f"mean error: {(counter(images)[:, 0] - circles).abs().mean():.2f} circles")
 
