@@ -6,6 +6,7 @@ import json
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def pixels() -> nn.Module:
     return nn.Conv2d(3, 2, 3)
 
 
+COMPILED = [f"{name}, compiled" for name in AS_IT_IS[2:4]]
 MODEL = ["--model", "tests.test_cli_bench:small", "--batch", "2", "--rounds", "1", "--device", "cpu"]
 
 
@@ -55,7 +57,7 @@ def here(build: Callable[[], Job], warm_up: Job, _: object) -> int:
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *MODEL, "--no-prepare"]) == 0
+    assert main(["bench", *MODEL, "--no-prepare", "--no-compile"]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""  # no progress bar where the output is no terminal
     rows = [line.strip("│").split("│") for line in output.splitlines() if line.startswith("│")]
@@ -68,10 +70,13 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "peak_memory", here)
+    monkeypatch.setattr(MODULE, "compile_map", partial(MODULE.compile_map, backend="graph"))
     layers = ["--layers", "pool,tokens", "--dtype", "float64"]
     assert main(["bench", *MODEL, "--json", *layers, "--rounds", "3"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [job["job"] for job in found["jobs"]] == [*AS_IT_IS, *PREPARED]
+    output, errors = capsys.readouterr()
+    assert errors == "bench: maps are compiled first, which takes minutes; --no-compile leaves it out\n"
+    found = json.loads(output)
+    assert [job["job"] for job in found["jobs"]] == [*AS_IT_IS, *PREPARED, *(f"{name}, prepared" for name in COMPILED)]
     assert found["layers"] == ["pool", "tokens"]
     assert (found["dtype"], found["rounds"], found["model"]) == ("float64", 3, "tests.test_cli_bench:small")
     for job in found["jobs"]:
@@ -82,7 +87,7 @@ def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 def test_memory_that_is_not_known_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "peak_memory", lambda *_: None)
-    assert main(["bench", *MODEL, "--no-prepare"]) == 0
+    assert main(["bench", *MODEL, "--no-prepare", "--no-compile"]) == 0
     assert capsys.readouterr().out.count("unknown") == len(AS_IT_IS)
 
 
@@ -115,5 +120,33 @@ def test_numbers_start_at_one(option: str, capsys: pytest.CaptureFixture[str]) -
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    options = "model weights layers batch rounds json device dtype no-prepare".split()
+    options = "model weights layers batch rounds json device dtype no-prepare no-compile".split()
     assert all(f"--{option}" in text for option in options)
+
+
+def branches() -> nn.Module:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.LazyLinear(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).relu()
+            found: Tensor = self.linear((y * 2 if y.sum() > 0 else y).flatten(1))
+            return found
+
+    model = Branches()
+    model(torch.zeros(1, 3, 224, 224))
+    return model
+
+
+def test_what_cannot_be_compiled_is_left_out_with_the_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "peak_memory", lambda *_: None)
+    monkeypatch.setattr(MODULE, "compile_map", partial(MODULE.compile_map, backend="graph"))
+    options = ["--model", "tests.test_cli_bench:branches", "--batch", "1", "--rounds", "1", "--device", "cpu"]
+    assert main(["bench", *options, "--no-prepare", "--layers", "conv", "--json"]) == 0
+    output, errors = capsys.readouterr()
+    assert [job["job"] for job in json.loads(output)["jobs"]] == AS_IT_IS
+    assert "bench: maps are not compiled: the map must not branch on numbers of the image" in errors

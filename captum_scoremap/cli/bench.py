@@ -1,6 +1,7 @@
 """``captum-scoremap bench``: what explaining costs with your own model, beside a plain pass."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from captum_scoremap.attribution import LayerScoreMap, ScoreMap
 from captum_scoremap.cli.console import make_console
 from captum_scoremap.cli.explanation import find_layers
 from captum_scoremap.cli.options import (
+    CompileOption,
     DeviceOption,
     DType,
     DTypeOption,
@@ -27,6 +29,7 @@ from captum_scoremap.cli.options import (
     WeightsOption,
     chosen_device,
 )
+from captum_scoremap.compiled import compile_map
 from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
 from captum_scoremap.layout import layer_shapes, main_layers, map_channel_dim
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
@@ -35,6 +38,7 @@ from captum_scoremap.scores import logits_in
 LABEL = 0
 PLAIN = "forward and backward"
 PREPARED = ", prepared"
+COMPILED = ", compiled"
 
 
 @dataclass(frozen=True)
@@ -98,15 +102,19 @@ def _input_map(subject: _Subject) -> Job:
     return partial(ScoreMap(subject.model).attribute, subject.inputs, LABEL)
 
 
-def _layer_maps(subject: _Subject) -> Job:
-    # One pass serves all layers whose channels lie in the same dimension.
-    methods = {
+def _methods(subject: _Subject) -> dict[int, LayerScoreMap]:
+    """Return a method for each dimension of channels: one pass serves all layers whose channels lie in the same."""
+    return {
         channel_dim: LayerScoreMap(
             subject.model,
             [subject.model.get_submodule(name) for name, own in subject.layers.items() if own == channel_dim],
         )
-        for channel_dim in set(subject.layers.values())
+        for channel_dim in sorted(set(subject.layers.values()))
     }
+
+
+def _layer_maps(subject: _Subject) -> Job:
+    methods = _methods(subject)
     return lambda: [
         method.attribute(subject.inputs, LABEL, channel_dim=channel_dim) for channel_dim, method in methods.items()
     ]
@@ -118,12 +126,28 @@ def _all_labels(subject: _Subject) -> Job:
     return partial(method.attribute_targets, subject.inputs, channel_dim=channel_dim)
 
 
+def _compiled_input_map(subject: _Subject) -> Job:
+    return partial(compile_map(ScoreMap(subject.model), subject.inputs, LABEL), subject.inputs, LABEL)
+
+
+def _compiled_layer_maps(subject: _Subject) -> Job:
+    compiled = [
+        compile_map(method, subject.inputs, LABEL, channel_dim=channel_dim)
+        for channel_dim, method in _methods(subject).items()
+    ]
+    return lambda: [one(subject.inputs, LABEL) for one in compiled]
+
+
 _EXPLAINING: dict[str, Callable[[_Subject], Job]] = {
     "one map at the input": _input_map,
     "maps of all layers": _layer_maps,
     "all labels, last layer": _all_labels,
 }
-_WORK = {"inference": _inference, PLAIN: _plain, **_EXPLAINING}
+_COMPILING: dict[str, Callable[[_Subject], Job]] = {
+    f"one map at the input{COMPILED}": _compiled_input_map,
+    f"maps of all layers{COMPILED}": _compiled_layer_maps,
+}
+_WORK = {"inference": _inference, PLAIN: _plain, **_EXPLAINING, **_COMPILING}
 
 
 def bench(
@@ -154,6 +178,7 @@ def bench(
             help="Measure a faster copy of the model, too, its batch norms folded; or the model as it is alone.",
         ),
     ] = True,
+    compile_maps: CompileOption = None,
 ) -> None:
     """Measure what explaining costs with a model, beside a plain forward and backward pass.
 
@@ -170,10 +195,12 @@ def bench(
     names = tuple(layers.split(",")) if layers else ()
     recipe = _Recipe(model, weights, image_size, names, batch, str(place), dtype.torch)
     subject = recipe.subject()
-    jobs = {name: work(subject) for name, work in _WORK.items()}
+    jobs = {name: work(subject) for name, work in _WORK.items() if name not in _COMPILING}
+    fastest = _prepared(subject) if prepare_model else subject
     if prepare_model:
-        prepared = _prepared(subject)
-        jobs |= {name + PREPARED: work(prepared) for name, work in _EXPLAINING.items()}
+        jobs |= {name + PREPARED: work(fastest) for name, work in _EXPLAINING.items()}
+    if compile_maps is not False:
+        jobs |= _compiled(fastest, PREPARED if prepare_model else "")
     bar = partial(tqdm, delay=1.0, disable=None, leave=False)
     seconds = interleaved(jobs, rounds, place, progress=partial(bar, unit="round"))
     jobs.clear()  # they hold what they have made
@@ -218,6 +245,16 @@ def layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, 
             raise ValueError(f"layers must give maps (N, C, h, w) or tokens (N, T, C), got {name}, which gives {got}.")
         channel_dims[name] = channel_dim
     return channel_dims
+
+
+def _compiled(subject: _Subject, suffix: str) -> dict[str, Job]:
+    """Return the jobs that are compiled; none, with the reason, where they cannot be."""
+    print("bench: maps are compiled first, which takes minutes; --no-compile leaves it out", file=sys.stderr)
+    try:
+        return {name + suffix: work(subject) for name, work in _COMPILING.items()}
+    except ValueError as error:
+        print(f"bench: maps are not compiled: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        return {}
 
 
 def _prepared(subject: _Subject) -> _Subject:
