@@ -399,7 +399,7 @@ AFFINE: dict[str, Linear] = {
         nansum cumsum im2col col2im max_unpool2d max_unpool3d affine_grid_generator index_add index_copy index_fill
         index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter
         tril triu trace embedding _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
-        slice_backward diff fft_fftshift fft_ifftshift complex block_diag _pack_padded_sequence
+        slice_backward diff fft_fftshift fft_ifftshift complex block_diag _pack_padded_sequence put unfold_backward
         """.split(),
         Linear(),
     ),

@@ -178,7 +178,9 @@ _NONLINEAR: dict[str, Rule] = {
         linalg_solve_triangular _linalg_solve_ex linalg_qr linalg_cholesky_ex _linalg_eigh _linalg_svd
         angle logcumsumexp renorm i0 special_i0e _euclidean_dist roi_pool ps_roi_pool
         pow.Tensor_Tensor _weight_norm_interface mse_loss smooth_l1_loss huber_loss binary_cross_entropy
-        binary_cross_entropy_with_logits _ctc_loss polar
+        binary_cross_entropy_with_logits _ctc_loss polar linalg_pinv linalg_lstsq
+        linalg_householder_product cholesky_solve cholesky_inverse linalg_lu_factor_ex linalg_lu linalg_lu_solve
+        fractional_max_pool2d fractional_max_pool3d
         """.split(),
         Tangent(),
     ),
@@ -190,6 +192,7 @@ _NONLINEAR: dict[str, Rule] = {
     "bmm": Product((0, 1), matrix_times),
     "mv": Product((0, 1), vector_times),
     "dot": Product(),
+    "linalg_cross": Product(),
     "addmm": Product((1, 2), matrix_times, term=0),
     "_sparse_addmm": Product((1, 2), matrix_times, term=0),
     "addbmm": Product((1, 2)),

@@ -244,6 +244,94 @@ class Wave(nn.Module):
         return torch.einsum("nhwk,nck->nchw", volume, warped.flatten(2))
 
 
+class Splines(nn.Module):
+    """A Kolmogorov-Arnold layer: cubic B-splines of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.base = nn.Parameter(torch.randn(8, 8, 8)), nn.Linear(8, 8)
+        self.register_buffer("knots", torch.linspace(-3, 3, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.permute(0, 2, 3, 1)
+        at, knots = tokens.unsqueeze(-1), self.knots
+        basis = ((at >= knots[:-1]) & (at < knots[1:])).to(x.dtype)
+        for order in (1, 2, 3):
+            rise = (at - knots[: -order - 1]) / (knots[order:-1] - knots[: -order - 1])
+            fall = (knots[order + 1 :] - at) / (knots[order + 1 :] - knots[1:-order])
+            basis = rise * basis[..., :-1] + fall * basis[..., 1:]
+        return (self.base(F.silu(tokens)) + torch.einsum("nhwik,iok->nhwo", basis, self.weight)).permute(0, 3, 1, 2)
+
+
+class Capsules(nn.Module):
+    """Votes of the positions for four capsules, routed by agreement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(36, 4, 8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        votes = torch.einsum("npc,pocd->npod", x.flatten(2).transpose(1, 2), self.weight)
+        agreed = torch.zeros(votes.shape[:3], dtype=x.dtype)
+        for _ in range(3):
+            found = (agreed.softmax(2).unsqueeze(-1) * votes).sum(1)
+            size = (found * found).sum(-1, keepdim=True)
+            found = size / (1 + size) * found / (size + 1e-9).sqrt()
+            agreed = agreed + (votes * found.unsqueeze(1)).sum(-1)
+        return found.flatten(1)[:, :, None, None].expand(-1, -1, 6, 6)
+
+
+class Hypernetwork(nn.Module):
+    """A convolution of each image, by weights made of that image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Linear(8, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weights(x.mean((2, 3))).view(-1, 8, 1, 1)
+        return F.conv2d(x.reshape(1, -1, 6, 6), weights, groups=len(x)).view(x.shape)
+
+
+class LowRank(nn.Module):
+    """LoRA around a frozen convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Conv2d(8, 8, 1).requires_grad_(False)
+        self.down, self.up = nn.Conv2d(8, 2, 1, bias=False), nn.Conv2d(2, 8, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * self.up(F.dropout(self.down(x), 0.1, self.training))
+
+
+def shifted(x: Tensor) -> Tensor:
+    return torch.eye(6, dtype=x.dtype) * 5 + x
+
+
+def echoed(x: Tensor) -> Tensor:
+    """Short Fourier transforms, there and back."""
+    window = torch.hann_window(32, dtype=x.dtype)
+    spectrum = torch.stft(x.flatten(1), 32, 8, window=window, return_complex=True)
+    return torch.istft(spectrum * spectrum.abs(), 32, 8, window=window, length=288).view(x.shape)
+
+
+def fractional(x: Tensor) -> Tensor:
+    samples = torch.full((len(x), 8, 2), 0.3, dtype=x.dtype)
+    return F.interpolate(F.fractional_max_pool2d(x, 2, output_size=3, _random_samples=samples), size=6)
+
+
+LINEAR_ALGEBRA: dict[str, Function] = {
+    "least squares": lambda x: torch.linalg.lstsq(shifted(x), x).solution,
+    "pseudo-inverse": lambda x: torch.linalg.pinv(shifted(x)) @ x,
+    "LU": lambda x: torch.linalg.lu_solve(*torch.linalg.lu_factor(shifted(x)), x),
+    "factors of LU": lambda x: torch.linalg.lu(shifted(x))[2],
+    "Cholesky": lambda x: torch.cholesky_solve(x, torch.linalg.cholesky(shifted(x @ x.transpose(2, 3)))),
+    "reflections": lambda x: torch.linalg.householder_product(x.tril(), x[..., 0]),
+    "cross product": lambda x: torch.linalg.cross(x[:, :3], x[:, 3:6], dim=1).repeat(1, 3, 1, 1)[:, :8],
+}
+
+
 # --- parametrizations ---------------------------------------------------------------------------------
 
 
@@ -391,6 +479,13 @@ CASES = {
     "graph, a sparse matrix": block(sparsely),
     "graph, a sparse matrix by rows": block(lambda x: quietly(by_rows, x)),
     "Fourier neural operator": around(Fourier),
+    "Kolmogorov-Arnold": around(Splines),
+    "capsules": around(Capsules),
+    "hypernetwork": around(Hypernetwork),
+    "LoRA": around(LowRank),
+    **{name: block(function) for name, function in LINEAR_ALGEBRA.items()},
+    "echo": block(echoed),
+    "fractional pooling": block(fractional),
     "equilibrium": around(Equilibrium),
     "radiance field": around(Radiance),
     "selective state space": around(StateSpace),
