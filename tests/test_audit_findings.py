@@ -113,6 +113,20 @@ def test_first_activations_and_main_layers_are_pooled():
     assert [layer.name for layer in layers_to_pool(module, torch.rand(1, 3, 28, 28))] == ["2", "5", "8", "9"]
 
 
+def test_what_a_module_hands_on_is_pooled_once():
+    stem = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
+    block = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, stride=2, padding=1), torch.nn.ReLU())
+    head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    module = torch.nn.Sequential(torch.nn.Sequential(stem, torch.nn.Identity()), block, head).eval()
+    chosen = [layer.name for layer in layers_to_pool(module, torch.rand(1, 3, 16, 16))]
+    outputs: list[int] = []
+    for name in chosen:
+        module.get_submodule(name).register_forward_hook(lambda _, __, output: outputs.append(output))
+    module(torch.rand(1, 3, 16, 16))
+    assert chosen
+    assert len({id(output) for output in outputs}) == len(chosen)
+
+
 def test_pooling_does_not_mind_where_the_channels_are():
     y = torch.rand(2, 3, 4, 5)
     torch.testing.assert_close(pooled(y, 1), pooled(y.movedim(1, -1), -1))

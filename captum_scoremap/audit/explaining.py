@@ -326,9 +326,14 @@ def layers_to_pool(model: nn.Module, inputs: Tensor) -> tuple[MapLayer, ...]:
         At most eight layers of at least eight channels, in the order in which they run; fewer channels are the image.
     """
     shapes: dict[str, list[tuple[int, ...]]] = {}
+    parts: dict[str, set[str]] = {}  # of a module that returns what its last part did, these parts
+    last: tuple[str, object] = ("", None)
 
     def note(name: str, output: object) -> None:
+        nonlocal last
         shapes.setdefault(name, []).append(tuple(output.shape) if isinstance(output, Tensor) else ())
+        parts[name] = {last[0], *parts[last[0]]} if output is last[1] else set()
+        last = (name, output)
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in model.named_modules():
@@ -340,7 +345,7 @@ def layers_to_pool(model: nn.Module, inputs: Tensor) -> tuple[MapLayer, ...]:
     seen: set[tuple[int, ...]] = set()
     for name, (shape, *again) in shapes.items():
         first = type(model.get_submodule(name)).__module__ == _ACTIVATIONS and len(shape) == 4
-        if again or not name or not (name in main or first):
+        if again or not name or not (name in main or first) or parts[name] & chosen.keys():
             continue
         channel_dim = -1 if len(shape) == 3 else map_channel_dim(shape, tuple(inputs.shape))
         if channel_dim is None or shape[channel_dim] < _CHANNELS:
