@@ -396,3 +396,11 @@ def test_image_classifiers_of_hugging_face_come_whole(tmp_path: Path) -> None:
     transformers.BertConfig().save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match=r"must be an image classifier, got .* a bert"):
         load_model(f"transformers:{tmp_path / 'text'}", "none")
+
+
+def test_a_loaded_model_shows_itself_in_a_notebook() -> None:
+    shown = LoadedModel("<own>", nn.Linear(3, 4), labels=("cat", "dog", "emu", "fox"))._repr_html_()
+    assert "&lt;own&gt; (Linear)" in shown
+    assert "<td>16</td>" in shown
+    assert "<td>4: cat, dog, emu, ...</td>" in shown
+    assert "without names" in LoadedModel("", nn.Identity())._repr_html_()

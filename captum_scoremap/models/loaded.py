@@ -1,5 +1,6 @@
 """A classifier with what is needed to use it on an image, and what every loader does."""
 
+import html
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,18 @@ class LoadedModel:
         known = f"{len(self.labels)} labels" if self.labels else "labels without names"
         side = self.preprocessing.crop or self.preprocessing.resize
         return f"LoadedModel({self.name!r}: {type(self.module).__name__}, {known}, images of {side} pixels)"
+
+    def _repr_html_(self) -> str:
+        side = self.preprocessing.crop or self.preprocessing.resize
+        first = ", ".join(self.labels[:3]) + (", ..." if len(self.labels) > 3 else "")
+        rows = {
+            "model": f"{self.name} ({type(self.module).__name__})",
+            "parameters": f"{sum(one.numel() for one in self.module.parameters()):,}",
+            "images": f"{side} x {side} pixels",
+            "labels": f"{len(self.labels)}: {first}" if self.labels else "without names",
+        }
+        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+        return f"<table>{cells}</table>"
 
     def label_name(self, index: int) -> str:
         """Return the name of a label, or ``"label 7"`` where names are not known."""
