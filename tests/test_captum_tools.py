@@ -191,7 +191,7 @@ def test_sensitivity_max_of_a_layer_with_several_tensors() -> None:
 
 
 class MeanDifference(Classifier):
-    """The direction from one concept's mean activation to the other's."""
+    """The direction to each concept's mean activation from the mean of the others."""
 
     def __init__(self) -> None:
         pass
@@ -200,8 +200,8 @@ class MeanDifference(Classifier):
         batches = list(dataloader)
         features, labels = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
         self._classes = sorted(set(labels.tolist()))
-        first, second = (features[labels == label].mean(0) for label in self._classes)
-        self._weights = torch.stack([first - second, second - first])
+        means = torch.stack([features[labels == label].mean(0) for label in self._classes])
+        self._weights = means - (means.sum(0) - means) / (len(means) - 1)
         return {}
 
     def weights(self) -> Tensor:
