@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -380,23 +381,30 @@ def _installed(name: str) -> bool:
     return True
 
 
+_ACROSS = 6
+
+
 def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
-    """A panel for each metric, a row for each method, a color for each network."""
+    """A panel for each metric, six side by side, a row for each method, a color for each network."""
     networks = list(results)
     names = list(dict.fromkeys(name for found in results.values() for name in found))[::-1]
     columns = [column for column in measured(results[networks[0]]) if column.better and "3 ×" not in column.title]
-    figure = Figure(figsize=(2.1 * len(columns) + 2, 0.32 * len(names) + 1.5), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True)
-    for panel, column in zip(panels, columns, strict=True):
+    rows, across = -(-len(columns) // _ACROSS), min(len(columns), _ACROSS)
+    figure = Figure(figsize=(2.1 * across + 2, rows * (0.28 * len(names) + 0.8) + 0.7), layout="constrained")
+    panels = figure.subplots(rows, across, sharey=True, squeeze=False)
+    for panel, column in itertools.zip_longest(panels.flat, columns):
+        if column is None:
+            panel.set_visible(False)
+            continue
         for place, network in enumerate(networks):
             found = {name: column.sample(values) for name, values in results[network].items()}
             known = [name for name in names if name in found and len(found[name])]
             if not known:
                 continue
             means, halves = zip(*(interval(column, found[name]) for name in known), strict=True)
-            rows = [names.index(name) + 0.22 * (place - (len(networks) - 1) / 2) for name in known]
+            heights = [names.index(name) + 0.22 * (place - (len(networks) - 1) / 2) for name in known]
             style = {"fmt": "os^vDP"[place], "color": f"C{place}", "markersize": 4}
-            panel.errorbar(means, rows, xerr=halves, elinewidth=1, label=network, **style)
+            panel.errorbar(means, heights, xerr=halves, elinewidth=1, label=network, **style)
         good = "less is better" if column.better < 0 else "more is better"
         panel.set_title(f"{column.title}\n({good})", fontsize=8)
         if column.statistic is _error:
@@ -406,10 +414,11 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
         panel.grid(axis="x", alpha=0.3)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), names)
-    for label in panels[0].get_yticklabels():
-        label.set_fontweight("bold" if "ScoreMap" in label.get_text() else "normal")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(networks), fontsize=8)
+    for first in panels[:, 0]:
+        first.set_yticks(range(len(names)), names)
+        for label in first.get_yticklabels():
+            label.set_fontweight("bold" if "ScoreMap" in label.get_text() else "normal")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(networks), fontsize=8)
     figure.supxlabel("95% confidence intervals", fontsize=9)
     figure.savefig(path, dpi=130)
 
