@@ -1,12 +1,11 @@
 """Explains the batches of an audit by a compiled graph, where there are enough of them for it to pay."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from captum_scoremap.audit.explaining import ROLES, Explained, MapLayer, explain
 from captum_scoremap.compiled import Backend, Batches, elsewhere
@@ -40,7 +39,7 @@ class Explainer:
         self._batch_size = batch_size
         self._batches: Batches | None = None
         self._shape: torch.Size | None = None
-        self._template: Explained | None = None
+        self._spec = pytree.tree_structure(None)
         self._labels, self._passes = 0, 0
 
     def __call__(self, inputs: Tensor, true: Tensor) -> Explained:
@@ -55,9 +54,12 @@ class Explainer:
         """
         if self._batch_size == len(inputs) and self._batches is None:
             return self._compile(inputs, true)
-        if self._batches is None or self._template is None or not self._fits(inputs, true):
-            return explain(self._model, self._layers, inputs, true, self._pool, self._kind)
-        return _filled(self._template, self._batches(inputs, true))
+        if self._batches is None or not self._fits(inputs, true):
+            return self._explained(inputs, true)
+        return Explained(**pytree.tree_unflatten(self._batches(inputs, true), self._spec))
+
+    def _explained(self, inputs: Tensor, true: Tensor, passes: int | None = None) -> Explained:
+        return explain(self._model, self._layers, inputs, true, self._pool, self._kind, passes)
 
     def _fits(self, inputs: Tensor, true: Tensor) -> bool:
         known = self._labels if self._passes == len(ROLES) else 0
@@ -65,40 +67,23 @@ class Explainer:
 
     def _compile(self, inputs: Tensor, true: Tensor) -> Explained:
         """Explain the first whole batch as it is, and compile that."""
-        found = explain(self._model, self._layers, inputs, true, self._pool, self._kind)
+        found = self._explained(inputs, true)
         self._batch_size = 0  # once
         self._labels = found.scores.shape[1]
         self._passes = len(ROLES) if bool((found.labels[:, -1] >= 0).any()) else len(ROLES) - 1
 
-        def eager(images: Tensor, labels: Tensor) -> list[Tensor]:
-            return _parts(explain(self._model, self._layers, images, labels, self._pool, self._kind))
-
-        def function(images: Tensor, labels: Tensor) -> list[Tensor]:
-            return _parts(explain(self._model, self._layers, images, labels, self._pool, self._kind, self._passes))
+        def tensors(passes: int | None) -> Callable[[Tensor, Tensor], list[Tensor]]:
+            return lambda images, labels: pytree.tree_leaves(vars(self._explained(images, labels, passes)))
 
         def other(arguments: Sequence[Tensor]) -> Sequence[Tensor]:
             return *elsewhere(arguments[:1]), arguments[1].flip(0)
 
         try:
-            self._batches = Batches(function, eager, (inputs, true), other, [self._model], _BACKEND)
-            self._shape, self._template = inputs.shape[1:], found
+            self._batches = Batches(
+                tensors(self._passes), tensors(None), (inputs, true), other, [self._model], _BACKEND
+            )
+            self._shape, self._spec = inputs.shape[1:], pytree.tree_structure(vars(found))
         except Exception as error:  # whatever a compiler raises, the maps can be had without it
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"maps are computed without compiling them, which takes longer: {reason}", stacklevel=2)
         return found
-
-
-def _parts(found: Explained) -> list[Tensor]:
-    values = [getattr(found, one.name) for one in fields(found)]
-    return [part for value in values for part in ([value] if isinstance(value, Tensor) else value.values())]
-
-
-def _filled(template: Explained, parts: Sequence[Tensor]) -> Explained:
-    """Return the same structure with other tensors."""
-    remaining = iter(parts)
-    values: dict[str, Any] = {}
-    for one in fields(template):
-        value = getattr(template, one.name)
-        is_one = isinstance(value, Tensor)
-        values[one.name] = next(remaining) if is_one else {name: next(remaining) for name in value}
-    return Explained(**values)

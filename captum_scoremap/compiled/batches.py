@@ -113,12 +113,8 @@ class Batches:
             axes = [_axis_that_differs(one, whole) for one, whole in zip(wanted, results, strict=True)]
             program.axes = axes
             check("the graph", self._in_parts(program, images), wanted, tolerance(COMPILED, images))
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            IndexError,
-        ):  # a model that takes one number of images, or mixes them
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            # a model that takes one number of images, or mixes them
             program.axes = None
 
 

@@ -36,16 +36,19 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         known = f"{len(self.labels)} labels" if self.labels else "labels without names"
-        side = self.preprocessing.crop or self.preprocessing.resize
-        return f"LoadedModel({self.name!r}: {type(self.module).__name__}, {known}, images of {side} pixels)"
+        return f"LoadedModel({self.name!r}: {type(self.module).__name__}, {known}, images of {self._side} pixels)"
+
+    @property
+    def _side(self) -> int | tuple[int, int]:
+        """Pixels along a side of the images that the network takes."""
+        return self.preprocessing.crop or self.preprocessing.resize
 
     def _repr_html_(self) -> str:
-        side = self.preprocessing.crop or self.preprocessing.resize
         first = ", ".join(self.labels[:3]) + (", ..." if len(self.labels) > 3 else "")
         rows = {
             "model": f"{self.name} ({type(self.module).__name__})",
             "parameters": f"{sum(one.numel() for one in self.module.parameters()):,}",
-            "images": f"{side} x {side} pixels",
+            "images": f"{self._side} x {self._side} pixels",
             "labels": f"{len(self.labels)}: {first}" if self.labels else "without names",
         }
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())

@@ -125,7 +125,7 @@ def _convolution(x: Tensor, packed: Unpacked, *_: Any, after: Callable[[Tensor],
 
 
 def _added_convolution(
-    x: Tensor, other: Tensor, packed: Unpacked, *_: Any, after: Callable[[Tensor], Tensor]
+    x: Tensor, other: Tensor, packed: Unpacked, *_: Any, after: Callable[[Tensor], Tensor] = _same
 ) -> Tensor:
     return after(_convolution(x, packed) + other)
 
@@ -188,7 +188,7 @@ QUANTIZED: dict[str, Rounded] = {
     **{f"quantized::conv{d}d{how}": Rounded(_convolution) for d in (1, 2, 3) for how in ("", "_dynamic")},
     **{f"quantized::conv{d}d_relu": Rounded(partial(_convolution, after=torch.relu)) for d in (1, 2, 3)},
     **{f"quantized::conv_transpose{d}d{how}": Rounded(_convolution) for d in (1, 2, 3) for how in ("", "_dynamic")},
-    "quantized::conv2d_add": Rounded(partial(_added_convolution, after=_same)),
+    "quantized::conv2d_add": Rounded(_added_convolution),
     "quantized::conv2d_add_relu": Rounded(partial(_added_convolution, after=torch.relu)),
     **{f"quantized::batch_norm{d}": Rounded(_batch_norm) for d in ("", "1d", "2d", "3d")},
     **{

@@ -113,7 +113,8 @@ class _Operation:
 
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
-        if operation.namespace.startswith("quantized"):  # else they would go by the names of plain ones
+        is_quantized = operation.namespace.startswith("quantized")
+        if is_quantized:  # else they would go by the names of plain ones
             name = f"{operation.namespace}::{name}"
         arguments = operation._schema.arguments
         self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
@@ -134,14 +135,12 @@ class _Operation:
         )
         self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
         self.lifts = name in {"lift", "lift_fresh"}
-        self.display = display_name(self.functional or operation)
-        if operation.namespace.startswith("quantized"):
-            self.display = name
+        self.display: str = name if is_quantized else display_name(self.functional or operation)
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
         if self.rule is None:
             # as errors call it; a copy of a view is that view, and shares no memory
-            aliases = (self.display,) if self.display not in DEFAULT else ()
+            aliases: tuple[str, ...] = (self.display,) if self.display not in DEFAULT else ()
             aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
             self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
         self.rounds = isinstance(self.rule, Rounded)

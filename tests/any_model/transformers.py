@@ -134,6 +134,7 @@ SOUND = {
     "vocab_size": 10,
 }
 DINO = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+WINDOWS = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "num_heads": [2, 2], "window_size": 4}
 PYRAMID = {**STAGES, "num_attention_heads": [1, 1, 2, 2], "image_size": 64}
 
 IMAGES = {
@@ -147,24 +148,8 @@ IMAGES = {
     "DINOv3, a feature": Case(
         of("DINOv3ViTModel", num_register_tokens=2, **PATCHES), lambda output: output["pooler_output"][:, 1]
     ),
-    "Swin": labels(
-        "SwinForImageClassification",
-        image_size=32,
-        patch_size=2,
-        embed_dim=8,
-        depths=[1, 2],
-        num_heads=[2, 2],
-        window_size=4,
-    ),
-    "Swin v2": labels(
-        "Swinv2ForImageClassification",
-        image_size=32,
-        patch_size=2,
-        embed_dim=8,
-        depths=[1, 1],
-        num_heads=[2, 2],
-        window_size=4,
-    ),
+    "Swin": labels("SwinForImageClassification", depths=[1, 2], **WINDOWS),
+    "Swin v2": labels("Swinv2ForImageClassification", depths=[1, 1], **WINDOWS),
     "ConvNeXt": labels("ConvNextForImageClassification", **STAGES),
     "ConvNeXt v2": labels("ConvNextV2ForImageClassification", **STAGES),
     "ResNet": labels("ResNetForImageClassification", embedding_size=8, layer_type="basic", **STAGES),

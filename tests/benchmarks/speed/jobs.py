@@ -190,17 +190,20 @@ def our_complete(subject: Subject) -> Job:
     return lambda: CompleteScoreMap(subject.model).attribute(subject.inputs, LABEL)
 
 
-def compiled_input(subject: Subject) -> Job:
-    return partial(compile_map(ScoreMap(subject.model), subject.inputs, LABEL), subject.inputs, LABEL)
-
-
-def compiled_layers(subject: Subject) -> Job:
-    method = LayerScoreMap(subject.model, subject.layers)
+def _compiled(subject: Subject, method: ScoreMap | LayerScoreMap | CompleteScoreMap) -> Job:
     return partial(compile_map(method, subject.inputs, LABEL), subject.inputs, LABEL)
 
 
+def compiled_input(subject: Subject) -> Job:
+    return _compiled(subject, ScoreMap(subject.model))
+
+
+def compiled_layers(subject: Subject) -> Job:
+    return _compiled(subject, LayerScoreMap(subject.model, subject.layers))
+
+
 def compiled_complete(subject: Subject) -> Job:
-    return partial(compile_map(CompleteScoreMap(subject.model), subject.inputs, LABEL), subject.inputs, LABEL)
+    return _compiled(subject, CompleteScoreMap(subject.model))
 
 
 # All labels, and some
