@@ -1,7 +1,8 @@
 """Whole model zoos with random weights, and how exact S = A·Y + B is in each.
 
 ``python -m tests.zoo --out tests/zoo_table.md`` measures every classification model of torchvision and one of
-every family of timm, and writes the table.
+every family of timm, and writes the table. A row is written as soon as it is known, and a run that was stopped goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -497,8 +498,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         versions = f", timm {timm.__version__}"
         entries = itertools.chain(entries, families_of_timm(options.models))
     text = HEADER.format(torch=torch.__version__, torchvision=torchvision.__version__, timm=versions)
+    before = options.out.read_text(encoding="utf-8") if options.out is not None and options.out.exists() else ""
+    if before.startswith(text):  # of the same versions: a run that was stopped goes on
+        text = before
     print(text, end="")
-    for row in measured(entries, options.layers):
+    known = {words[1] for words in map(str.split, text.splitlines()) if len(words) > 1}
+    for row in measured((item for item in entries if str(item).split()[0] not in known), options.layers):
         print(line(row), flush=True)
         text += line(row) + "\n"
         if options.out is not None:
