@@ -131,7 +131,8 @@ def logits_in(output: Any) -> Any:
     """Return the scores in a model's output: its logits, as the models of Hugging Face return them by name.
 
     Args:
-        output: A tensor; or a mapping or dataclass with ``logits``, or ``logits_per_image`` as CLIP's; or anything.
+        output: A tensor; or a mapping or dataclass with ``logits``, ``logits_per_image`` as CLIP's, or a
+            ``last_hidden_state`` (N, K) as PP-LCNet's; or anything.
 
     Returns:
         The tensor of that name; else the output as it is.
@@ -142,9 +143,9 @@ def logits_in(output: Any) -> Any:
     """
     if isinstance(output, (Tensor, tuple, list)):
         return output
-    for name in ("logits", "logits_per_image"):
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
+        if isinstance(found, Tensor) and (name.startswith("logits") or found.dim() == 2):  # else maps or tokens
             return found
     return output
 

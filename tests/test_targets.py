@@ -23,7 +23,7 @@ from captum_scoremap import (
     metrics,
     semantic_patches,
 )
-from captum_scoremap.scores import detection, region_mean, similarity
+from captum_scoremap.scores import detection, logits_in, region_mean, similarity
 
 LABELS = 12
 CASES = {
@@ -104,6 +104,15 @@ def test_numbers_of_numpy(target: Any, plain: Any) -> None:
     assert torch.equal(ScoreMap(model).attribute(inputs, target), ScoreMap(model).attribute(inputs, plain))
     method = LayerScoreMap(model, layer)
     assert torch.equal(method.attribute(inputs, target), method.attribute(inputs, plain))
+
+
+def test_scores_are_found_by_the_names_that_models_of_hugging_face_give_them() -> None:
+    scores, tokens = torch.rand(2, 3), torch.rand(2, 5, 4)
+    for found in ({"logits": scores}, {"logits_per_image": scores}, {"last_hidden_state": scores}):
+        assert logits_in(found) is scores
+    assert logits_in({"last_hidden_state": tokens, "logits": scores}) is scores
+    of_tokens = {"last_hidden_state": tokens}
+    assert logits_in(of_tokens) is of_tokens  # no scores, which what takes them says
 
 
 def test_targets_alone_are_refused() -> None:

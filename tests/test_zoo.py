@@ -14,13 +14,16 @@ from torchvision.models.resnet import BasicBlock
 
 from captum_scoremap import LayerScoreMap, bias_terms, linear_form
 from captum_scoremap.models import load_model, read_image
+from tests import hugging_face
 from tests.state import untouched
 from tests.zoo import (
     PIECEWISE_LINEAR,
     SMOOTH,
     Entry,
     all_of_torchvision,
+    all_of_transformers,
     at_zero,
+    entries_of,
     entry,
     families_of_timm,
     in_single_precision,
@@ -63,6 +66,35 @@ def test_families_of_timm_are_exact_or_say_what_is_unsupported() -> None:
     for row in measured(families_of_timm(), most=24):
         tolerance = 1e-5 if in_single_precision(row.entry) else 1e-9
         if not row.problem.startswith("unsupported") and not max(row.at_input, row.at_layers) <= tolerance:
+            wrong.append(row)
+    assert not wrong
+
+
+FEW_OF_TRANSFORMERS = (
+    "ConvNextV2",
+    "ImageGPT",
+    "PerceiverForImageClassificationFourier",
+    "PPLCNet",
+    "Siglip2",
+    "Swinv2",
+)
+
+
+@pytest.mark.parametrize("name", FEW_OF_TRANSFORMERS)
+def test_identity_holds_for_models_of_transformers(name: str) -> None:
+    pytest.importorskip("transformers")
+    (item,) = entries_of("transformers", [name])
+    holds(item, 1e-9, most=24)
+
+
+@pytest.mark.sweep
+def test_all_of_transformers_are_exact() -> None:
+    pytest.importorskip("transformers")
+    wrong = []
+    for row in measured(all_of_transformers()):
+        tolerance = 1e-5 if in_single_precision(row.entry) else 1e-9
+        worst = max(row.at_input, row.at_layers, row.forward, row.complete, row.bias_maps)
+        if row.entry.name not in hugging_face.MISSING and not worst <= tolerance:
             wrong.append(row)
     assert not wrong
 

@@ -1,14 +1,16 @@
 """Whole model zoos with random weights, and how exact S = A·Y + B is in each.
 
-``python -m tests.zoo --out tests/zoo_table.md`` measures every classification model of torchvision and one of
-every family of timm, and writes the table. A row is written as soon as it is known, and a run that was stopped goes
-on where it was.
+``python -m tests.zoo --out tests/zoo_table.md`` measures every classification model of torchvision, one of every
+family of timm, and every image classifier of transformers with a small configuration, and writes the table. A row is
+written as soon as it is known, and a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
+import importlib.util
 import itertools
 import math
 import warnings
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -28,6 +31,8 @@ from captum_scoremap import LayerScoreMap, freeze, linear_form
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.layout import layer_shapes, map_channel_dim
 from captum_scoremap.linear import explain_completely
+from captum_scoremap.scores import logits_in
+from tests import hugging_face
 from tests.layers import called_once
 
 MANY = 1_000_003  # random numbers; tensors with more repeat them
@@ -236,9 +241,14 @@ def families_of_timm(parts: Sequence[str] = ("",)) -> Iterator[Entry]:
             yield timm_entry(name, family)  # this builds it
 
 
+def all_of_transformers() -> list[Entry]:
+    """Every image classifier of transformers, small."""
+    return [Entry("transformers", name, *hugging_face.small(name)) for name in hugging_face.classifiers()]
+
+
 def in_single_precision(entry: Entry) -> bool:
     """Whether the model casts to float32 inside: its residuals are those of float32."""
-    return entry.zoo == "timm" and entry.name.endswith("(efficientvit_mit)")
+    return entry.name.endswith("(efficientvit_mit)") or entry.name in hugging_face.IN_SINGLE_PRECISION
 
 
 def timm_entry(name: str, family: str) -> Entry:
@@ -314,14 +324,14 @@ def measure(entry: Entry, model: nn.Module, inputs: Tensor, most: int | None = N
         most: number of layers to look at, spread over the model; None for all.
     """
     with torch.no_grad():
-        scores = model(inputs.clone())
+        scores = logits_in(model(inputs.clone()))
     label = int(scores[0].argmax())
     score = scores[:, label]
     form = linear_form(model, inputs, label)
     at_input = relative_residual(score, form.sub_scores.sum()[None], form.bias)
 
     with torch.no_grad():
-        difference = (freeze(model, inputs)(inputs) - scores).abs().max() / scores.abs().max()
+        difference = (logits_in(freeze(model, inputs)(inputs)) - scores).abs().max() / scores.abs().max()
     layers = called_once(model, inputs)
     names = spread(list(layers), most or len(layers))
     chosen = {name: layers[name] for name in names}
@@ -387,7 +397,7 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
     copies = inputs.repeat(together, *[1] * (inputs.dim() - 1))
     keep = torch.ones(len(layers), together, dtype=inputs.dtype)
 
-    alone: set[str] = set()
+    alone = without_image(model, inputs, layers)
 
     def scaled_by(row: Tensor, name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
@@ -408,13 +418,31 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
             for first in range(0, len(layers), together):
                 group = keep[first : first + together]
                 group.fill_diagonal_(0)
-                biases += frozen(copies)[: len(group), label].split(1)
+                biases += logits_in(frozen(copies))[: len(group), label].split(1)
                 group.fill_(1)
     finally:
         for handle in handles:
             handle.remove()
     found = dict(zip(layers, biases, strict=True))
     return found | {name: linear_form(model, inputs, label, layers[name]).bias for name in alone}
+
+
+def without_image(model: nn.Module, inputs: Tensor, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names of layers that give the same at any image, such as a table of positions: constants of a frozen model."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def recorder(name: str) -> Callable[..., None]:
+        return lambda _module, _arguments, output: outputs[name].append(output)
+
+    handles = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            for image in (inputs, torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1)).to(inputs)):
+                model(image.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name, (one, other) in outputs.items() if torch.equal(one, other)}
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
@@ -446,7 +474,7 @@ def measured(entries: Iterable[Entry], most: int | None = None) -> Iterator[Row]
             named = ", ".join(f"{operation} (`{module}`)" for operation, module in counts.items())
             yield Row(item, problem=f"unsupported: {named}")
         except Exception as error:  # the table says what went wrong
-            yield Row(item, problem=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            yield Row(item, problem=f"{type(error).__name__}: {shorten(str(error), 120, placeholder='...')}")
         gc.collect()
 
 
@@ -481,28 +509,32 @@ def line(row: Row) -> str:
     )
 
 
+def entries_of(zoo: str, parts: Sequence[str] = ("",)) -> Iterable[Entry]:
+    """Those of a zoo whose name contains one of the parts."""
+    if zoo == "timm":
+        return families_of_timm(parts)  # which are built to be entries
+    entries = all_of_torchvision() if zoo == "torchvision" else all_of_transformers()
+    return (item for item in entries if any(part in item.name for part in parts))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
+    installed = [zoo for zoo in ("torchvision", "timm", "transformers") if importlib.util.find_spec(zoo)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", choices=["torchvision", "timm"], nargs="*", default=["torchvision", "timm"])
+    parser.add_argument(
+        "--zoo", choices=installed, nargs="*", default=installed, help="where from (default %(default)s)"
+    )
     parser.add_argument("--models", nargs="*", default=[""], help="only those whose name contains one of these")
     parser.add_argument("--layers", type=int, default=None, help="look at so many layers of each model (default all)")
     parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
     options = parser.parse_args(arguments)
-    entries: Iterable[Entry] = []
-    versions = ""
-    if "torchvision" in options.zoo:
-        entries = [item for item in all_of_torchvision() if any(part in item.name for part in options.models)]
-    if "timm" in options.zoo:
-        import timm
-
-        versions = f", timm {timm.__version__}"
-        entries = itertools.chain(entries, families_of_timm(options.models))
-    text = HEADER.format(torch=torch.__version__, torchvision=torchvision.__version__, timm=versions)
+    entries = itertools.chain.from_iterable(entries_of(zoo, options.models) for zoo in options.zoo)
+    versions = [f", {zoo} {importlib.import_module(zoo).__version__}" for zoo in options.zoo if zoo != "torchvision"]
+    text = HEADER.format(torch=torch.__version__, torchvision=torchvision.__version__, timm="".join(versions))
     before = options.out.read_text(encoding="utf-8") if options.out is not None and options.out.exists() else ""
     if before.startswith(text):  # of the same versions: a run that was stopped goes on
         text = before
     print(text, end="")
-    known = {words[1] for words in map(str.split, text.splitlines()) if len(words) > 1}
+    known = {words[1].rstrip("*") for words in map(str.split, text.splitlines()) if len(words) > 1}
     for row in measured((item for item in entries if str(item).split()[0] not in known), options.layers):
         print(line(row), flush=True)
         text += line(row) + "\n"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.scores import Target, region_mean
+from tests.hugging_face import STAGES, TINY, Called
 
 from . import Case
-from .transformers import SINGLE, STAGES, TINY, Called, of
+from .transformers import SINGLE, of
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.scores import similarity
+from tests.hugging_face import IN_SINGLE_PRECISION, MISSING, PATCHES, TINY, Called, classifiers, small
 
 from . import Case
 
 transformers = pytest.importorskip("transformers")
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
-PATCHES = {"image_size": 32, "patch_size": 8, **TINY}
 
 # Of what computes some of its parts in float32 whatever goes in.
 SINGLE = 2e-6
@@ -35,23 +33,6 @@ def built(name: str, shape: tuple[int, ...], **settings: Any) -> Callable[[], tu
 
 def of(name: str, side: int = 32, **settings: Any) -> Callable[[], tuple[nn.Module, Tensor]]:
     return built(name, (3, side, side), **settings)
-
-
-def labels(name: str, side: int = 32, **settings: Any) -> Case:
-    """A classifier of images."""
-    return Case(of(name, side, num_labels=3, **settings))
-
-
-class Called(nn.Module):
-    """Images, beside what else a model takes: one row for all of them, or as many rows as there are for none."""
-
-    def __init__(self, model: nn.Module, **others: Tensor) -> None:
-        super().__init__()
-        self.model, self.others = model, others
-
-    def forward(self, x: Tensor) -> Any:
-        rows = {name: one.repeat(len(x), 1) if len(one) == 1 else one for name, one in self.others.items()}
-        return self.model(pixel_values=x, **rows)
 
 
 class Embedded(nn.Module):
@@ -133,97 +114,28 @@ SOUND = {
     "num_labels": 3,
     "vocab_size": 10,
 }
-DINO = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-WINDOWS = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "num_heads": [2, 2], "window_size": 4}
-PYRAMID = {**STAGES, "num_attention_heads": [1, 1, 2, 2], "image_size": 64}
 
-IMAGES = {
-    "ViT": labels("ViTForImageClassification", **PATCHES),
-    "ViT MSN": labels("ViTMSNForImageClassification", **PATCHES),
-    "DeiT": labels("DeiTForImageClassification", **PATCHES),
-    "BEiT": labels("BeitForImageClassification", **PATCHES),
-    "Data2Vec": labels("Data2VecVisionForImageClassification", **PATCHES),
-    "DINOv2": labels("Dinov2ForImageClassification", **DINO),
-    "DINOv2 with registers": labels("Dinov2WithRegistersForImageClassification", **DINO),
+
+def classifier(name: str) -> Case:
+    """An image classifier that the library chooses from, see :mod:`tests.hugging_face`."""
+
+    def build() -> tuple[nn.Module, Tensor]:
+        build, shape = small(name)
+        return build(), torch.randn(2, *shape, dtype=torch.float64)
+
+    return Case(
+        build,
+        tolerance=SINGLE if name in IN_SINGLE_PRECISION else 1e-9,
+        # PyTorch's derivative of hardsigmoid has 1/6 in float32
+        gradient="differences" if name == "PPLCNetForImageClassification" else "autograd",
+    )
+
+
+CASES = {
+    **{name: classifier(name) for name in classifiers() if name not in MISSING},
     "DINOv3, a feature": Case(
         of("DINOv3ViTModel", num_register_tokens=2, **PATCHES), lambda output: output["pooler_output"][:, 1]
     ),
-    "Swin": labels("SwinForImageClassification", depths=[1, 2], **WINDOWS),
-    "Swin v2": labels("Swinv2ForImageClassification", depths=[1, 1], **WINDOWS),
-    "ConvNeXt": labels("ConvNextForImageClassification", **STAGES),
-    "ConvNeXt v2": labels("ConvNextV2ForImageClassification", **STAGES),
-    "ResNet": labels("ResNetForImageClassification", embedding_size=8, layer_type="basic", **STAGES),
-    "RegNet": labels("RegNetForImageClassification", 64, embedding_size=8, groups_width=4, **STAGES),
-    "BiT": labels("BitForImageClassification", 64, embedding_size=8, num_groups=2, **STAGES),
-    "CvT": labels("CvtForImageClassification", 64, embed_dim=[8, 8, 16], num_heads=[1, 2, 2], depth=[1, 2, 3]),
-    "PVT": labels("PvtForImageClassification", 64, **PYRAMID),
-    "PVT v2": labels("PvtV2ForImageClassification", 64, **PYRAMID),
-    "LeViT": labels(
-        "LevitForImageClassification",
-        64,
-        image_size=64,
-        hidden_sizes=[16, 16, 32],
-        num_attention_heads=[2, 2, 2],
-        depths=[1, 1, 1],
-        key_dim=[4, 4, 4],
-    ),
-    "MobileViT": labels(
-        "MobileViTForImageClassification",
-        64,
-        image_size=64,
-        hidden_sizes=[8, 8, 16],
-        neck_hidden_sizes=[4, 8, 8, 8, 16, 16, 16],
-        num_attention_heads=2,
-    ),
-    "MobileViT v2": labels(
-        "MobileViTV2ForImageClassification",
-        64,
-        image_size=64,
-        width_multiplier=0.25,
-        n_attn_blocks=[1, 1, 1],
-        base_attn_unit_dims=[16, 16, 16],
-    ),
-    "MobileNet v1": labels("MobileNetV1ForImageClassification", depth_multiplier=0.25),
-    "MobileNet v2": labels("MobileNetV2ForImageClassification", depth_multiplier=0.25),
-    "PoolFormer": labels("PoolFormerForImageClassification", 64, **STAGES),
-    "FocalNet": labels(
-        "FocalNetForImageClassification",
-        image_size=32,
-        patch_size=2,
-        embed_dim=8,
-        depths=[1, 1],
-        hidden_sizes=[8, 16],
-        focal_levels=[2, 2],
-        focal_windows=[3, 3],
-    ),
-    "SwiftFormer": labels(
-        "SwiftFormerForImageClassification", 64, image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16]
-    ),
-    "Hiera": labels(
-        "HieraForImageClassification",
-        64,
-        image_size=[64, 64],
-        embed_dim=8,
-        depths=[1, 1, 1],
-        num_heads=[1, 1, 2],
-        masked_unit_size=[4, 4],
-        num_query_pool=2,
-    ),
-    "Perceiver": labels(
-        "PerceiverForImageClassificationConvProcessing",
-        num_latents=4,
-        d_latents=16,
-        num_self_attends_per_block=1,
-        num_blocks=1,
-        num_self_attention_heads=2,
-        num_cross_attention_heads=2,
-        image_size=32,
-    ),
-    "a model of timm's": labels("TimmWrapperForImageClassification", 64, architecture="resnet18", do_pooling=True),
-}
-
-CASES = {
-    **IMAGES,
     "SegFormer, a pixel": Case(
         of(
             "SegformerForSemanticSegmentation",
