@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -98,7 +98,7 @@ def export(
     console.print(f"{out}: {loaded.name}, {size:.0f} MiB; run again, it gives the same maps.", soft_wrap=True)
 
 
-def _method(network: nn.Module, inputs: Tensor, maps: ExportedMaps, names: list[str]) -> tuple[Method, dict[str, int]]:
+def _method(network: nn.Module, inputs: Tensor, maps: ExportedMaps, names: list[str]) -> tuple[Method, dict[str, Any]]:
     """Return the method that the options ask for, and what else it takes."""
     if maps is ExportedMaps.score and names == [INPUT]:
         return ScoreMap(network), {}

@@ -10,9 +10,10 @@ from torch import Tensor
 from .graph import Graph
 from .held import hold_masks
 
-__all__ = ["Backend", "Program", "compiled"]
+__all__ = ["Backend", "Mode", "Program", "compiled"]
 
 Backend = Literal["inductor", "graph"]
+Mode = Literal["default", "reduce-overhead"]
 Program = Callable[..., Sequence[Tensor]]
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .backends import Backend, Program, compiled
+from .backends import Backend, Mode, Program, compiled
 from .checked import check, run
+from .cuda_graphs import replayed
 from .graph import trace
 
 __all__ = ["COMPILED", "Batches", "tolerance"]
@@ -34,6 +35,7 @@ class Batches:
         elsewhere: From an example to another one, at which it must be equal, too.
         modules: Where the names of parameters come from.
         backend: What runs the graph.
+        mode: "reduce-overhead" to replay its kernels as a CUDA graph.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class Batches:
         elsewhere: Callable[[Sequence[Tensor]], Sequence[Tensor]],
         modules: Iterable[nn.Module],
         backend: Backend,
+        mode: Mode = "default",
     ) -> None:
         self._function, self._eager, self._elsewhere = function, eager, elsewhere
-        self._modules, self._backend = list(modules), backend
+        self._modules, self._backend, self._mode = list(modules), backend, mode
         self._programs: dict[int, _Compiled] = {}
         self._compile(arguments)
 
@@ -96,6 +99,8 @@ class Batches:
         for case, wanted in cases:
             check("the graph", run(graph, case), wanted, tolerance(_PLAIN, case))
         program = compiled(graph, arguments, self._backend)
+        if self._mode == "reduce-overhead":
+            program = replayed(program, graph, arguments)
         for case, wanted in cases if program is not graph else ():
             check("the compiled graph", run(program, case), wanted, tolerance(COMPILED, case))
         found = _Compiled(program, len(arguments[0]), [one.stride() for one in arguments])

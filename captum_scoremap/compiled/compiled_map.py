@@ -16,7 +16,7 @@ from captum_scoremap.checks import check_inputs, unwrap_parallel
 from captum_scoremap.scores import Positions, Target, is_function, select_scores
 from captum_scoremap.tape import as_tuple_of_arguments, root_module
 
-from .backends import Backend
+from .backends import Backend, Mode
 from .batches import COMPILED, Batches, tolerance
 from .checked import check, elsewhere, run
 from .graph import Graph, trace
@@ -33,6 +33,7 @@ def compile_map(
     inputs: Inputs,
     target: Target = None,
     backend: Backend = "inductor",
+    mode: Mode = "default",
     **options: Any,
 ) -> "CompiledMap":
     """Return a map as a compiled graph: the same numbers as ``method.attribute``, in less time.
@@ -49,6 +50,9 @@ def compile_map(
         backend: "inductor" compiles to code of the device, which takes minutes for a large network, once for a
             machine (PyTorch keeps it on disk); "graph" runs PyTorch's operations one by one, and is ready at once.
             Inductor needs a C++ compiler on a CPU; without one the graph runs, and a warning says so.
+        mode: As in ``torch.compile``: "reduce-overhead" records the kernels as a CUDA graph and replays them, which
+            spares the time of each launch, most of all with few images or a small network; it keeps the memory of a
+            pass for as long as the compiled map lives.
         **options: Other arguments of ``method.attribute``, such as ``channel_dim``; they are constants.
 
     Returns:
@@ -77,7 +81,15 @@ def compile_map(
         )
     if backend not in {"inductor", "graph"}:
         raise ValueError(f'backend must be "inductor" or "graph", got {backend!r}.')
-    return CompiledMap(method, inputs, target, backend, options)
+    if mode not in {"default", "reduce-overhead"}:
+        raise ValueError(f'mode must be "default" or "reduce-overhead", got {mode!r}.')
+    devices = {tensor.device.type for tensor in check_inputs(inputs, indices=True)}
+    if mode == "reduce-overhead" and devices != {"cuda"}:
+        raise ValueError(
+            f'mode="reduce-overhead" records CUDA graphs, for which the inputs must be on a CUDA device, got '
+            f'{", ".join(sorted(devices))}. Use mode="default" elsewhere.'
+        )
+    return CompiledMap(method, inputs, target, backend, options, mode)
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ class CompiledMap:
         target: Its label.
         backend: What runs the graph.
         options: Other arguments of ``method.attribute``.
+        mode: Whether it replays CUDA graphs.
 
     Example:
         >>> from torch import nn
@@ -129,9 +142,15 @@ class CompiledMap:
     """
 
     def __init__(
-        self, method: Method, inputs: Inputs, target: Target, backend: Backend, options: dict[str, Any]
+        self,
+        method: Method,
+        inputs: Inputs,
+        target: Target,
+        backend: Backend,
+        options: dict[str, Any],
+        mode: Mode = "default",
     ) -> None:
-        self._method, self._backend, self._options = method, backend, options
+        self._method, self._backend, self._mode, self._options = method, backend, mode, options
         self._function = target if is_function(target) else None
         tensors = check_inputs(inputs, indices=True)
         self._is_tensor = isinstance(inputs, Tensor)
@@ -283,7 +302,7 @@ class CompiledMap:
             )
             return leaves
 
-        return Batches(function, eager, arguments, self._elsewhere, self._modules(), self._backend)
+        return Batches(function, eager, arguments, self._elsewhere, self._modules(), self._backend, self._mode)
 
     def _modules(self) -> list[nn.Module]:
         root = root_module(unwrap_parallel(self._method.forward_func))

@@ -5,9 +5,10 @@ ratio is the median of the ratios within rounds, and its range is given. Memory 
 each in a process of its own that returns at once what it frees. Two tables are printed: everything, and the goals.
 
 "plain" is a hand-written forward and backward pass with respect to the input, of the model as it comes; "prepared" is
-this package on the copy that ``prepare`` makes, "compiled" that copy's map by ``compile_map``: what it takes to compile
-stands apart, in the last column. Of the 1000 calls that Captum needs for all labels, 5 are measured and
-their time is scaled. The audit is compared with plain passes over as many images that are decoded already.
+this package on the copy that ``prepare`` makes, "compiled" that copy's map by ``compile_map``, and "replayed", on CUDA
+devices, the same as a CUDA graph: what it takes to compile stands apart, in the last column. Of the 1000 calls that
+Captum needs for all labels, 5 are measured and their time is scaled. The audit is compared with plain passes over as
+many images that are decoded already.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def measure(case: Case, rounds: int, device: str, with_memory: bool, folder: Pat
     """What each competitor of a case takes, or the first and those chosen; those not installed are left out."""
     competitors = [who for who in case.who if who not in NEEDS or find_spec(NEEDS[who])]
     competitors = [who for who in competitors if not chosen or who in {case.who[0], *chosen}]
+    if not device.startswith("cuda"):
+        competitors = [who for who in competitors if who != "replayed"]
     subject = Subject(case.model, case.batch, device, folder)
     jobs, ready = {}, {}
     for who in competitors:

@@ -65,6 +65,7 @@ class Goal:
 
 
 EFFICIENTNET = "efficientnet_lite0"
+OURS = ("ours", "prepared", "compiled", "replayed")
 TRANSFORMERS = ("vit_b_16", "swin_t", "convnext_tiny")
 
 
@@ -78,23 +79,23 @@ INPUT_1 = {
 }
 INPUT_8 = {
     "alexnet": _zoo("input", "alexnet", 8, "plain", "inference", "captum", "ours"),
-    "vgg16": _zoo("input", "vgg16", 8, "plain", "inference", "captum", "ours", "prepared", "compiled"),
-    "resnet50": _zoo("input", "resnet50", 8, "plain", "inference", "captum", "zennit", "ours", "prepared", "compiled"),
+    "vgg16": _zoo("input", "vgg16", 8, "plain", "inference", "captum", *OURS),
+    "resnet50": _zoo("input", "resnet50", 8, "plain", "inference", "captum", "zennit", *OURS),
 }
-MOBILE = _zoo("input", "mobilenet_v2", 8, "plain", "inference", "captum", "ours", "prepared", "compiled")
+MOBILE = _zoo("input", "mobilenet_v2", 8, "plain", "inference", "captum", *OURS)
 LAYERS = {
-    "resnet50": _zoo("layers", "resnet50", 8, "plain", "inference", "captum", "ours", "prepared", "compiled"),
+    "resnet50": _zoo("layers", "resnet50", 8, "plain", "inference", "captum", *OURS),
     "vgg16": _zoo("layers", "vgg16", 8, "plain", "inference", "captum", "ours"),
 }
 LABELS = {name: _zoo("labels", name, 1, "plain", "captum", "ours") for name in ("alexnet", "resnet50")}
 TEN_LABELS = _zoo("ten labels", "resnet50", 1, "plain", "captum", "ours", "prepared")
 FROZEN = [_zoo("input", name, 1, "plain", "inference", "captum", "ours") for name in TRANSFORMERS[1:]]
-VIT = _zoo("input", "vit_b_16", 1, "plain", "inference", "captum", "ours", "prepared", "compiled")
+VIT = _zoo("input", "vit_b_16", 1, "plain", "inference", "captum", *OURS)
 SMALL = {
-    name: _zoo("input", name, 1, "plain", "inference", "ours", "prepared", "compiled")
+    name: _zoo("input", name, 1, "plain", "inference", *OURS)
     for name in ("resnet18", "mobilenet_v3_small", "efficientnet_b0")
 }
-COMPLETE = Case("complete", EFFICIENTNET, 8, ("plain", "inference", "ours", "prepared", "compiled"))
+COMPLETE = Case("complete", EFFICIENTNET, 8, ("plain", "inference", *OURS))
 LAYER = _zoo("layer", "resnet50", 8, "plain", "inference", "captum", "grad-cam", "ours", "prepared")
 IMPORT = Case("import", "", 1, ("captum", "ours"))
 AUDIT = Case("audit", EFFICIENTNET, 64, ("plain", "ours"))

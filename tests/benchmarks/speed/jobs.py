@@ -21,6 +21,8 @@ from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import layers_to_pool, map_layers
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.worker import Worker
+from captum_scoremap.compiled import Mode
+from captum_scoremap.compiled.parts import Method
 from captum_scoremap.cost import Job, forward_backward
 from captum_scoremap.data.sources import open_source
 from captum_scoremap.layout import main_layers
@@ -190,20 +192,22 @@ def our_complete(subject: Subject) -> Job:
     return lambda: CompleteScoreMap(subject.model).attribute(subject.inputs, LABEL)
 
 
-def _compiled(subject: Subject, method: ScoreMap | LayerScoreMap | CompleteScoreMap) -> Job:
-    return partial(compile_map(method, subject.inputs, LABEL), subject.inputs, LABEL)
+METHODS: dict[str, Callable[[Subject], Method]] = {
+    "input": lambda subject: ScoreMap(subject.model),
+    "layers": lambda subject: LayerScoreMap(subject.model, subject.layers),
+    "complete": lambda subject: CompleteScoreMap(subject.model),
+}
 
 
-def compiled_input(subject: Subject) -> Job:
-    return _compiled(subject, ScoreMap(subject.model))
+def compiled(kind: str, mode: Mode = "default") -> Callable[[Subject], Job]:
+    def build(subject: Subject) -> Job:
+        return partial(compile_map(METHODS[kind](subject), subject.inputs, LABEL, mode=mode), subject.inputs, LABEL)
+
+    return build
 
 
-def compiled_layers(subject: Subject) -> Job:
-    return _compiled(subject, LayerScoreMap(subject.model, subject.layers))
-
-
-def compiled_complete(subject: Subject) -> Job:
-    return _compiled(subject, CompleteScoreMap(subject.model))
+def compiling(kind: str) -> dict[str, Callable[[Subject], Job]]:
+    return {"compiled": compiled(kind), "replayed": compiled(kind, "reduce-overhead")}
 
 
 # All labels, and some
@@ -275,10 +279,10 @@ def importing(module: str) -> Callable[[Subject], Job]:
 
 PASSES = {"plain": plain, "inference": inference}
 KINDS: dict[str, dict[str, Callable[[Subject], Job]]] = {
-    "input": {**PASSES, "captum": captum_input, "zennit": zennit_input, "ours": our_input, "compiled": compiled_input},
-    "complete": {**PASSES, "ours": our_complete, "compiled": compiled_complete},
+    "input": {**PASSES, "captum": captum_input, "zennit": zennit_input, "ours": our_input, **compiling("input")},
+    "complete": {**PASSES, "ours": our_complete, **compiling("complete")},
     "layer": {**PASSES, "captum": captum_layer, "grad-cam": grad_cam_layer, "ours": our_layer},
-    "layers": {**PASSES, "captum": captum_layers, "ours": our_layers, "compiled": compiled_layers},
+    "layers": {**PASSES, "captum": captum_layers, "ours": our_layers, **compiling("layers")},
     "labels": {**PASSES, "captum": captum_labels, "ours": our_labels},
     "ten labels": {**PASSES, "captum": captum_ten, "ours": our_ten},
     "audit": {"plain": raw_throughput, "ours": our_audit},
@@ -299,7 +303,7 @@ NEEDS = {"zennit": "zennit", "grad-cam": "pytorch_grad_cam"}
 
 
 def build(kind: str, who: str, subject: Subject) -> Job:
-    """The job of one competitor; ``prepared`` is ours on the prepared model, ``compiled`` that, compiled."""
+    """The job of one competitor; ``prepared`` is ours on the prepared model, which the compiled ones are of, too."""
     return KINDS[kind]["ours" if who == "prepared" else who](_subject_of(who, subject))
 
 
@@ -314,7 +318,7 @@ def build_alone(kind: str, who: str, subject: Subject) -> Job:
 
 def _subject_of(who: str, subject: Subject) -> Subject:
     """What a competitor works on; a subject that is prepared already keeps what it has loaded."""
-    own = who in {"prepared", "compiled"}
+    own = who in {"prepared", "compiled", "replayed"}
     return replace(subject, is_prepared=True) if own and not subject.is_prepared else subject
 
 
