@@ -241,3 +241,47 @@ def test_maxima_and_logs_of_masked_scores_make_no_nan() -> None:
 
 def test_maxima_of_masked_scores_have_their_gradient() -> None:
     assert_is_gradient(lambda x: (x + BIAS).amax(-1, keepdim=True) + x)
+
+
+# --- one operation, by hand ---------------------------------------------------------------------------
+
+AS_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "a part of a split that nothing reads": (
+        lambda x: torch.cat([x.split(3, 1)[0], x[:, :1]], 1),
+        lambda x: torch.cat([x[:, :3], x[:, :1]], 1),
+    ),
+    "a subtraction from a number": (lambda x: torch.rsub(x, 3.0, alpha=2.0), lambda x: 3.0 - 2.0 * x),
+    "a copied gate": (lambda x: torch.empty_like(x).copy_(x.sigmoid()) * x, lambda x: x.sigmoid() * x),
+    "a negated gate": (lambda x: -x.sigmoid() * x, lambda x: -(x.sigmoid() * x)),
+    "a saturated hardsigmoid": (lambda x: F.hardsigmoid(8 * x), lambda x: (8 * x / 6 + 0.5).clamp(0, 1)),
+    "pools of volumes": (
+        lambda x: F.adaptive_max_pool3d(torch.stack([x, x.flip(1)], 1), 2).flatten(1).repeat(1, 4).view(x.shape),
+        lambda x: F.max_pool3d(torch.stack([x, x.flip(1)], 1), 2).flatten(1).repeat(1, 4).view(x.shape),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AS_PLAIN)
+def test_operations_are_as_written_plainly(name: str) -> None:
+    assert_as_plain(*AS_PLAIN[name])
+
+
+def test_a_matrix_times_a_vector() -> None:
+    matrix, x = randn(3, 4), randn(1, 4, seed=1)
+    of_vector = linear_form(lambda x: matrix.mv(x[0])[None], x, 1)
+    assert_close(of_vector.coefficients, matrix[1:2], **EXACT)
+    images, vector = randn(1, 3, 4), randn(4, seed=1)
+    of_matrix = linear_form(lambda x: x[0].mv(vector)[None], images, 1)
+    assert_close(of_matrix.coefficients, torch.stack([0 * vector, vector, 0 * vector])[None], **EXACT)
+
+
+def test_an_outer_product_beside_a_matrix() -> None:
+    matrix, x, vector = randn(3, 2), randn(1, 3, seed=1), randn(2, seed=2)
+    form = linear_form(lambda x: torch.addr(matrix, x[0], vector, beta=2.0, alpha=3.0)[:, 1][None], x, 2)
+    assert_close(form.coefficients, 3.0 * torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64) * vector[1], **EXACT)
+    assert_close(form.bias, 2.0 * matrix[2:, 1], **EXACT)
+
+
+def test_the_first_power_is_the_identity_at_zero_too() -> None:
+    x = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
+    assert_close(linear_form(lambda x: x.pow(1.0), x, 0).coefficients, torch.tensor([[1.0, 0.0]]).double(), **EXACT)

@@ -113,3 +113,11 @@ def test_names_of_functions_are_numbered() -> None:
     found = boundary(model, torch.tensor([[0.0, 0.0, -1.0]], dtype=torch.float64))
     assert_close(found.distance, torch.tensor([2.5], dtype=torch.float64))
     assert found.switch == ("relu#2",)
+
+
+def test_adaptive_pools_have_windows_of_different_lengths() -> None:
+    """Five positions in three windows: 0-1, 1-3 and 3-4; what comes nearest to a maximum lies outside its window."""
+    image = torch.tensor([[[[4.0, 0.0, 3.0, 9.0, 0.0]]]], dtype=torch.float64)
+    direction = torch.tensor([[[[0.0, 0.0, 1.0, 0.0, 0.0]]]], dtype=torch.float64)
+    found = boundary(nn.Sequential(nn.AdaptiveMaxPool2d((1, 3))), direction, image)
+    assert_close(found.distance, torch.tensor([6.0], dtype=torch.float64))

@@ -496,6 +496,18 @@ def test_grad_kwargs_may_come_fifth() -> None:
     assert_close(found.detach(), expected.detach().sum(1, keepdim=True), **EXACT)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(3), nn.InstanceNorm2d(2), nn.GroupNorm(1, 2), nn.BatchNorm2d(2)])
+def test_the_graph_of_a_map_is_its_derivative(norm: nn.Module) -> None:
+    """A map can be trained through: its gradient is that of finite differences, past kernels of several outputs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 2, 2), norm, nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 2)
+        model = nn.Sequential(*layers).double().eval()
+        x = torch.randn(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    for method in (ScoreMap(model), LayerScoreMap(model, model[0])):
+        assert torch.autograd.gradcheck(lambda x, m=method: m.attribute(x, 1, grad_kwargs={"create_graph": True}), x)
+
+
 def test_selector_that_sums_over_the_batch() -> None:
     model, x = built(Image), X[0].clone()
     ours = NeuronScoreMap(model, model.relu, multiply_by_inputs=False)

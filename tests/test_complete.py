@@ -295,3 +295,57 @@ def test_cause_game_and_single_deletion_are_right_for_a_linear_model(generator: 
     assert cause_game(model, lambda x, t: -exact(x, t), images, changed, target).error == pytest.approx(2)
     with pytest.raises(ValueError, match="must differ"):
         cause_game(model, exact, images, images, target)
+
+
+class Gated(nn.Module):
+    """Tokens, half of whose channels gate the other half, a norm, and a head on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(4), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = nn.functional.glu(self.conv(x).flatten(2).transpose(1, 2), -1)
+        return self.head(self.norm(tokens).flatten(1))
+
+
+def test_constants_of_tokens_with_fewer_channels_stand_at_their_positions(generator: torch.Generator) -> None:
+    model, images = Gated().double(), torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        model.norm.bias.copy_(torch.randn(4, generator=generator, dtype=torch.float64))
+    found = bias_maps(model, images, 1)
+    expected = (model.head.weight[1].view(16, 4) * model.norm.bias).sum(1).view(1, 1, 4, 4).expand(2, 1, 4, 4)
+    assert_close(found.maps["norm"], expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+class Table(nn.Module):
+    """Eight windows of six tokens, made of what has no place: (N, 8, 6, C) is like a map, but not in proportion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.table = nn.Linear(3, 960), nn.Parameter(torch.ones(8, 6, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.fc(x.mean((2, 3))).view(-1, 8, 6, 20) + self.table).sum((1, 2))
+
+
+def test_windows_by_tokens_are_no_rows_and_columns() -> None:
+    found = bias_maps(Table().double(), torch.ones(2, 3, 16, 16, dtype=torch.float64), 1)
+    assert found.maps == {}, found
+    assert_close(found.placeless["table"], torch.full((2,), 48.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_constants_must_be_told_apart_by_image(offset: float) -> None:
+    """(features, N): which image a constant belongs to is not known, and does not matter where it is zero."""
+    weight = torch.ones(5, 48, dtype=torch.float64)
+    images = torch.ones(2, 3, 4, 4, dtype=torch.float64)
+
+    def model(x: Tensor) -> Tensor:
+        return (weight @ x.flatten(1).t() + offset).t()
+
+    if offset:
+        with pytest.raises(ValueError, match=r"must keep the 2 images first, got \(5, 2\)"):
+            bias_maps(model, images, 1)
+    else:
+        assert not bias_maps(model, images, 1).maps

@@ -345,3 +345,19 @@ def test_maps_of_any_layout_without_a_word(layout: str) -> None:
     torch.testing.assert_close(several.select(1 if layout == "images" else -1, 0), score_map.squeeze(), **EXACT)
     neuron = NeuronScoreMap(model, model.head).attribute(x, 1, to_layer=model.layer, attr_dim_summation=True)
     torch.testing.assert_close(neuron, score_map, **EXACT)
+
+
+def test_the_model_itself_goes_by_its_type(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, images = small
+    assert "Sequential" in str(linear_form(model, images, 1, model))
+
+
+def test_indices_have_a_form_from_a_layer_on() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2)).double()
+    indices = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    form = linear_form(model, indices, 1, model[0])
+    torch.testing.assert_close(form.coefficients, model[2].weight[1].view(1, 3, 4).expand(2, 3, 4).detach())
+    with pytest.raises(TypeError, match="inputs must"):
+        linear_form(model, indices, 1)

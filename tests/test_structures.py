@@ -348,3 +348,45 @@ def test_rules_of_ones_own_meet_empty_tensors(name: str, rules: dict[str, Any]) 
     head = seeded(lambda: nn.Linear(108, 3))
     form = linear_form(lambda x: head(EMPTY[name](x.flatten(1))), some_images(), 1, rules=rules)
     assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
+class Rows(nn.Module):
+    """A table with as many rows as there are images, by chance, that is added as a whole to the scores of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self) -> Tensor:
+        return self.rows * 2
+
+
+class WithRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = Rows(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.table().sum(0)
+
+
+def test_as_many_rows_as_images_are_not_taken_for_images() -> None:
+    model = WithRows().double()
+    with pytest.raises(ValueError, match=r"must hold the 2 images along one dimension, got \(2, 3\)"):
+        linear_form(model, torch.ones(2, 4, dtype=torch.float64), 1, model.table)
+    form = linear_form(model, torch.ones(1, 4, dtype=torch.float64), 1, model.table)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
+def test_as_many_tokens_as_images_are_not_taken_for_images() -> None:
+    """(tokens, N, C): all labels at once are as one label for each, where tokens and images are both two."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer, head = nn.Linear(3, 5).double(), nn.Linear(5, 7).double()
+        x = torch.randn(2, 2, 3, dtype=torch.float64)
+    model = nn.ModuleDict({"layer": layer, "head": head})
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)[:, None, None]
+    method = LayerScoreMap(lambda x: head((layer(x.transpose(0, 1)).relu() * weights).sum(0)), model["layer"])
+    found = method.attribute_targets(x, channel_dim=-1)
+    for label in range(7):
+        assert_close(found[..., label : label + 1], method.attribute(x, label, channel_dim=-1), **EXACT)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from captum_scoremap.rules import DEFAULT, TANGENT, Rule, display_name
+from captum_scoremap.rules.attention import Attention
+from captum_scoremap.rules.products import Product
 
 # Position of an argument that a rule reads, to a part of its name.
 KERNELS = {
@@ -43,3 +45,20 @@ def test_names_are_those_that_users_know() -> None:
     assert display_name(aten._softmax.default) == "softmax"
     assert display_name(aten.max_pool2d_with_indices.default) == "max_pool2d"
     assert display_name(aten._scaled_dot_product_flash_attention.default) == "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize("name", [name for name, rule in DEFAULT.items() if isinstance(rule, Attention)])
+def test_attention_finds_its_options(name: str) -> None:
+    rule, arguments = DEFAULT[name], getattr(torch.ops.aten, name).default._schema.arguments
+    assert isinstance(rule, Attention)
+    assert (arguments[rule.dropout].name, arguments[rule.causal].name) == ("dropout_p", "is_causal")
+    assert rule.mask is None or arguments[rule.mask].name == "attn_bias"
+
+
+@pytest.mark.parametrize("name", [name for name, rule in DEFAULT.items() if type(rule) is Product])
+def test_products_are_of_tensors(name: str) -> None:
+    rule, packet = DEFAULT[name], getattr(torch.ops.aten, name)
+    assert isinstance(rule, Product)
+    arguments = getattr(packet, packet.overloads()[0])._schema.arguments
+    assert all("Tensor" in str(arguments[factor].type) for factor in rule.factors)
+    assert rule.term is None or arguments[rule.term].name in {"self", "bias"}

@@ -24,6 +24,7 @@ from captum_scoremap import (
     semantic_patches,
 )
 from captum_scoremap.scores import detection, logits_in, region_mean, similarity
+from captum_scoremap.tape import Tape
 
 LABELS = 12
 CASES = {
@@ -318,3 +319,12 @@ def test_a_regression_and_a_video() -> None:
         for form in linear_form(model, inputs, target, [None, model.layer2]):
             assert_close(form.sums + form.bias, form.score, rtol=1e-9, atol=1e-12)
     assert LayerScoreMap(video, video.layer2).attribute(clip, 1).shape == (1, 1, 2, 8, 8)
+
+
+def test_more_labels_than_positions_need_no_pass_for_each_label(generator: torch.Generator) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, LABELS)).double()
+    images = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
+    expected = LayerScoreMap(model, model[1]).attribute(images, 1)
+    with mock.patch.object(Tape, "transposed", side_effect=AssertionError):
+        found = LayerScoreMap(model, model[1]).attribute_targets(images)
+    assert_close(found[:, 1:2], expected, rtol=1e-12, atol=1e-14)

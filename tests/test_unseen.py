@@ -395,3 +395,13 @@ def test_tensors_that_are_not_dense_are_refused(function: Function, match: str) 
         warnings.simplefilter("ignore")  # nested tensors are a prototype
         with pytest.raises(TypeError, match=f"must be dense, {match}"):
             linear_form(between(function), some_images(), 1)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside the image"])
+def test_memory_that_numpy_filled_is_found_in_lists(beside: bool) -> None:
+    def filled(x: Tensor) -> Tensor:
+        memory = torch.empty(2, 2, 4, 4, dtype=x.dtype)
+        memory.numpy()[:] = x[:, :2].detach().numpy() ** 2
+        return torch.cat([x[:, :2], memory], 1) if beside else x * torch.cat([memory, memory], 1)
+
+    assert_refused(filled, "what filled a new tensor's memory")

@@ -40,7 +40,7 @@ def over_rows(function: Callable[[Tensor], Mapping[Any, Tensor]], rows: Tensor) 
 
     try:
         with quiet_batching():
-            stacked = torch.func.vmap(results)(rows)
+            return dict(zip(keys, torch.func.vmap(results)(rows), strict=True))
     except RuntimeError:  # an operation that functorch cannot batch
-        stacked = tuple(map(torch.stack, zip(*map(results, rows), strict=True)))
-    return dict(zip(keys, stacked, strict=True))
+        found = [function(row) for row in rows]
+        return {key: torch.stack([one[key] for one in found]) for key in found[0]}

@@ -68,7 +68,7 @@ def bias_terms(
     select = partial(select_scores, target=target, images=len(tensors[0]))
 
     additional = as_tuple_of_arguments(additional_forward_args)
-    recording, score = record_score(forward_func, tensors, select, (), additional, rules=rules)
+    recording, score = record_score(forward_func, tensors, select, (), additional, rules=rules, keep=False)
     with torch.no_grad():
         return shares_of_constants(recording, score)
 

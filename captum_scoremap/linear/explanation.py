@@ -171,7 +171,7 @@ def explain(
     additional: tuple[Any, ...] = (),
     *,
     rules: Mapping[Any, Rule] | None = None,
-    keep: bool = False,
+    keep: bool,
     stop_at: Site | None = None,
     create_graph: bool = False,
 ) -> Explanation:
@@ -223,7 +223,7 @@ def record_score(
     additional: tuple[Any, ...] = (),
     *,
     rules: Mapping[Any, Rule] | None = None,
-    keep: bool = False,
+    keep: bool,
     stop_at: Site | None = None,
     create_graph: bool = False,
 ) -> tuple[Recording, Tensor]:

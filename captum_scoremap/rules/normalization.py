@@ -20,6 +20,9 @@ class Standardize(Rule):
 
     A subclass says what the statistics are taken over.
 
+    Attributes:
+        eps: Position of eps among the arguments.
+
     Example:
         >>> from captum_scoremap import freeze
         >>> x, norm = torch.rand(1, 8), lambda x: torch.nn.functional.layer_norm(x, (8,))
@@ -29,6 +32,7 @@ class Standardize(Rule):
 
     kind = "scale"
     live_outputs = 1
+    eps: int
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return the argument in the shape in which each of its rows, the last dimension, has statistics of its own."""
@@ -41,6 +45,9 @@ class Standardize(Rule):
     def freeze(self, call: Call) -> Tensor | None:
         """Return 1/std, eps included, which the kernel returns as a by-product: (rows, 1)."""
         scale: Tensor = call.output[2]
+        if torch.is_grad_enabled():  # autograd takes by-products for constants
+            x = self.grouped(call, call.input).to(scale.dtype)
+            scale = (x.var(-1, correction=0) + call.args[self.eps]).rsqrt()
         return scale.to(call.input.dtype).reshape(-1, 1)
 
     def apply(self, call: Call, state: Tensor) -> tuple[Tensor, ...]:
@@ -81,6 +88,8 @@ class LayerNorm(Standardize):
         tensor([[-4.,  4.]])
     """
 
+    eps = 4
+
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return one row for each position."""
         return x.reshape(-1, int(torch.Size(call.args[1]).numel()))
@@ -103,6 +112,8 @@ class GroupNorm(Standardize):
         tensor([[-4.,  4.]])
     """
 
+    eps = 7
+
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return one row for each image and group."""
         return x.reshape(call.args[3] * call.args[6], -1)
@@ -124,9 +135,6 @@ class BatchNorm(Standardize):
     Equation:
         y = w · r · (x − μ) + b, with r = 1 / √(σ² + ε) and the running μ, σ²: nothing is frozen
         y = w · r̄ · (x − mean(x)) + b, with r̄ = 1 / √(var(x̄) + ε), where there are no running statistics
-
-    Attributes:
-        eps: Position of eps among the arguments.
 
     Example:
         >>> from captum_scoremap import freeze

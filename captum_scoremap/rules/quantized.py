@@ -96,7 +96,7 @@ def unpacked(argument: Any) -> Any:
         >>> unpacked(3)
         3
     """
-    if not isinstance(argument, torch.ScriptObject) or not hasattr(argument, "unpack"):
+    if not hasattr(argument, "unpack"):
         return argument
     packed: Any = argument  # a class of TorchScript's
     weight, bias = packed.unpack()

@@ -103,7 +103,6 @@ class _Operation:
         "is_trusted",
         "is_view",
         "lifts",
-        "lists",
         "name",
         "reads",
         "rounds",
@@ -118,7 +117,6 @@ class _Operation:
             name = f"{operation.namespace}::{name}"
         arguments = operation._schema.arguments
         self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
-        self.lists = {at for at in self.tensors if "List" in str(arguments[at].type)}
         changed = [
             (argument.name if argument.kwarg_only else position)
             for position, argument in enumerate(arguments)
@@ -379,18 +377,8 @@ class Recording(TorchDispatchMode):
         for position in operation.tensors:
             if position >= len(args):
                 break
-            argument = args[position]
-            if argument is None:
-                continue
-            if position in operation.lists:
-                found: Any = self._symbols(argument, live, values)
-            else:
-                # a number may stand where the schema says tensor
-                found = self.value_of(argument) if isinstance(argument, Tensor) else None
-                if found is not None:
-                    live.append(argument)
-                    values.append(found)
-            if found is not None:
+            found = self._symbol(args[position], live, values)
+            if found is not args[position]:
                 if symbols is args:
                     symbols = list(args)
                 symbols[position] = found
@@ -407,9 +395,10 @@ class Recording(TorchDispatchMode):
             return self._round(func, operation, args, kwargs)
         if self._sight.is_suspicious and operation.reads:
             for at in operation.tensors:
-                if at < len(args) and at != operation.changes and symbols[at] is args[at]:
+                if at < len(args) and at != operation.changes:
                     for tensor in tensors_in(args[at]):
-                        self._sight.read(tensor)
+                        if self.value_of(tensor) is None:
+                            self._sight.read(tensor)
         if operation.rule is None:
             return self._without_rule(func, operation, args, kwargs)
         step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
@@ -418,6 +407,7 @@ class Recording(TorchDispatchMode):
         return self._change(func, operation, step, args, kwargs, live)
 
     def _symbol(self, argument: Any, live: list[Tensor], values: list[Value]) -> Any:
+        """Return an argument with values for its live tensors, which are noted; a number may stand for a tensor."""
         if isinstance(argument, Tensor):
             value = self.value_of(argument)
             if value is not None:
@@ -425,14 +415,8 @@ class Recording(TorchDispatchMode):
                 values.append(value)
                 return value
         elif type(argument) is list or type(argument) is tuple:
-            return self._symbols(argument, live, values) or argument
+            return type(argument)([self._symbol(item, live, values) for item in argument])
         return argument
-
-    def _symbols(self, tensors: Sequence[Any], live: list[Tensor], values: list[Value]) -> list[Any] | None:
-        """Return a list with values for live tensors; None where there is none."""
-        before = len(values)
-        symbols = [self._symbol(item, live, values) for item in tensors]
-        return symbols if len(values) > before else None
 
     def _operate(
         self,
