@@ -252,6 +252,10 @@ AS_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     ),
     "a subtraction from a number": (lambda x: torch.rsub(x, 3.0, alpha=2.0), lambda x: 3.0 - 2.0 * x),
     "a copied gate": (lambda x: torch.empty_like(x).copy_(x.sigmoid()) * x, lambda x: x.sigmoid() * x),
+    "a copy that may come later": (
+        lambda x: torch.empty_like(x).copy_(x, non_blocking=True).relu(),
+        torch.relu,
+    ),
     "a negated gate": (lambda x: -x.sigmoid() * x, lambda x: -(x.sigmoid() * x)),
     "a saturated hardsigmoid": (lambda x: F.hardsigmoid(8 * x), lambda x: (8 * x / 6 + 0.5).clamp(0, 1)),
     "pools of volumes": (

@@ -12,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
+from captum_scoremap.rules import with_rules
+from captum_scoremap.tape import Recording
 from tests.state import untouched
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -577,3 +579,18 @@ def test_parts_that_share_memory_though_no_schema_says_so() -> None:
 
     form = linear_form(changed, torch.randn(2, 4, dtype=torch.float64), 1)
     assert_close(form.coefficients[:, 3], 3 * form.score / (3 * form.activations[:, 3]), **EXACT)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_memory_is_watched_only_where_another_tensor_reads_it(is_read: bool) -> None:
+    """What is watched costs a look at every later read, and every network with ReLUs in place would have it."""
+
+    def model(x: Tensor) -> Tensor:
+        y = 2 * x
+        before = y.view(-1) if is_read else None
+        y.relu_()
+        return y if before is None else before.view_as(x)
+
+    recording = Recording(model, with_rules(None))
+    recording.record((torch.ones(1, 3),))
+    assert bool(recording._memory.changed) is is_read

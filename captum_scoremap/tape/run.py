@@ -638,7 +638,7 @@ class Recording(TorchDispatchMode):
         for tensor in floating(output):
             if tensor.layout is not torch.strided or tensor.is_nested:
                 raise self._not_dense(operation, tensor)
-            self._name(tensor, Value(tensor, False, 1))
+            self._name(tensor, Value(tensor, sites=1))
         return output
 
     def _not_dense(self, operation: _Operation, tensor: Tensor) -> TypeError:
