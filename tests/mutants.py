@@ -202,7 +202,7 @@ def main() -> int:
         for mutant in tqdm(chosen, desc=f"of {len(everything)} mutants"):
             if tuple(mutant) in done:
                 continue
-            source = (ROOT / mutant.path).read_text()
+            source = (copy / mutant.path).read_text()  # which nobody edits meanwhile
             (copy / mutant.path).write_text(mutant.applied(source))
             row = {"mutant": mutant, **mutant.described(source), "killed_by": tests.killer_of(mutant)}
             (copy / mutant.path).write_text(source)
