@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -14,6 +16,7 @@ from torch.testing import assert_close
 from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import with_rules
 from captum_scoremap.tape import Recording
+from captum_scoremap.tape.memory import are_apart, geometry
 from tests.state import untouched
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -594,3 +597,76 @@ def test_memory_is_watched_only_where_another_tensor_reads_it(is_read: bool) -> 
     recording = Recording(model, with_rules(None))
     recording.record((torch.ones(1, 3),))
     assert bool(recording._memory.changed) is is_read
+
+
+def gates_in_place(x: Tensor) -> Tensor:
+    """As PyTorch computes its own recurrent cells: chunks of one tensor, each changed in place, then multiplied."""
+    first, second = (x @ WEIGHT).chunk(2, 1)
+    return first.sigmoid_() * second.tanh_()
+
+
+def gates(x: Tensor) -> Tensor:
+    first, second = (x @ WEIGHT).chunk(2, 1)
+    return first.sigmoid() * second.tanh()
+
+
+def constant_gates_in_place(x: Tensor) -> Tensor:
+    """Chunks of a constant, one of which comes to hold a gate; the other goes on being a constant."""
+    first, second = WEIGHT[:2].clone().chunk(2, 1)
+    return second * first.add_(x @ WEIGHT[:, :4]).sigmoid_()
+
+
+def constant_gates(x: Tensor) -> Tensor:
+    first, second = WEIGHT[:2].chunk(2, 1)
+    return second * (first + x @ WEIGHT[:, :4]).sigmoid()
+
+
+WEIGHT = torch.linspace(-1, 2, 5 * 8, dtype=torch.float64).cos().reshape(5, 8)
+
+
+@pytest.mark.parametrize(("changing", "plain"), [(gates_in_place, gates), (constant_gates_in_place, constant_gates)])
+def test_a_chunk_stays_what_it_is_while_others_of_its_memory_change(
+    changing: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
+) -> None:
+    inputs = torch.linspace(-2, 1, 10, dtype=torch.float64).reshape(2, 5)
+    expected, found = linear_form(plain, inputs, 1), linear_form(changing, inputs, 1)
+    assert_close(found.coefficients, expected.coefficients, rtol=1e-12, atol=1e-14)
+    assert_close(found.bias, expected.bias, rtol=1e-12, atol=1e-14)
+    assert float(found.coefficients.abs().max()) > 0
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_places_that_are_said_to_be_apart_are(data: st.DataObject) -> None:
+    """Two views of one tensor, by narrowing, selecting, transposing: no element of its memory is marked twice."""
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    memory = torch.zeros(sizes)
+
+    def view() -> Tensor:
+        found = memory
+        for axis in range(memory.dim() - 1, -1, -1):
+            start = data.draw(st.integers(0, sizes[axis] - 1))
+            length = data.draw(st.integers(1, sizes[axis] - start))
+            found = found.narrow(axis, start, length)
+            if length == 1 and data.draw(st.booleans()):
+                found = found.select(axis, 0)
+        return found.movedim(0, -1) if found.dim() and data.draw(st.booleans()) else found
+
+    one, other = view(), view()
+    memory.zero_()
+    one.add_(1)
+    other.add_(1)
+    is_apart = int(memory.max()) < 2
+    assert are_apart(geometry(one), geometry(other)) == is_apart
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.zeros(8).unfold(0, 3, 1), torch.zeros(8)[7:]),  # overlaps itself
+        (torch.zeros(12).as_strided((2, 2), (5, 3)), torch.zeros(12)[1:2]),  # strides that do not divide each other
+        (torch.zeros(12).as_strided((2, 5), (4, 1)), torch.zeros(12)[11:]),  # a row that goes on in the next
+    ],
+)
+def test_places_that_are_no_boxes_are_never_said_to_be_apart(one: Tensor, other: Tensor) -> None:
+    assert not are_apart(geometry(one), geometry(other))

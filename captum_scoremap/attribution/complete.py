@@ -116,9 +116,8 @@ class CompleteScoreMap(Contract):
         books, score = explain_completely(forward_func, inputs, target, sites, additional, rules=self._rules)
         size = None if isinstance(self._layers, nn.Module) else (image.shape[2], image.shape[3])
         with torch.no_grad():
-            rows = torch.tensor([book.maps[""].shape[2] if "" in book.maps else 1.0 for book in books])
-            weights = (1 / rows if self._layers is None else torch.ones(len(books))).to(score)
-            weights = weights / weights.sum()
+            rows = [book.maps[""].shape[2] if self._layers is None and "" in book.maps else 1 for book in books]
+            weights = [1 / count / sum(1 / each for each in rows) for count in rows]
             complete = sum(weight * book.complete_map(size) for weight, book in zip(weights, books, strict=True))
             placeless = sum(weight * book.placeless_sum(score) for weight, book in zip(weights, books, strict=True))
         formatted = complete if isinstance(inputs, Tensor) else (complete,)

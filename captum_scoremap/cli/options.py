@@ -80,7 +80,7 @@ CompileOption = Annotated[
 
 
 def chosen_device(name: str) -> torch.device:
-    """Return the device that the user named.
+    """Return the device that the user named; a CUDA device is made to compute in full precision.
 
     Args:
         name: ``auto`` or what `torch.device` takes.
@@ -96,13 +96,15 @@ def chosen_device(name: str) -> torch.device:
         device(type='cpu')
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one of this machine, got {name!r}: {reason}") from error
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # it keeps 10 bits, and sums would be exact to a thousandth only
     return device
 
 

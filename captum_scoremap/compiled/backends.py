@@ -34,7 +34,8 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
     import torch._inductor as inductor  # a second
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that TF32 would be faster
             example: list[Any] = [*arguments, *graph.read()]
             program: Any = inductor.compile(hold_masks(graph.module, example), example)
             program(*example)

@@ -57,7 +57,10 @@ def check(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], toleranc
             how = f"a relative difference of {difference:.1e}"
         else:
             how = f"the shape {tuple(one.shape)} for {tuple(wanted.shape)}"
+        advice = "Use method.attribute, or compute in float64."
+        if wanted.is_cuda and torch.backends.cudnn.allow_tf32:
+            advice = "Switch off TF32, which keeps 10 bits: torch.backends.cudnn.allow_tf32 = False."
         raise ValueError(
             f"{what} must give what method.attribute gives, got {how}: the model does something else from call to "
-            "call, or magnifies rounding until masks differ. Use method.attribute, or compute in float64."
+            f"call, or magnifies rounding until masks differ. {advice}"
         )

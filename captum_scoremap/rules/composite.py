@@ -1,12 +1,13 @@
 """Operations that are made of smaller ones, each under its own rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .call import Call
+from .recurrent import RECURRENT
 from .rule import Rule
 
 __all__ = ["COMPOSITE", "Composite"]
@@ -87,38 +88,15 @@ def _scatter_reduce(input: Tensor, dim: int, index: Tensor, src: Tensor | float,
     return input.scatter_reduce(dim, index, source, "prod")
 
 
-def _lstm_layer(
-    input: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor,
-    bias_hh: Tensor,
-    hidden: Tensor,
-    cell: Tensor,
-    reverse: bool,
-    batch_sizes: Any,
-    mode: int,
-    hidden_size: int,
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    train: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer of an LSTM in one direction, (steps, N, C): gates are sigmoids, so they are frozen."""
-    steps = range(input.shape[0])
-    outputs: list[Tensor] = [input] * len(steps)
-    hidden, cell = hidden.reshape(hidden.shape[-2:]), cell.reshape(cell.shape[-2:])
-    projected = input @ weight_ih.t()
-    for step in reversed(steps) if reverse else steps:
-        gates = projected[step] + hidden @ weight_hh.t()
-        if has_biases:
-            gates = gates + (bias_ih + bias_hh)
-        entry, keep, update, exit_ = gates.chunk(4, -1)
-        cell = keep.sigmoid() * cell + entry.sigmoid() * update.tanh()
-        hidden = exit_.sigmoid() * cell.tanh()
-        outputs[step] = hidden
-    return torch.stack(outputs), hidden[None], cell[None], input.new_empty(0)
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """Normalize by the root mean square, in the operations that it is made of where no kernel does it in one."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    scale = (input.pow(2).mean(axes, keepdim=True) + eps).rsqrt()
+    found = input * scale
+    return (found if weight is None else found * weight), scale
 
 
 def _aminmax(input: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -139,5 +117,6 @@ COMPOSITE: dict[str, Rule] = {
     "nll_loss2d_forward": Composite(_nll_loss),
     "scatter.reduce": Composite(_scatter_reduce),
     "scatter.value_reduce": Composite(_scatter_reduce),
-    "mkldnn_rnn_layer": Composite(_lstm_layer),
+    "_fused_rms_norm": Composite(_rms_norm),
+    **{name: Composite(body) for name, body in RECURRENT.items()},
 }

@@ -302,7 +302,11 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_efficient_attention",
     ),
-    "lstm": ("mkldnn_rnn_layer",),
+    "lstm": ("mkldnn_rnn_layer", "_cudnn_rnn"),
+    **dict.fromkeys(("gru", "rnn_relu", "rnn_tanh"), ("_cudnn_rnn",)),
+    "lstm_cell": ("_thnn_fused_lstm_cell",),
+    "gru_cell": ("_thnn_fused_gru_cell",),
+    "rms_norm": ("_fused_rms_norm",),
     "adaptive_avg_pool2d": ("_adaptive_avg_pool2d",),
     "adaptive_avg_pool3d": ("_adaptive_avg_pool3d",),
     "cosine_similarity": ("div",),
@@ -323,6 +327,10 @@ _DISPLAY = {
     "_trilinear": "bilinear",
     "_local_scalar_dense": "item",
     "mkldnn_rnn_layer": "lstm",
+    "_cudnn_rnn": "rnn",
+    "_thnn_fused_lstm_cell": "lstm_cell",
+    "_thnn_fused_gru_cell": "gru_cell",
+    "_fused_rms_norm": "rms_norm",
     "convolution": "conv",
 }
 

@@ -6,6 +6,7 @@ read after its memory changed is read from the memory's last value, by its strid
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from captum_scoremap.rules import Value
 
 from .steps import Kept
 
-__all__ = ["Before", "Memory", "geometry"]
+__all__ = ["Before", "Memory", "are_apart", "geometry"]
 
 Geometry = tuple[torch.Size, tuple[int, ...], int]
 
@@ -32,9 +33,10 @@ class _Changed:
         value: What it holds; None for constants.
         geometry: Shape, strides and offset of that value in the memory.
         length: Elements of the memory.
+        was_constant: Whether it held constants alone before it was changed.
     """
 
-    __slots__ = ("clock", "geometry", "length", "storage", "value")
+    __slots__ = ("_changes", "_element", "clock", "geometry", "length", "storage", "value", "was_constant")
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage = StorageWeakRef(tensor.untyped_storage())
@@ -42,6 +44,25 @@ class _Changed:
         self.clock = 0
         self.value: Value | None = None
         self.geometry = geometry(tensor)
+        self.was_constant = False
+        self._changes: list[tuple[int, Geometry]] = []
+        self._element = tensor.element_size()
+
+    def changed_at(self, tensor: Tensor, clock: int) -> None:
+        """Note a change, where a tensor lies."""
+        self.clock = clock
+        self._changes.append((clock, geometry(tensor)))
+        if tensor.element_size() != self._element:
+            self._element = 0  # places of elements of several sizes are not compared
+
+    def leaves(self, tensor: Tensor, clock: int) -> bool:
+        """Return whether nothing changed, since then, where a tensor lies."""
+        if clock >= self.clock:
+            return True
+        place = geometry(tensor)
+        return tensor.element_size() == self._element and all(
+            are_apart(place, other) for when, other in self._changes if when > clock
+        )
 
 
 class Before:
@@ -150,7 +171,8 @@ class Memory:
             if before is None and torch._C._storage_Use_Count(address) <= 2:
                 return
             memory = self.changed[address] = _Changed(target)
-        memory.clock = self.clock
+            memory.was_constant = before is not None and not isinstance(before.content, Value)
+        memory.changed_at(target, self.clock)
         if before is None:
             memory.value, memory.geometry = value, geometry(target)
             return
@@ -200,6 +222,42 @@ class Memory:
 def geometry(tensor: Tensor) -> Geometry:
     """Return where a tensor lies in its memory: shape, strides and offset."""
     return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+
+def are_apart(place: Geometry, other: Geometry) -> bool:
+    """Return whether two places in memory share no element; False where that takes more than a look at each axis.
+
+    Where every stride divides the next larger one, the position of an element is a number whose digits are its indices
+    along the axes, and a place is a box of digits. Two boxes are apart if they are along one axis.
+    """
+    strides = sorted({
+        step for sizes, steps, _ in (place, other) for n, step in zip(sizes, steps, strict=True) if n > 1
+    })
+    strides = [1, *(step for step in strides if step > 1)]
+    if any(larger % smaller for smaller, larger in pairwise(strides)):
+        return False
+    digits = [_digits(one, strides) for one in (place, other)]
+    if None in digits:
+        return False
+    return any(end <= start or last <= first for (start, last), (first, end) in zip(*digits, strict=True))
+
+
+def _digits(place: Geometry, strides: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Return from which to below which digit a place reaches, of each stride; None where it is no box."""
+    sizes, steps, offset = place
+    counts = dict.fromkeys(strides, 1)
+    for count, step in zip(sizes, steps, strict=True):
+        if count > 1:
+            if step not in counts or counts[step] > 1:
+                return None  # the same elements again
+            counts[step] = count
+    found = []
+    for step, larger in zip(strides, (*strides[1:], None), strict=True):
+        first = offset // step if larger is None else offset % larger // step
+        if larger is not None and first + counts[step] > larger // step:
+            return None  # it goes on in the next row
+        found.append((first, first + counts[step]))
+    return found
 
 
 def _fills(place: Geometry, length: int) -> bool:

@@ -297,8 +297,9 @@ class Recording(TorchDispatchMode):
             known = None
         if self._memory.changed:
             memory = self._memory.changed.get(tensor.untyped_storage()._cdata)
-            if memory is not None and (known is None or known[2] < memory.clock):
-                value = self._memory.read(tensor, memory)
+            if memory is not None and (known is None or not memory.leaves(tensor, known[2])):
+                is_constant = known is None and memory.was_constant and memory.leaves(tensor, 0)
+                value = None if is_constant else self._memory.read(tensor, memory)
                 if value is None:
                     self._values.pop(id(tensor), None)
                 else:
@@ -574,6 +575,8 @@ class Recording(TorchDispatchMode):
             self._operate(operation, step, args, kwargs, live, in_place)
         else:
             if step.values:
+                if known is None and isinstance(where, int):  # a rule may come back to what the constant was
+                    args = (*args[:where], step.args[where], *args[where + 1 :])
                 output = self._operate(operation, step, args, kwargs, live, step.operation)
             else:
                 output = step.operation(*args, **kwargs)

@@ -1,0 +1,193 @@
+"""Recurrent layers, which kernels compute whole, in the operations of each step: gates are sigmoids, and are frozen."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["RECURRENT"]
+
+
+# The hidden state, (N, H), and of an LSTM its cell.
+_State = tuple[Tensor, ...]
+# From the products of the input and of the hidden state with their weights, and the state, to the next state.
+_Step = Callable[[Tensor, Tensor, _State], _State]
+
+
+def _lstm_step(entering: Tensor, recurring: Tensor, state: _State) -> _State:
+    entry, keep, update, exit_ = (entering + recurring).chunk(4, -1)
+    cell = keep.sigmoid() * state[1] + entry.sigmoid() * update.tanh()
+    return exit_.sigmoid() * cell.tanh(), cell
+
+
+def _gru_step(entering: Tensor, recurring: Tensor, state: _State) -> _State:
+    (reset, update, new), (own_reset, own_update, own_new) = entering.chunk(3, -1), recurring.chunk(3, -1)
+    new = (new + (reset + own_reset).sigmoid() * own_new).tanh()
+    return ((state[0] - new) * (update + own_update).sigmoid() + new,)
+
+
+def _relu_step(entering: Tensor, recurring: Tensor, state: _State) -> _State:
+    return ((entering + recurring).relu(),)
+
+
+def _tanh_step(entering: Tensor, recurring: Tensor, state: _State) -> _State:
+    return ((entering + recurring).tanh(),)
+
+
+_STEPS: Sequence[_Step] = (_relu_step, _tanh_step, _lstm_step, _gru_step)  # by cuDNN's mode
+
+
+class _Weights(NamedTuple):
+    """The weights of a layer in one direction."""
+
+    entering: Tensor
+    recurring: Tensor
+    entering_bias: Tensor | None = None
+    recurring_bias: Tensor | None = None
+    projection: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], is_projected: bool) -> "_Weights":
+        """Take the tensors as the kernels do: biases may be missing, and the projection comes last."""
+        plain = tensors[:-1] if is_projected else tensors
+        return cls(*plain)._replace(projection=tensors[-1] if is_projected else None)
+
+
+def _through(inputs: Sequence[Tensor], weights: _Weights, state: _State, step: _Step) -> tuple[list[Tensor], _State]:
+    """Go through sequences, the last of which may end on the way, or begin, where they are of several lengths.
+
+    Args:
+        inputs: The steps, (n, C) each: those of the first n sequences.
+        weights: The weights.
+        state: The state before, (N, H), of all sequences.
+        step: From the products and the state to the next state.
+
+    Returns:
+        The hidden state of each step, (n, H); and the state at each sequence's end.
+    """
+    outputs: list[Tensor] = []
+    whole = state
+    for entering in inputs:
+        count = len(entering)
+        now = tuple(one[:count] for one in whole)
+        after = step(
+            F.linear(entering, weights.entering, weights.entering_bias),
+            F.linear(now[0], weights.recurring, weights.recurring_bias),
+            now,
+        )
+        if weights.projection is not None:
+            after = (after[0] @ weights.projection.t(), *after[1:])
+        outputs.append(after[0])
+        is_all = count == len(whole[0])
+        whole = after if is_all else tuple(map(torch.cat, zip(after, (one[count:] for one in whole), strict=True)))
+    return outputs, whole
+
+
+def _cudnn_rnn(
+    input: Tensor,
+    weight: Sequence[Tensor],
+    weight_stride0: int,
+    weight_buf: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    mode: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    batch_first: bool,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_sizes: Sequence[int],
+    dropout_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return steps, states and cells of all layers, in both directions, and nothing in place of what training needs.
+
+    Raises:
+        NotImplementedError: If it drops values out, which ones being known to the kernel alone.
+    """
+    if train and dropout > 0:
+        raise NotImplementedError(
+            "cuDNN keeps to itself what dropout between recurrent layers drops. Call model.eval()."
+        )
+    axis = 1 if batch_first else 0
+    steps = list(input.split(list(batch_sizes)) if batch_sizes else input.unbind(axis))
+    states: list[_State] = []
+    for _ in range(num_layers):
+        outputs = []
+        for is_reversed in (False, True)[: 2 if bidirectional else 1]:
+            at = len(states)
+            weights = _Weights.of(weight[at * weight_stride0 : (at + 1) * weight_stride0], proj_size > 0)
+            before = (hx[at],) if cx is None else (hx[at], cx[at])
+            found, after = _through(steps[::-1] if is_reversed else steps, weights, before, _STEPS[mode])
+            outputs.append(found[::-1] if is_reversed else found)
+            states.append(after)
+        steps = [torch.cat(pair, -1) for pair in zip(*outputs, strict=True)]
+    output = torch.cat(steps) if batch_sizes else torch.stack(steps, axis)
+    nothing = input.new_empty(0)
+    hidden, cell, *_ = (*map(torch.stack, zip(*states, strict=True)), nothing)
+    return output, hidden, cell, nothing, nothing
+
+
+def _mkldnn_rnn_layer(
+    input: Tensor,
+    weight0: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    weight3: Tensor,
+    hx_: Tensor,
+    cx_: Tensor,
+    reverse: bool,
+    batch_sizes: Any,
+    mode: int,
+    hidden_size: int,
+    num_layers: int,
+    has_biases: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer of an LSTM in one direction, (steps, N, C)."""
+    weights = _Weights(weight0, weight1, *((weight2, weight3) if has_biases else ()))
+    before = tuple(one.reshape(one.shape[-2:]) for one in (hx_, cx_))
+    steps = input.unbind(0)
+    outputs, (hidden, cell) = _through(steps[::-1] if reverse else steps, weights, before, _lstm_step)
+    found = torch.stack(outputs[::-1] if reverse else outputs)
+    return found, hidden[None], cell[None], input.new_empty(0)
+
+
+def _lstm_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    cx: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, cell = _lstm_step(_plus(input_gates, input_bias), _plus(hidden_gates, hidden_bias), (cx, cx))
+    return hidden, cell, cx.new_empty(0)
+
+
+def _gru_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    hx: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    (hidden,) = _gru_step(_plus(input_gates, input_bias), _plus(hidden_gates, hidden_bias), (hx,))
+    return hidden, hx.new_empty(0)
+
+
+def _plus(gates: Tensor, bias: Tensor | None) -> Tensor:
+    return gates if bias is None else gates + bias
+
+
+RECURRENT: dict[str, Callable[..., Any]] = {
+    "mkldnn_rnn_layer": _mkldnn_rnn_layer,
+    "_cudnn_rnn": _cudnn_rnn,
+    "_thnn_fused_lstm_cell": _lstm_cell,
+    "_thnn_fused_gru_cell": _gru_cell,
+}
+"""The same computation as each kernel's, with its signature."""

@@ -1,0 +1,161 @@
+"""Kernels that only other devices have are held to the operations that the CPU has for the same layer.
+
+Their operations reach the tape before any device does, so that the CPU can record what a GPU would run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.testing import assert_close
+
+from captum_scoremap import linear_form
+
+aten = torch.ops.aten
+MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
+LENGTHS = torch.tensor([7, 5, 2])
+
+
+class Head(nn.Module):
+    """A recurrent layer and one score for each image of all that it returns."""
+
+    def __init__(self, rnn: nn.RNNBase, packed: bool) -> None:
+        super().__init__()
+        self.rnn, self.packed = rnn, packed
+        self.head = nn.LazyLinear(3)
+
+    def run(self, x: Tensor | PackedSequence) -> Any:
+        return self.rnn(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.rnn.batch_first
+        laid_out = x if first else x.transpose(0, 1)
+        steps, state = self.run(pack_padded_sequence(laid_out, LENGTHS, first) if self.packed else laid_out)
+        if self.packed:
+            steps, _ = pad_packed_sequence(steps, first)
+        steps = steps if first else steps.transpose(0, 1)
+        states = [one.transpose(0, 1).flatten(1) for one in (state if isinstance(state, tuple) else (state,))]
+        scores: Tensor = self.head(torch.cat([steps.relu().sum(1), *states], 1))
+        return scores
+
+
+class ByCudnn(Head):
+    """The same by the kernel of cuDNN."""
+
+    def run(self, x: Tensor | PackedSequence) -> Any:
+        rnn, packed = self.rnn, isinstance(x, PackedSequence)
+        data, sizes = (x.data, x.batch_sizes.tolist()) if isinstance(x, PackedSequence) else (x, [])
+        directions, count = 2 if rnn.bidirectional else 1, 3
+        hidden = data.new_zeros(rnn.num_layers * directions, count, rnn.proj_size or rnn.hidden_size)
+        cell = data.new_zeros(rnn.num_layers * directions, count, rnn.hidden_size)
+        stride = len(rnn._flat_weights) // (rnn.num_layers * directions)
+        output, hidden, cell, _, _ = aten._cudnn_rnn(
+            data,
+            rnn._flat_weights,
+            stride,
+            None,
+            hidden,
+            cell if rnn.mode == "LSTM" else None,
+            MODES[rnn.mode],
+            rnn.hidden_size,
+            rnn.proj_size,
+            rnn.num_layers,
+            rnn.batch_first,
+            rnn.dropout,
+            rnn.training,
+            rnn.bidirectional,
+            sizes,
+            None,
+        )
+        state = (hidden, cell) if rnn.mode == "LSTM" else hidden
+        return (x._replace(data=output) if packed else output), state
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_first": True},
+        {"num_layers": 2, "bidirectional": True, "dropout": 0.5},
+        {"bias": False, "batch_first": True, "bidirectional": True},
+        {"proj_size": 4, "num_layers": 2, "bidirectional": True},
+        {"proj_size": 4, "bias": False},
+        {"nonlinearity": "relu", "num_layers": 2},
+        {"nonlinearity": "tanh", "batch_first": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_of_cudnn(kind: type[nn.RNNBase], options: dict[str, Any], packed: bool) -> None:
+    if ("proj_size" in options and kind is not nn.LSTM) or ("nonlinearity" in options) != (kind is nn.RNN):
+        pytest.skip("there is no such layer")
+    torch.manual_seed(0)
+    model = Head(kind(5, 6, **options), packed).double().eval()
+    inputs = torch.randn(3, 7, 5, dtype=torch.float64)
+    model(inputs)
+    twin = ByCudnn(model.rnn, packed).double().eval()
+    twin.head = model.head
+    expected, found = linear_form(model, inputs, 1), linear_form(twin, inputs, 1)
+    assert_close(found.score, model(inputs)[:, 1], rtol=1e-12, atol=1e-14)
+    assert_close(found.coefficients, expected.coefficients, rtol=1e-10, atol=1e-13)
+    assert_close(found.bias, expected.bias, rtol=1e-10, atol=1e-13)
+
+
+def test_dropout_inside_cudnn_is_refused() -> None:
+    model = ByCudnn(nn.LSTM(5, 6, num_layers=2, dropout=0.5, batch_first=True), packed=False)
+    model.head = nn.Linear(30, 3)
+    model.eval()
+    model.rnn.training = True
+    with pytest.raises(NotImplementedError, match=r"keeps to itself what dropout between recurrent layers drops"):
+        linear_form(model, torch.randn(3, 7, 5), 1)
+
+
+class FusedLstmCell(nn.LSTMCell):
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        hidden, cell = state
+        gates = x @ self.weight_ih.t(), hidden @ self.weight_hh.t()
+        return aten._thnn_fused_lstm_cell(*gates, cell, self.bias_ih, self.bias_hh)[:2]
+
+
+class FusedGruCell(nn.GRUCell):
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        gates = x @ self.weight_ih.t(), state @ self.weight_hh.t()
+        return aten._thnn_fused_gru_cell(*gates, state, self.bias_ih, self.bias_hh)[0]
+
+
+class FusedNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Any:
+        return aten._fused_rms_norm(x, list(self.normalized_shape), self.weight, self.eps)[0]
+
+
+class ByCell(nn.Module):
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell, self.norm, self.head = cell, nn.RMSNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.new_zeros(len(x), 6)
+        state: Any = (hidden, hidden) if isinstance(self.cell, nn.LSTMCell) else hidden
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        scores: Tensor = self.head(self.norm(state[0] if isinstance(state, tuple) else state))
+        return scores
+
+
+@pytest.mark.parametrize(("plain", "fused"), [(nn.LSTMCell, FusedLstmCell), (nn.GRUCell, FusedGruCell)])
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_fused_cells_and_norms(plain: Any, fused: Any, eps: float | None) -> None:
+    torch.manual_seed(0)
+    model, twin = ByCell(plain(5, 6)).double().eval(), ByCell(fused(5, 6)).double().eval()
+    model.norm, twin.norm = nn.RMSNorm(6, eps).double(), FusedNorm(6, eps).double()
+    nn.init.normal_(model.norm.weight)
+    twin.load_state_dict(model.state_dict())
+    inputs = torch.randn(2, 4, 5, dtype=torch.float64)
+    expected, found = linear_form(model, inputs, 1), linear_form(twin, inputs, 1)
+    assert_close(found.score, model(inputs)[:, 1], rtol=1e-12, atol=1e-14)
+    assert_close(found.coefficients, expected.coefficients, rtol=1e-10, atol=1e-13)
+    assert_close(found.bias, expected.bias, rtol=1e-10, atol=1e-13)
