@@ -1,7 +1,8 @@
 """What exports, and how equal the files are: one small model of each family of torchvision, random weights.
 
 ``python -m tests.exports --out tests/exports_table.md`` writes the score map at the input of each as ``.pt2`` and as
-``.onnx``, runs both, the second in onnxruntime, and writes the table. Minutes for all.
+``.onnx``, runs both, the second in onnxruntime, and writes the table. A row is written as soon as it is known, and a
+run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -53,30 +55,40 @@ def measure(name: str) -> Iterator[str]:
             yield f"{relative(found['map'], expected):.0e}"
 
 
-def table(names: Sequence[str]) -> str:
-    lines = [
-        "# What exports, model by model",
-        "",
-        "The score map at the input, float32, one image, random weights: the relative difference (norm of the",
-        "difference over the norm) of what the file computes from `method.attribute`, at an image and a label that the",
-        "compiler never saw; `.pt2` run by PyTorch, `.onnx` by onnxruntime. Where there is no file it says why.",
-        "",
-        f"Written by `python -m tests.exports` with torch {torch.__version__.split('+')[0]}.",
-        "",
-        "| model | .pt2 | .onnx |",
-        "| --- | --- | --- |",
-    ]
-    for name in names:
-        lines.append(f"| {name} | {' | '.join(measure(name))} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+HEADER = """\
+# What exports, model by model
+
+The score map at the input, float32, one image, random weights: the relative difference (norm of the difference over
+the norm) of what the file computes from `method.attribute`, at an image and a label that the compiler never saw;
+`.pt2` run by PyTorch, `.onnx` by onnxruntime. Where there is no file it says why.
+
+Written by `python -m tests.exports` with torch {torch}, onnxruntime {onnxruntime}.
+
+| model | .pt2 | .onnx |
+| --- | --- | --- |
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=(*PIECEWISE_LINEAR, *SMOOTH), help="models (default all)")
+    parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
+    options = parser.parse_args(arguments)
+    versions = {name: version(name).partition("+")[0] for name in ("torch", "onnxruntime")}
+    text = HEADER.format(**versions)
+    before = options.out.read_text(encoding="utf-8") if options.out is not None and options.out.exists() else ""
+    if before.startswith(text):  # of the same versions: a run that was stopped goes on
+        text = before
+    print(text, end="")
+    for name in options.names:
+        if f"| {name} |" in text:
+            continue
+        row = f"| {name} | {' | '.join(measure(name))} |"
+        print(row, flush=True)
+        text += row + "\n"
+        if options.out is not None:
+            options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=(*PIECEWISE_LINEAR, *SMOOTH))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    text = table(options.names)
-    if options.out:
-        options.out.write_text(text)
+    main()

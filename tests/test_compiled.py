@@ -379,6 +379,35 @@ def test_what_onnx_lacks_is_named_and_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def gated(x: Tensor) -> Tensor:
+    """As cells of GRUs: parts that share memory, one of them changed in place."""
+    first, second = x.unsafe_chunk(2, 1)
+    return first.sigmoid_().mul(2) + second
+
+
+@pytest.mark.parametrize(
+    "operate", [gated, lambda x: F.pad(x, (1, 2, 0, 3), "circular"), lambda x: F.adaptive_max_pool2d(x, (3, 2))]
+)
+def test_what_lies_around_a_view_in_memory_is_in_an_onnx_file(
+    operate: Callable[[Tensor], Tensor], tmp_path: Path, generator: torch.Generator
+) -> None:
+    x, y = torch.randn(2, 1, 4, 5, 5, generator=generator)
+    weights = torch.randn(operate(x.clone()).shape, generator=generator)
+    method = ScoreMap(lambda x: (operate(x.clone()) * weights).flatten(1).sum(1))
+    path = compile_map(method, x, backend="graph").export(tmp_path / "map.onnx").path
+    (found,) = read_back(path, ["image"], ["map"])(y)
+    assert_close(found, method.attribute(y), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_runtime_lacks_is_said(tmp_path: Path) -> None:
+    """It has no convolution of float64."""
+    model = nn.Sequential(nn.Conv3d(3, 4, 2), nn.Flatten()).double().eval()
+    compiled = compile_map(ScoreMap(model), torch.rand(1, 3, 3, 3, 3).double(), 1, backend="graph")
+    with pytest.raises(ValueError, match=r"the file must run in onnxruntime, which says: .* or export to \.pt2"):
+        compiled.export(tmp_path / "map.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 TRANSPOSED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "convolution": (lambda x: F.conv2d(x, WEIGHT, None, (2, 3), (1, 0), (1, 2)), (2, 4, 11, 13)),
     "convolution in groups": (lambda x: F.conv2d(x, WEIGHT[:, :2], None, 2, 1, 1, 2), (2, 4, 10, 9)),
@@ -396,6 +425,18 @@ TRANSPOSED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "bilinear": (lambda x: F.interpolate(x, (7, 9), mode="bilinear", align_corners=True), (2, 3, 4, 5)),
     "bilinear by a factor": (lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"), (2, 3, 4, 5)),
     "bicubic": (lambda x: F.interpolate(x, (7, 9), mode="bicubic"), (2, 3, 4, 5)),
+    "nearest, one axis": (lambda x: F.interpolate(x, 7), (2, 3, 4)),
+    "nearest, three axes": (lambda x: F.interpolate(x, scale_factor=(2, 1.5, 2)), (1, 2, 3, 4, 2)),
+    "linear": (lambda x: F.interpolate(x, scale_factor=1.7, mode="linear"), (2, 3, 5)),
+    "trilinear": (lambda x: F.interpolate(x, (5, 7, 3), mode="trilinear", align_corners=True), (1, 2, 3, 4, 2)),
+    "bilinear, smoothed": (lambda x: F.interpolate(x, (3, 5), mode="bilinear", antialias=True), (2, 3, 7, 8)),
+    "adaptive max-pooling": (lambda x: F.adaptive_max_pool2d(x, (3, 5)), (2, 3, 7, 8)),
+    "adaptive max-pooling, three axes": (lambda x: F.adaptive_max_pool3d(x, (2, 3, 1)), (1, 2, 5, 4, 3)),
+    "replication, three axes": (lambda x: F.pad(x, (1, 2, 0, 3, 2, 1), "replicate"), (1, 2, 3, 5, 4)),
+    "circular": (lambda x: F.pad(x, (1, 2, 0, 3), "circular"), (2, 3, 5, 4)),
+    "sliding windows": (lambda x: x.unfold(2, 3, 2), (2, 3, 9, 4)),
+    "a diagonal": (lambda x: x.diagonal(-1, 1, 3), (2, 5, 3, 4)),
+    "a diagonal above": (lambda x: x.diagonal(1, 1, 2), (2, 3, 5)),
     "reflection": (lambda x: F.pad(x, (1, 2, 0, 3), "reflect"), (2, 3, 5, 4)),
     "replication": (lambda x: F.pad(x, (1, 2, 0, 3), "replicate"), (2, 3, 5, 4)),
     "slices": (lambda x: x[:, :, 1:7:3, -3:], (2, 3, 9, 8)),

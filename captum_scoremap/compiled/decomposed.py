@@ -5,6 +5,8 @@ transposed convolution, that of a maximum over windows a scatter, and average-po
 axis, so that theirs are products with one matrix for each axis.
 """
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,9 +40,34 @@ def functional(
         traced = make_fx(
             torch.func.functionalize(module, remove="mutations"), dict(decompositions or {}), tracing_mode="fake"
         )(*arguments)
+    if decompositions:
+        _take_from_whole(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def _take_from_whole(graph: fx.Graph) -> None:
+    """Take what is read by strides from the tensor that the memory is of; in ONNX there is nothing around a view."""
+    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        view, size, stride, *offset = node.args
+        whole = view
+        while _is_view(whole):
+            whole = whole.args[0]
+        value = whole.meta.get("val")
+        if isinstance(value, Tensor) and value.is_contiguous():
+            start = offset[0] if offset else view.meta["val"].storage_offset()
+            node.args = (whole, size, stride, start)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])  # type: ignore[arg-type]  # what made several
+    return node.target in _UNSAFE or bool(getattr(node.target, "is_view", False))
+
+
+# Views whose schemas do not say so.
+_UNSAFE = {aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default}
 
 
 def _convolution_backward(
@@ -78,9 +105,42 @@ def _convolution_backward(
 
 def _max_pool_backward(gradient: Tensor, input: Tensor, *arguments: Any) -> Tensor:
     """Return the coefficients, added to the positions that the maxima were taken from."""
-    positions, spatial = arguments[-1], -2
-    flat = torch.zeros(input.shape, dtype=gradient.dtype, device=gradient.device).flatten(spatial)
-    return flat.scatter_add(-1, positions.flatten(spatial), gradient.flatten(spatial)).reshape(input.shape)
+    return _added(gradient, input.shape, arguments[-1], 2)
+
+
+def _added(gradient: Tensor, shape: Sequence[int], positions: Tensor, axes: int) -> Tensor:
+    """Return the coefficients, added to positions among the cells of the last axes."""
+    flat = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device).flatten(-axes)
+    return flat.scatter_add(-1, positions.flatten(-axes), gradient.flatten(-axes)).reshape(shape)
+
+
+def _adaptive_max_pool(axes: int) -> Callable[..., Any]:
+    """Return maxima and their positions among all cells; the last cell of a shorter window counts more than once."""
+
+    def pool(input: Tensor, output_size: Sequence[int]) -> Any:
+        sizes = input.shape[-axes:]
+        cells = torch.arange(math.prod(sizes), device=input.device).reshape(sizes)
+        for axis, (size, count) in enumerate(zip(sizes, output_size, strict=True), start=-axes):
+            at = torch.arange(count, device=input.device)
+            starts, ends = at * size // count, ((at + 1) * size + count - 1) // count
+            widest = max(-(-size * (one + 1) // count) - size * one // count for one in range(count))
+            within = starts[:, None] + torch.arange(widest, device=input.device)
+            index = torch.minimum(within, ends[:, None] - 1).flatten()
+            input, cells = input.index_select(axis, index), cells.index_select(axis, index)
+        windows, cells = _in_windows(input, output_size), _in_windows(cells, output_size)
+        values, positions = windows.max(-1, keepdim=True)
+        return values[..., 0], cells.expand_as(windows).gather(-1, positions)[..., 0]
+
+    return pool
+
+
+def _in_windows(cells: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the cells of each window in a row, (..., counts, cells of one); there are as many in all."""
+    leading = cells.dim() - len(counts)
+    sizes = [part for count, size in zip(counts, cells.shape[leading:], strict=True) for part in (count, size // count)]
+    order = [*range(leading), *range(leading, cells.dim() + len(counts), 2)]
+    order += range(leading + 1, cells.dim() + len(counts), 2)
+    return cells.reshape(*cells.shape[:leading], *sizes).permute(order).flatten(-len(counts))
 
 
 def _along_axes(gradient: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -130,14 +190,15 @@ def _adaptive_pool_backward(axes: int) -> Callable[..., Tensor]:
 
 
 def _enlarging(operation: Any, *, aligns: bool) -> Callable[..., Tensor]:
-    """Return the transpose of an enlargement in two axes."""
+    """Return the transpose of an enlargement, by the operation on two axes."""
 
     def backward(
         gradient: Tensor, output_size: Sequence[int], input_size: Sequence[int], *rest: Any, **kwargs: Any
     ) -> Tensor:
         own, scales = (rest[:1], rest[1:]) if aligns else ((), rest)
-        scales = (*scales, kwargs.get("scales_h"), kwargs.get("scales_w"))[:2]
-        axes = zip(input_size[-2:], output_size, scales, strict=True)
+        named = [kwargs[name] for name in ("scales", "scales_d", "scales_h", "scales_w") if name in kwargs]
+        scales = (*scales, *named, *[None] * len(output_size))[: len(output_size)]
+        axes = zip(input_size[2:], output_size, scales, strict=True)
         matrices = [
             _matrix(operation, before, gradient, [after, before], *own, scale, None) for before, after, scale in axes
         ]
@@ -148,11 +209,31 @@ def _enlarging(operation: Any, *, aligns: bool) -> Callable[..., Tensor]:
 
 def _padding_backward(mode: str) -> Callable[..., Tensor]:
     def backward(gradient: Tensor, input: Tensor, padding: Sequence[int]) -> Tensor:
-        columns, rows = padding[:2], padding[2:]
-        sides = zip(input.shape[-2:], (rows, columns), strict=True)
+        pairs = list(zip(padding[::2], padding[1::2], strict=True))[::-1]  # the last axis' come first
+        sides = zip(input.shape[-len(pairs) :], pairs, strict=True)
         return _along_axes(gradient, [_matrix(F.pad, size, gradient, (0, 0, *own), mode) for size, own in sides])
 
     return backward
+
+
+def _diagonal_backward(gradient: Tensor, input_sizes: Sequence[int], offset: int, dim1: int, dim2: int) -> Tensor:
+    rows, columns = (torch.arange(input_sizes[dim], device=gradient.device) for dim in (dim1, dim2))
+    on = columns == rows[:, None] + offset
+    size = input_sizes[dim1 if offset >= 0 else dim2]  # an element's row, or its column, is its place on the diagonal
+    gradient = F.pad(gradient, (0, size - gradient.shape[-1])).unsqueeze(-1 if offset >= 0 else -2)
+    ends = dim1 % len(input_sizes), dim2 % len(input_sizes)
+    return torch.where(on, gradient, torch.zeros_like(gradient)).movedim((-2, -1), ends)
+
+
+def _unfold_backward(gradient: Tensor, input_sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    """Return the coefficients, added to the positions that windows along an axis cover."""
+    dim %= len(input_sizes)
+    windows = torch.arange(gradient.shape[dim], device=gradient.device) * step
+    positions = (windows[:, None] + torch.arange(size, device=gradient.device)).flatten()
+    rows = gradient.movedim(dim, -2).flatten(-2)
+    shape = [length for axis, length in enumerate(input_sizes) if axis != dim]
+    flat = torch.zeros([*shape, input_sizes[dim]], dtype=gradient.dtype, device=gradient.device)
+    return flat.scatter_add(-1, positions.expand_as(rows), rows).movedim(-1, dim)
 
 
 def _select_backward(gradient: Tensor, input_sizes: Sequence[int], dim: int, index: int) -> Tensor:
@@ -220,6 +301,10 @@ def _empty_strided(size: Sequence[int], stride: Sequence[int], **options: Any) -
     return torch.zeros(size, dtype=options.get("dtype"), device=options.get("device"))
 
 
+def _new_empty(input: Tensor, size: Sequence[int], **options: Any) -> Tensor:
+    return torch.zeros(size, dtype=options.get("dtype") or input.dtype, device=input.device)
+
+
 ONNX: Decompositions = {
     aten.convolution_backward.default: _convolution_backward,
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
@@ -231,8 +316,25 @@ ONNX: Decompositions = {
     aten._upsample_nearest_exact2d_backward.default: _enlarging(aten._upsample_nearest_exact2d.default, aligns=False),
     aten.upsample_bilinear2d_backward.default: _enlarging(aten.upsample_bilinear2d.default, aligns=True),
     aten.upsample_bicubic2d_backward.default: _enlarging(aten.upsample_bicubic2d.default, aligns=True),
+    aten.upsample_nearest1d_backward.default: _enlarging(aten.upsample_nearest2d.default, aligns=False),
+    aten.upsample_nearest3d_backward.default: _enlarging(aten.upsample_nearest2d.default, aligns=False),
+    aten._upsample_nearest_exact1d_backward.default: _enlarging(aten._upsample_nearest_exact2d.default, aligns=False),
+    aten._upsample_nearest_exact3d_backward.default: _enlarging(aten._upsample_nearest_exact2d.default, aligns=False),
+    aten.upsample_linear1d_backward.default: _enlarging(aten.upsample_bilinear2d.default, aligns=True),
+    aten.upsample_trilinear3d_backward.default: _enlarging(aten.upsample_bilinear2d.default, aligns=True),
+    aten._upsample_bilinear2d_aa_backward.default: _enlarging(aten._upsample_bilinear2d_aa.default, aligns=True),
+    aten._upsample_bicubic2d_aa_backward.default: _enlarging(aten._upsample_bicubic2d_aa.default, aligns=True),
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
+    aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    aten.adaptive_max_pool2d_backward.default: lambda gradient, input, at: _added(gradient, input.shape, at, 2),
+    aten.adaptive_max_pool3d_backward.default: lambda gradient, input, at: _added(gradient, input.shape, at, 3),
+    aten.reflection_pad1d_backward.default: _padding_backward("reflect"),
     aten.reflection_pad2d_backward.default: _padding_backward("reflect"),
+    aten.replication_pad1d_backward.default: _padding_backward("replicate"),
     aten.replication_pad2d_backward.default: _padding_backward("replicate"),
+    aten.replication_pad3d_backward.default: _padding_backward("replicate"),
+    aten.diagonal_backward.default: _diagonal_backward,
+    aten.unfold_backward.default: _unfold_backward,
     aten.select_backward.default: _select_backward,
     aten.slice_backward.default: _slice_backward,
     aten.native_batch_norm.default: _batch_norm,
@@ -241,4 +343,5 @@ ONNX: Decompositions = {
     aten._to_copy.default: _to_copy,
     aten.sum.dim_IntList: _sum,
     aten.empty_strided.default: _empty_strided,
+    aten.new_empty.default: _new_empty,
 }

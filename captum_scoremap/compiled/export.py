@@ -91,21 +91,45 @@ def read_back(path: Path, given: Sequence[str], names: Sequence[str]) -> Callabl
 
     Returns:
         From arguments to a list of tensors.
+
+    Raises:
+        ValueError: If onnxruntime cannot run it.
     """
     if path.suffix.lower() == ".onnx":
         options = import_extra("onnxruntime", "onnx").SessionOptions()
         options.log_severity_level = 3
-        session = import_extra("onnxruntime", "onnx").InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        with _refusals():
+            session = import_extra("onnxruntime", "onnx").InferenceSession(
+                path, options, providers=["CPUExecutionProvider"]
+            )
 
         def compute(*arguments: Tensor) -> list[Tensor]:
             feed = {name: argument.cpu().numpy() for name, argument in zip(given, arguments, strict=True)}
-            return [torch.from_numpy(one) for one in session.run(list(names), feed)]
+            with _refusals():
+                return [torch.from_numpy(one) for one in session.run(list(names), feed)]
 
         return compute
     module = torch.export.load(path).module()
     return lambda *arguments: [module(*arguments)[name] for name in names]
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Say what onnxruntime refuses, whose errors have no type in common.
+
+    Raises:
+        ValueError: If it refuses something.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        said = str(error).strip().splitlines()[0].rpartition(" : ")[2]
+        raise ValueError(
+            f"the file must run in onnxruntime, which says: {said} Compute in float32, of which it has more "
+            "operations, or export to .pt2."
+        ) from error
 
 
 def _missing(error: BaseException) -> str:

@@ -220,10 +220,12 @@ class Split(Linear):
         return [torch.cat(parts, dim)]
 
 
-def _positions(length: int, geometry: Sequence[Any], device: torch.device) -> Tensor:
-    """Return where in a row of so many elements the elements of a view by strides lie: its size, strides and offset."""
-    size, stride, *offset = geometry
-    return torch.arange(length, device=device).as_strided(size, stride, *offset or (0,)).flatten()
+def _places(device: torch.device, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:
+    """Return where in memory the elements of a view by strides lie, in their order."""
+    found = torch.full((), offset or 0, device=device)
+    for length, step in zip(size, stride, strict=True):
+        found = found[..., None] + torch.arange(length, device=device) * step
+    return found.reshape(-1)
 
 
 class AsStrided(Linear):
@@ -253,11 +255,12 @@ class AsStrided(Linear):
     @staticmethod
     def _elements(call: Call) -> Tensor:
         """Return which elements of the tensor lie where the view's do: it may lie in memory in any order."""
-        value, (size, stride, *offset) = call.values[0], call.args[1:]
-        elements = torch.arange(value.shape.numel(), device=value.device)
-        in_memory = torch.empty_strided(value.shape, value.stride, dtype=elements.dtype, device=value.device)
-        in_memory.copy_(elements.view(value.shape))
-        return in_memory.as_strided(size, stride, *offset or (0,)).flatten()
+        value = call.values[0]
+        places = _places(value.device, value.shape, value.stride)
+        length = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride, strict=True))
+        memory = torch.zeros(max(length, 0), dtype=places.dtype, device=value.device)
+        memory = memory.index_copy(0, places, torch.arange(value.shape.numel(), device=value.device))
+        return memory.index_select(0, _places(value.device, *call.args[1:]))
 
 
 class AsStridedScatter(Linear):
@@ -270,7 +273,7 @@ class AsStridedScatter(Linear):
     def apply(self, call: Call, state: None) -> Tensor:
         """Put the source where the view lies."""
         row, source, *geometry = call.args
-        positions = _positions(row.numel(), geometry, row.device)
+        positions = _places(row.device, *geometry)
         output: Tensor = row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
         return output
 
@@ -280,7 +283,7 @@ class AsStridedScatter(Linear):
         if gradient is None:
             return [None] * len(call.values)
         row, source, *geometry = call.args
-        positions = _positions(row.shape.numel(), geometry, gradient.device)
+        positions = _places(gradient.device, *geometry)
         found: list[Tensor | None] = []
         if isinstance(row, Value):
             found.append(gradient.reshape(-1).index_fill(0, positions, 0).reshape(row.shape))
