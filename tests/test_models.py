@@ -261,6 +261,9 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"must be a state dict .* a list"):
         load_model("torchvision:squeezenet1_1", str(path))
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save, .* empty or cut off"):
+        load_model("torchvision:squeezenet1_1", str(path))
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save"):
         load_model("torchvision:squeezenet1_1", str(path))
@@ -271,6 +274,12 @@ def test_a_pickled_model_is_not_run(tmp_path: Path) -> None:
     torch.save(resnet18(), path)
     with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save"):
         load_model("torchvision:resnet18", str(path))
+
+
+def test_a_folder_without_its_source(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"Did you mean 'transformers:"):
+        load_model(str(tmp_path))
 
 
 def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

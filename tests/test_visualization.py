@@ -288,6 +288,12 @@ def test_titles_say_how_the_score_adds_up(image: Tensor) -> None:
     assert [ax.get_title() for ax in axes] == ["", "conv\nΣ A·Y = 6.00", "pool\nΣ A·Y = −1.25"]
 
 
+def test_long_names_break_after_dots(image: Tensor) -> None:
+    name = "vit.embeddings.patch_embeddings.projection"
+    _, axes = visualize_layer_score_maps({name: torch.zeros(2, 2)}, image)
+    assert axes[1].get_title().splitlines()[:2] == ["vit.embeddings.", "patch_embeddings.projection"]
+
+
 def test_crops_show_their_pixels(image: Tensor) -> None:
     boxes = torch.tensor([[4, 2, 24, 18], [0, 0, 48, 32]])
     _, axes = visualize_crops(image, torch.ones(2, 2), boxes, title="stripes")

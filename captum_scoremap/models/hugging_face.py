@@ -40,7 +40,7 @@ def load_transformers(name: str, weights: str) -> LoadedModel:
     transformers = import_extra("transformers", "transformers")
     if weights not in {"default", "none"}:
         raise ValueError(f"weights of {name} must be default, none or a state-dict file, got {weights!r}.")
-    with seeded(), readable_download(name):
+    with seeded(), readable_download(name, "a folder that save_pretrained wrote"):
         config = transformers.AutoConfig.from_pretrained(name)
         known = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
         if type(config) not in known:

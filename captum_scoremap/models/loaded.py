@@ -99,12 +99,12 @@ def seeded() -> Iterator[None]:
 
 
 @contextmanager
-def readable_download(name: str) -> Iterator[None]:
+def readable_download(name: str, instead: str = "none or a file") -> Iterator[None]:
     """Say what to do where the weights of a zoo cannot be fetched."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"weights of {name} must be on the network or in the cache, got {reason}. Use none or a file."
+            f"weights of {name} must be on the network or in the cache, got {reason.rstrip('.')}. Use {instead}."
         ) from error

@@ -77,7 +77,7 @@ def load_model(
     else:
         raise ValueError(
             f"model must be {' or '.join(efficientnet_lite.NAMES)}, torchvision:NAME, timm:NAME, "
-            f"transformers:NAME or module.path:callable, got {name!r}.{_nearest_model(name)}"
+            f"transformers:NAME_OR_FOLDER or module.path:callable, got {name!r}.{_nearest_model(name)}"
         )
     model = replace(model, name=name)
     if path:
@@ -88,9 +88,11 @@ def load_model(
 
 
 def _nearest_model(name: str) -> str:
-    """Return suggestions for a name without a source; a bare torchvision name is the most common slip."""
+    """Return suggestions for a name without a source; bare torchvision names and folders are the most common slips."""
     if name in list_models():
         return f" Did you mean 'torchvision:{name}'?"
+    if Path(name, "config.json").is_file():
+        return f" Did you mean 'transformers:{name}'?"
     return nearest(name, efficientnet_lite.NAMES)
 
 
@@ -248,7 +250,7 @@ def _load_file(model: LoadedModel, path: Path) -> None:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0] if str(error) else "the file is empty or cut off"  # EOFError has no text
         raise ValueError(f"weights must be a state dict saved by torch.save, got {str(path)!r}: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

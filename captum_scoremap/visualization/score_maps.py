@@ -25,6 +25,9 @@ from .style import DEFAULT_STYLE, MapStyle
 
 __all__ = ["visualize_layer_score_maps", "visualize_score_map"]
 
+_TITLE_WIDTH = 30
+"""Characters in a line of a title."""
+
 
 def visualize_score_map(
     score_map: Map,
@@ -187,8 +190,18 @@ def visualize_layer_score_maps(
             lines = _what_a_score_map_holds(total, score, (biases or {}).get(layer))
         else:
             lines = _what_a_complete_map_holds(total, score, placeless.get(layer))
-        ax.set_title("\n".join([layer, *lines]), fontsize="medium")
+        ax.set_title("\n".join([_broken(layer), *lines]), fontsize="medium")
     return figure, axes
+
+
+def _broken(name: str) -> str:
+    """Break a long name of a layer after dots, so that it stays above its own map."""
+    lines = [""]
+    for part in name.replace(".", ".\n").splitlines():
+        if lines[-1] and len(lines[-1] + part) > _TITLE_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _what_a_score_map_holds(total: float, score: float | Tensor | None, bias: float | Tensor | None) -> list[str]:
