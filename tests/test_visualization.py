@@ -29,6 +29,7 @@ from captum_scoremap.visualization import (
     visualize_patches,
     visualize_score_map,
 )
+from captum_scoremap.visualization.drawing import share_text
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -506,3 +507,17 @@ def test_the_box_is_what_the_preprocessing_cuts_out(size: tuple[int, int]) -> No
     for channel, start, end, length in ((0, x0, x1, size[0]), (1, y0, y1, size[1])):
         assert float(seen[channel].min()) == pytest.approx(start / length, abs=0.02)
         assert float(seen[channel].max()) == pytest.approx(end / length, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("part", "score", "text"),
+    [
+        (1.0, 2.0, "50% of S"),
+        (-3.0, 2.0, "−150% of S"),
+        (-19.98, 2.0, "−999% of S"),
+        (165.3, -1.0, "−165 times S"),
+        (0.0, 0.0, "all of S"),
+    ],
+)
+def test_a_share_of_a_score_near_zero_is_no_percentage(part: float, score: float, text: str) -> None:
+    assert share_text(part, score) == text

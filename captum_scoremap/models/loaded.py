@@ -86,7 +86,7 @@ class LoadedModel:
         if len(matches) > 1:
             raise ValueError(f"label must be unique, got {label!r}, the name of {matches}. Use the index.")
         if not matches:
-            raise ValueError(f"label must be one of {self.name}, got {label!r}.{nearest(label, self.labels)}")
+            raise ValueError(f"label must be one of {self.name}'s, got {label!r}.{nearest(label, self.labels)}")
         return matches[0]
 
 

@@ -147,7 +147,11 @@ def number_text(value: float | Tensor) -> str:
     return f"{rounded:.2f}".replace("-", "−")
 
 
-def percent_text(part: float, score: float | Tensor) -> str:
-    """Write a part of the score as a percentage of it."""
+def share_text(part: float, score: float | Tensor) -> str:
+    """Write a part of the score as a percentage of it, or, from ten times the score on, as so many times it."""
     whole = torch.as_tensor(score).detach().item()
-    return f"{100 * part / whole + 0.0:.0f}%".replace("-", "−") if whole else "all"
+    if not whole:
+        return "all of S"
+    share = part / whole
+    text = f"{100 * share + 0.0:.0f}% of" if abs(share) < 10 else f"{share:.3g} times"
+    return f"{text.replace('-', '−')} S"

@@ -20,7 +20,7 @@ from .checked import (
     checked_map,
     checked_picture,
 )
-from .drawing import AnyFigure, axes_grid, draw_box, draw_map, draw_picture, number_text, percent_text
+from .drawing import AnyFigure, axes_grid, draw_box, draw_map, draw_picture, number_text, share_text
 from .style import DEFAULT_STYLE, MapStyle
 
 __all__ = ["visualize_layer_score_maps", "visualize_score_map"]
@@ -213,14 +213,14 @@ def _what_a_score_map_holds(total: float, score: float | Tensor | None, bias: fl
         return lines
     if torch.as_tensor(bias).abs() > torch.as_tensor(score).abs():
         return [*lines, "|B| > |S|: most of S is in B"]
-    return [*lines, f"{percent_text(total, score)} of S is here"]
+    return [*lines, f"{share_text(total, score)} is here"]
 
 
 def _what_a_complete_map_holds(
     total: float, score: float | Tensor | None, placeless: float | Tensor | None
 ) -> list[str]:
     """Return how much of S a complete map shows: sum of C + placeless = S, and how much of it the map shows."""
-    share = "" if score is None else f" ({percent_text(total, score)} of S)"
+    share = "" if score is None else f" ({share_text(total, score)})"
     rest = "0.00" if placeless is None else number_text(placeless)
     lines = [f"Σ C = {number_text(total)}{share}"]
     return lines if rest == "0.00" else [*lines, f"placeless: {rest}"]
