@@ -19,6 +19,7 @@ from torch import Tensor
 
 from captum_scoremap import ScoreMap, UnsupportedOperationError, compile_map
 from captum_scoremap.compiled.export import read_back
+from tests.tables import Table
 from tests.zoo import PIECEWISE_LINEAR, SMOOTH, entry, random_entry
 
 NAMES = ("scores", "map", "bias", "residual")
@@ -75,19 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
     options = parser.parse_args(arguments)
     versions = {name: version(name).partition("+")[0] for name in ("torch", "onnxruntime")}
-    text = HEADER.format(**versions)
-    before = options.out.read_text(encoding="utf-8") if options.out is not None and options.out.exists() else ""
-    if before.startswith(text):  # of the same versions: a run that was stopped goes on
-        text = before
-    print(text, end="")
+    table = Table(HEADER.format(**versions), options.out)
     for name in options.names:
-        if f"| {name} |" in text:
-            continue
-        row = f"| {name} | {' | '.join(measure(name))} |"
-        print(row, flush=True)
-        text += row + "\n"
-        if options.out is not None:
-            options.out.write_text(text, encoding="utf-8")
+        if not table.has(name):
+            table.add(f"| {name} | {' | '.join(measure(name))} |")
 
 
 if __name__ == "__main__":

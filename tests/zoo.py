@@ -34,6 +34,7 @@ from captum_scoremap.linear import explain_completely
 from captum_scoremap.scores import logits_in
 from tests import hugging_face
 from tests.layers import called_once
+from tests.tables import Table
 
 MANY = 1_000_003  # random numbers; tensors with more repeat them
 LARGEST_IMAGE = 500 * 500  # pixels that fit in memory in float64
@@ -534,16 +535,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entries = itertools.chain.from_iterable(entries_of(zoo, options.models) for zoo in options.zoo)
     versions = [f", {zoo} {importlib.import_module(zoo).__version__}" for zoo in options.zoo if zoo != "torchvision"]
     text = HEADER.format(torch=torch.__version__, torchvision=torchvision.__version__, timm="".join(versions))
-    before = options.out.read_text(encoding="utf-8") if options.out is not None and options.out.exists() else ""
-    if before.startswith(text):  # of the same versions: a run that was stopped goes on
-        text = before
-    print(text, end="")
-    known = {words[1].rstrip("*") for words in map(str.split, text.splitlines()) if len(words) > 1}
-    for row in measured((item for item in entries if str(item).split()[0] not in known), options.layers):
-        print(line(row), flush=True)
-        text += line(row) + "\n"
-        if options.out is not None:
-            options.out.write_text(text, encoding="utf-8")
+    table = Table(text, options.out)
+    for row in measured((item for item in entries if not table.has(str(item))), options.layers):
+        table.add(line(row))
 
 
 if __name__ == "__main__":

@@ -103,15 +103,14 @@ def _convolution_backward(
     return found, None, None
 
 
-def _max_pool_backward(gradient: Tensor, input: Tensor, *arguments: Any) -> Tensor:
-    """Return the coefficients, added to the positions that the maxima were taken from."""
-    return _added(gradient, input.shape, arguments[-1], 2)
+def _max_pool_backward(axes: int) -> Callable[..., Tensor]:
+    def backward(gradient: Tensor, input: Tensor, *arguments: Any) -> Tensor:
+        """Return the coefficients, added to the positions that the maxima were taken from."""
+        flat = torch.zeros(input.shape, dtype=gradient.dtype, device=gradient.device).flatten(-axes)
+        found = flat.scatter_add(-1, arguments[-1].flatten(-axes), gradient.flatten(-axes))
+        return found.reshape(input.shape)
 
-
-def _added(gradient: Tensor, shape: Sequence[int], positions: Tensor, axes: int) -> Tensor:
-    """Return the coefficients, added to positions among the cells of the last axes."""
-    flat = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device).flatten(-axes)
-    return flat.scatter_add(-1, positions.flatten(-axes), gradient.flatten(-axes)).reshape(shape)
+    return backward
 
 
 def _adaptive_max_pool(axes: int) -> Callable[..., Any]:
@@ -307,7 +306,7 @@ def _new_empty(input: Tensor, size: Sequence[int], **options: Any) -> Tensor:
 
 ONNX: Decompositions = {
     aten.convolution_backward.default: _convolution_backward,
-    aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+    aten.max_pool2d_with_indices_backward.default: _max_pool_backward(2),
     aten.avg_pool2d_backward.default: _average_pool_backward,
     aten.avg_pool3d_backward.default: _average_pool_backward,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward(2),
@@ -326,8 +325,8 @@ ONNX: Decompositions = {
     aten._upsample_bicubic2d_aa_backward.default: _enlarging(aten._upsample_bicubic2d_aa.default, aligns=True),
     aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
     aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
-    aten.adaptive_max_pool2d_backward.default: lambda gradient, input, at: _added(gradient, input.shape, at, 2),
-    aten.adaptive_max_pool3d_backward.default: lambda gradient, input, at: _added(gradient, input.shape, at, 3),
+    aten.adaptive_max_pool2d_backward.default: _max_pool_backward(2),
+    aten.adaptive_max_pool3d_backward.default: _max_pool_backward(3),
     aten.reflection_pad1d_backward.default: _padding_backward("reflect"),
     aten.reflection_pad2d_backward.default: _padding_backward("reflect"),
     aten.replication_pad1d_backward.default: _padding_backward("replicate"),

@@ -55,34 +55,36 @@ class _Weights(NamedTuple):
         return cls(*plain)._replace(projection=tensors[-1] if is_projected else None)
 
 
-def _through(inputs: Sequence[Tensor], weights: _Weights, state: _State, step: _Step) -> tuple[list[Tensor], _State]:
+def _through(
+    inputs: Tensor, sizes: Sequence[int], weights: _Weights, state: _State, step: _Step, *, is_reversed: bool
+) -> tuple[Tensor, _State]:
     """Go through sequences, the last of which may end on the way, or begin, where they are of several lengths.
 
     Args:
-        inputs: The steps, (n, C) each: those of the first n sequences.
+        inputs: The steps, one after another, (rows, C).
+        sizes: Rows of each step, those of the first sequences.
         weights: The weights.
         state: The state before, (N, H), of all sequences.
         step: From the products and the state to the next state.
+        is_reversed: Whether to begin at the end.
 
     Returns:
-        The hidden state of each step, (n, H); and the state at each sequence's end.
+        The hidden state of each step, (rows, H); and the state at each sequence's end.
     """
+    products = F.linear(inputs, weights.entering, weights.entering_bias).split(list(sizes))
+    way = -1 if is_reversed else 1
     outputs: list[Tensor] = []
     whole = state
-    for entering in inputs:
+    for entering in products[::way]:
         count = len(entering)
         now = tuple(one[:count] for one in whole)
-        after = step(
-            F.linear(entering, weights.entering, weights.entering_bias),
-            F.linear(now[0], weights.recurring, weights.recurring_bias),
-            now,
-        )
+        after = step(entering, F.linear(now[0], weights.recurring, weights.recurring_bias), now)
         if weights.projection is not None:
             after = (after[0] @ weights.projection.t(), *after[1:])
         outputs.append(after[0])
         is_all = count == len(whole[0])
         whole = after if is_all else tuple(map(torch.cat, zip(after, (one[count:] for one in whole), strict=True)))
-    return outputs, whole
+    return torch.cat(outputs[::way]), whole
 
 
 def _cudnn_rnn(
@@ -112,8 +114,10 @@ def _cudnn_rnn(
         raise NotImplementedError(
             "cuDNN keeps to itself what dropout between recurrent layers drops. Call model.eval()."
         )
-    axis = 1 if batch_first else 0
-    steps = list(input.split(list(batch_sizes)) if batch_sizes else input.unbind(axis))
+    is_transposed = batch_first and not batch_sizes  # what is packed has its steps first
+    by_step = input.transpose(0, 1) if is_transposed else input
+    sizes = batch_sizes or [by_step.shape[1]] * by_step.shape[0]
+    steps = by_step if batch_sizes else by_step.flatten(0, 1)
     states: list[_State] = []
     for _ in range(num_layers):
         outputs = []
@@ -121,11 +125,12 @@ def _cudnn_rnn(
             at = len(states)
             weights = _Weights.of(weight[at * weight_stride0 : (at + 1) * weight_stride0], proj_size > 0)
             before = (hx[at],) if cx is None else (hx[at], cx[at])
-            found, after = _through(steps[::-1] if is_reversed else steps, weights, before, _STEPS[mode])
-            outputs.append(found[::-1] if is_reversed else found)
+            found, after = _through(steps, sizes, weights, before, _STEPS[mode], is_reversed=is_reversed)
+            outputs.append(found)
             states.append(after)
-        steps = [torch.cat(pair, -1) for pair in zip(*outputs, strict=True)]
-    output = torch.cat(steps) if batch_sizes else torch.stack(steps, axis)
+        steps = torch.cat(outputs, -1)
+    output = steps if batch_sizes else steps.unflatten(0, by_step.shape[:2])
+    output = output.transpose(0, 1) if is_transposed else output
     nothing = input.new_empty(0)
     hidden, cell, *_ = (*map(torch.stack, zip(*states, strict=True)), nothing)
     return output, hidden, cell, nothing, nothing
@@ -152,9 +157,11 @@ def _mkldnn_rnn_layer(
     """One layer of an LSTM in one direction, (steps, N, C)."""
     weights = _Weights(weight0, weight1, *((weight2, weight3) if has_biases else ()))
     before = tuple(one.reshape(one.shape[-2:]) for one in (hx_, cx_))
-    steps = input.unbind(0)
-    outputs, (hidden, cell) = _through(steps[::-1] if reverse else steps, weights, before, _lstm_step)
-    found = torch.stack(outputs[::-1] if reverse else outputs)
+    count, images = input.shape[:2]
+    found, (hidden, cell) = _through(
+        input.flatten(0, 1), [images] * count, weights, before, _lstm_step, is_reversed=reverse
+    )
+    found = found.unflatten(0, (count, images))
     return found, hidden[None], cell[None], input.new_empty(0)
 
 

@@ -148,10 +148,6 @@ def zennit_input(subject: Subject) -> Job:
     return job
 
 
-def our_input(subject: Subject) -> Job:
-    return lambda: ScoreMap(subject.model).attribute(subject.inputs, LABEL)
-
-
 # One map at a layer
 
 
@@ -181,15 +177,7 @@ def captum_layers(subject: Subject) -> Job:
     return lambda: LayerGradientXActivation(subject.model, subject.layers).attribute(subject.inputs, LABEL)
 
 
-def our_layers(subject: Subject) -> Job:
-    return lambda: LayerScoreMap(subject.model, subject.layers).attribute(subject.inputs, LABEL)
-
-
 # Complete maps, and compiled ones
-
-
-def our_complete(subject: Subject) -> Job:
-    return lambda: CompleteScoreMap(subject.model).attribute(subject.inputs, LABEL)
 
 
 METHODS: dict[str, Callable[[Subject], Method]] = {
@@ -199,15 +187,17 @@ METHODS: dict[str, Callable[[Subject], Method]] = {
 }
 
 
-def compiled(kind: str, mode: Mode = "default") -> Callable[[Subject], Job]:
-    def build(subject: Subject) -> Job:
+def ours(kind: str) -> dict[str, Callable[[Subject], Job]]:
+    """Our map as it is, compiled, and compiled and replayed."""
+
+    def plainly(subject: Subject) -> Job:
+        return lambda: METHODS[kind](subject).attribute(subject.inputs, LABEL)
+
+    def compiled(mode: Mode, subject: Subject) -> Job:
         return partial(compile_map(METHODS[kind](subject), subject.inputs, LABEL, mode=mode), subject.inputs, LABEL)
 
-    return build
-
-
-def compiling(kind: str) -> dict[str, Callable[[Subject], Job]]:
-    return {"compiled": compiled(kind), "replayed": compiled(kind, "reduce-overhead")}
+    modes: dict[str, Mode] = {"compiled": "default", "replayed": "reduce-overhead"}
+    return {"ours": plainly, **{who: partial(compiled, mode) for who, mode in modes.items()}}
 
 
 # All labels, and some
@@ -279,10 +269,10 @@ def importing(module: str) -> Callable[[Subject], Job]:
 
 PASSES = {"plain": plain, "inference": inference}
 KINDS: dict[str, dict[str, Callable[[Subject], Job]]] = {
-    "input": {**PASSES, "captum": captum_input, "zennit": zennit_input, "ours": our_input, **compiling("input")},
-    "complete": {**PASSES, "ours": our_complete, **compiling("complete")},
+    "input": {**PASSES, "captum": captum_input, "zennit": zennit_input, **ours("input")},
+    "complete": {**PASSES, **ours("complete")},
     "layer": {**PASSES, "captum": captum_layer, "grad-cam": grad_cam_layer, "ours": our_layer},
-    "layers": {**PASSES, "captum": captum_layers, "ours": our_layers, **compiling("layers")},
+    "layers": {**PASSES, "captum": captum_layers, **ours("layers")},
     "labels": {**PASSES, "captum": captum_labels, "ours": our_labels},
     "ten labels": {**PASSES, "captum": captum_ten, "ours": our_ten},
     "audit": {"plain": raw_throughput, "ours": our_audit},
