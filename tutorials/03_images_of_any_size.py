@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 3. Images of any size
 #
-# Most classifiers take one **view** of fixed size: 224 × 224 pixels, cut from the middle of a photograph. The rest of
-# it never reaches the network. The paper (Yu et al. 2015, Section 2.1) scores *all* views of an image at once, and
-# keeps everything linear while doing so. Here we build that from a network that reads single digits, let it loose on a
+# Most classifiers take one **view** of fixed size, cut from the middle of a photograph. The rest of it never reaches
+# the network. The paper (Yu et al. 2015, Section 2.1) scores *all* views of an image at once, and keeps everything
+# linear while doing so. Here we build that from a network that reads single digits, let it loose on a
 # whole canvas of them, and ask where on the canvas it saw a six. At the end, the same with a photograph.
 
 # %%
@@ -20,7 +20,7 @@ from captum_scoremap.visualization import visualize_crops, visualize_score_map
 # %% [markdown]
 # ## A network that reads one digit
 #
-# scikit-learn carries 1797 handwritten digits of 8 × 8 pixels. Ten labels are one for each digit. An eleventh,
+# scikit-learn carries handwritten digits of 8 × 8 pixels. Ten labels are one for each digit. An eleventh,
 # *nothing*, is for views that show no digit or only a part of one. We make examples by shifting digits: one pixel to
 # the side is still the digit, three pixels or more are nothing.
 

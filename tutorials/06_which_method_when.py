@@ -281,7 +281,7 @@ assert kept["control: edges"].min() > 0.99
 # %% [markdown]
 # The controls cannot pass: they never looked at the network, so all of their map remains. A method near their 1.00
 # would be a picture of the image, not of the network. This test says who fails, not who is good; and with two
-# photographs, and 49 cells in the last layer's map, a correlation of 0.3 is nothing yet.
+# photographs, and the few cells of the last layer's map, a correlation of 0.3 is nothing yet.
 #
 # ## The table
 #
