@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
-from captum_scoremap.rules import with_rules
+from captum_scoremap.rules import Call, Gate, with_rules
 from captum_scoremap.tape import Recording
 from captum_scoremap.tape.memory import are_apart, geometry
 from tests.state import untouched
@@ -670,3 +671,43 @@ def test_places_that_are_said_to_be_apart_are(data: st.DataObject) -> None:
 )
 def test_places_that_are_no_boxes_are_never_said_to_be_apart(one: Tensor, other: Tensor) -> None:
     assert not are_apart(geometry(one), geometry(other))
+
+
+# --- what is held -------------------------------------------------------------------------------------
+
+
+class Watch(nn.Module):
+    """Passes a tensor on, and tells later whether its memory is still there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = StorageWeakRef(x.untyped_storage())
+        return x * 1
+
+    @property
+    def is_there(self) -> bool:
+        return not self.seen.expired()
+
+
+def test_what_the_model_is_done_with_is_freed_before_the_next_layer_runs() -> None:
+    watch, found = Watch(), []
+    layer = nn.Conv2d(1, 2, 3)
+    model = nn.Sequential(layer, nn.ReLU(inplace=True), watch, nn.Sigmoid(), nn.Flatten(), nn.Linear(32, 2))
+    model[3].register_forward_hook(lambda *_: found.append(watch.is_there))
+    LayerScoreMap(model, [layer]).attribute(torch.rand(1, 1, 6, 6), 1)
+    assert found == [False]
+
+
+def test_activations_are_freed_once_their_map_is_made() -> None:
+    found = []
+
+    class Noting(Gate):
+        def transpose(self, call: Call, state: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+            found.append((early.is_there, late.is_there))
+            return super().transpose(call, state, gradients)
+
+    early, late = Watch(), Watch()
+    layers = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)
+    model = nn.Sequential(layers[0], early, nn.Sigmoid(), layers[1], late, nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    rules = {"sigmoid": Noting(0.5)}
+    LayerScoreMap(model.eval(), list(layers), rules=rules).attribute(torch.rand(1, 1, 6, 6), 1)
+    assert found == [(True, False)]

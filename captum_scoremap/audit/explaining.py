@@ -1,6 +1,6 @@
 """What one batch of images yields: scores, and score maps of each chosen layer for the labels of interest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.layout import main_layers, map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction, ledgers
-from captum_scoremap.rules import with_rules
+from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.scores import logits_in
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
@@ -258,7 +258,7 @@ def _sub_scores(
     """
     output = tape.value_of_output()
     reductions = {layer: Reduction(channel_dim=None if every_channel else layer.channel_dim) for layer in layers}
-    wanted = {
+    wanted: dict[Value, Callable[[Tensor], Tensor]] = {
         tapped.values[0]: partial(reductions[layer], activations=tapped.activations[0])
         for layer, tapped in layers.items()
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
-from captum_scoremap.rules import Rule, display_name, tensors_in
+from captum_scoremap.rules import Rule, Value, display_name, tensors_in
 from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Recording, Step, as_tuple_of_arguments
 
@@ -93,8 +93,8 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     seed = recording.tape.output_values.get(id(score))
     if seed is None:
         return {}
-    wanted = {
-        value: (lambda a, o=constant: torch.where(a == 0, 0, a * o).sum())  # o is infinite where a mask makes it so
+    wanted: dict[Value, Callable[[Tensor], Tensor]] = {
+        value: partial(_product, constant)
         for step, parts in constants.items()
         for value, constant in zip(step.outputs, parts, strict=False)
         if constant is not None
@@ -111,6 +111,11 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
                 share = found_shares[value].to(score.dtype)
                 shares[name] = shares[name] + share if name in shares else share
     return shares
+
+
+def _product(constant: Tensor, coefficients: Tensor) -> Tensor:
+    """Return the sum of A·o; o is infinite where a mask, for which A is zero, makes it so."""
+    return torch.where(coefficients == 0, 0, coefficients * constant).sum()
 
 
 def names_of_steps(recording: Recording) -> Callable[[Step], str]:

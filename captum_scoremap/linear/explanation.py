@@ -67,15 +67,19 @@ class Explanation:
         """Take the coefficients at all sites in one pass over the transposed steps."""
         wanted: dict[Value, Callable[[Tensor], Tensor]] = {}
         for site in self._sites:
-            for value, y in zip(self.tapped(site).values, self.activations(site), strict=True):
-                wanted[value] = self._reduction.at(y)
+            tapped = self.tapped(site)
+            wanted |= {v: self._reduction.at(y) for v, y in zip(tapped.values, self.activations(site), strict=True)}
+            if consume:
+                tapped.release()  # so that each Y is freed once its map is made
         found = self.tape.transposed(self.seeds(torch.ones_like(self.score)), wanted, consume=consume)
         for site in self._sites:
             tapped = self.tapped(site)
             self.reached[site] = any(value in found for value in tapped.values)
             self.results[site] = tuple(
-                found[value] if value in found else y.new_zeros(self._reduction.shape(y))
-                for value, y in zip(tapped.values, self.activations(site), strict=True)
+                found[value]
+                if value in found
+                else torch.zeros(self._reduction.shape(value), dtype=value.dtype, device=value.device)
+                for value in tapped.values
             )
 
     def seeds(self, weights: Tensor) -> dict[Value, Tensor]:

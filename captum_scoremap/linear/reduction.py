@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_scoremap.rules import Value
+
 __all__ = ["Reduction", "image_sums"]
 
 # Bytes from which products are taken image by image: fresh memory of that size costs more than the arithmetic.
@@ -25,11 +27,11 @@ class Reduction:
     multiply: bool = True
     channel_dim: int | Callable[[Sequence[int]], int] | None = None
 
-    def channels(self, activations: Tensor) -> int | None:
+    def channels(self, activations: Tensor | Value) -> int | None:
         """Return the dimension to sum over; None to sum over none."""
         return self.channel_dim(activations.shape) if callable(self.channel_dim) else self.channel_dim
 
-    def shape(self, activations: Tensor) -> torch.Size:
+    def shape(self, activations: Tensor | Value) -> torch.Size:
         """Shape of the result."""
         shape, channels = list(activations.shape), self._channels(activations)
         if channels is not None:
@@ -53,9 +55,9 @@ class Reduction:
         """Return the function from coefficients A to the result, for given activations Y."""
         return lambda coefficients: self(coefficients, activations)
 
-    def _channels(self, activations: Tensor) -> int | None:
+    def _channels(self, activations: Tensor | Value) -> int | None:
         """Return the dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
-        dims, channels = activations.dim(), self.channels(activations)
+        dims, channels = activations.ndim, self.channels(activations)
         return None if channels is None or not -dims <= channels < dims else channels % dims - dims
 
 

@@ -1,7 +1,7 @@
 """Calls of operations, and the live values they read and make."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -143,18 +143,16 @@ class Call:
         """Return the same call with tensors in place of its live arguments, in order."""
         live = tuple(tensors)
         remaining = iter(live)
-        symbols = self.live
-
-        def fill(argument: Any) -> Any:
-            if any(argument is symbol for symbol in symbols):
-                return next(remaining)
-            if isinstance(argument, (tuple, list)):
-                return type(argument)(map(fill, argument))
-            return argument
-
-        args = tuple(map(fill, self.args))
-        kwargs = {name: fill(argument) for name, argument in self.kwargs.items()}
+        args = tuple(self._filled(argument, remaining) for argument in self.args)
+        kwargs = {name: self._filled(argument, remaining) for name, argument in self.kwargs.items()}
         return Call(self.operation, args, kwargs, live, self.values)
+
+    def _filled(self, argument: Any, tensors: Iterator[Tensor]) -> Any:
+        if any(argument is symbol for symbol in self.live):
+            return next(tensors)
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self._filled(item, tensors) for item in argument)
+        return argument
 
 
 def tensors_in(value: object) -> list[Tensor]:

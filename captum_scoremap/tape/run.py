@@ -90,6 +90,12 @@ class Tapped:
         """Y, as it was when it passed."""
         return tuple(kept.tensor for kept in self._kept)
 
+    def release(self) -> None:
+        """Hold on to Y no longer; what is still to be read of it has it."""
+        for kept in self._kept:
+            del kept.tensor
+        self._kept = ()
+
 
 class _Operation:
     """What is known of an ATen overload: its rule, its out-of-place form, where its tensors are, what it changes."""
@@ -616,19 +622,11 @@ class Recording(TorchDispatchMode):
     def _release_constants(self, target: Tensor, changing: Step | None = None) -> None:
         """Copy a constant that steps refer to, and the one that is about to change it."""
         address = target.untyped_storage()._cdata
-
-        def copied(argument: Any) -> Any:
-            if isinstance(argument, Tensor) and argument.untyped_storage()._cdata == address:
-                return argument.clone()
-            if type(argument) is list or type(argument) is tuple:
-                return type(argument)(map(copied, argument))
-            return argument
-
         changing_too = [changing] if changing is not None and not isinstance(changing.rule, Copy) else []
         for step in (*self.tape.steps, *changing_too):
             if len(step.values) < len(step.args) + len(step.kwargs):
-                step.args = tuple(map(copied, step.args))
-                step.kwargs = {name: copied(argument) for name, argument in step.kwargs.items()}
+                step.args = tuple(_copied(argument, address) for argument in step.args)
+                step.kwargs = {name: _copied(argument, address) for name, argument in step.kwargs.items()}
 
     def _without_rule(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
@@ -716,11 +714,15 @@ class Recording(TorchDispatchMode):
 
         def tapped(tensor: Tensor) -> Tensor:
             numbers = self._real.of(tensor)
-            if numbers is not None:
-                with unrecorded():
-                    again = tensor.clone()
-                self._real.stand(again, tapped(numbers))
-                return again
+            if numbers is None:
+                return begun(tensor)
+            with unrecorded():
+                again = tensor.clone()
+            self._real.stand(again, begun(numbers))
+            return again
+
+        # not one function that calls itself: it would hold itself, and the tensors, until the collector comes
+        def begun(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 return tensor
             if id(tensor) not in taps:
@@ -788,6 +790,15 @@ class Recording(TorchDispatchMode):
                         f"{where} must return the operation's value at the image, got a relative difference of "
                         f"{float(difference):.1e}. Check that apply(call, freeze(call)) equals call.run()."
                     )
+
+
+def _copied(argument: Any, address: int) -> Any:
+    """Return an argument with copies of its tensors that lie in some memory."""
+    if isinstance(argument, Tensor) and argument.untyped_storage()._cdata == address:
+        return argument.clone()
+    if type(argument) is list or type(argument) is tuple:
+        return type(argument)(_copied(item, address) for item in argument)
+    return argument
 
 
 @contextmanager

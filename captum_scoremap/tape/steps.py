@@ -174,7 +174,7 @@ class Tape:
     def transposed(
         self,
         seeds: Mapping[Value, Tensor],
-        wanted: Mapping[Value, Callable[[Tensor], Tensor]],
+        wanted: dict[Value, Callable[[Tensor], Tensor]],
         *,
         consume: bool = False,
         everywhere: bool = False,
@@ -185,7 +185,7 @@ class Tape:
         Args:
             seeds: Coefficients of the score in the values it is read from.
             wanted: Values whose coefficients are asked for, each with what to make of them.
-            consume: Whether to free each step once it is used.
+            consume: Whether to empty the list of steps and ``wanted`` on the way, so that what is used is freed.
             everywhere: Whether to go down to the inputs, even where nothing wanted depends on them.
             visit: Called for each step on the way with the coefficients of its outputs and of its live arguments.
 
@@ -204,7 +204,7 @@ class Tape:
             gradients = tuple(coefficients.pop(value, None) for value in step.outputs)
             for value, gradient in zip(step.outputs, gradients, strict=True):
                 if gradient is not None and value in wanted:
-                    found[value] = wanted[value](gradient)
+                    found[value] = (wanted.pop(value) if consume else wanted[value])(gradient)
             if all(gradient is None for gradient in gradients):
                 continue
             shares = step.rule.transpose(step, step.frozen(), gradients)
