@@ -16,6 +16,9 @@ Backend = Literal["inductor", "graph"]
 Mode = Literal["default", "reduce-overhead"]
 Program = Callable[..., Sequence[Tensor]]
 
+# Else the maps of all layers are made at the end, and every A and Y is held until then.
+_OPTIONS = {"reorder_for_locality": False}
+
 
 def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Program:
     """Return what runs a graph.
@@ -37,7 +40,7 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that TF32 would be faster
             example: list[Any] = [*arguments, *graph.read()]
-            program: Any = inductor.compile(hold_masks(graph.module, example), example)
+            program: Any = inductor.compile(hold_masks(graph.module, example), example, options=_OPTIONS)
             program(*example)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
