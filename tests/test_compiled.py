@@ -471,7 +471,7 @@ def test_without_a_compiler_the_plain_graph_runs(
     import torch._inductor
     from torch._inductor.exc import InvalidCxxCompiler
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(torch._inductor, "compile", broken)
