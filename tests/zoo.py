@@ -386,8 +386,10 @@ def completeness(
 def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """B of every layer, (1,): the score of the frozen model with that layer's output at zero.
 
-    Many layers go together in one batch of copies of the image, each at zero in the copy of its own. Ordinary
-    forward hooks do it, not the package: the frozen model shares the factors that they multiply by.
+    Many layers go together in one batch of copies of the image, each at zero in the copy of its own, and the last
+    copy is left as it is: where its score changes, the model mixes the images of a batch (timm's csatv2 attends over
+    them), and its layers go one by one. Ordinary forward hooks set them to zero, not the package: the frozen model
+    shares the factors that they multiply by.
 
     Args:
         model: the model in evaluation mode.
@@ -396,18 +398,19 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
         layers: name to module.
     """
     together = min(max(PIXELS // inputs.numel(), 1), len(layers))
-    copies = inputs.repeat(together, *[1] * (inputs.dim() - 1))
-    keep = torch.ones(len(layers), together, dtype=inputs.dtype)
+    count = together + 1
+    copies = inputs.repeat(count, *[1] * (inputs.dim() - 1))
+    keep = torch.ones(len(layers), count, dtype=inputs.dtype)
 
     alone = without_image(model, inputs, layers)
 
     def scaled_by(row: Tensor, name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
-            if len(output) % together:
+            if len(output) % count:
                 alone.add(name)  # no images, but a table of positions, say
                 return output
             # windows and frames are batch-major; a view of the row, so that what is in it later counts, too
-            images = output.unflatten(0, (together, len(output) // together))
+            images = output.unflatten(0, (count, len(output) // count))
             return (images * row.view(-1, *[1] * output.dim())).flatten(0, 1)
 
         return hook
@@ -417,11 +420,15 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
     try:
         with torch.no_grad():
             frozen = freeze(model, copies)
+            score = logits_in(frozen(copies))[-1, label]
             for first in range(0, len(layers), together):
                 group = keep[first : first + together]
                 group.fill_diagonal_(0)
-                biases += logits_in(frozen(copies))[: len(group), label].split(1)
+                scores = logits_in(frozen(copies))[:, label]
                 group.fill_(1)
+                biases += scores[: len(group)].split(1)
+                if not torch.isclose(scores[-1], score, rtol=1e-12, atol=1e-14):
+                    alone.update(list(layers)[first : first + together])
     finally:
         for handle in handles:
             handle.remove()
