@@ -23,40 +23,25 @@ from captum_scoremap.rules import (
     Call,
     Composite,
     Copy,
-    Linear,
     Rounded,
     Rule,
-    Tangent,
     Value,
-    display_name,
     floating,
     substituted,
     tensors_in,
 )
 
 from .memory import Memory, geometry
+from .operation import OPERATIONS, Operation
 from .places import Places, Site, StopRun
 from .quantized import RealNumbers, rounding
 from .sight import Sight
 from .steps import Kept, Step, Tape
+from .verification import verify
 
 __all__ = ["Recording", "Tapped"]
 
 aten = torch.ops.aten
-
-# An argument that a kernel fills for its backward pass.
-_SCRATCH = "noise"
-
-# Views that their schema does not tell of.
-_VIEWS = {"unsafe_split", "unsafe_split_with_sizes", "_unsafe_view"}
-
-# Operations that read nothing of a tensor but its shape and type, with their overload where others read more.
-_UNREAD = frozenset(
-    """
-    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
-    new_empty_strided bernoulli.p uniform normal_functional random exponential geometric cauchy log_normal
-    """.split()
-)
 
 # Where a value is frozen that a model may depend on, so that a map below it can be empty.
 _BREAKS = {
@@ -91,102 +76,10 @@ class Tapped:
         return tuple(kept.tensor for kept in self._kept)
 
     def release(self) -> None:
-        """Hold on to Y no longer; what is still to be read of it has it."""
+        """Hold on to Y no longer; what still needs it has it."""
         for kept in self._kept:
             del kept.tensor
         self._kept = ()
-
-
-class _Operation:
-    """What is known of an ATen overload: its rule, its out-of-place form, where its tensors are, what it changes."""
-
-    __slots__ = (
-        "changes",
-        "changes_shape",
-        "display",
-        "functional",
-        "is_plain",
-        "is_trusted",
-        "is_view",
-        "lifts",
-        "name",
-        "reads",
-        "rounds",
-        "rule",
-        "tensors",
-    )
-
-    def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
-        name, overload = operation.overloadpacket.__name__, operation._overloadname
-        is_quantized = operation.namespace.startswith("quantized")
-        if is_quantized:  # else they would go by the names of plain ones
-            name = f"{operation.namespace}::{name}"
-        arguments = operation._schema.arguments
-        self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
-        changed = [
-            (argument.name if argument.kwarg_only else position)
-            for position, argument in enumerate(arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != _SCRATCH
-        ]
-        self.changes: int | str | None = changed[0] if changed else None
-        self.changes_shape = torch.Tag.inplace_view in operation.tags
-        self.functional = operation
-        if changed:
-            name, self.functional = _out_of_place(operation, name, overload)
-        self.name = name
-        self.is_view = name in _VIEWS or any(
-            one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
-        )
-        self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
-        self.lifts = name in {"lift", "lift_fresh"}
-        self.display: str = name if is_quantized else display_name(self.functional or operation)
-        overload = self.functional._overloadname if self.functional is not None else overload
-        self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
-        if self.rule is None:
-            # as errors call it; a copy of a view is that view, and shares no memory
-            aliases: tuple[str, ...] = (self.display,) if self.display not in DEFAULT else ()
-            aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
-            self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
-        self.rounds = isinstance(self.rule, Rounded)
-        if ((self.functional is None or len(changed) > 1) and not self.rounds) or (name, overload) == ("view", "dtype"):
-            self.rule = None
-        self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
-        # affine whatever the arguments, so that nothing needs to be asked
-        self.is_plain = self.is_trusted and isinstance(self.rule, Linear) and not isinstance(self.rule, Copy)
-
-
-# Under the default rules, for all runs.
-_OPERATIONS: dict[Any, _Operation] = {}
-
-
-def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
-    """Return the operation that returns what this one leaves in its argument; None where there is none."""
-    packet = operation.overloadpacket
-    if name.endswith("_"):
-        name = name[:-1]
-        packet = getattr(getattr(torch.ops, operation.namespace), name, None)
-    elif overload.endswith("out"):
-        overload = overload.removesuffix("out").removesuffix("_") or "default"
-    if packet is None:
-        return name, None
-    wanted = _argument_types(operation)
-    # an overload of TorchScript's numbers may go by the name
-    for candidate in (overload, *packet.overloads()):
-        functional = getattr(packet, candidate, None)
-        if functional is not None and _argument_types(functional) == wanted and not _writes(functional):
-            return name, functional
-    return name, None
-
-
-def _argument_types(operation: Any) -> list[str]:
-    return [str(argument.type) for argument in operation._schema.arguments if not argument.kwarg_only]
-
-
-def _writes(operation: Any) -> bool:
-    return any(
-        one.alias_info is not None and one.alias_info.is_write and one.name != _SCRATCH
-        for one in operation._schema.arguments
-    )
 
 
 class Recording(TorchDispatchMode):
@@ -222,7 +115,7 @@ class Recording(TorchDispatchMode):
         self._rules = rules
         self._sites, self._stop_at = tuple(sites), stop_at
         self._bypass, self._inspect, self._differentiable = bypass, inspect, differentiable
-        self._operations = _OPERATIONS if rules is DEFAULT else {}
+        self._operations = OPERATIONS if rules is DEFAULT else {}
         self._values: dict[int, tuple[weakref.ref[Tensor], Value, int]] = {}
         self._memory = Memory(self._record)
         self._real = RealNumbers()
@@ -281,7 +174,7 @@ class Recording(TorchDispatchMode):
         self.raise_unsupported()
         with unrecorded():
             for one in self._unverified:
-                self._verify(*one)
+                verify(*one)
         self.tape.output = output
         self.tape.output_values = {key: value for key, value in values.items() if value is not None}
         return output
@@ -375,7 +268,7 @@ class Recording(TorchDispatchMode):
             return self._run_higher_order(func, args, kwargs)
         operation = self._operations.get(func)
         if operation is None:
-            operation = self._operations[func] = _Operation(func, self._rules)
+            operation = self._operations[func] = Operation(func, self._rules)
         live: list[Tensor] = []
         values: list[Value] = []
         symbols: Any = args
@@ -427,7 +320,7 @@ class Recording(TorchDispatchMode):
 
     def _operate(
         self,
-        operation: _Operation,
+        operation: Operation,
         step: Step,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -499,7 +392,7 @@ class Recording(TorchDispatchMode):
         with self:
             return rule.body(*args, **kwargs)
 
-    def _round(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _round(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on quantized tensors, or one that rounds, and record the plain one and the rounding."""
         rule, where = operation.rule, operation.changes
         body = rule.body if isinstance(rule, Rounded) else operation.functional
@@ -549,7 +442,7 @@ class Recording(TorchDispatchMode):
     def _change(
         self,
         func: Any,
-        operation: _Operation,
+        operation: Operation,
         step: Step,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -598,7 +491,7 @@ class Recording(TorchDispatchMode):
             self._name(target, value)
         return target
 
-    def _run_constant(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_constant(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on constants as it is."""
         if operation.name == "_int_mm":  # integers of the image: rounded, so frozen, but the scales beside them are not
             self._unsupported["quantized _int_mm", self.places.module_name] = None
@@ -628,7 +521,7 @@ class Recording(TorchDispatchMode):
                 step.args = tuple(_copied(argument, address) for argument in step.args)
                 step.kwargs = {name: _copied(argument, address) for name, argument in step.kwargs.items()}
 
-    def _without_rule(self, func: Any, operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _without_rule(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
         with self:
             made = func.decompose(*args, **kwargs)
@@ -642,7 +535,7 @@ class Recording(TorchDispatchMode):
             self._name(tensor, Value(tensor, sites=1))
         return output
 
-    def _not_dense(self, operation: _Operation, tensor: Tensor) -> TypeError:
+    def _not_dense(self, operation: Operation, tensor: Tensor) -> TypeError:
         kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
         module = self.places.module_name
         return TypeError(
@@ -756,40 +649,6 @@ class Recording(TorchDispatchMode):
             rule,
             copy,
         ))
-
-    @staticmethod
-    def _verify(where: str, rule: Rule, call: Call) -> None:
-        """Raise unless a user's rule returns at the image what the operation returns."""
-        try:
-            with torch.no_grad():
-                expected, frozen = call.output, rule.apply(call, rule.freeze(call))
-        except (RuntimeError, NotImplementedError) as error:
-            if not isinstance(rule, Tangent):
-                raise
-            raise ValueError(
-                f"{where} must have a derivative to take, got {str(error).splitlines()[0]!r}. Use Frozen() where the "
-                "operation is constant around the image, or derive a class from Rule."
-            ) from error
-        pairs = list(zip(tensors_in(expected), tensors_in(frozen), strict=False))
-        if not pairs and isinstance(expected, Tensor):
-            raise TypeError(f"{where} must return a tensor, got {type(frozen).__name__}.")
-        for one, other in pairs:
-            if one.shape != other.shape:
-                raise ValueError(
-                    f"{where} must return shape {tuple(one.shape)}, as the operation does, got {tuple(other.shape)}."
-                )
-            if one.dtype != other.dtype:
-                raise ValueError(f"{where} must return {one.dtype}, as the operation does, got {other.dtype}.")
-            if one.is_floating_point() and one.numel():
-                tolerance = 1e3 * torch.finfo(one.dtype).eps
-                difference = (one - other).masked_fill(one == other, 0.0).abs().max()  # infinite ones may be equal
-                size = one.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(torch.finfo(one.dtype).tiny)
-                difference = difference / size
-                if not difference <= tolerance:
-                    raise ValueError(
-                        f"{where} must return the operation's value at the image, got a relative difference of "
-                        f"{float(difference):.1e}. Check that apply(call, freeze(call)) equals call.run()."
-                    )
 
 
 def _copied(argument: Any, address: int) -> Any:

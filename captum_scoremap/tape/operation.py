@@ -1,0 +1,135 @@
+"""What a run must know of an ATen operation: its rule, and what its schema says of memory."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from captum_scoremap.rules import DEFAULT, Copy, Linear, Rounded, Rule, display_name
+
+__all__ = ["OPERATIONS", "Operation"]
+
+# An argument that a kernel fills for its backward pass.
+_SCRATCH = "noise"
+
+# Views that their schema does not tell of.
+_VIEWS = {"unsafe_split", "unsafe_split_with_sizes", "_unsafe_view"}
+
+# Operations that read nothing of a tensor but its shape and type, with their overload where others read more.
+_UNREAD = frozenset(
+    """
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
+    new_empty_strided bernoulli.p uniform normal_functional random exponential geometric cauchy log_normal
+    """.split()
+)
+
+
+class Operation:
+    """An ATen overload.
+
+    Args:
+        operation: The ``torch.ops`` overload.
+        rules: The table of rules.
+
+    Attributes:
+        name: Its name in the table of rules: out of place, without the overload.
+        display: What errors call it.
+        functional: Its out-of-place form; itself where it changes nothing, None where there is none.
+        rule: Its rule; None where it has none, or changes what no rule can say.
+        tensors: Positions of arguments that may be tensors.
+        changes: Position, or name, of the argument that it writes to; None if it writes to none.
+        changes_shape: Whether it changes an argument's shape in place, but not what its memory holds.
+        is_view: Whether it returns memory of its argument.
+        reads: Whether it reads the numbers of its arguments.
+        lifts: Whether it makes a tensor of Python's or NumPy's numbers.
+        rounds: Whether it rounds, so that the plain operation and the rounding are recorded apart.
+        is_trusted: Whether its rule is ours.
+        is_plain: Whether it is affine whatever its arguments, so that nothing needs to be asked.
+    """
+
+    __slots__ = (
+        "changes",
+        "changes_shape",
+        "display",
+        "functional",
+        "is_plain",
+        "is_trusted",
+        "is_view",
+        "lifts",
+        "name",
+        "reads",
+        "rounds",
+        "rule",
+        "tensors",
+    )
+
+    def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
+        name, overload = operation.overloadpacket.__name__, operation._overloadname
+        is_quantized = operation.namespace.startswith("quantized")
+        if is_quantized:  # else they would go by the names of plain ones
+            name = f"{operation.namespace}::{name}"
+        arguments = operation._schema.arguments
+        self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
+        changed = [
+            (argument.name if argument.kwarg_only else position)
+            for position, argument in enumerate(arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != _SCRATCH
+        ]
+        self.changes: int | str | None = changed[0] if changed else None
+        self.changes_shape = torch.Tag.inplace_view in operation.tags
+        self.functional = operation
+        if changed:
+            name, self.functional = _out_of_place(operation, name, overload)
+        self.name = name
+        self.is_view = name in _VIEWS or any(
+            one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
+        )
+        self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
+        self.lifts = name in {"lift", "lift_fresh"}
+        self.display: str = name if is_quantized else display_name(self.functional or operation)
+        overload = self.functional._overloadname if self.functional is not None else overload
+        self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
+        if self.rule is None:
+            # as errors call it; a copy of a view is that view, and shares no memory
+            aliases: tuple[str, ...] = (self.display,) if self.display not in DEFAULT else ()
+            aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
+            self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
+        self.rounds = isinstance(self.rule, Rounded)
+        if ((self.functional is None or len(changed) > 1) and not self.rounds) or (name, overload) == ("view", "dtype"):
+            self.rule = None
+        self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
+        self.is_plain = self.is_trusted and isinstance(self.rule, Linear) and not isinstance(self.rule, Copy)
+
+
+def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
+    """Return the operation that returns what this one leaves in its argument; None where there is none."""
+    packet = operation.overloadpacket
+    if name.endswith("_"):
+        name = name[:-1]
+        packet = getattr(getattr(torch.ops, operation.namespace), name, None)
+    elif overload.endswith("out"):
+        overload = overload.removesuffix("out").removesuffix("_") or "default"
+    if packet is None:
+        return name, None
+    wanted = _argument_types(operation)
+    # an overload of TorchScript's numbers may go by the name
+    for candidate in (overload, *packet.overloads()):
+        functional = getattr(packet, candidate, None)
+        if functional is not None and _argument_types(functional) == wanted and not _writes(functional):
+            return name, functional
+    return name, None
+
+
+def _argument_types(operation: Any) -> list[str]:
+    return [str(argument.type) for argument in operation._schema.arguments if not argument.kwarg_only]
+
+
+def _writes(operation: Any) -> bool:
+    return any(
+        one.alias_info is not None and one.alias_info.is_write and one.name != _SCRATCH
+        for one in operation._schema.arguments
+    )
+
+
+# Under the default rules, for all runs.
+OPERATIONS: dict[Any, Operation] = {}

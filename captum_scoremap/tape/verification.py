@@ -1,0 +1,53 @@
+"""Rules of the user's are held to what the operation returned."""
+
+import torch
+from torch import Tensor
+
+from captum_scoremap.rules import Call, Rule, Tangent, tensors_in
+
+__all__ = ["verify"]
+
+
+def verify(where: str, rule: Rule, call: Call) -> None:
+    """Raise unless a user's rule returns at the image what the operation returns.
+
+    Args:
+        where: The rule and its module, as errors call them.
+        rule: The rule.
+        call: The call, with what it returned.
+
+    Raises:
+        TypeError: If the rule returns no tensor.
+        ValueError: If it returns another shape, type or value, or, a tangent, where there is no derivative.
+        RuntimeError: As the rule does.
+    """
+    try:
+        with torch.no_grad():
+            expected, frozen = call.output, rule.apply(call, rule.freeze(call))
+    except (RuntimeError, NotImplementedError) as error:
+        if not isinstance(rule, Tangent):
+            raise
+        raise ValueError(
+            f"{where} must have a derivative to take, got {str(error).splitlines()[0]!r}. Use Frozen() where the "
+            "operation is constant around the image, or derive a class from Rule."
+        ) from error
+    pairs = list(zip(tensors_in(expected), tensors_in(frozen), strict=False))
+    if not pairs and isinstance(expected, Tensor):
+        raise TypeError(f"{where} must return a tensor, got {type(frozen).__name__}.")
+    for one, other in pairs:
+        if one.shape != other.shape:
+            raise ValueError(
+                f"{where} must return shape {tuple(one.shape)}, as the operation does, got {tuple(other.shape)}."
+            )
+        if one.dtype != other.dtype:
+            raise ValueError(f"{where} must return {one.dtype}, as the operation does, got {other.dtype}.")
+        if one.is_floating_point() and one.numel():
+            tolerance = 1e3 * torch.finfo(one.dtype).eps
+            difference = (one - other).masked_fill(one == other, 0.0).abs().max()  # infinite ones may be equal
+            size = one.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(torch.finfo(one.dtype).tiny)
+            difference = difference / size
+            if not difference <= tolerance:
+                raise ValueError(
+                    f"{where} must return the operation's value at the image, got a relative difference of "
+                    f"{float(difference):.1e}. Check that apply(call, freeze(call)) equals call.run()."
+                )
