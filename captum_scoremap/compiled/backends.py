@@ -16,9 +16,6 @@ Backend = Literal["inductor", "graph"]
 Mode = Literal["default", "reduce-overhead"]
 Program = Callable[..., Sequence[Tensor]]
 
-# Else the maps of all layers are made at the end, and every A and Y is held until then.
-_OPTIONS = {"reorder_for_locality": False}
-
 
 def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Program:
     """Return what runs a graph.
@@ -40,7 +37,12 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that TF32 would be faster
             example: list[Any] = [*arguments, *graph.read()]
-            program: Any = inductor.compile(hold_masks(graph.module, example), example, options=_OPTIONS)
+            module = hold_masks(graph.module, example)
+            (returned,) = module.graph.output_node().args
+            # Inductor moves each operation to where its result is used, which spares memory; but what is returned is
+            # used at the end, and with the maps of all layers every A and Y would be held until then
+            options = {"reorder_for_locality": len(returned) == 1}
+            program: Any = inductor.compile(module, example, options=options)
             program(*example)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]

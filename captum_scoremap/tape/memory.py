@@ -5,6 +5,7 @@ where a view is changed, the values of the memory before with the view's new one
 read after its memory changed is read from the memory's last value, by its strides.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -102,19 +103,21 @@ class Memory:
         self.clock = 0
         self.changed: dict[int, _Changed] = {}
         self._record = record
-        self._held: dict[int, list[Kept]] = {}
+        self._held: dict[int, list[weakref.ref[Kept]]] = {}
 
     def keep(self, tensor: Tensor) -> Kept:
-        """Hold on to a tensor as it is now."""
+        """Hold on to a tensor as it is now, for as long as somebody holds on to what is returned."""
         kept = Kept(tensor)
-        self._held.setdefault(tensor.untyped_storage()._cdata, []).append(kept)
+        self._held.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(kept))
         return kept
 
     def about_to_change(self, target: Tensor) -> None:
         """Copy what is held of a tensor's memory, before it changes."""
         if self._held:
-            for kept in self._held.pop(target.untyped_storage()._cdata, ()):
-                kept.tensor = kept.tensor.clone()
+            for reference in self._held.pop(target.untyped_storage()._cdata, ()):
+                kept = reference()
+                if kept is not None:
+                    kept.tensor = kept.tensor.clone()
 
     def whole_before(self, target: Tensor, value: Value | None) -> Before | None:
         """Return what the memory of a view holds before the view is changed.

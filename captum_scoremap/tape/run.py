@@ -77,8 +77,6 @@ class Tapped:
 
     def release(self) -> None:
         """Hold on to Y no longer; what still needs it has it."""
-        for kept in self._kept:
-            del kept.tensor
         self._kept = ()
 
 

@@ -20,7 +20,7 @@ __all__ = ["Kept", "Step", "Tape", "given_or_kept"]
 class Kept:
     """A tensor that the tape holds on to; if the model changes its memory in place, this becomes a copy of before."""
 
-    __slots__ = ("tensor",)
+    __slots__ = ("__weakref__", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
