@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import ScoreMap, bias_terms, linear_form
+from captum_scoremap import LayerScoreMap, ScoreMap, bias_maps, bias_terms, linear_form
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 
 
@@ -289,3 +289,156 @@ def test_an_outer_product_beside_a_matrix() -> None:
 def test_the_first_power_is_the_identity_at_zero_too() -> None:
     x = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     assert_close(linear_form(lambda x: x.pow(1.0), x, 0).coefficients, torch.tensor([[1.0, 0.0]]).double(), **EXACT)
+
+
+# --- what PyTorch's own backward pass is no transpose of ---------------------------------------------------
+
+
+def assigned(x: Tensor) -> Tensor:
+    out = 0.5 * x
+    out[:, [1, 1, 0]] = x[:, 1:]
+    return out
+
+
+def unpooled(x: Tensor, dims: int) -> Tensor:
+    pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[dims]
+    unpool = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}[dims]
+    size = {1: (2, 4, 16), 2: (2, 4, 4, 4), 3: (2, 2, 2, 4, 4)}[dims]
+    _, places = pool(RAISED.reshape(size), 3 if dims < 3 else 2, 1, return_indices=True)
+    values = x.flatten(1)[:, : places[0].numel()].reshape(places.shape)  # several windows have one maximum
+    return unpool(values, places, 3 if dims < 3 else 2, 1, output_size=size)
+
+
+RAISED = randn(2, 4, 4, 4, seed=3)
+AGAIN = torch.tensor([0, 0, 1, 1])
+ROWS = torch.tensor([[0, 1, 1], [3, 1, 0]])
+
+LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "an assignment of one place twice": assigned,
+    "index_put of one place twice": lambda x: torch.zeros_like(x).index_put((torch.tensor([[0], [1]]), AGAIN[None]), x),
+    "index_put of one value": lambda x: x.index_put((torch.arange(2)[:, None], AGAIN[None]), x[:, :1, :1, :1]),
+    "index_put that adds": lambda x: x.index_put((torch.tensor([[0], [1]]), AGAIN[None]), x.flip(1), accumulate=True),
+    "scatter to one place": lambda x: x.scatter(1, torch.zeros(2, 3, 4, 4, dtype=torch.long), 2 * x),
+    "scatter in place": lambda x: torch.zeros_like(x).scatter_(3, AGAIN.expand(2, 4, 4, 4), x),
+    "index_copy of one place twice": lambda x: x.index_copy(1, torch.tensor([1, 1]), 3 * x[:, 2:]),
+    "put of one place twice": lambda x: torch.stack([
+        one.put(torch.tensor([5, 60, 5]), 2 * one[0, 0, :3]) for one in x
+    ]),
+    "overlapping windows unpooled": lambda x: unpooled(x, 2),
+    "overlapping windows of a line unpooled": lambda x: unpooled(x, 1),
+    "overlapping windows of a volume unpooled": lambda x: unpooled(x, 3),
+    "rows of a live table, one of them padding": lambda x: torch.stack([F.embedding(ROWS, t[0], 1) for t in x]),
+    "rows of a live table, by frequency": lambda x: torch.stack([
+        F.embedding(ROWS, t[0], scale_grad_by_freq=True) for t in x
+    ]),
+    "sums of weights by number": lambda x: torch.stack([torch.bincount(torch.arange(64) % 5, t.flatten()) for t in x]),
+    "a view by strides of a part": lambda x: (1 * x)[:, 1:].as_strided((2, 3, 4), (64, 16, 4), 16),
+    "a view by strides beyond a part": lambda x: (1 * x)[..., ::2].as_strided((2, 3, 4), (64, 16, 1)),
+    "a view by strides before a part": lambda x: (1 * x)[:, 2:].as_strided((2, 3, 4), (64, 16, 1), 0),
+    "a sum of one number": lambda x: torch.stack([t.sum().sum(0) for t in x])[:, None],
+    "a mean of one number": lambda x: torch.stack([t.sum().mean(-1) for t in x])[:, None],
+    "a maximum of one number": lambda x: torch.stack([t.sum().amax(0) + t.sum().max(-1)[0] for t in x])[:, None],
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_functions_have_the_coefficients_that_differences_show(name: str) -> None:
+    x, function = randn(2, 4, 4, 4), LINEAR[name]
+    weights = randn(function(x).flatten(1).shape[1], seed=5)
+
+    def score(x: Tensor) -> Tensor:
+        return function(x).flatten(1) @ weights
+
+    form = linear_form(score, x)
+    units = torch.eye(64, dtype=x.dtype).reshape(64, 1, 4, 4, 4)
+    differences = torch.stack([score(x + unit) - score(x) for unit in units], 1).reshape(x.shape)
+    assert_close(form.coefficients, differences, rtol=1e-10, atol=1e-11)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
+    assert_close(sum(bias_terms(score, x).values(), torch.zeros(2, dtype=x.dtype)), form.bias, **EXACT)
+
+
+def out_of_nothing(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.clamp(x, 0.0, out=torch.empty(0, dtype=x.dtype))
+
+
+FULL = torch.ones(4, 4, dtype=torch.bool)
+FULL[1] = False
+INFINITE = torch.tensor([math.inf, 0.0, -math.inf, 0.0], dtype=torch.float64)
+
+EXACT_ONES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a bound for what is no number": lambda x: torch.nan_to_num(x.log(), nan=0.5),
+    "a bound for what is infinite": lambda x: torch.nan_to_num(x + INFINITE, 0.3, 2.0, -2.0),
+    "a sum of what is a number": lambda x: torch.where(x > 0, x, torch.nan).nansum(1, keepdim=True) + x,
+    "a hardshrink of a negative bound": lambda x: F.hardshrink(x, -0.5),
+    "a step of live values": lambda x: torch.heaviside(torch.zeros_like(x), x),
+    "phases": lambda x: torch.fft.ifft(torch.sgn(torch.fft.fft(x))).real,
+    "attention to nothing": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=FULL),
+    "attention to nothing, by a bias": lambda x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=torch.zeros(4, 4, dtype=x.dtype).masked_fill(~FULL, -math.inf)
+    ),
+    "a complex constant over what is live": lambda x: ((1 + 2j) / (torch.fft.fft(x) + 5)).imag,
+    "a complex constant less what is live": lambda x: ((1 + 2j) - 2j * torch.fft.fft(x)).imag,
+    "a complex exponential": lambda x: torch.complex(x, x.flip(1)).exp().imag,
+    "a given place of no shape": out_of_nothing,
+}
+
+
+@pytest.mark.parametrize("name", EXACT_ONES)
+def test_forms_that_nothing_may_be_missing_of(name: str) -> None:
+    images, model = some_images(), between(EXACT_ONES[name])
+    assert_exact(model, model.conv, images)
+    form, books = linear_form(model, images, 1, model.conv), bias_maps(model, images, 1, model.conv)
+    total = sum(one.flatten(1).sum(1) for one in books.maps.values()) + sum(books.placeless.values())
+    assert_close(total, form.bias, rtol=1e-10, atol=1e-11)
+    assert form.coefficients.abs().max() > 1e-3
+
+
+def test_shares_of_a_score_that_is_constant_are_the_score() -> None:
+    shares = bias_terms(lambda x: x.round().sum((1, 2, 3))[:, None], some_images(), 0)
+    assert_close(shares["score"], some_images().round().sum((1, 2, 3)), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["mul_", "div_", "add_", "sub_"])
+def test_wider_numbers_in_place_are_narrowed(name: str) -> None:
+    weight, other = randn(3, 4, 2, 2).float(), randn(4, 1, 1).abs() + 0.5
+
+    def model(x: Tensor) -> Tensor:
+        return F.conv2d(getattr(1 * x, name)(other), weight).flatten(1)
+
+    x = randn(2, 4, 4, 4).float()
+    form = linear_form(model, x, 1)
+    plain = linear_form(lambda x: F.conv2d(getattr(1 * x, name[:-1])(other.float()), weight).flatten(1), x, 1)
+    assert_close(form.coefficients, plain.coefficients)
+    assert_close(form.bias, plain.bias, rtol=1e-4, atol=1e-5)
+
+
+TWO_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one twice": lambda x: torch.hypot(x, x),
+    "one made of the other": lambda x: torch.logaddexp(x, 2 * x),
+    "distances": lambda x: torch.cdist(x, 3 * x),
+}
+
+
+@pytest.mark.parametrize("name", TWO_ARGUMENTS)
+def test_maps_that_can_be_derived_count_each_argument_once(name: str) -> None:
+    images, method = some_images(), ScoreMap(between(TWO_ARGUMENTS[name]))
+    differentiable = method.attribute(images.requires_grad_(), 1, grad_kwargs={"create_graph": True})
+    assert_close(differentiable.detach(), method.attribute(images.detach(), 1), **EXACT)
+
+
+def test_a_layer_may_be_named_twice() -> None:
+    images, model = some_images(), between(torch.relu)
+    first, second = LayerScoreMap(model, [model.conv, model.conv]).attribute(images, 1)
+    assert_close(first, LayerScoreMap(model, model.conv).attribute(images, 1), rtol=0, atol=0)
+    assert_close(second, first, rtol=0, atol=0)
+
+
+def test_bounds_in_the_wrong_order_leave_the_upper_one() -> None:
+    assert_is_gradient(lambda x: x.clamp(0.5, -0.2) + x)
+    assert_is_gradient(lambda x: (1 * x).clamp_(0.5, -0.2) + x)
+
+
+def test_a_power_of_zero_is_one_at_zero_too() -> None:
+    assert_is_gradient(lambda x: x.relu() ** 0 * x)
+    assert_is_gradient(lambda x: torch.pow(x.relu(), 0.0) + x)

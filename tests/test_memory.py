@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Call, Gate, with_rules
 from captum_scoremap.tape import Recording
 from captum_scoremap.tape.memory import are_apart, geometry
+from tests.between import between, some_images
 from tests.state import untouched
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -711,3 +713,47 @@ def test_activations_are_freed_once_their_map_is_made() -> None:
     rules = {"sigmoid": Noting(0.5)}
     LayerScoreMap(model.eval(), list(layers), rules=rules).attribute(torch.rand(1, 1, 6, 6), 1)
     assert found == [(True, False)]
+
+
+def turned(x: Tensor) -> Tensor:
+    return torch.complex(x, x.flip(1))
+
+
+def through(view: Callable[[Tensor], Tensor], change: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    def changed(x: Tensor) -> Tensor:
+        numbers = turned(x)
+        change(view(numbers))
+        return numbers.abs()
+
+    return changed
+
+
+def read_later(x: Tensor) -> Tensor:
+    numbers = turned(x)
+    conjugate = numbers.conj()
+    numbers.mul_(1 + 2j)
+    return conjugate.imag.abs()
+
+
+OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "conjugate": through(torch.conj, lambda view: view.mul_(2j)),
+    "part of a conjugate": through(lambda z: z.conj()[:, :2], lambda view: view.mul_(1 + 2j)),
+    "adjoint": through(lambda z: z.mH, lambda view: view.mul_(1j)),
+    "copy into a conjugate": through(torch.conj, lambda view: view.copy_(view * 2j)),
+    "real part": through(torch.real, lambda view: view.relu_()),
+    "numbers": through(torch.view_as_real, lambda view: view[..., 0].mul_(2)),
+    "imaginary part of a conjugate": through(lambda z: z.conj().resolve_conj().imag, lambda view: view.mul_(2)),
+    "conjugate read later": read_later,
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_complex_memory_that_is_read_otherwise_than_written_is_right_or_refused(name: str) -> None:
+    model, images = between(OTHERWISE[name]), some_images()
+    try:
+        form = linear_form(model, images, 1)
+    except TypeError as error:
+        assert "complex numbers that change in place" in str(error)  # noqa: PT017
+    else:
+        assert_close(form.score, model(images)[:, 1].detach(), **EXACT)
+        assert_close(form.sums + form.bias, form.score, **EXACT)

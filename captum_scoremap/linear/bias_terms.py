@@ -15,7 +15,7 @@ from captum_scoremap.tape import Recording, Step, as_tuple_of_arguments
 from .batching import over_rows
 from .explanation import record_score
 
-__all__ = ["bias_terms", "names_of_steps", "shares_of_constants"]
+__all__ = ["bias_terms", "constant_times", "names_of_steps", "shares_of_constants"]
 
 
 def bias_terms(
@@ -91,8 +91,8 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
         if any(constant is not None for constant in found):
             constants[step] = found
     seed = recording.tape.output_values.get(id(score))
-    if seed is None:
-        return {}
+    if seed is None:  # the score does not depend on the image
+        return {"score": score}
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {
         value: partial(_product, constant)
         for step, parts in constants.items()
@@ -113,9 +113,18 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     return shares
 
 
+def constant_times(constant: Tensor, coefficients: Tensor) -> Tensor:
+    """Return A·o, which is real; o is infinite where a mask, for which A is zero, makes it so."""
+    if coefficients.is_complex():
+        return constant_times(
+            torch.view_as_real(constant.to(coefficients.dtype).resolve_conj()),
+            torch.view_as_real(coefficients.resolve_conj()),
+        ).sum(-1)
+    return torch.where(coefficients == 0, 0, coefficients * constant)
+
+
 def _product(constant: Tensor, coefficients: Tensor) -> Tensor:
-    """Return the sum of A·o; o is infinite where a mask, for which A is zero, makes it so."""
-    return torch.where(coefficients == 0, 0, coefficients * constant).sum()
+    return constant_times(constant, coefficients).sum()
 
 
 def names_of_steps(recording: Recording) -> Callable[[Step], str]:

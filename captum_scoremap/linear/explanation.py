@@ -69,8 +69,9 @@ class Explanation:
         for site in self._sites:
             tapped = self.tapped(site)
             wanted |= {v: self._reduction.at(y) for v, y in zip(tapped.values, self.activations(site), strict=True)}
-            if consume:
-                tapped.release()  # so that each Y is freed once its map is made
+        if consume:  # so that each Y is freed once its map is made
+            for site in self._sites:  # the same one may be named twice
+                self.tapped(site).release()
         found = self.tape.transposed(self.seeds(torch.ones_like(self.score)), wanted, consume=consume)
         for site in self._sites:
             tapped = self.tapped(site)

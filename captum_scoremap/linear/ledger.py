@@ -21,7 +21,7 @@ from captum_scoremap.layout import resized
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Recording, Site, Step
 
-from .bias_terms import names_of_steps
+from .bias_terms import constant_times, names_of_steps
 from .placement import Entry, Placement
 
 __all__ = ["Ledger", "ledgers"]
@@ -108,14 +108,14 @@ def ledgers(
             reads |= value.sites
         for value, gradient, constant in zip(step.outputs, gradients, step.constants(), strict=False):
             if gradient is not None and constant is not None:
-                entries = placed(gradient * constant.to(gradient.dtype), value)
+                entries = placed(constant_times(constant.to(gradient.dtype), gradient), value)
                 for book, tapped in books:
                     if reads & tapped.bit:
                         book.enter(names(step), entries)
         for value, share in zip(step.values, shares, strict=True):
             beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
             if beside and share is not None:
-                entries = placed(share * value.kept.tensor, value)
+                entries = placed(constant_times(value.kept.tensor, share), value)
                 for book in beside:
                     book.enter(f"beside {names(step)}", entries)
 

@@ -43,14 +43,31 @@ class Attention(Rule):
 
     def freeze(self, call: Call) -> Tensor:
         """Return the weights, (..., queries, keys)."""
-        return self._scores(call).softmax(-1)
+        return self._weights(call, self._scores(call))
+
+    def _weights(self, call: Call, scores: Tensor) -> Tensor:
+        """Return the softmax; where all keys are masked, zero, as the kernels have it."""
+        weights = scores.softmax(-1)
+        if self._mask(call) is None:
+            return weights
+        return weights.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
+
+    def _mask(self, call: Call) -> Any:
+        return self._argument(call, self.mask, "attn_mask" if self.mask is None else "attn_bias", None)
+
+    @staticmethod
+    def _argument(call: Call, position: int | None, name: str, default: Any) -> Any:
+        if position is not None and len(call.args) > position:
+            return call.args[position]
+        return call.kwargs.get(name, default)
 
     def written_out(self, operation: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return what the kernel computes, by operations that can be derived twice: the output and log-sum-exp."""
 
         def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            scores = self._scores(Call(operation, args, kwargs, (), ()))
-            weights = scores.softmax(-1)
+            call = Call(operation, args, kwargs, (), ())
+            scores = self._scores(call)
+            weights = self._weights(call, scores)
             return weights @ self._repeated(args[2], weights), scores.logsumexp(-1)
 
         return attend
@@ -65,23 +82,17 @@ class Attention(Rule):
             ValueError: If there is dropout, or a mask that the kernel misreads.
         """
         query, key, _ = call.args[:3]
-
-        def argument(position: int | None, name: str, default: Any) -> Any:
-            if position is not None and len(call.args) > position:
-                return call.args[position]
-            return call.kwargs.get(name, default)
-
-        dropout = argument(self.dropout, "dropout_p", 0.0)
+        dropout = self._argument(call, self.dropout, "dropout_p", 0.0)
         if dropout:
             raise ValueError(f"scaled_dot_product_attention must have no dropout, got {dropout}. Call model.eval().")
         scale = call.kwargs.get("scale")
         if key.shape[-3] != query.shape[-3]:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         scores: Tensor = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if argument(self.causal, "is_causal", False):
+        if self._argument(call, self.causal, "is_causal", False):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
-        mask = argument(self.mask, "attn_mask" if self.mask is None else "attn_bias", None)
+        mask = self._mask(call)
         if mask is not None and mask.dtype is torch.float32 and query.dtype is torch.float64:
             raise ValueError(  # what lies in memory there is taken for numbers of twice the size
                 "scaled_dot_product_attention must have an attn_mask of the queries' type, got torch.float32 beside "

@@ -104,7 +104,40 @@ def _aminmax(input: Tensor, *, dim: int | None = None, keepdim: bool = False) ->
     return input.amin(dims, keepdim), input.amax(dims, keepdim)
 
 
+def _bincount(input: Tensor, weights: Tensor, minlength: int = 0) -> Tensor:
+    """Return the sum of the weights of each number; numbers without weights are never live."""
+    length = max([minlength, *(input + 1).tolist()])
+    return weights.new_zeros(length).index_add(0, input, weights)
+
+
+def _nan_to_num(
+    input: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Tensor:
+    limits = torch.finfo(input.dtype)
+    found = input.masked_fill(input.isnan(), nan or 0.0)
+    found = found.masked_fill(input == torch.inf, limits.max if posinf is None else posinf)
+    return found.masked_fill(input == -torch.inf, limits.min if neginf is None else neginf)
+
+
+def _nansum(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    return input.masked_fill(input.isnan(), 0.0).sum(dim, keepdim, dtype=dtype)
+
+
+def _sgn(input: Tensor) -> Tensor:
+    """Return the sign, which is a mask; of complex numbers the phase, which is none."""
+    return input / input.abs().masked_fill(input == 0, 1.0) if input.is_complex() else input.sign()
+
+
+def _heaviside(input: Tensor, values: Tensor) -> Tensor:
+    return torch.where(input == 0, values, (input > 0).to(values.dtype))
+
+
 COMPOSITE: dict[str, Rule] = {
+    "nan_to_num": Composite(_nan_to_num),
+    "nansum": Composite(_nansum),
+    "sgn": Composite(_sgn),
+    "heaviside": Composite(_heaviside),
+    "bincount": Composite(_bincount),
     "aminmax": Composite(_aminmax),
     "clamp.Tensor": Composite(_clamp),
     "clamp_min.Tensor": Composite(_clamp),

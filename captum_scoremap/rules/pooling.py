@@ -202,7 +202,7 @@ class Extremum(Rule):
         count = int(torch.Size(rest).numel())
         flat = torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(*sizes, count)
         flat = flat.scatter_add(-1, state, gradient.reshape(*sizes, 1))
-        return [flat.reshape(*sizes, *rest).permute([order.index(d) for d in range(value.ndim)])]
+        return [flat.reshape([*sizes, *rest]).permute([order.index(d) for d in range(value.ndim)])]
 
     def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
         """Return none: it is proportional to its argument."""
@@ -231,14 +231,16 @@ class Extremum(Rule):
 
     def _reduced(self, call: Call) -> list[int]:
         dims, rank = self._arguments(call)[0], call.input.ndim
-        chosen = range(rank) if self._over_all(dims) else (dims if isinstance(dims, (tuple, list)) else (dims,))
+        if self._over_all(dims) or not rank:
+            return list(range(rank))
+        chosen = dims if isinstance(dims, (tuple, list)) else (dims,)
         return sorted(d % rank for d in chosen)
 
     def _flat(self, call: Call, x: Tensor) -> Tensor:
         """Return the reduced dimensions flattened and moved last."""
         reduced = self._reduced(call)
         kept = [d for d in range(x.dim()) if d not in reduced]
-        return x.permute(*kept, *reduced).flatten(len(kept))
+        return x.permute([*kept, *reduced]).flatten(len(kept))
 
     def _shaped(self, call: Call, value: Tensor) -> Tensor:
         dims, keepdim = self._arguments(call)

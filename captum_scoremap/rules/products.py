@@ -271,6 +271,11 @@ class Power(Rule):
 
     kind = "gate"
 
+    def is_constant(self, call: Call) -> bool:
+        """Return whether the power is zero: then it is one everywhere."""
+        exponent = call.args[1]
+        return not isinstance(exponent, (Tensor, Value)) and exponent == 0
+
     def freeze(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Return slope and offset.
 

@@ -187,8 +187,8 @@ def _pulled_back(function: Callable[..., Any], points: Sequence[Tensor], gradien
             return list(torch.func.vjp(outputs, *points)[1](chosen))
         keeps_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # a model that takes gradients has graphs of its own
-            leaves = [p if keeps_graph and p.requires_grad else p.detach().requires_grad_() for p in points]
+            # a model that takes gradients has graphs of its own; arguments may depend on one another, or be one tensor
+            leaves = [p.view_as(p) if keeps_graph and p.requires_grad else p.detach().requires_grad_() for p in points]
             outs = outputs(*leaves)
             if any(out.requires_grad for out in outs):
                 _check_derivable(outs)

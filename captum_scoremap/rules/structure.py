@@ -136,7 +136,7 @@ def _stacked(call: Call, gradient: Tensor) -> list[Tensor]:
 def _spread(call: Call, gradient: Tensor, dims: Any, keepdim: bool) -> Tensor:
     """A sum's coefficients, back at what was summed."""
     shape = call.values[0].shape
-    if dims is None or (isinstance(dims, (tuple, list)) and not dims):
+    if not shape or dims is None or (isinstance(dims, (tuple, list)) and not dims):
         return gradient.reshape([1] * len(shape)).expand(shape)
     dims = [dims] if isinstance(dims, int) else dims
     if not keepdim:
@@ -292,6 +292,49 @@ class AsStridedScatter(Linear):
         return found
 
 
+class Placing(Linear):
+    """New values for some elements of a tensor. Where several go to one place the last of them counts.
+
+    PyTorch's own backward pass counts all of them, so which one it was is found by placing numbers instead.
+
+    Equation:
+        y[j] = source[i], with i the last of those that go to j, else x[j]
+
+    Args:
+        source: Position of the new values among the arguments; the first where they are placed among zeros.
+
+    Example:
+        >>> from captum_scoremap import linear_form
+        >>> place = lambda x: torch.zeros(1, 2).index_copy(1, torch.tensor([1, 1]), x).sum(1)
+        >>> linear_form(place, torch.tensor([[3.0, 5.0]])).coefficients
+        tensor([[0., 1.]])
+    """
+
+    def __init__(self, source: int) -> None:
+        super().__init__()
+        self.source = source
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
+        """Return the coefficients of what was not overwritten, and of each new value that was not."""
+        (gradient,), source = gradients, call.args[self.source]
+        if gradient is None or any(argument is True for argument in (*call.args, *call.kwargs.values())):  # it adds
+            return super().transpose(call, state, gradients)
+        count, args = source.shape.numel() if isinstance(source, (Tensor, Value)) else 1, list(call.args)
+        numbers = torch.arange(1.0, count + 1, dtype=torch.float64, device=gradient.device)
+        args[self.source] = numbers.reshape(source.shape) if isinstance(source, (Tensor, Value)) else 1.0
+        if self.source:
+            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=gradient.device)
+        placed = call.operation(*args, **call.kwargs).long()
+        found: list[Tensor | None] = []
+        if self.source and isinstance(call.args[0], Value):
+            found.append(_cast(gradient.masked_fill(placed != 0, 0), call.args[0]))
+        if isinstance(source, Value):
+            row = torch.zeros(count + 1, dtype=gradient.dtype, device=gradient.device)
+            share = row.index_add(0, placed.reshape(-1), gradient.reshape(-1))[1:].reshape(source.shape)
+            found.append(_cast(share, source))
+        return found
+
+
 class View(Linear):
     """A view of another shape; a copy where the tensor does not lie in memory as at the image.
 
@@ -346,6 +389,13 @@ class Copy(Linear):
         return [None, share] if isinstance(call.args[0], Value) else [share]
 
 
+def _embedded(call: Call, gradient: Tensor) -> list[Tensor]:
+    """The rows' coefficients, those of ``padding_idx`` too, which autograd leaves out."""
+    weight, rows = call.values[0], call.args[1].reshape(-1)
+    found = torch.zeros(weight.shape, dtype=gradient.dtype, device=gradient.device)
+    return [found.index_add(0, rows, gradient.reshape(-1, weight.shape[1]))]
+
+
 def _moving(transpose: Callable[[Call, Tensor], Sequence[Tensor | None]]) -> Linear:
     return Linear(transpose, keeps_gates=True, homogeneous=True, moves=True)
 
@@ -385,7 +435,7 @@ STRUCTURAL: dict[str, Linear] = {
         replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
         upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
         _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
-        view_as_real view_as_complex _conj conj resolve_conj resolve_neg real imag nan_to_num
+        view_as_real view_as_complex _conj conj resolve_conj resolve_neg real imag
         """.split(),
         Linear(keeps_gates=True),
     ),
@@ -397,12 +447,16 @@ AFFINE: dict[str, Linear] = {
     "mean": Linear(_averaged, homogeneous=True),
     **dict.fromkeys(("avg_pool2d", "avg_pool3d"), Linear(_average_pooled, homogeneous=True)),
     **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), Linear(_adaptively_pooled, homogeneous=True)),
+    "embedding": Linear(_embedded),
+    **dict.fromkeys(("index_put", "put"), Placing(2)),
+    **dict.fromkeys(("scatter", "index_copy"), Placing(3)),
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), Placing(0)),
     **dict.fromkeys(
         """
-        nansum cumsum im2col col2im max_unpool2d max_unpool3d affine_grid_generator index_add index_copy index_fill
-        index_put scatter scatter_add slice_scatter select_scatter diagonal_scatter masked_scatter
-        tril triu trace embedding _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
-        slice_backward diff fft_fftshift fft_ifftshift complex block_diag _pack_padded_sequence put unfold_backward
+        cumsum im2col col2im affine_grid_generator index_add index_fill scatter_add slice_scatter select_scatter
+        diagonal_scatter masked_scatter
+        tril triu trace _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
+        slice_backward diff fft_fftshift fft_ifftshift complex block_diag _pack_padded_sequence unfold_backward
         """.split(),
         Linear(),
     ),

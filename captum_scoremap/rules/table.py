@@ -25,11 +25,11 @@ _COMPARISONS = "eq ne lt le gt ge"
 _FROZEN = """
     equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or logical_not
     logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argmax argmin argsort
-    nonzero nonzero_static count_nonzero searchsorted bucketize bincount _unique2 unique_dim unique_consecutive round
+    nonzero nonzero_static count_nonzero searchsorted bucketize _unique2 unique_dim unique_consecutive round
     floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc zero zeros_like ones_like empty_like
     rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
     empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
-    multinomial _assert_async is_same_size is_pinned heaviside
+    multinomial _assert_async is_same_size is_pinned
     _has_same_storage_numel nms
 """
 
@@ -60,6 +60,8 @@ def _threshold(input: Any, threshold: float, value: float) -> Breakpoints:
 
 
 def _hardshrink(input: Any, lambd: float = 0.5) -> Breakpoints:
+    if lambd < 0:  # nothing lies between
+        return Breakpoints(((operator.gt, lambd),), (1.0, 1.0), (0.0, 0.0))
     return Breakpoints(((operator.ge, -lambd), (operator.gt, lambd)), (1.0, 0.0, 1.0), (0.0, 0.0, 0.0))
 
 
@@ -72,6 +74,8 @@ def _clamp(input: Any, min: Any = None, max: Any = None) -> Breakpoints:
         return Breakpoints(((operator.ge, min),), (0.0, 1.0), (min, 0.0))
     if min is None:
         return Breakpoints(((operator.gt, max),), (1.0, 0.0), (0.0, max))
+    if min > max:  # all of it is at the upper one
+        return Breakpoints(((operator.gt, max),), (0.0, 0.0), (max, max))
     return Breakpoints(((operator.ge, min), (operator.gt, max)), (0.0, 1.0, 0.0), (min, 0.0, max))
 
 
@@ -237,7 +241,7 @@ _LINEAR: dict[str, Rule] = {
 _CONSTANT: dict[str, Rule] = {
     **{name: Frozen() for name in _FROZEN.split()},
     **{name: Comparison() for name in _COMPARISONS.split()},
-    **{name: Comparison(0.0) for name in ("sign", "sgn", "signbit")},
+    **{name: Comparison(0.0) for name in ("sign", "signbit")},
 }
 
 DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT, **QUANTIZED}

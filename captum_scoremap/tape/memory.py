@@ -129,6 +129,8 @@ class Memory:
         Returns:
             It, or None where the target is all of its memory.
         """
+        if value is not None:
+            _check_read_alike(target, (value.root or (value,))[0].dtype)
         storage = target.untyped_storage()
         length = storage.nbytes() // target.element_size()
         if _fills(geometry(target), length):
@@ -166,6 +168,7 @@ class Memory:
             value: What it holds now; None for constants.
             before: What :meth:`whole_before` returned.
         """
+        _check_read_alike(target, target.dtype)
         self.clock += 1
         address = target.untyped_storage()._cdata
         memory = self.changed.get(address)
@@ -190,11 +193,24 @@ class Memory:
 
     def read(self, tensor: Tensor, memory: _Changed) -> Value | None:
         """Return what a tensor holds whose memory changed since it was made."""
+        if memory.value is not None:
+            _check_read_alike(tensor, memory.value.dtype)
         if memory.value is None or memory.geometry == geometry(tensor):
             return memory.value
         flat = tensor.detach().as_strided((memory.length,), (1,), 0)
         args = self._flat(memory, tensor), *geometry(tensor)
         return self._record(aten.as_strided.default, args, (flat,), tensor)
+
+    def strided(self, known: Tensor, value: Value, tensor: Tensor) -> Value | None:
+        """Return the value of a view by strides, which may lie outside of the tensor that it is taken of.
+
+        Returns:
+            It, or None where that tensor is all of its memory.
+        """
+        before = self.whole_before(known, value)
+        if before is None:
+            return None
+        return self._record(aten.as_strided.default, (before.content, *geometry(tensor)), (before.tensor,), tensor)
 
     def view(self, known: Tensor, value: Value, tensor: Tensor) -> Value:
         """Return the value of another tensor of the memory of a known one."""
@@ -220,6 +236,20 @@ class Memory:
         args = before, source, *place
         tensors = (flat, flat.as_strided(*place))
         return self._record(aten.as_strided_scatter.default, args, tensors, flat)
+
+
+def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:
+    """Raise where a tensor reads complex numbers in memory otherwise than they were written.
+
+    Raises:
+        TypeError: If so.
+    """
+    if tensor.is_conj() or tensor.is_neg() or tensor.is_complex() != written.is_complex:
+        raise TypeError(
+            "complex numbers that change in place must be read and changed by complex views that are no conjugates, "
+            f"got {'a conjugate' if tensor.is_conj() else 'a'} view of {tensor.dtype}. Change a copy: "
+            "torch.view_as_real(x).clone(), or x.conj().resolve_conj()."
+        )
 
 
 def geometry(tensor: Tensor) -> Geometry:

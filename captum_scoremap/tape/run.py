@@ -366,6 +366,12 @@ class Recording(TorchDispatchMode):
                 self.tape.steps.append(step)
                 return output
             gate = rule.makes_gate(step)
+        if operation.name == "as_strided" and isinstance(output, Tensor):
+            read = self._memory.strided(live[0], values[0], output)
+            if read is not None:
+                read.root = values[0].root or (values[0], geometry(live[0]))
+                self._name(output, read)
+                return output
         clock, number = self._memory.clock, len(self.tape.steps)
         made = []
         if not isinstance(output, Tensor):
@@ -463,7 +469,9 @@ class Recording(TorchDispatchMode):
                 live.pop()
                 step.live = step.values = step.values[:-1]
         count = len(self.tape.steps)
-        if isinstance(where, int) and step.rule.in_place and operation.is_trusted:
+        kinds = {tensor.dtype for tensor in (target, *floating(args))}  # of several, the widest is cast afterwards
+        fits = len(kinds) == 1 or isinstance(step.rule, Copy)
+        if isinstance(where, int) and step.rule.in_place and operation.is_trusted and fits:
 
             def in_place(*args: Any, **kwargs: Any) -> Any:
                 self._memory.about_to_change(target)
@@ -477,7 +485,12 @@ class Recording(TorchDispatchMode):
                 output = self._operate(operation, step, args, kwargs, live, step.operation)
             else:
                 output = step.operation(*args, **kwargs)
+            if not fits and output.dtype != target.dtype:
+                with self:
+                    output = output.to(target.dtype)
             self._memory.about_to_change(target)
+            if isinstance(where, str) and target.shape != output.shape:  # as out= is given the shape of what it gets
+                target.resize_(output.shape)
             target.copy_(output)
         made = self.tape.steps[-1].outputs if len(self.tape.steps) > count else ()
         value = made[0] if made else None
