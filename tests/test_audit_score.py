@@ -87,6 +87,12 @@ def test_one_number_an_image_is_explained_exactly(tmp_path, images, maps, prepar
     assert model(images)["age"].shape == (12, 1)  # the user's model is as before
 
 
+def test_one_number_an_image_has_no_probability_to_be_measured(tmp_path, images):
+    with pytest.raises(ValueError, match=r"metrics must be left out of an audit of one score.* got insertion"):
+        audit(images, build(), out=tmp_path / "out", score=age, metrics=["insertion"], **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 def test_scores_of_labels_are_audited_as_those_of_a_plain_model(tmp_path, images):
     torch.manual_seed(0)
     plain = Labels().eval()

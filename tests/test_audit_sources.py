@@ -3,6 +3,7 @@
 import csv
 import os
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -263,6 +264,18 @@ def test_data_set_items_of_many_kinds():
             source.read(index)
 
 
+def test_pictures_that_a_data_set_has_opened_but_not_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    deep = Image.fromarray(np.full((4, 4), -7, np.int32))
+    with Image.open(tmp_path / "half.jpg") as half:
+        source = DatasetSource([half, (deep, 1)])
+        for index, reason in enumerate(("raised OSError: .*truncated", "values of a 'I' image must lie in 0")):
+            with pytest.raises(UnreadableError, match=reason):
+                source.read(index)
+
+
 def test_what_a_data_set_raises_is_the_reason():
     class Broken(Digits):
         def __getitem__(self, index):
@@ -320,6 +333,14 @@ def test_label_names_may_be_ambiguous_only_where_they_are_not_used():
     assert label_indices(["dog"], ["crane", "crane", "dog"]) == [2]
     with pytest.raises(ValueError, match=r"got 'crane', the name of labels \[0, 1\]. Give an index"):
         label_indices(["crane"], ["crane", "crane", "dog"])
+
+
+def test_numbers_are_indices_and_text_is_a_name_first():
+    names = ["0", "1", "10", "2"]  # folders in alphabetical order
+    assert label_indices(["10", "2", 2, np.int64(3), 1.0, "3", None], names) == [2, 3, 2, 3, 1, 3, None]
+    for wrong in (2.5, float("nan"), float("inf"), 4):
+        with pytest.raises(ValueError, match="label must be one of the model's"):
+            label_indices([wrong], names)
 
 
 def test_names_that_are_no_unicode_are_escaped():

@@ -191,6 +191,7 @@ def test_vector_formats(folder: Path, suffix: str) -> None:
         (["--target", "1000"], "label must be less than 1000, got 1000"),
         (["--target", "top:0"], "target must be top:1 to top:1000, got 'top:0'"),
         (["--contrast", "linx"], "Did you mean 'lynx'"),
+        (["--model", "torchvision:squeezenet1_1", "--weights", "none", "--contrast", "1000"], "must be less than 1000"),
         (["--out", "no/such/folder.png"], "output must be a path that can be written, got 'no/such/folder.png'"),
         (["--out", "maps.jpg"], "--out must end in .png, .pdf, .svg, got 'maps.jpg'"),
         (["--save-maps", "maps.txt"], "--save-maps must end in .npz, got 'maps.txt'"),

@@ -221,6 +221,10 @@ def test_tokens_tuples_and_targets_that_are_functions(generator: torch.Generator
     targets = [(5, 2), (0, 0)]
     assert_close(several(ids, targets), method.attribute(ids, targets, channel_dim=-1))
 
+    named = ScoreMap(lambda x: {"logits": head(x.tanh())})  # as the models of Hugging Face return them
+    rows = torch.rand(2, 8, generator=generator, dtype=torch.float64)
+    assert_close(compile_map(named, rows, 1, backend="graph")(rows + 1, [2, 0]), named.attribute(rows + 1, [2, 0]))
+
     pair = ScoreMap(lambda a, b: (a * b.tanh()).sum(1))
     tensors = torch.rand(2, 4, generator=generator), torch.rand(2, 4, generator=generator)
     one_score = compile_map(pair, tensors, backend="graph")

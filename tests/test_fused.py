@@ -403,3 +403,15 @@ def test_tokens_that_were_merged_are_positions() -> None:
             return tokens.mean(1)
 
     assert main_layers(Merging().eval(), torch.randn(1, 3, 32, 32)) == ["fine.1", "coarse.1"]
+
+
+def test_logits_by_name_as_the_models_of_hugging_face_return_them(model: nn.Sequential, inputs: Tensor) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inner(images)}
+
+    torch.testing.assert_close(FusedScoreMap(Named()).attribute(inputs, 2), FusedScoreMap(model).attribute(inputs, 2))

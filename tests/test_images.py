@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from captum_scoremap.data.sources import DatasetSource
 from captum_scoremap.models import SAMPLES, Preprocessing, read_image
+from captum_scoremap.visualization.checked import checked_picture
 
 
 @pytest.fixture
@@ -92,6 +94,47 @@ def test_transparent_pixels_are_white(tmp_path: Path, mode: str) -> None:
 def test_half_transparent_black_is_gray(tmp_path: Path) -> None:
     Image.new("RGBA", (2, 2), (0, 0, 0, 128)).save(tmp_path / "image.png")
     assert read_image(tmp_path / "image.png").getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "L", "1", "P", "LA", "RGBA", "RGB", "CMYK"])
+def test_every_way_in_sees_the_same_picture(photo: Image.Image, tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("image.tif" if mode in {"F", "I", "CMYK"} else "image.png")
+    gray = np.asarray(photo.convert("L"))
+    if mode in {"I;16", "I", "F"}:
+        Image.fromarray(gray / np.float32(255) if mode == "F" else gray.astype({"I": "i4"}.get(mode, "u2")) * 257).save(
+            path
+        )
+    else:
+        transparent = {"transparency": 0 if mode == "P" else (0, 0, 255)} if mode in {"P", "RGB"} else {}
+        photo.convert(mode).save(path, **transparent)
+    with Image.open(path) as opened:
+        assert opened.mode[0] == mode[0]
+        expected = np.asarray(read_image(path))
+        plain = Preprocessing((24, 32), None, (0.0,) * 3, (1.0,) * 3)(opened)
+        single = Preprocessing((24, 32), None, (0.0,), (1.0,))(opened)
+        item = DatasetSource([opened]).read(0).image
+        drawn = checked_picture(opened, None, None)
+    np.testing.assert_allclose(plain.movedim(0, -1) * 255, expected, atol=1e-3)
+    np.testing.assert_allclose(single[0] * 255, np.asarray(read_image(path).convert("L")), atol=1e-3)
+    np.testing.assert_allclose(np.asarray(item), expected)
+    np.testing.assert_allclose(drawn * 255, expected, atol=1e-3)
+    if mode in {"I;16", "I", "F"}:
+        np.testing.assert_allclose(expected[..., 0], gray)
+
+
+def test_pictures_too_narrow_to_be_enlarged_say_so() -> None:
+    with pytest.raises(ValueError, match="40000 x 1 pixels are too long and narrow to be resized to 256"):
+        Preprocessing(256, 224)(Image.new("RGB", (40000, 1)))
+    assert Preprocessing(256, 224)(Image.new("RGB", (1, 300))).shape == (3, 224, 224)
+    assert Preprocessing((8, 8), None)(Image.new("RGB", (40000, 1))).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (60, 1), (1, 41), (640, 1), (2, 3), (3000, 2)])
+@pytest.mark.parametrize("crop", [None, 1, 32, 36])
+def test_what_is_seen_of_a_picture_is_a_pixel_at_least(size: tuple[int, int], crop: int | None) -> None:
+    x0, y0, x1, y1 = Preprocessing(36, crop).box(size)
+    assert 0 <= x0 < x1 <= size[0]
+    assert 0 <= y0 < y1 <= size[1]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -227,6 +227,32 @@ def test_insertion_rejects(
         metrics.insertion(model, noise(inputs), inputs, target, **options)
 
 
+@pytest.mark.parametrize("measure", [metrics.insertion, metrics.deletion])
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_one_score_an_image_has_no_softmax(model: nn.Module, inputs: Tensor, measure, squeezed: bool) -> None:
+    def single(images: Tensor) -> Tensor:
+        return model(images)[:, 0] if squeezed else model(images)[:, :1]
+
+    def probability(output: Tensor) -> Tensor:
+        return output.reshape(-1).sigmoid()
+
+    maps = saliency(model, inputs, torch.zeros(len(inputs), dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"of at least two labels, \(N, K\), for a probability, got \(\d+(, 1|,)\)"):
+        measure(single, noise(maps), inputs, torch.zeros(len(inputs), dtype=torch.int64))
+    curve = measure(single, noise(maps), inputs, probability, steps=4)
+    ends = curve.probabilities[:, -1 if measure is metrics.insertion else 0]
+    torch.testing.assert_close(ends, probability(single(inputs)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_maps_must_be_finite(model: nn.Module, inputs: Tensor, target: Tensor, value: float) -> None:
+    maps = torch.zeros(3, 1, 8, 8)
+    maps[1, 0, 2, 2] = value
+    for measure in (metrics.insertion, metrics.deletion, metrics.masked_confidence, metrics.road):
+        with pytest.raises(ValueError, match="attributions must be finite"):
+            measure(model, noise(maps), inputs, target)
+
+
 def test_a_missing_batch_dimension_is_named(model: nn.Module, inputs: Tensor, target: Tensor) -> None:
     with pytest.raises(ValueError, match=r"inputs must have the shape \(N, C, H, W\), got \(3, 8, 8\)\. Use inputs"):
         metrics.insertion(model, noise(inputs), inputs[0], target)

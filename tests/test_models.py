@@ -314,6 +314,11 @@ def test_labels_by_name_and_index() -> None:
         nameless.label_index("cat")
 
 
+def test_labels_that_are_called_by_numbers_in_another_order() -> None:
+    digits = LoadedModel("folders in alphabetical order", nn.Identity(), labels=("0", "1", "10", "2"))
+    assert [digits.label_index(one) for one in ("10", "2", "3")] == [2, 3, 3]
+
+
 def test_imagenet_labels() -> None:
     labels = imagenet_labels()
     assert (len(labels), labels[0], labels[285], labels[999]) == (

@@ -128,6 +128,7 @@ class Branching(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
         self.other = nn.BatchNorm2d(3)
         self.alias = self.norm
+        self.steps = [self.conv, self.norm]  # as a tuple or mapping of modules, unknown to PyTorch
         self.wiring = wiring
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,6 +137,10 @@ class Branching(nn.Module):
             return y
         if self.wiring == "alias":
             return self.alias(y)
+        if self.wiring == "in a list":
+            return self.steps[1](y)
+        if self.wiring == "unregistered":
+            return self.__dict__["steps"][-1](y).relu()
         if self.wiring == "read twice":
             return self.norm(y) + y
         if self.wiring == "norm called twice":
@@ -161,6 +166,8 @@ class Branching(nn.Module):
     [
         ("plain", True),
         ("alias", True),
+        ("in a list", True),
+        ("unregistered", True),
         ("read twice", False),
         ("norm called twice", False),
         ("convolution called twice", False),

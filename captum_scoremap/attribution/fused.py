@@ -12,7 +12,7 @@ from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
 from captum_scoremap.layout import placed_map
 from captum_scoremap.linear import check_sites, warn_of_probabilities
 from captum_scoremap.rules import Rule, Value, with_rules
-from captum_scoremap.scores import Target, is_function, select_scores
+from captum_scoremap.scores import Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
 
 from .contract import Contract
@@ -120,7 +120,7 @@ class FusedScoreMap(Contract):
         def select(output: Any) -> Tensor:
             warn_of_probabilities(recording, output)
             scores = select_scores(output, target, len(image))
-            return scores if is_function(target) else output
+            return scores if is_function(target) else logits_in(output)
 
         output = recording.record((image,), additional, select)
         check_sites(recording, sites)

@@ -35,6 +35,7 @@ from captum_scoremap.checks import nearest
 from captum_scoremap.data.sources import Source, open_source
 from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
+from captum_scoremap.scores import logits_in
 
 __all__ = ["Audit", "audit"]
 
@@ -187,6 +188,10 @@ def audit(
         pool=layers_to_pool(module, inputs),
         compiled=plan.count >= ENOUGH if compile_maps is None else compile_maps,
     )
+    if metrics and _count_scores(module, inputs) == 1:
+        raise ValueError(
+            f"metrics must be left out of an audit of one score, without probability, got {', '.join(metrics)}."
+        )
     settings = _settings(worker, original, prepare_model) | {"score": None if score is None else _name_of(score)}
     if compare_with is not None:
         check_comparable(Path(compare_with), settings)
@@ -253,6 +258,13 @@ class _Scored:
 
 def _name_of(score: Callable[[Any], Tensor]) -> str:
     return f"{score.__module__}:{getattr(score, '__qualname__', type(score).__qualname__)}"
+
+
+@torch.no_grad()
+def _count_scores(module: nn.Module, inputs: Tensor) -> int | None:
+    """Return how many scores the network gives an image; None where it gives none."""
+    scores = logits_in(module(inputs))
+    return scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 2 else None
 
 
 @torch.no_grad()

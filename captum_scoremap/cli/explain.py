@@ -47,6 +47,8 @@ from captum_scoremap.visualization import visualize_layer_score_maps
 
 # Pixels of the longer side of a photograph in a picture.
 _LARGEST_DRAWN = 640
+# Bytes of what the name of one picture of several says of it; file systems take 255 for the whole.
+_LONGEST_NAME = 120
 
 
 class Maps(str, Enum):
@@ -245,20 +247,30 @@ def _default_layers(network: nn.Module, inputs: Tensor) -> list[str]:
     return [INPUT, *main_layers(network, inputs)]
 
 
-def _targets(target: str, network: nn.Module, inputs: Tensor, loaded: LoadedModel) -> list[int]:
-    """Return the indices of the labels to explain on one image."""
+def _scores(network: nn.Module, inputs: Tensor, loaded: LoadedModel) -> Tensor:
+    """Return the scores of all labels of one image, (1, K)."""
     with torch.no_grad():
         scores = logits_in(network(inputs))
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"model must give scores (N, K), one per label, got {got} from {loaded.name}.")
+    return scores
+
+
+def _label_index(option: str, label: str, scores: Tensor, loaded: LoadedModel) -> int:
+    """Return the place of a label that an option names among the scores."""
+    index = loaded.label_index(label)
+    if index >= scores.shape[1]:
+        raise ValueError(f"{option} must be less than {scores.shape[1]}, the number of labels, got {index}.")
+    return index
+
+
+def _targets(target: str, scores: Tensor, loaded: LoadedModel) -> list[int]:
+    """Return the indices of the labels to explain on one image."""
     labels = scores.shape[1]
     best = re.fullmatch(r"top:(\d+)", target)
     if best is None:
-        index = loaded.label_index(target)
-        if index >= labels:
-            raise ValueError(f"target must be less than {labels}, the number of labels, got {index}.")
-        return [index]
+        return [_label_index("target", target, scores, loaded)]
     if not 1 <= int(best[1]) <= labels:
         raise ValueError(f"target must be top:1 to top:{labels}, got {target!r}.")
     return [int(index) for index in scores[0].topk(int(best[1])).indices]
@@ -273,9 +285,8 @@ def _questions(
             raise ValueError("--target and --contrast must be left out with --score; the function says what is meant.")
         question = _Question(score, imported("score", score))
         return lambda network, inputs: [question]
-    other = None if contrast is None else loaded.label_index(contrast)
 
-    def of_label(index: int) -> _Question:
+    def of_label(index: int, other: int | None) -> _Question:
         name = loaded.label_name(index)
         if other is None:
             return _Question(name, index, index)
@@ -286,13 +297,19 @@ def _questions(
             other,
         )
 
-    return lambda network, inputs: [of_label(index) for index in _targets(target or "top:1", network, inputs, loaded)]
+    def of_image(network: nn.Module, inputs: Tensor) -> list[_Question]:
+        scores = _scores(network, inputs, loaded)
+        other = None if contrast is None else _label_index("contrast", contrast, scores, loaded)
+        return [of_label(index, other) for index in _targets(target or "top:1", scores, loaded)]
+
+    return of_image
 
 
 def _numbered(out: Path, number: int, explanation: Explanation) -> Path:
     """Return the path of one picture of several: it says what is on it."""
     image = Path(explanation.image.removeprefix(SAMPLE_PREFIX)).stem
     words = "_".join(re.findall(r"\w+", f"{image} {explanation.label}"))
+    words = words.encode()[:_LONGEST_NAME].decode(errors="ignore")  # file systems count bytes
     return out.with_stem(f"{out.stem}_{number}_{words}")
 
 

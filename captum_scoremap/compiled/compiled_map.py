@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
 from captum_scoremap.checks import check_inputs, unwrap_parallel
-from captum_scoremap.scores import Positions, Target, is_function, select_scores
+from captum_scoremap.scores import Positions, Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import as_tuple_of_arguments, root_module
 
 from .backends import Backend, Mode
@@ -253,7 +253,7 @@ class CompiledMap:
         additional = as_tuple_of_arguments(self._options.get("additional_forward_args"))
         with torch.no_grad():
             output = unwrap_parallel(self._method.forward_func)(*(one.detach().clone() for one in tensors), *additional)
-        return tuple(output.shape[1:])  # type: ignore[attr-defined]  # a tensor, or the map would have raised
+        return tuple(logits_in(output).shape[1:])
 
     def _target(self, arguments: Sequence[Tensor]) -> Target:
         """Return the target of the graph's function: the labels among its arguments."""

@@ -10,7 +10,7 @@ from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerSc
 from captum_scoremap.checks import unwrap_parallel
 from captum_scoremap.layout import channels_at
 from captum_scoremap.linear import Reduction, explain
-from captum_scoremap.scores import Target, select_scores
+from captum_scoremap.scores import Target, logits_in, select_scores
 from captum_scoremap.tape import Site, as_tuple_of_arguments, root_module
 
 __all__ = ["Method", "parts"]
@@ -57,7 +57,7 @@ def parts(
         found = {"map": fused if isinstance(fused, Tensor) else fused[0]}
     else:
         found = _linear_parts(method, inputs, select, additional, options)
-    output = outputs[0]
+    output = logits_in(outputs[0])
     return {"scores": output if isinstance(output, Tensor) else select_scores(output, target), **found}
 
 

@@ -216,7 +216,8 @@ def _places_by_name(names: Sequence[str] | None) -> dict[str, list[int]]:
 def _label_index(label: RawLabel, places: Mapping[str, list[int]], names: Sequence[str] | None) -> int | None:
     if label is None:
         return None
-    matches = places.get(_folded(str(label)), [])
+    # a number is an index, also where labels are called by numbers
+    matches = places.get(_folded(label), []) if isinstance(label, str) else []
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -225,7 +226,9 @@ def _label_index(label: RawLabel, places: Mapping[str, list[int]], names: Sequen
         )
     try:
         index = int(label)
-    except ValueError:
+        if not isinstance(label, str) and index != label:
+            raise ValueError
+    except (ValueError, OverflowError):
         hint = nearest(_folded(str(label)), places) or " Give indices, or the names the model uses."
         raise ValueError(f"label must be one of the model's, got {label!r}.{hint}") from None
     if index < 0 or (names is not None and index >= len(names)):

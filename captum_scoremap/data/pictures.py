@@ -21,6 +21,7 @@ __all__ = [
     "read_image",
     "read_picture",
     "strict_decoding",
+    "to_rgb",
 ]
 
 SAMPLE_PREFIX = "sample:"
@@ -137,7 +138,7 @@ def _decoded(path: Path) -> Image.Image:
             raise UnreadableError(f"{_NO_FILES[kind]}, not a file")
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UnreadableError("no such file") from None
     except UnreadableError:
@@ -171,8 +172,24 @@ def _read_sample(name: str) -> Image.Image:
     raise ValueError(f"sample must be one of {', '.join(SAMPLES)}, got {name!r}.{nearest(name, SAMPLES)}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow as RGB, without clipping deep values and without losing transparency."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as 8-bit RGB, without clipping deep values, what is transparent on white.
+
+    Args:
+        image: The picture.
+
+    Returns:
+        The picture in mode ``"RGB"``; itself where it is.
+
+    Raises:
+        ValueError: Deep values are outside the range of 16-bit integers, or of fractions of white.
+
+    Example:
+        >>> to_rgb(Image.new("I;16", (1, 1), 257 * 200)).getpixel((0, 0))
+        (200, 200, 200)
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
     if image.has_transparency_data:

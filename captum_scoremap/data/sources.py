@@ -25,7 +25,7 @@ from captum_scoremap.checks import nearest
 from captum_scoremap.data.extras import import_extra
 from captum_scoremap.data.files import find_pictures, printable, signatures
 from captum_scoremap.data.labels import RawLabel, folder_labels, label_indices, one_label, some, table_labels
-from captum_scoremap.data.pictures import UnreadableError, read_picture
+from captum_scoremap.data.pictures import UnreadableError, read_picture, to_rgb
 
 __all__ = ["DatasetSource", "FileSource", "Region", "Sample", "Source", "open_source"]
 
@@ -208,17 +208,18 @@ class DatasetSource(Source):
         """
         try:
             item = self.dataset[index]
+            image, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
+            if isinstance(image, (tuple, list)):
+                image = image[0]
+            if isinstance(image, Image.Image):
+                image.load()  # where the data set opens files without reading them
+                image = to_rgb(image)
         except Exception as error:
             raise UnreadableError(f"the data set raised {type(error).__name__}: {error}") from error
-        image, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
-        if isinstance(image, (tuple, list)):
-            image = image[0]
         if isinstance(image, Tensor):
             if image.dim() != 3 or not image.is_floating_point():
                 raise UnreadableError(f"a tensor {tuple(image.shape)} of {image.dtype}, not (C, H, W) floating point")
-        elif isinstance(image, Image.Image):
-            image = image.convert("RGB")
-        else:
+        elif not isinstance(image, Image.Image):
             raise UnreadableError(f"{type(image).__name__} is neither a picture nor a tensor")
         return Sample(image, None if label is None else _whole_number(label))
 

@@ -28,7 +28,7 @@ def input_sized(attributions: Tensor, height: int, width: int) -> Tensor:
         Maps ``(N, H, W)``, bilinearly enlarged (or reduced) where the sizes differ.
 
     Raises:
-        ValueError: if the attributions have not four dimensions.
+        ValueError: if the attributions have not four dimensions, or are not finite.
 
     Example:
         >>> input_sized(torch.ones(1, 3, 2, 2), 4, 4).shape
@@ -39,6 +39,8 @@ def input_sized(attributions: Tensor, height: int, width: int) -> Tensor:
             f"attributions must have the shape (N, C, h, w), got {tuple(attributions.shape)}. "
             "Reshape them in the callable that is passed as attribute."
         )
+    if not attributions.isfinite().all():
+        raise ValueError("attributions must be finite, got NaN or infinite values. Check the model on these images.")
     maps = attributions.detach().sum(dim=1, keepdim=True)
     if maps.shape[-2:] != (height, width):
         maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
@@ -127,8 +129,20 @@ def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: Score
 
 
 def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target: Score) -> Tensor:
-    """Return the probability (softmax of the scores) of each image's label, ``(N,)``; of a function its value."""
+    """Return the probability (softmax of the scores) of each image's label, ``(N,)``; of a function its value.
+
+    Raises:
+        ValueError: if the model returns fewer than two scores for each image, of which a softmax is always 1.
+    """
     with torch.no_grad():
         scores = forward_func(inputs)
-        scores = logits_in(scores) if isinstance(target, Tensor) else scores
-        return select_scores(scores.softmax(dim=1) if isinstance(target, Tensor) else scores, target, len(inputs))
+        if not isinstance(target, Tensor):
+            return select_scores(scores, target, len(inputs))
+        scores = logits_in(scores)
+        if not isinstance(scores, Tensor) or scores.dim() < 2 or scores.shape[1] < 2:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"the model must return scores of at least two labels, (N, K), for a probability, got {got}. Pass as "
+                "target a function from its output to (N,), such as lambda output: output.reshape(-1).sigmoid()."
+            )
+        return select_scores(scores.softmax(dim=1), target, len(inputs))

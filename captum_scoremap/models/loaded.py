@@ -62,7 +62,7 @@ class LoadedModel:
         """Return the place of a label among the scores.
 
         Args:
-            label: Its name, in any case, or its index in digits.
+            label: Its name, in any case; or its index in digits, where no label is called by them.
 
         Returns:
             The index.
@@ -74,6 +74,11 @@ class LoadedModel:
             >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).label_index("Dog")
             1
         """
+        matches = [index for index, name in enumerate(self.labels) if name.casefold() == label.casefold()]
+        if len(matches) > 1:
+            raise ValueError(f"label must be unique, got {label!r}, the name of {matches}. Use the index.")
+        if matches:
+            return matches[0]
         if label.isdecimal():
             index = int(label)
             if self.labels and index >= len(self.labels):
@@ -81,13 +86,7 @@ class LoadedModel:
             return index
         if not self.labels:
             raise ValueError(f"label must be an index, as the label names of {self.name} are not known; got {label!r}.")
-        folded = [name.casefold() for name in self.labels]
-        matches = [index for index, name in enumerate(folded) if name == label.casefold()]
-        if len(matches) > 1:
-            raise ValueError(f"label must be unique, got {label!r}, the name of {matches}. Use the index.")
-        if not matches:
-            raise ValueError(f"label must be one of {self.name}'s, got {label!r}.{nearest(label, self.labels)}")
-        return matches[0]
+        raise ValueError(f"label must be one of {self.name}'s, got {label!r}.{nearest(label, self.labels)}")
 
 
 @contextmanager

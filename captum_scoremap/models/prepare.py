@@ -222,11 +222,15 @@ def _fold(model: nn.Module, convolution: str, norm: str) -> None:
     # A subclass may use its weights in another way: timm has convolutions that standardize them first.
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     if (rest(conv(trial)) - expected).abs().max() <= tolerance * expected.abs().max():
-        for name, module in list(model.named_modules(remove_duplicate=False)):
-            if module is affine:
-                model.set_submodule(name, rest)
+        _become(affine, rest)
     else:
         conv.weight, conv.bias = plain
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Make a module another one in its place, whoever refers to it: a name of the model's, or a list of its own."""
+    module.__class__ = type(other)
+    module.__dict__ = vars(other)
 
 
 def _trial_input(conv: Any) -> Tensor:

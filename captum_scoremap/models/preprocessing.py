@@ -7,6 +7,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, Normalize, Resize, ToTensor
 
+from captum_scoremap.data.pictures import UnreadableError, to_rgb
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # PIL's name of the colors that so many channels hold
@@ -38,7 +40,17 @@ class Preprocessing:
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return the tensor (C, H, W) that the model takes, float32."""
+        """Return the tensor (C, H, W) that the model takes, float32.
+
+        Args:
+            image: A picture of any mode.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            ValueError: Resized, the picture would have more pixels than Pillow holds for safe, so narrow is it.
+        """
         resized = self._resized(image)
         return self._normalized(resized if self.crop is None else CenterCrop(self.crop).forward(resized))
 
@@ -113,7 +125,7 @@ class Preprocessing:
         starts = [max(0.0, (side - self.crop * scale) / 2) for side, scale in zip(size, scales, strict=True)]
         x0, y0 = (round(start) for start in starts)
         x1, y1 = (round(side - start) for side, start in zip(size, starts, strict=True))
-        return x0, y0, x1, y1
+        return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)  # of a picture of few pixels it is a part of one
 
     def picture(self, inputs: Tensor) -> Tensor:
         """Return what the model saw, to be looked at.
@@ -132,7 +144,16 @@ class Preprocessing:
     # thread for one of the model's, may be tracing the model meanwhile
     def _resized(self, image: Image.Image) -> Image.Image:
         mode = _MODES.get(len(self.mean), "RGB")
+        if not (mode == "RGBA" and image.has_transparency_data):
+            image = to_rgb(image)
         image = image if image.mode == mode else image.convert(mode)
+        short, long = sorted(image.size)
+        limit = Image.MAX_IMAGE_PIXELS
+        if isinstance(self.resize, int) and limit is not None and self.resize**2 * long > limit * short:
+            raise UnreadableError(
+                f"{image.size[0]} x {image.size[1]} pixels are too long and narrow to be resized to {self.resize} at "
+                "the shorter side; cut it first"
+            )
         resized: Image.Image = Resize(self.resize, self.interpolation).forward(image)
         return resized
 

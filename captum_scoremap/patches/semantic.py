@@ -228,7 +228,14 @@ def _labels(
     if None not in targets:
         return list(targets)
     with torch.no_grad():
-        highest = logits_in(forward_func(inputs)).argmax(dim=1).tolist()
+        scores = logits_in(forward_func(inputs))
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"the model must return scores (N, K) where an image has no target, got {got}. Pass as targets a function "
+            "from the model's output to (N,)."
+        )
+    highest = scores.argmax(dim=1).tolist()
     return [best if target is None else target for target, best in zip(targets, highest, strict=True)]
 
 

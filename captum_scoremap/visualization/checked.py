@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from captum_scoremap.data.pictures import to_rgb
+
 from .style import MapStyle
 
 Picture: TypeAlias = npt.NDArray[np.float32]
@@ -87,7 +89,7 @@ def checked_picture(image: Photograph, mean: Channels | None, std: Channels | No
             undone.
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        image = np.asarray(to_rgb(image))
     is_array, image = isinstance(image, np.ndarray), as_tensor(image, name)
     if (
         is_array and image.ndim in {2, 3} and image.shape[-1] != 0
