@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import LayerScoreMap, ScoreMap, bias_maps, bias_terms, linear_form
+from captum_scoremap import LayerScoreMap, ScoreMap, bias_maps, bias_terms, freeze, linear_form
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 
 
@@ -442,3 +442,50 @@ def test_bounds_in_the_wrong_order_leave_the_upper_one() -> None:
 def test_a_power_of_zero_is_one_at_zero_too() -> None:
     assert_is_gradient(lambda x: x.relu() ** 0 * x)
     assert_is_gradient(lambda x: torch.pow(x.relu(), 0.0) + x)
+
+
+# -- weights that depend on the image, as in adaptive norms
+
+MIXING = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+MAP = torch.randn(1, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+LIVE_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "layer norm": lambda x, w: F.layer_norm(x.movedim(1, -1), (4,), w, 2 * w).movedim(-1, 1),
+    "layer norm's bias": lambda x, w: F.layer_norm(x.movedim(1, -1), (4,), None, w).movedim(-1, 1),
+    "group norm": lambda x, w: F.group_norm(x, 2, w, w.tanh()),
+    "instance norm": lambda x, w: F.instance_norm(x, weight=w, bias=w),
+    "batch norm": lambda x, w: F.batch_norm(x, MAP.mean((0, 2, 3)), MAP.var((0, 2, 3)), w, MAP[0, :, 0, 0]),
+    "batch norm's statistics": lambda x, w: F.batch_norm(x, w, w.abs() + 1, MAP[0, :, 0, 0], w),
+    "rms norm": lambda x, w: F.rms_norm(x.movedim(1, -1), (4,), w).movedim(-1, 1),
+    "norm of a constant": lambda x, w: F.group_norm(MAP, 2, w),
+    "prelu": lambda x, w: F.prelu(x, w),
+    "prelu of one weight": lambda x, w: F.prelu(x, w[:1]),
+    "prelu of a constant": lambda x, w: F.prelu(MAP, w),
+}
+
+
+@pytest.mark.parametrize("name", LIVE_WEIGHTS)
+def test_weights_that_depend_on_the_image_are_factors_of_a_product(name: str) -> None:
+    image = torch.randn(1, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+    def model(x: Tensor) -> Tensor:
+        return LIVE_WEIGHTS[name](x, x.mean((0, 2, 3)) @ MIXING).mean((2, 3))
+
+    form = linear_form(model, image, 1)
+    at_zero = freeze(model, image)(torch.zeros_like(image))[:, 1]
+    assert_close(form.score, model(image)[:, 1], rtol=1e-12, atol=1e-14)
+    assert_close(form.sums + at_zero, form.score, rtol=1e-10, atol=1e-12)
+    assert_close(form.bias, at_zero, rtol=1e-10, atol=1e-12)
+    assert float(form.coefficients.abs().max()) > 0
+
+
+def test_a_live_weight_takes_half_of_its_product() -> None:
+    """As in any product of two live factors: y = ½ (n̄ w + n w̄), with n the norm and w its weight."""
+    image = torch.randn(1, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    both = [
+        linear_form(lambda x, norm=norm: norm(x, x.mean((0, 2, 3)) @ MIXING).mean((2, 3)), image, 1)
+        for norm in (
+            lambda x, w: F.group_norm(x, 2, w),
+            lambda x, w: F.group_norm(x, 2) * w[:, None, None],
+        )
+    ]
+    assert_close(both[0].coefficients, both[1].coefficients, rtol=1e-10, atol=1e-12)

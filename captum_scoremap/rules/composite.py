@@ -34,6 +34,10 @@ class Composite(Rule):
     def __init__(self, body: Callable[..., Any]) -> None:
         self.body = body
 
+    def expansion(self, call: Call) -> Callable[..., Any]:
+        """Return the body."""
+        return self.body
+
     def freeze(self, call: Call) -> None:
         """Freeze nothing: the smaller operations do."""
 

@@ -4,7 +4,8 @@ Norms that PyTorch makes of smaller operations (RMS norm, ``F.normalize``, local
 scale is a gate, or the denominator of a quotient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ __all__ = ["BatchNorm", "EvaluatedBatchNorm", "GroupNorm", "LayerNorm"]
 class Standardize(Rule):
     """Subtract the mean, multiply by 1/std, then weight and bias; 1/std is frozen.
 
-    A subclass says what the statistics are taken over.
+    A subclass says what the statistics are taken over. A weight that is live, as in an adaptive norm, is a factor of a
+    product.
 
     Attributes:
         eps: Position of eps among the arguments.
+        weight: Position of the weight, which the bias comes after.
 
     Example:
         >>> from captum_scoremap import freeze
@@ -33,6 +36,22 @@ class Standardize(Rule):
     kind = "scale"
     live_outputs = 1
     eps: int
+    weight = 1
+
+    def expansion(self, call: Call) -> Callable[..., Any] | None:
+        """Return the norm without weight and bias, and these after it, where one of them is live."""
+        if not any(call.is_live(one) for one in call.args[self.weight : self.weight + 2]):
+            return None
+        operation = call.operation
+
+        def expanded(*args: Any) -> tuple[Tensor, ...]:
+            weight, bias = self.affine(Call(operation, args, {}, (), ()))
+            bare = *args[: self.weight], None, None, *args[self.weight + 2 :]
+            output, *statistics = operation(*bare)
+            output = output if weight is None else output * weight
+            return (output if bias is None else output + bias, *statistics)
+
+        return expanded
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return the argument in the shape in which each of its rows, the last dimension, has statistics of its own."""
@@ -89,6 +108,7 @@ class LayerNorm(Standardize):
     """
 
     eps = 4
+    weight = 2
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return one row for each position."""
@@ -144,6 +164,20 @@ class BatchNorm(Standardize):
     """
 
     eps = 7
+
+    def expansion(self, call: Call) -> Callable[..., Any] | None:
+        """Return the formula, too, where running statistics are live."""
+        if self._training(call) or not any(call.is_live(one) for one in call.args[3:5]):
+            return super().expansion(call)
+
+        def expanded(*args: Any) -> tuple[Tensor, ...]:
+            x, (mean, variance) = args[0], args[3:5]
+            weight, bias = self.affine(Call(call.operation, args, {}, (), ()))
+            output = (x - _shaped(mean, x)) * _shaped((variance + args[self.eps]).rsqrt(), x)
+            output = output if weight is None else output * weight
+            return output if bias is None else output + bias, mean.new_empty(0), mean.new_empty(0)
+
+        return expanded
 
     def is_affine(self, call: Call) -> bool:
         """Return whether it uses running statistics."""

@@ -73,6 +73,13 @@ class Rule(ABC):
     in_place: bool = False
     moves: bool = False
 
+    def expansion(self, call: Call) -> Callable[..., Any] | None:
+        """Return what computes the same by smaller operations, with the operation's signature.
+
+        Those are recorded in its place. None, the default, to record the operation as one.
+        """
+        return None
+
     @abstractmethod
     def freeze(self, call: Call) -> Any:
         """Return what the operation freezes at the image: tensors, or a tuple of tensors and None."""

@@ -21,7 +21,6 @@ from captum_scoremap.checks import UnsupportedOperationError, unrecorded
 from captum_scoremap.rules import (
     DEFAULT,
     Call,
-    Composite,
     Copy,
     Rounded,
     Rule,
@@ -327,8 +326,10 @@ class Recording(TorchDispatchMode):
     ) -> Any:
         """Run an operation and record it; returns its output."""
         rule = step.rule
-        if isinstance(rule, Composite):
-            return self._compose(rule, args, kwargs)
+        expansion = rule.expansion(step)
+        if expansion is not None:
+            with self:
+                return expansion(*args, **kwargs)
         values = step.values
         sites = values[0].sites
         for value in values[1:]:
@@ -390,11 +391,6 @@ class Recording(TorchDispatchMode):
         step.outputs = tuple(made)
         self.tape.steps.append(step)
         return output
-
-    def _compose(self, rule: Composite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record what an operation is made of in its place."""
-        with self:
-            return rule.body(*args, **kwargs)
 
     def _round(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on quantized tensors, or one that rounds, and record the plain one and the rounding."""
