@@ -34,7 +34,13 @@ def start(source: Path, out: Path, *more: str, model: str = "build_slow", **envi
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts if os.name == "posix" else None,
     )
+
+
+def heed_interrupts() -> None:
+    """Undo what a shell does to programs in the background, which these tests may be: Ctrl-C is not for them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
