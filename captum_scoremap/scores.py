@@ -150,6 +150,22 @@ def logits_in(output: Any) -> Any:
     return output
 
 
+def shape_or_type(output: Any) -> str:
+    """Return what errors say of a model's output: its shape if it is a tensor, else its type.
+
+    Args:
+        output: What :func:`logits_in` returned.
+
+    Returns:
+        The words.
+
+    Example:
+        >>> shape_or_type(torch.zeros(2, 3)), shape_or_type([])
+        ('(2, 3)', 'list')
+    """
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+
 def is_function(target: object) -> TypeGuard[Callable[[Any], Tensor]]:
     """Return whether a target is a function of the model's output."""
     return callable(target) and not isinstance(target, Tensor)

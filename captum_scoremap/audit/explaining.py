@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_scoremap.layout import main_layers, map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction, ledgers
 from captum_scoremap.rules import Value, with_rules
-from captum_scoremap.scores import logits_in
+from captum_scoremap.scores import logits_in, shape_or_type
 from captum_scoremap.tape import Recording, Site, Tape, Tapped
 
 __all__ = ["MAPS", "ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]
@@ -401,9 +401,9 @@ def _map_layer(name: str, shape: tuple[int, ...] | None, image_shape: tuple[int,
 
 def _check_scores(scores: object, true: Tensor | None) -> None:
     if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.shape[1] < 1:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"model must give scores (N, K), one for each label, got {got}. Name a score: audit's score, or --score."
+            f"model must give scores (N, K), one for each label, got {shape_or_type(scores)}. Name a score: audit's "
+            "score, or --score."
         )
     if true is not None and scores.shape[1] > 1 and int(true.max()) >= scores.shape[1]:
         raise ValueError(f"labels must be less than {scores.shape[1]}, the model's, got {int(true.max())}.")

@@ -33,7 +33,7 @@ from captum_scoremap.compiled import Mode, compile_map
 from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
 from captum_scoremap.layout import layer_shapes, main_layers, map_channel_dim
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
-from captum_scoremap.scores import logits_in
+from captum_scoremap.scores import logits_in, shape_or_type
 
 LABEL = 0
 PLAIN = "forward and backward"
@@ -237,8 +237,7 @@ def layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, 
     with torch.no_grad():
         scores = logits_in(model(image))
     if not isinstance(scores, Tensor) or scores.ndim != 2:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"model must give scores (N, K), one per label, got {got}.")
+        raise ValueError(f"model must give scores (N, K), one per label, got {shape_or_type(scores)}.")
     found = find_layers(model, names or main_layers(model, image))
     if not found or None in found.values():
         raise ValueError(f"layers must be modules that give maps, got {', '.join(found) or 'none'}. Name some.")

@@ -42,7 +42,7 @@ from captum_scoremap.linear import linear_form
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
 from captum_scoremap.models.loading import imported
 from captum_scoremap.multiview import MultiView
-from captum_scoremap.scores import Target, logits_in
+from captum_scoremap.scores import Target, logits_in, shape_or_type
 from captum_scoremap.visualization import visualize_layer_score_maps
 
 # Pixels of the longer side of a photograph in a picture.
@@ -252,8 +252,9 @@ def _scores(network: nn.Module, inputs: Tensor, loaded: LoadedModel) -> Tensor:
     with torch.no_grad():
         scores = logits_in(network(inputs))
     if not isinstance(scores, Tensor) or scores.ndim != 2:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"model must give scores (N, K), one per label, got {got} from {loaded.name}.")
+        raise ValueError(
+            f"model must give scores (N, K), one per label, got {shape_or_type(scores)} from {loaded.name}."
+        )
     return scores
 
 

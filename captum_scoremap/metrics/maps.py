@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.scores import logits_in, select_scores
+from captum_scoremap.scores import logits_in, select_scores, shape_or_type
 
 Score: TypeAlias = Tensor | Callable[[Any], Tensor]
 """Which score is meant: labels ``(N,)``, or a function from the model's output to ``(N,)``."""
@@ -140,9 +140,9 @@ def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target
             return select_scores(scores, target, len(inputs))
         scores = logits_in(scores)
         if not isinstance(scores, Tensor) or scores.dim() < 2 or scores.shape[1] < 2:
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"the model must return scores of at least two labels, (N, K), for a probability, got {got}. Pass as "
-                "target a function from its output to (N,), such as lambda output: output.reshape(-1).sigmoid()."
+                "the model must return scores of at least two labels, (N, K), for a probability, got "
+                f"{shape_or_type(scores)}. Pass as target a function from its output to (N,), such as lambda output: "
+                "output.reshape(-1).sigmoid()."
             )
         return select_scores(scores.softmax(dim=1), target, len(inputs))

@@ -17,7 +17,7 @@ from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
 from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
-from captum_scoremap.scores import is_function, logits_in
+from captum_scoremap.scores import is_function, logits_in, shape_or_type
 
 __all__ = ["By", "Patch", "semantic_patches"]
 
@@ -230,10 +230,9 @@ def _labels(
     with torch.no_grad():
         scores = logits_in(forward_func(inputs))
     if not isinstance(scores, Tensor) or scores.dim() != 2:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"the model must return scores (N, K) where an image has no target, got {got}. Pass as targets a function "
-            "from the model's output to (N,)."
+            f"the model must return scores (N, K) where an image has no target, got {shape_or_type(scores)}. Pass as "
+            "targets a function from the model's output to (N,)."
         )
     highest = scores.argmax(dim=1).tolist()
     return [best if target is None else target for target, best in zip(targets, highest, strict=True)]

@@ -120,14 +120,14 @@ class PReLU(PiecewiseLinear):
         y = s̄ · x, with s̄ = 1 where x̄ > 0, else the weight; a weight that is live is a factor of a product
     """
 
-    def expansion(self, call: Call) -> Callable[..., Any] | None:
-        """Return the positive part and the weighted rest, where the weight is live."""
-        return (lambda x, weight: x.clamp_min(0) + weight * x.clamp_max(0)) if call.is_live(call.args[1]) else None
-
     def __init__(self) -> None:
         super().__init__(
             lambda input, weight: Breakpoints(((operator.gt, 0.0),), (weight, 1.0), (0.0, 0.0)),
         )
+
+    def expansion(self, call: Call) -> Callable[..., Any] | None:
+        """Return the positive part and the weighted rest, where the weight is live."""
+        return (lambda x, weight: x.clamp_min(0) + weight * x.clamp_max(0)) if call.is_live(call.args[1]) else None
 
 
 _TANGENT = Tangent()

@@ -48,8 +48,7 @@ class Standardize(Rule):
             weight, bias = self.affine(Call(operation, args, {}, (), ()))
             bare = *args[: self.weight], None, None, *args[self.weight + 2 :]
             output, *statistics = operation(*bare)
-            output = output if weight is None else output * weight
-            return (output if bias is None else output + bias, *statistics)
+            return (_weighted(output, weight, bias), *statistics)
 
         return expanded
 
@@ -75,9 +74,8 @@ class Standardize(Rule):
         grouped = self.grouped(call, x)
         weight, bias = self.affine(call)
         output = ((grouped - grouped.mean(-1, keepdim=True)) * state).reshape(x.shape)
-        output = output if weight is None else output * weight
         # weights may be of a wider type, as under autocast
-        return ((output if bias is None else output + bias).to(x.dtype),)
+        return (_weighted(output, weight, bias).to(x.dtype),)
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return frozen scale * (weight * coefficients, their mean subtracted)."""
@@ -174,8 +172,7 @@ class BatchNorm(Standardize):
             x, (mean, variance) = args[0], args[3:5]
             weight, bias = self.affine(Call(call.operation, args, {}, (), ()))
             output = (x - _shaped(mean, x)) * _shaped((variance + args[self.eps]).rsqrt(), x)
-            output = output if weight is None else output * weight
-            return output if bias is None else output + bias, mean.new_empty(0), mean.new_empty(0)
+            return _weighted(output, weight, bias), mean.new_empty(0), mean.new_empty(0)
 
         return expanded
 
@@ -211,8 +208,7 @@ class BatchNorm(Standardize):
         x = call.input
         scale = self._scale(call)
         mean, bias = (_per_channel(call.args[position], x) for position in (3, 2))
-        output = (x - mean) * scale
-        return ((output if bias is None else output + bias).to(x.dtype),)
+        return (_weighted(x - mean, scale, bias).to(x.dtype),)
 
     def transpose(self, call: Call, state: Tensor | None, gradients: Gradients) -> list[Tensor | None]:
         """Return scale * coefficients."""
@@ -263,6 +259,11 @@ class EvaluatedBatchNorm(BatchNorm):
     @staticmethod
     def _training(call: Call) -> bool:
         return False
+
+
+def _weighted(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias
 
 
 def _per_channel(values: Tensor | None, input: Tensor | Value) -> Tensor | None:

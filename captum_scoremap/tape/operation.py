@@ -73,7 +73,7 @@ class Operation:
         changed = [
             (argument.name if argument.kwarg_only else position)
             for position, argument in enumerate(arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != _SCRATCH
+            if _is_written(argument)
         ]
         self.changes: int | str | None = changed[0] if changed else None
         self.changes_shape = torch.Tag.inplace_view in operation.tags
@@ -125,10 +125,11 @@ def _argument_types(operation: Any) -> list[str]:
 
 
 def _writes(operation: Any) -> bool:
-    return any(
-        one.alias_info is not None and one.alias_info.is_write and one.name != _SCRATCH
-        for one in operation._schema.arguments
-    )
+    return any(map(_is_written, operation._schema.arguments))
+
+
+def _is_written(argument: Any) -> bool:
+    return bool(argument.alias_info is not None and argument.alias_info.is_write and argument.name != _SCRATCH)
 
 
 # Under the default rules, for all runs.
