@@ -136,25 +136,29 @@ def check_callable(forward_func: object) -> None:
     check_visible(forward_func)
 
 
-def check_visible(module: object) -> None:
+def check_visible(module: object, name: str = "forward_func") -> None:
     """Raise if ``module`` is compiled or scripted, so that its operations do not pass through Python.
+
+    Args:
+        module: A module or function.
+        name: What the argument is called.
 
     Raises:
         TypeError: If so.
     """
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise TypeError(
-            "forward_func must be a model whose operations can be seen, got a scripted one "
+            f"{name} must be a model whose operations can be seen, got a scripted one "
             f"({type(module).__name__}). Use the model it was scripted from."
         )
     if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
         raise TypeError(
-            "forward_func must be a model whose operations can be seen, got a compiled one. "
+            f"{name} must be a model whose operations can be seen, got a compiled one. "
             "Use the model as it was before torch.compile (model._orig_mod)."
         )
     if "_torchdynamo_orig_callable" in getattr(module, "__dict__", ()):
         raise TypeError(
-            "forward_func must be a function whose operations can be seen, got a compiled one. "
+            f"{name} must be a function whose operations can be seen, got a compiled one. "
             "Use the function as it was before torch.compile."
         )
 

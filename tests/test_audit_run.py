@@ -247,9 +247,11 @@ def test_out_must_be_empty_or_the_same_audit(tmp_path):
     audit(list(data), tiny_model(), out=tmp_path / "out", **QUICK)
     with pytest.raises(ValueError, match=r"with an audit of 1 finished shards. Go on with resume"):
         audit(list(data), tiny_model(), out=tmp_path / "out", **QUICK)
-    with pytest.raises(ValueError, match=r"resume must have the settings of the audit in .*, got another layers"):
+    with pytest.raises(
+        ValueError, match=r"resume must have the settings of the audit in .*, got other values of layers"
+    ):
         audit(list(data), tiny_model(), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
-    with pytest.raises(ValueError, match=r"got another model, layers"):
+    with pytest.raises(ValueError, match=r"got other values of model, layers"):
         audit(list(data), tiny_model(4), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
     again = audit(list(data), tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
     assert again.images.num_rows == 3
@@ -377,12 +379,14 @@ def test_resume_knows_that_pictures_changed(tmp_path):
     audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", **QUICK)
     path = tmp_path / "in" / "0003.png"
     Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
-    with pytest.raises(ValueError, match=r"resume must have the settings of the audit in .*, got another source"):
+    with pytest.raises(
+        ValueError, match=r"resume must have the settings of the audit in .*, got other values of source"
+    ):
         audit(tmp_path / "in", tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
     data = [(torch.rand(3, 32, 32), 0) for _ in range(3)]
     audit(data, tiny_model(), out=tmp_path / "data", **QUICK)
     data[1] = (data[1][0], 1)
-    with pytest.raises(ValueError, match="got another source"):
+    with pytest.raises(ValueError, match="got other values of source"):
         audit(data, tiny_model(), out=tmp_path / "data", resume=True, **QUICK)
 
 

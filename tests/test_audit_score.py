@@ -104,6 +104,26 @@ def test_scores_of_labels_are_audited_as_those_of_a_plain_model(tmp_path, images
         assert of_all(done.folder, table) == of_all(other.folder, table)
 
 
+class Number(nn.Module):
+    """One number an image, under no name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, x):
+        return self.inner(x)["age"][:, 0]
+
+
+def test_a_model_of_one_number_needs_no_function(tmp_path, images):
+    done = audit(list(images), Number(), out=tmp_path, **QUICK)
+    with torch.no_grad():
+        expected = Number()(images).tolist()
+    rows = done.images.to_pylist()
+    assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert {(row["predicted_label"], row["probability"]) for row in rows} == {("score", None)}
+
+
 def test_runs_of_one_number_are_compared(tmp_path, images):
     audit(list(images), build(), out=tmp_path / "before", score=age, **QUICK)
     done = audit(list(images + 1), build(), out=tmp_path / "now", score=age, compare_with=tmp_path / "before", **QUICK)
@@ -117,7 +137,7 @@ def test_runs_of_one_number_are_compared(tmp_path, images):
 def test_another_score_is_another_audit(tmp_path, images):
     audit(list(images), build(), out=tmp_path, score=age, **QUICK)
     audit(list(images), build(), out=tmp_path, score=age, resume=True, **QUICK)
-    with pytest.raises(ValueError, match=r"another .*score"):
+    with pytest.raises(ValueError, match="other values of model, score"):
         audit(list(images), build(), out=tmp_path, score=label, resume=True, **QUICK)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ValueError, match="another score"):

@@ -1,8 +1,10 @@
 """``captum-scoremap explain``: what it prints, draws and saves, and how it fails."""
 
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_scoremap import linear_form
+from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, linear_form
 from captum_scoremap.cli import app, main
 from captum_scoremap.cli.options import check_writable, chosen_device
 from captum_scoremap.models import load_model, read_image
@@ -159,7 +161,7 @@ def test_a_score_of_the_user(folder: Path, capsys: pytest.CaptureFixture[str]) -
         assert "must return one score for each image, (1,), got (1, 1000)" in capsys.readouterr().err
         for more in (["--target", "top:1"], ["--contrast", "lynx"]):
             assert main([*arguments, "--score", "cats_in_this_folder:cats", *more]) == 2
-            assert "--target and --contrast must be left out with --score" in capsys.readouterr().err
+            assert f"{more[0]} must be left out with --score" in capsys.readouterr().err
     finally:
         sys.modules.pop("cats_in_this_folder", None)
     model = load_model(dtype=torch.float64)
@@ -190,6 +192,11 @@ def test_vector_formats(folder: Path, suffix: str) -> None:
         (["--target", "Egyptian cta"], "Did you mean 'Egyptian cat'"),
         (["--target", "1000"], "label must be less than 1000, got 1000"),
         (["--target", "top:0"], "target must be top:1 to top:1000, got 'top:0'"),
+        (
+            ["--target", "lynx", "--contrast", "Lynx"],
+            "contrast must be another label than the target, got lynx for both",
+        ),
+        (["."], "got '.': a folder, not a file"),
         (["--contrast", "linx"], "Did you mean 'lynx'"),
         (["--model", "torchvision:squeezenet1_1", "--weights", "none", "--contrast", "1000"], "must be less than 1000"),
         (["--out", "no/such/folder.png"], "output must be a path that can be written, got 'no/such/folder.png'"),
@@ -223,6 +230,139 @@ def test_models_without_one_score_a_label_are_refused(folder: Path, capsys: pyte
     finally:
         sys.modules.pop("pixels_in_this_folder", None)
     assert "model must give scores (N, K), one per label, got (1, 2, 222, 222)" in capsys.readouterr().err
+
+
+SMALL = """
+import torch
+from torch import nn
+from captum_scoremap.models import LoadedModel, Preprocessing
+
+class Person(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(4 * 15 * 15, 2)
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(self.head(self.features(x).flatten(1)))
+
+def loaded(answer):
+    return LoadedModel("", Person(answer), Preprocessing(32, 32), ("age", "height"))
+
+def two():
+    return loaded(lambda found: found)
+
+def named():
+    return loaded(lambda found: {"age": found[:, 0], "height": found[:, 1]})
+
+def one():
+    return loaded(lambda found: found[:, 0])
+
+def scripted():
+    return torch.jit.script(nn.Conv2d(3, 2, 3))
+
+def compiled():
+    return torch.compile(nn.Conv2d(3, 2, 3))
+
+def meta():
+    return nn.Conv2d(3, 2, 3, device="meta")
+
+def broken():
+    return {}["no model"]
+
+def age(output):
+    return output["age"]
+
+def wrong(output):
+    return output["weight"]
+"""
+
+
+@pytest.fixture
+def small(folder: Path) -> Iterator[str]:
+    """A module of models and scores in the current folder."""
+    (folder / "small_in_this_folder.py").write_text(SMALL)
+    yield "small_in_this_folder"
+    sys.modules.pop("small_in_this_folder", None)
+
+
+def test_check_of_a_score_of_the_user(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for model, score in (("named", ["--score", f"{small}:age"]), ("one", []), ("two", ["--target", "age"])):
+        assert main(["check", "--model", f"{small}:{model}", *score, "--json", "--dtype", "float64"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [one["label"] for one in found] == [f"{small}:age", "score", "age"]
+    assert found[0]["score"] == pytest.approx(found[2]["score"], rel=1e-12)
+    assert found[1]["score"] == pytest.approx(found[2]["score"], rel=1e-12)
+    assert main(["check", "--model", f"{small}:named"]) == 2
+    assert "got dict from small_in_this_folder:named. Say by --score what of it is meant" in capsys.readouterr().err
+    assert main(["check", "--model", f"{small}:two", "--target", "top:2"]) == 2
+    assert "--target must be one label, got 'top:2'" in capsys.readouterr().err
+
+
+def test_a_single_number_is_explained_without_asking(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", f"{small}:one", "--layers", "input, features.2"]) == 0
+    assert "sample:chelsea: score, S = " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "score"), [("named", ["--score", "small_in_this_folder:age"]), ("one", []), ("two", [])]
+)
+@pytest.mark.parametrize("maps", ["score", "complete", "fused"])
+def test_export_of_a_score_of_the_user(
+    model: str, score: list[str], maps: str, small: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", f"{small}:{model}", "--image-size", "32", "--maps", maps, "--out", "age.pt2"]
+    assert main(["export", *arguments, *score]) == 0
+    takes = re.findall(r"takes\W+(\w+)", capsys.readouterr().out)
+    assert takes == (["image", "target"] if model == "two" else ["image"])
+    image = torch.randn(1, 3, 32, 32)
+    target = [torch.tensor([0])] if model == "two" else []
+    found = torch.export.load("age.pt2").module()(image, *target)
+    network = getattr(sys.modules[small], model)().module.eval()
+    method = {"score": LayerScoreMap, "complete": CompleteScoreMap, "fused": FusedScoreMap}[maps]
+    asked = {"named": sys.modules[small].age, "one": None, "two": 0}[model]
+    layer = (network.features[2],) if maps == "score" else ()
+    expected = method(network, *layer).attribute(image, asked)
+    one = next(value for name, value in reversed(found.items()) if name.startswith("map"))
+    torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_patches_of_a_score_of_the_user(folder: Path, small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 40), (60 * number, 200, 40)).save(folder / "photos" / f"{number}.png")
+    shown = []
+    for model, score in (("named", ["--score", f"{small}:age"]), ("one", []), ("two", [])):
+        assert main(["patches", "photos", "--layer", "features.2", "--model", f"{small}:{model}", *score]) == 0
+        shown.append([line for line in capsys.readouterr().out.splitlines() if "SMSM" in line])
+    assert len(shown[0]) == 3  # fewer images than the nine patches of a layer
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("scripted", "model must be a model whose operations can be seen, got a scripted one"),
+        ("compiled", "model must be a model whose operations can be seen, got a compiled one"),
+        ("meta", "model must have numbers in its tensors, got small_in_this_folder:meta on the meta device"),
+        ("broken", "KeyError: 'no model', raised in small_in_this_folder.py, line 39"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_models_that_cannot_be_explained(
+    model: str, message: str, small: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("explain", "check", "bench", "export", "audit ."):
+        assert main([*command.split(), "--model", f"{small}:{model}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_errors_in_the_user_s_score_say_where(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", f"{small}:named", "--score", f"{small}:wrong"]) == 2
+    assert "KeyError: 'weight', raised in small_in_this_folder.py, line" in capsys.readouterr().err
 
 
 def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

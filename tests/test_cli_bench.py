@@ -41,6 +41,25 @@ def small() -> LoadedModel:
     return LoadedModel("", nn.Sequential(layers), Preprocessing(16, 16))
 
 
+class Named(nn.Module):
+    """Its score under a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small().module
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"age": self.inner(x)[:, 0]}
+
+
+def named() -> LoadedModel:
+    return LoadedModel("", Named(), Preprocessing(16, 16))
+
+
+def age(output: dict[str, Tensor]) -> Tensor:
+    return output["age"]
+
+
 def pixels() -> nn.Module:
     return nn.Conv2d(3, 2, 3)
 
@@ -66,6 +85,15 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layers: relu, pool" in output
     assert "images: 2 × 3 × 16 × 16" in output
     assert f"threads: {torch.get_num_threads()}" in output
+
+
+def test_a_score_of_the_user(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "peak_memory", here)
+    monkeypatch.setattr(MODULE, "compile_map", partial(MODULE.compile_map, backend="graph"))
+    model = [*MODEL[:1], "tests.test_cli_bench:named", *MODEL[2:]]
+    assert main(["bench", *model, "--json", "--score", "tests.test_cli_bench:age"]) == 0
+    jobs = [job["job"] for job in json.loads(capsys.readouterr().out)["jobs"]]
+    assert jobs == [*AS_IT_IS[:-1], *PREPARED[:-1], *(f"{name}, prepared" for name in COMPILED)]
 
 
 def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

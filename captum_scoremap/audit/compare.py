@@ -54,9 +54,10 @@ def check_comparable(other: Path, settings: Mapping[str, Any]) -> None:
                 f"another {'network' if name == 'hash' else name}. Audit both sets of images with one model."
             )
     if theirs.get("score") != settings["score"]:
+        name = (theirs.get("score") or {"name": "the labels"})["name"]
         raise ValueError(
-            f"compare must be an audit of the same score, got {str(other)!r} of another score, "
-            f"{theirs.get('score') or 'the labels'}."
+            f"compare must be an audit of the same score, got {str(other)!r} of another score, or of other code of it: "
+            f"{name}."
         )
 
 

@@ -25,6 +25,7 @@ from captum_scoremap.audit.compare import check_comparable, compare
 from captum_scoremap.audit.compiling import ENOUGH
 from captum_scoremap.audit.explaining import MAPS, MapLayer, layers_to_pool, map_layers
 from captum_scoremap.audit.findings import find
+from captum_scoremap.audit.fingerprint import code_fingerprint, fingerprint, weights_fingerprint
 from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.preparing import Prepared, compare_prepared
 from captum_scoremap.audit.progress import Progress
@@ -140,7 +141,7 @@ def audit(
         single_file: Whether the report shall be one file, to be sent or published as it is; for up to 500 images.
         score: A function from the model's output to what is audited: scores (N, K), one for each of K labels, or a
             single one, (N,), which has no runner-up, no true label and no findings. See `captum_scoremap.scores`. By
-            default the output, or its logits, is scores.
+            default the output, or its logits, is such scores.
 
     Returns:
         The audit.
@@ -176,11 +177,13 @@ def audit(
     original = loaded.module
     module = prepare(original, inputs.cpu()) if prepare_model else copy.deepcopy(original).eval()
     module = module.to(device)
-    if score is not None:
+    function = logits_in if score is None and _gives_one_number(module, inputs) else score
+    if function is not None:
         original = copy.deepcopy(original)
         for one in (original, module):
-            one.register_forward_hook(_Scored(score))
-        loaded = replace(loaded, labels=_names_of_scores(module, inputs, score, loaded.labels))
+            one.register_forward_hook(_Scored(function))
+        name = getattr(score, "__name__", "score").strip("<>")
+        loaded = replace(loaded, labels=_names_of_scores(module, inputs, name, loaded.labels))
     worker = replace(
         worker,
         model=replace(loaded, module=module),
@@ -192,7 +195,9 @@ def audit(
         raise ValueError(
             f"metrics must be left out of an audit of one score, without probability, got {', '.join(metrics)}."
         )
-    settings = _settings(worker, original, prepare_model) | {"score": None if score is None else _name_of(score)}
+    settings = _settings(worker, original, prepare_model) | {
+        "score": None if score is None else {"name": _name_of(score), "hash": fingerprint(score)}
+    }
     if compare_with is not None:
         check_comparable(Path(compare_with), settings)
     shards = Shards(Path(out), len(plan.shards), _stamp(settings))
@@ -268,13 +273,18 @@ def _count_scores(module: nn.Module, inputs: Tensor) -> int | None:
 
 
 @torch.no_grad()
-def _names_of_scores(
-    module: nn.Module, inputs: Tensor, score: Callable[[Any], Tensor], labels: tuple[str, ...]
-) -> tuple[str, ...]:
+def _gives_one_number(module: nn.Module, inputs: Tensor) -> bool:
+    """Return whether the network gives each image one number, (N,), rather than one for each label."""
+    scores = logits_in(module(inputs))
+    return isinstance(scores, Tensor) and scores.shape == (len(inputs),)
+
+
+@torch.no_grad()
+def _names_of_scores(module: nn.Module, inputs: Tensor, score: str, labels: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of what is scored: the function's where that is one number, the model's where they fit."""
     count = module(inputs).shape[1]
     if count == 1:
-        return (getattr(score, "__name__", "score").strip("<>"),)
+        return (score,)
     return labels if len(labels) == count else ()
 
 
@@ -302,7 +312,7 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
     """Return what decides the results: two runs with equal settings yield equal tables."""
     plan = worker.plan
     return {
-        "format": 3,
+        "format": 4,
         "source": {
             "title": worker.source.title,
             "images": len(worker.source),
@@ -310,7 +320,8 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
         },
         "model": {
             "name": worker.model.name,
-            "hash": _weights_hash(original),
+            "hash": weights_fingerprint(original),
+            "code": code_fingerprint(original),
             "prepared": prepared,
             "preprocessing": repr(worker.model.preprocessing),
             "labels": list(worker.model.labels),
@@ -328,15 +339,6 @@ def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, 
     }
 
 
-def _weights_hash(module: nn.Module) -> str:
-    digest = hashlib.sha256(str(module).encode())
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _stamp(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -351,7 +353,7 @@ def _check_folder(shards: Shards, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {str(folder)!r}.")
     if (folder / _SETTINGS).exists():
-        if not resume:
+        if shards.finished() and not resume:
             raise ValueError(
                 f"out must be a new or empty folder, got {str(folder)!r} with an audit of "
                 f"{len(shards.finished())} finished shards. Go on with resume, or choose another folder."
@@ -372,14 +374,14 @@ def _open_folder(shards: Shards, settings: Mapping[str, Any], plan: Plan, resume
     damaged = []
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if before.get(name) != settings[name]]
+        changed = [name for name in settings if shards.finished() and before.get(name) != settings[name]]
     except FileNotFoundError:
         changed, damaged = [], [f"{_SETTINGS} is missing"] if shards.finished() else []
     except (ValueError, AttributeError, UnicodeDecodeError) as error:
         changed, damaged = [], [f"{_SETTINGS} cannot be read ({error})"]
     if changed:
         raise ValueError(
-            f"resume must have the settings of the audit in {str(shards.folder)!r}, got another "
+            f"resume must have the settings of the audit in {str(shards.folder)!r}, got other values of "
             f"{', '.join(changed)}. Repeat the first call's arguments, or choose another folder."
         )
     write_json(path, settings)

@@ -82,12 +82,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             app(args=arguments, prog_name="captum-scoremap")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:  # a model or score of the user's may raise anything
         if "--traceback" in arguments:
             traceback.print_exc()
-        print(f"captum-scoremap: error: {error}", file=sys.stderr)
+        print(f"captum-scoremap: error: {_said_by(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _said_by(error: Exception) -> str:
+    """Return what an error says: its message, with kind and place where it was not meant to be read alone."""
+    if isinstance(error, (TypeError, ValueError, RuntimeError, OSError, ImportError)):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{type(error).__name__}: {error}, raised in {Path(place.filename).name}, line {place.lineno}. "
+        "captum-scoremap --traceback ... shows where it comes from."
+    )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from captum_scoremap.cli.options import (
     PrepareOption,
     WeightsOption,
     chosen_device,
+    names_in,
 )
 from captum_scoremap.models import DEFAULT_MODEL, load_model
 from captum_scoremap.models.loading import imported
@@ -166,7 +167,7 @@ def audit(
     from captum_scoremap.audit.worker import METRICS
 
     conditions = [parse_condition(text) for text in fail_on or ()]
-    measures = metrics.split(",") if metrics else []
+    measures = names_in(metrics)
     for condition in conditions:
         if condition.name in METRICS and condition.name not in measures:
             raise ValueError(f"--fail-on {condition} needs --metrics {','.join([*measures, condition.name])}.")
@@ -176,7 +177,7 @@ def audit(
             load_model(model, weights, image_size=image_size),
             out=out,
             labels=labels,
-            layers=layers.split(",") if layers else None,
+            layers=names_in(layers) or None,
             metrics=measures,
             maps=maps,
             limit=limit,

@@ -26,16 +26,20 @@ from captum_scoremap.cli.options import (
     DTypeOption,
     ImageSizeOption,
     ModelOption,
+    ScoreOption,
     WeightsOption,
     chosen_device,
+    names_in,
 )
+from captum_scoremap.cli.questions import example_target
 from captum_scoremap.compiled import Mode, compile_map
 from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
 from captum_scoremap.layout import layer_shapes, main_layers, map_channel_dim
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
-from captum_scoremap.scores import logits_in, shape_or_type
+from captum_scoremap.scores import Target, select_scores
 
 LABEL = 0
+ALL_LABELS = "all labels, last layer"
 PLAIN = "forward and backward"
 PREPARED = ", prepared"
 COMPILED = ", compiled"
@@ -49,11 +53,13 @@ class _Subject:
         model: The network.
         inputs: Images, (N, C, H, W).
         layers: Name of each layer and the dimension of its channels.
+        target: Whose score is explained.
     """
 
     model: nn.Module
     inputs: Tensor
     layers: dict[str, int]
+    target: Target = LABEL
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class _Recipe:
         weights: Its weights.
         image_size: Side of its images in pixels; None for its own.
         layers: Names of layers; none for the main ones.
+        score: Function of the model's output that is explained; None for a label's score.
         batch: Number of images.
         device: Where to compute.
         dtype: In which type.
@@ -74,6 +81,7 @@ class _Recipe:
     weights: str
     image_size: int | None
     layers: tuple[str, ...]
+    score: str | None
     batch: int
     device: str
     dtype: torch.dtype
@@ -82,8 +90,9 @@ class _Recipe:
         loaded = load_model(self.model, self.weights, self.device, self.dtype, self.image_size)
         noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
         image = loaded.preprocessing(Image.fromarray(noise))[None].to(self.device, self.dtype)
+        target = example_target(self.score, loaded.module, image, loaded.name)
         layers = layouts(loaded.module, image, self.layers)
-        return _Subject(loaded.module, image.repeat(self.batch, 1, 1, 1), layers)
+        return _Subject(loaded.module, image.repeat(self.batch, 1, 1, 1), layers, target)
 
 
 def _inference(subject: _Subject) -> Job:
@@ -95,11 +104,14 @@ def _inference(subject: _Subject) -> Job:
 
 
 def _plain(subject: _Subject) -> Job:
-    return partial(forward_backward, lambda images: logits_in(subject.model(images)), subject.inputs, LABEL)
+    def scores(images: Tensor) -> Tensor:
+        return select_scores(subject.model(images), subject.target, len(images))[:, None]
+
+    return partial(forward_backward, scores, subject.inputs, 0)
 
 
 def _input_map(subject: _Subject) -> Job:
-    return partial(ScoreMap(subject.model).attribute, subject.inputs, LABEL)
+    return partial(ScoreMap(subject.model).attribute, subject.inputs, subject.target)
 
 
 def _methods(subject: _Subject) -> dict[int, LayerScoreMap]:
@@ -116,7 +128,8 @@ def _methods(subject: _Subject) -> dict[int, LayerScoreMap]:
 def _layer_maps(subject: _Subject) -> Job:
     methods = _methods(subject)
     return lambda: [
-        method.attribute(subject.inputs, LABEL, channel_dim=channel_dim) for channel_dim, method in methods.items()
+        method.attribute(subject.inputs, subject.target, channel_dim=channel_dim)
+        for channel_dim, method in methods.items()
     ]
 
 
@@ -131,22 +144,22 @@ def _mode(subject: _Subject) -> Mode:
 
 
 def _compiled_input_map(subject: _Subject) -> Job:
-    compiled = compile_map(ScoreMap(subject.model), subject.inputs, LABEL, mode=_mode(subject))
-    return partial(compiled, subject.inputs, LABEL)
+    compiled = compile_map(ScoreMap(subject.model), subject.inputs, subject.target, mode=_mode(subject))
+    return partial(compiled, subject.inputs, subject.target)
 
 
 def _compiled_layer_maps(subject: _Subject) -> Job:
     compiled = [
-        compile_map(method, subject.inputs, LABEL, mode=_mode(subject), channel_dim=channel_dim)
+        compile_map(method, subject.inputs, subject.target, mode=_mode(subject), channel_dim=channel_dim)
         for channel_dim, method in _methods(subject).items()
     ]
-    return lambda: [one(subject.inputs, LABEL) for one in compiled]
+    return lambda: [one(subject.inputs, subject.target) for one in compiled]
 
 
 _EXPLAINING: dict[str, Callable[[_Subject], Job]] = {
     "one map at the input": _input_map,
     "maps of all layers": _layer_maps,
-    "all labels, last layer": _all_labels,
+    ALL_LABELS: _all_labels,
 }
 _COMPILING: dict[str, Callable[[_Subject], Job]] = {
     f"one map at the input{COMPILED}": _compiled_input_map,
@@ -173,6 +186,7 @@ def bench(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", help="Readings of each job, which take turns.", min=1)
     ] = 5,
+    score: ScoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.float32,
@@ -198,13 +212,15 @@ def bench(
     * `captum-scoremap bench --model my_package.models:build --batch 1 --rounds 20 --json`
     """
     place = chosen_device(device)
-    names = tuple(layers.split(",")) if layers else ()
-    recipe = _Recipe(model, weights, image_size, names, batch, str(place), dtype.torch)
+    names = tuple(names_in(layers))
+    recipe = _Recipe(model, weights, image_size, names, score, batch, str(place), dtype.torch)
     subject = recipe.subject()
-    jobs = {name: work(subject) for name, work in _WORK.items() if name not in _COMPILING}
+    explaining = {name: work for name, work in _EXPLAINING.items() if name != ALL_LABELS or subject.target == LABEL}
+    plain = {name: work for name, work in _WORK.items() if name not in _EXPLAINING and name not in _COMPILING}
+    jobs = {name: work(subject) for name, work in (plain | explaining).items()}
     fastest = _prepared(subject) if prepare_model else subject
     if prepare_model:
-        jobs |= {name + PREPARED: work(fastest) for name, work in _EXPLAINING.items()}
+        jobs |= {name + PREPARED: work(fastest) for name, work in explaining.items()}
     if compile_maps is not False:
         jobs |= _compiled(fastest, PREPARED if prepare_model else "")
     bar = partial(tqdm, delay=1.0, disable=None, leave=False)
@@ -234,10 +250,6 @@ def bench(
 
 def layouts(model: nn.Module, image: Tensor, names: Sequence[str]) -> dict[str, int]:
     """Return the layers to explain, and the dimension of their channels."""
-    with torch.no_grad():
-        scores = logits_in(model(image))
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
-        raise ValueError(f"model must give scores (N, K), one per label, got {shape_or_type(scores)}.")
     found = find_layers(model, names or main_layers(model, image))
     if not found or None in found.values():
         raise ValueError(f"layers must be modules that give maps, got {', '.join(found) or 'none'}. Name some.")

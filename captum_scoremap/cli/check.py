@@ -5,7 +5,6 @@ import sys
 from functools import partial
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 from tqdm import tqdm
@@ -17,9 +16,11 @@ from captum_scoremap.cli.options import (
     DTypeOption,
     ImageSizeOption,
     ModelOption,
+    ScoreOption,
     WeightsOption,
     chosen_device,
 )
+from captum_scoremap.cli.questions import questions
 from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.linear import Exactness, LayerExactness, check_exactness
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, load_model, read_image
@@ -45,6 +46,7 @@ def check(
             show_default=False,
         ),
     ] = None,
+    score: ScoreOption = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -71,22 +73,22 @@ def check(
     * `captum-scoremap check --model torchvision:vit_b_16 --weights none`
 
     * `captum-scoremap check --model my_package.models:build --dtype float64 --json`
+
+    * `captum-scoremap check --model my_package.models:build --score my_package.scores:age`
     """
     place = chosen_device(device)
     loaded = load_model(model, weights, place, dtype.torch, image_size)
     inputs = loaded.preprocessing(read_image(image))[None].to(place, dtype.torch)
-    if target is None:
-        with torch.no_grad():
-            label = int(loaded.module(inputs)[0].argmax())
-    else:
-        label = loaded.label_index(target)
+    question, *more = questions(score, target, None, loaded)(loaded.module, inputs)
+    if more:
+        raise ValueError(f"--target must be one label, got {target!r}. Check them one by one.")
     progress = partial(tqdm, delay=1.0, disable=None, unit="layer", leave=False)
-    found = check_exactness(loaded.module, inputs, label, tolerance=tolerance, progress=progress)
+    found = check_exactness(loaded.module, inputs, question.score, tolerance=tolerance, progress=progress)
     if as_json:
-        print(json.dumps(_as_json(found, loaded.name, loaded.label_name(label)), indent=2))
+        print(json.dumps(_as_json(found, loaded.name, question.label), indent=2))
     else:
         console = make_console()
-        console.print(_table(found, f"{loaded.name}, {loaded.label_name(label)}"))
+        console.print(_table(found, f"{loaded.name}, {question.label}"))
         console.print(_verdict(found))
     if not found.is_exact:
         sys.exit(1)

@@ -2,16 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from PIL import Image
 from rich.console import Console
@@ -30,19 +27,20 @@ from captum_scoremap.cli.options import (
     ImageSizeOption,
     ModelOption,
     PrepareOption,
+    ScoreOption,
     WeightsOption,
     check_suffix,
     check_writable,
     chosen_device,
+    names_in,
 )
+from captum_scoremap.cli.questions import Question, questions
 from captum_scoremap.data.ahead import map_ahead
 from captum_scoremap.data.pictures import SAMPLE_PREFIX
 from captum_scoremap.layout import main_layers
 from captum_scoremap.linear import linear_form
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
-from captum_scoremap.models.loading import imported
 from captum_scoremap.multiview import MultiView
-from captum_scoremap.scores import Target, logits_in, shape_or_type
 from captum_scoremap.visualization import visualize_layer_score_maps
 
 # Pixels of the longer side of a photograph in a picture.
@@ -63,23 +61,6 @@ class View(str, Enum):
 
     single = "single"
     multi = "multi"
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Why has this image its score for this label, for this label rather than that, or by this function?
-
-    Attributes:
-        label: Name of the label or labels, or of the function.
-        score: What is explained: index of the label, or a function from the model's output to (N,).
-        target: Index of the label; None for a function.
-        contrast: Index of the label whose score is taken off; None for none.
-    """
-
-    label: str
-    score: Target
-    target: int | None = None
-    contrast: int | None = None
 
 
 def explain(
@@ -119,14 +100,7 @@ def explain(
         str | None,
         typer.Option("--contrast", "-c", metavar="LABEL", help="Explain why the target and not this label."),
     ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            "--score",
-            metavar="MODULE:FUNCTION",
-            help="Explain what a function makes of the model's output, one number an image, not a label's score.",
-        ),
-    ] = None,
+    score: ScoreOption = None,
     maps: Annotated[
         Maps,
         typer.Option(
@@ -203,8 +177,8 @@ def explain(
         network = prepare(loaded.module, first[1]) if prepare_model else loaded.module
         if view is View.multi:
             network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
-        found = find_layers(network, layers.split(",") if layers else _default_layers(network, first[1]))
-        asked = _questions(score, target, contrast, loaded)
+        found = find_layers(network, names_in(layers) or _default_layers(network, first[1]))
+        asked = questions(score, target, contrast, loaded)
         total = len(names) * len(asked(network, first[1]))
         arrays: dict[str, Any] = {}
         explanations: list[Explanation] = []
@@ -247,65 +221,6 @@ def _default_layers(network: nn.Module, inputs: Tensor) -> list[str]:
     return [INPUT, *main_layers(network, inputs)]
 
 
-def _scores(network: nn.Module, inputs: Tensor, loaded: LoadedModel) -> Tensor:
-    """Return the scores of all labels of one image, (1, K)."""
-    with torch.no_grad():
-        scores = logits_in(network(inputs))
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
-        raise ValueError(
-            f"model must give scores (N, K), one per label, got {shape_or_type(scores)} from {loaded.name}."
-        )
-    return scores
-
-
-def _label_index(option: str, label: str, scores: Tensor, loaded: LoadedModel) -> int:
-    """Return the place of a label that an option names among the scores."""
-    index = loaded.label_index(label)
-    if index >= scores.shape[1]:
-        raise ValueError(f"{option} must be less than {scores.shape[1]}, the number of labels, got {index}.")
-    return index
-
-
-def _targets(target: str, scores: Tensor, loaded: LoadedModel) -> list[int]:
-    """Return the indices of the labels to explain on one image."""
-    labels = scores.shape[1]
-    best = re.fullmatch(r"top:(\d+)", target)
-    if best is None:
-        return [_label_index("target", target, scores, loaded)]
-    if not 1 <= int(best[1]) <= labels:
-        raise ValueError(f"target must be top:1 to top:{labels}, got {target!r}.")
-    return [int(index) for index in scores[0].topk(int(best[1])).indices]
-
-
-def _questions(
-    score: str | None, target: str | None, contrast: str | None, loaded: LoadedModel
-) -> Callable[[nn.Module, Tensor], list[_Question]]:
-    """Return what is to be asked of each image, given the network and the image as it takes it."""
-    if score is not None:
-        if target is not None or contrast is not None:
-            raise ValueError("--target and --contrast must be left out with --score; the function says what is meant.")
-        question = _Question(score, imported("score", score))
-        return lambda network, inputs: [question]
-
-    def of_label(index: int, other: int | None) -> _Question:
-        name = loaded.label_name(index)
-        if other is None:
-            return _Question(name, index, index)
-        return _Question(
-            f"{name} − {loaded.label_name(other)}",
-            lambda output: logits_in(output)[:, index] - logits_in(output)[:, other],
-            index,
-            other,
-        )
-
-    def of_image(network: nn.Module, inputs: Tensor) -> list[_Question]:
-        scores = _scores(network, inputs, loaded)
-        other = None if contrast is None else _label_index("contrast", contrast, scores, loaded)
-        return [of_label(index, other) for index in _targets(target or "top:1", scores, loaded)]
-
-    return of_image
-
-
 def _numbered(out: Path, number: int, explanation: Explanation) -> Path:
     """Return the path of one picture of several: it says what is on it."""
     image = Path(explanation.image.removeprefix(SAMPLE_PREFIX)).stem
@@ -318,7 +233,7 @@ def _answer(
     network: nn.Module,
     image: str,
     inputs: Tensor,
-    question: _Question,
+    question: Question,
     layers: dict[str, nn.Module | None],
     progress: "tqdm[Any]",
 ) -> Explanation:

@@ -18,13 +18,17 @@ from captum_scoremap.cli.options import (
     DeviceOption,
     DType,
     DTypeOption,
+    ImageSizeOption,
     ModelOption,
     PrepareOption,
+    ScoreOption,
     WeightsOption,
     check_suffix,
     check_writable,
     chosen_device,
+    names_in,
 )
+from captum_scoremap.cli.questions import example_target
 from captum_scoremap.compiled import Exported, compile_map
 from captum_scoremap.compiled.export import FORMATS
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
@@ -65,33 +69,38 @@ def export(
         Path,
         typer.Option("--out", "-o", metavar="FILE", help="What to write: .onnx (extra onnx), or .pt2 for PyTorch."),
     ] = Path("model_with_map.onnx"),
+    image_size: ImageSizeOption = None,
+    score: ScoreOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = DType.float32,
     prepare_model: PrepareOption = True,
 ) -> None:
     """Write a model together with its maps as one file, to be run in production.
 
-    The file takes images, preprocessed as for the model, and the label of each, and returns the scores, the maps and
-    the other side of the sum: of score maps B and the residual S − (A·Y + B), of the complete map what has no place
-    in the image. It needs no captum_scoremap; an .onnx file needs no PyTorch. What was written is run once more and
-    compared.
+    The file takes images, preprocessed as for the model, and the label of each (none with --score). It returns the
+    scores, the maps and the other side of the sum: of score maps B and the residual S − (A·Y + B), of the complete
+    map what has no place in the image. It needs no captum_scoremap; an .onnx file needs no PyTorch. What was written
+    is run once more and compared.
 
     **Examples**
 
     * `captum-scoremap export --out model_with_map.onnx`
 
     * `captum-scoremap export --model torchvision:resnet18 --layers layer3,layer4 --batch 8 --out maps.pt2`
+
+    * `captum-scoremap export --model my_package.models:build --score my_package.scores:age --out age.onnx`
     """
     check_suffix("out", out, FORMATS)
     check_writable(out)
     place = chosen_device(device)
-    loaded = load_model(model, weights, place, dtype.torch)
+    loaded = load_model(model, weights, place, dtype.torch, image_size)
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     image = loaded.preprocessing(Image.fromarray(noise))[None].to(place, dtype.torch)
     inputs = image.repeat(batch, 1, 1, 1)
     network = prepare(loaded.module, image) if prepare_model else loaded.module
-    method, options = _method(network, inputs, maps, layers.split(",") if layers else [])
-    exported = compile_map(method, inputs, 0, backend="graph", **options).export(out)
+    target = example_target(score, network, image, loaded.name)
+    method, options = _method(network, inputs, maps, names_in(layers))
+    exported = compile_map(method, inputs, target, backend="graph", **options).export(out)
     size = out.stat().st_size / 2**20
     console = make_console()
     console.print(_table(exported))

@@ -37,6 +37,14 @@ ImageSizeOption = Annotated[
         show_default=False,
     ),
 ]
+ScoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--score",
+        metavar="MODULE:FUNCTION",
+        help="Explain what a function makes of the model's output, one number an image, not a label's score.",
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option("--device", metavar="D", help="auto (a CUDA GPU if there is one), cpu, cuda:1, mps, ..."),
@@ -77,6 +85,22 @@ CompileOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+def names_in(text: str | None) -> list[str]:
+    """Return the names of a list that the user typed, ``A,B,...``.
+
+    Args:
+        text: The list; None for none.
+
+    Returns:
+        The names, without the spaces around them.
+
+    Example:
+        >>> names_in("layer3, layer4")
+        ['layer3', 'layer4']
+    """
+    return [] if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def chosen_device(name: str) -> torch.device:

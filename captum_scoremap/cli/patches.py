@@ -20,15 +20,19 @@ from captum_scoremap.cli.options import (
     ImageSizeOption,
     ModelOption,
     PrepareOption,
+    ScoreOption,
     WeightsOption,
     check_suffix,
     check_writable,
     chosen_device,
 )
+from captum_scoremap.cli.questions import score_function
 from captum_scoremap.data.sources import FileSource, open_source
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
 from captum_scoremap.patches import By, Patch, semantic_patches
 from captum_scoremap.visualization import visualize_patches
+
+_MANY = 9  # patches of a layer, as in Fig. 4
 
 
 class Ranking(str, Enum):
@@ -70,7 +74,16 @@ def patches(
             help="Rank by score_map (SMSM), complete_map, gradient (GSM, Simonyan et al. 2013), or both SMSM and GSM.",
         ),
     ] = Ranking.both,
-    k: Annotated[int, typer.Option("--k", "-k", help="Patches of each layer.")] = 9,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k",
+            "-k",
+            metavar="N",
+            help="Patches of each layer. \\[default: 9, or as many as the images have]",
+            show_default=False,
+        ),
+    ] = None,
     per_image: Annotated[int, typer.Option("--per-image", help="How many may come from one image.")] = 1,
     size: Annotated[
         int | None,
@@ -84,6 +97,7 @@ def patches(
     channel: Annotated[
         int | None, typer.Option("--channel", metavar="N", help="Use this channel of the layers alone.")
     ] = None,
+    score: ScoreOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Picture, png, pdf or svg.")] = Path(
         "patches.png"
     ),
@@ -106,6 +120,8 @@ def patches(
     * `captum-scoremap patches photos --layer blocks.4 --label "tiger cat" --size 96 --per-image 3`
 
     * `captum-scoremap patches photos --layer layer3 --model torchvision:resnet50 --labels labels.csv`
+
+    * `captum-scoremap patches photos --layer 4 --model my_package.models:build --score my_package.scores:age`
     """
     _check_picture(out)
     loaded = load_model(model, weights, chosen_device(device), dtype.torch, image_size)
@@ -113,6 +129,9 @@ def patches(
     modules = _modules(network, layers)
     files, targets = _files(folder, labels, label, loaded)
 
+    function = score_function(score)
+    if k is None:
+        k = min(_MANY, max(1, per_image) * len(files))
     left_out: dict[Path, ValueError] = {}
 
     def ranked(layer: nn.Module, ranking: By) -> list[Patch]:
@@ -120,7 +139,7 @@ def patches(
             network,
             layer,
             files,
-            targets,
+            function or targets,
             ranking,
             k,
             per_image=per_image,

@@ -36,6 +36,7 @@ SAMPLES = _SCIKIT_IMAGE_SAMPLES + _SCIKIT_LEARN_SAMPLES
 
 
 _NO_FILES = {
+    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms import InterpolationMode
 
-from captum_scoremap.checks import nearest
+from captum_scoremap.checks import check_visible, nearest
 from captum_scoremap.data.extras import import_extra
 from captum_scoremap.models import efficientnet_lite
 from captum_scoremap.models.hugging_face import load_transformers
@@ -52,7 +52,7 @@ def load_model(
 
     Raises:
         ValueError: Model or weights of this name do not exist, or do not fit each other.
-        TypeError: The callable returns something else than a module.
+        TypeError: The callable returns something else than a module, or a compiled or scripted one.
         ModuleNotFoundError: An optional package is missing; the message names the extra.
 
     Example:
@@ -80,8 +80,11 @@ def load_model(
             f"transformers:NAME_OR_FOLDER or module.path:callable, got {name!r}.{_nearest_model(name)}"
         )
     model = replace(model, name=name)
+    check_visible(model.module, "model")
     if path:
         _load_file(model, path)
+    if any(tensor.is_meta for tensor in model.module.state_dict().values() if isinstance(tensor, Tensor)):
+        raise ValueError(f"model must have numbers in its tensors, got {name} on the meta device. Load its weights.")
     if image_size is not None:
         model = replace(model, preprocessing=model.preprocessing.sized(image_size))
     return replace(model, module=model.module.eval().to(device=device, dtype=dtype))

@@ -24,6 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops import FrozenBatchNorm2d
 
+from captum_scoremap.checks import check_visible
+
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _NORMS = (_BatchNorm, FrozenBatchNorm2d)
@@ -52,7 +54,7 @@ def prepare(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) ->
         The prepared copy.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or compiled or scripted.
 
     Warns:
         UserWarning: torch.fx cannot trace the model, and norms were left as they are; says which.
@@ -67,6 +69,7 @@ def prepare(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_visible(model, "model")
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     if any(isinstance(module, _NORMS) for module in prepared.modules()):
         _fold_norms(prepared, inputs)

@@ -85,7 +85,8 @@ def semantic_patches(
         images: Paths, PIL images, or tensors (C, H, W) as the network takes them; any iterable.
         targets: Label whose score is explained: one for all images, or one for each; or a function from the model's
             output to (N,), the score itself; None for the label that
-            scores highest. For the patches of a single label, pass its images.
+            scores highest, or of a model that gives each image one score, (N,). For the patches of a single label,
+            pass its images.
         by: ``"score_map"``: the score map M (SMSM). ``"complete_map"``: M plus every constant above the layer, at
             its place, so that the values of an image add up to its score. ``"gradient"``: the largest ``|A|`` of
             all channels (GSM), the saliency of Simonyan et al. 2013. ``"activation"``: the sum of Y over channels,
@@ -140,7 +141,8 @@ def semantic_patches(
         labels: list[int | None] = [example.target for example in batch]
         if function is None:
             labels = _labels(forward_func, inputs, labels, by, neuron)
-        values = _values(forward_func, layer, inputs, function or labels, by, channel, neuron, channels[shape])
+        target: Any = function if function is not None or None in labels else labels
+        values = _values(forward_func, layer, inputs, target, by, channel, neuron, channels[shape])
         maps = values.cpu().reshape(len(batch), *boxes.shape[:2])
         for example, label, value_map in zip(batch, labels, maps, strict=True):
             for row, col in _peaks(value_map, boxes, per_image):
@@ -222,13 +224,15 @@ def _labels(
     by: By,
     neuron: Neuron | None,
 ) -> list[int | None]:
-    """Return the label of each image: as it was given, else the one that scores highest."""
+    """Return the label of each image: as it was given, else the one that scores highest; None for a single score."""
     if by == "activation" or neuron is not None:
         return [None] * len(targets)
     if None not in targets:
         return list(targets)
     with torch.no_grad():
         scores = logits_in(forward_func(inputs))
+    if isinstance(scores, Tensor) and scores.shape == (len(inputs),) and set(targets) == {None}:
+        return [None] * len(targets)
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         raise ValueError(
             f"the model must return scores (N, K) where an image has no target, got {shape_or_type(scores)}. Pass as "
