@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "InvalidTypeError",
     "InvalidValueError",
+    "NoDerivativeError",
     "UnsupportedOperationError",
     "as_tuple",
     "check_callable",
@@ -46,6 +47,21 @@ class InvalidTypeError(TypeError, AssertionError):
         >>> issubclass(InvalidTypeError, AssertionError)
         True
     """
+
+
+class NoDerivativeError(ValueError):
+    """An operation, or a rule, whose derivative autograd does not know.
+
+    Example:
+        >>> str(NoDerivativeError("floor", NotImplementedError("no formula"))).partition(",")[0]
+        'floor must have a derivative to take'
+    """
+
+    def __init__(self, what: str, error: BaseException) -> None:
+        super().__init__(
+            f"{what} must have a derivative to take, got {str(error).splitlines()[0]!r}. Use Frozen() where the "
+            "operation is constant around the image, or derive a class from Rule."
+        )
 
 
 class UnsupportedOperationError(NotImplementedError):

@@ -444,6 +444,101 @@ def test_a_power_of_zero_is_one_at_zero_too() -> None:
     assert_is_gradient(lambda x: torch.pow(x.relu(), 0.0) + x)
 
 
+def test_bounds_that_are_one_leave_a_constant() -> None:
+    assert_is_gradient(lambda x: F.hardtanh(x, 0.0, 0.0) + x)
+    assert_is_gradient(lambda x: F.hardtanh(x, 0.3, 0.3) + x)
+    assert_is_gradient(lambda x: F.hardtanh_(1 * x, 0.3, 0.3) + x)
+
+
+FIRST, SECOND = randn(2, 16, 8), randn(2, 8, 4, seed=1)
+PRODUCTS_WITH_A_LIVE_TERM: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "addmm": (
+        lambda x: torch.addmm(x, FIRST[0], SECOND[0], beta=2, alpha=3),
+        lambda x: 2 * x + 3 * (FIRST[0] @ SECOND[0]),
+    ),
+    "addmm in place": (
+        lambda x: (1 * x).addmm_(FIRST[0], SECOND[0], beta=2, alpha=3),
+        lambda x: 2 * x + 3 * (FIRST[0] @ SECOND[0]),
+    ),
+    "baddbmm": (
+        lambda x: torch.baddbmm(x[None], FIRST[:1], SECOND[:1], beta=2)[0],
+        lambda x: 2 * x + FIRST[0] @ SECOND[0],
+    ),
+    "addbmm": (
+        lambda x: torch.addbmm(x, FIRST, SECOND, beta=2, alpha=3),
+        lambda x: 2 * x + 3 * (FIRST @ SECOND).sum(0),
+    ),
+    "addmv": (
+        lambda x: torch.addmv(x[:, 0], FIRST[0], SECOND[0, :, 0], alpha=3)[:, None].expand(-1, 4),
+        lambda x: (x[:, 0] + 3 * (FIRST[0] @ SECOND[0, :, 0]))[:, None].expand(-1, 4),
+    ),
+    "addr": (
+        lambda x: torch.addr(x, FIRST[0, :, 0], SECOND[0, 0], beta=2, alpha=3),
+        lambda x: 2 * x + 3 * FIRST[0, :, 0, None] * SECOND[0, 0],
+    ),
+    "a layer's live bias": (
+        lambda x: F.linear(FIRST[0], SECOND[0].t(), x[0]) + x,
+        lambda x: FIRST[0] @ SECOND[0] + x[0] + x,
+    ),
+    "addbmm of a constant term": (
+        lambda x: torch.addbmm(FIRST[0, :, :4], x[None], SECOND[:1, :4], beta=2, alpha=3),
+        lambda x: 2 * FIRST[0, :, :4] + 3 * (x @ SECOND[0, :4]),
+    ),
+    "addr of a constant term": (
+        lambda x: torch.addr(FIRST[0, :, :4], x[:, 0], SECOND[0, 0], beta=2, alpha=3),
+        lambda x: 2 * FIRST[0, :, :4] + 3 * x[:, :1] * SECOND[0, 0],
+    ),
+    "a term of NaN that does not count": (
+        lambda x: torch.addmm(torch.full((4,), torch.nan).double(), x, SECOND[0, :4], beta=0),
+        lambda x: x @ SECOND[0, :4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS_WITH_A_LIVE_TERM)
+def test_terms_beside_a_product_and_products_beside_a_term(name: str) -> None:
+    function, plain = PRODUCTS_WITH_A_LIVE_TERM[name]
+    each = lambda body: lambda x: torch.stack([body(one.reshape(16, 4)) for one in x])  # noqa: E731
+    assert_as_plain(each(function), each(plain))
+
+
+VIEWS_AND_PRODUCTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "_neg_view": (torch._neg_view, torch.neg),
+    "imaginary part of a conjugate": (lambda x: torch.complex(x, 2 * x).conj().imag, lambda x: -2 * x),
+    "_unsafe_index": (
+        lambda x: torch.ops.aten._unsafe_index(x, [None, torch.tensor([1, 0, 3, 3])]),
+        lambda x: x[:, [1, 0, 3, 3]],
+    ),
+    "conj_physical": (lambda x: torch.conj_physical(torch.complex(x, 2 * x)).imag, lambda x: -2 * x),
+    "degrees": (lambda x: torch.rad2deg(x) + torch.deg2rad(x), lambda x: x * (180 / math.pi + math.pi / 180)),
+    "fmod": (lambda x: torch.fmod(x, 0.3), lambda x: x - 0.3 * (x / 0.3).trunc()),
+    "remainder": (lambda x: torch.remainder(x, 0.3), lambda x: x - 0.3 * (x / 0.3).floor()),
+    "frac": (torch.frac, lambda x: x - x.trunc()),
+    "vdot": (
+        lambda x: x * torch.stack([torch.vdot(one.flatten(), one.flip(0).flatten()) for one in x])[:, None, None, None],
+        lambda x: x * torch.stack([torch.dot(one.flatten(), one.flip(0).flatten()) for one in x])[:, None, None, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS_AND_PRODUCTS)
+def test_operations_that_others_are_made_of(name: str) -> None:
+    assert_as_plain(*VIEWS_AND_PRODUCTS[name])
+
+
+def test_running_statistics_that_depend_on_the_image_are_not_updated() -> None:
+    norm = lambda x: F.instance_norm(x, x.mean((0, 2, 3)), x.var((0, 2, 3)))  # noqa: E731
+    with pytest.raises(ValueError, match="running statistics that a norm updates must be constants"):
+        linear_form(between(norm), some_images(1), 1)
+
+
+def test_a_live_mask_of_attention_can_be_derived() -> None:
+    attend = lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x.tanh())  # noqa: E731
+    images, method = some_images(), ScoreMap(between(attend))
+    differentiable = method.attribute(images.requires_grad_(), 1, grad_kwargs={"create_graph": True})
+    assert_close(differentiable.detach(), method.attribute(images.detach(), 1), **EXACT)
+
+
 # -- weights that depend on the image, as in adaptive norms
 
 MIXING = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

@@ -175,6 +175,30 @@ def test_every_image_of_a_batch_has_its_own(build: Any, generator: torch.Generat
         assert_close(rest[None], rest_alone, rtol=1e-8, atol=1e-11)
 
 
+def test_as_many_tokens_as_images_are_told_apart_or_refused(generator: torch.Generator) -> None:
+    """Tokens come first: (tokens, N, C), whose shape is that of (N, tokens, C)."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.norm, self.head = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(8), nn.Linear(8, 3)
+            self.mix = nn.TransformerEncoderLayer(8, 2, 16, batch_first=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.patches(x).flatten(2).permute(2, 0, 1)
+            return self.head(self.norm(self.mix(tokens)).mean(0))
+
+    model = Tokens().double().eval()
+    images = torch.randn(9, 3, 6, 6, generator=generator, dtype=torch.float64)
+    for layer in (model.patches, model.mix, model.norm):
+        each = [CompleteScoreMap(model, layer).attribute(image[None], 1) for image in images]
+        with pytest.raises(ValueError, match="Explain one image at a time"):
+            CompleteScoreMap(model, layer).attribute(images, 1)
+        assert_close(
+            CompleteScoreMap(model, layer).attribute(images[:4], 1), torch.cat(each[:4]), rtol=1e-9, atol=1e-12
+        )
+
+
 class AddConstant(nn.Module):
     """Give pixels another origin."""
 

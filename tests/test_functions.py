@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from captum_scoremap import linear_form
-from tests.between import EXACT, assert_as_plain, assert_is_gradient, between, some_images
+from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 
 Function = Callable[[Tensor], Tensor]
 
@@ -247,6 +247,13 @@ CURVED: dict[str, Function] = {
     "bicubic": lambda x: (F.interpolate(x, scale_factor=2, mode="bicubic") ** 2).sum((1, 2, 3)),
     "hardswish": lambda x: F.hardswish(x).sum((1, 2, 3)),
     "elu": lambda x: F.elu(x).sum((1, 2, 3)),
+    "mish": lambda x: F.mish(x).sum((1, 2, 3)),
+    "hardsigmoid": lambda x: F.hardsigmoid(x).sum((1, 2, 3)),
+    "logsigmoid": lambda x: F.logsigmoid(x).sum((1, 2, 3)),
+    "group norm": lambda x: (F.group_norm(x, 2) ** 3).sum((1, 2, 3)),
+    "soft margin": lambda x: F.soft_margin_loss(x, torch.ones_like(x), reduction="none").sum((1, 2, 3)),
+    "smaller": lambda x: (F.interpolate(x, size=3, mode="bilinear", antialias=True) ** 3).sum((1, 2, 3)),
+    "diagonal": lambda x: (x.diagonal(dim1=2, dim2=3) ** 3).sum((1, 2)),
 }
 
 
@@ -283,7 +290,7 @@ def test_all_ways_to_a_gradient_have_one_form(way: str, energy: str) -> None:
 
 
 @pytest.mark.parametrize("energy", CURVED)
-@pytest.mark.parametrize("way", ["autograd.grad, create_graph", "func.grad"])
+@pytest.mark.parametrize("way", ["autograd.grad", "autograd.grad, create_graph", "func.grad"])
 def test_curved_gradients_are_exact_or_refused(way: str, energy: str) -> None:
     images, model = some_images(), between(WAYS[way](CURVED[energy]))
     expected = model(images)[:, 1].detach()
@@ -291,6 +298,33 @@ def test_curved_gradients_are_exact_or_refused(way: str, energy: str) -> None:
         form = linear_form(model, images, 1, site)
         assert_close(form.score, expected, **EXACT)
         assert_close(form.sums + form.bias, expected, **EXACT)
+
+
+def by_jvp(function: Function, x: Tensor) -> Tensor:
+    return torch.func.jvp(function, (x,), (x.flip(1),))[1]
+
+
+def by_dual_numbers(function: Function, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.flip(1))
+        return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("way", [by_jvp, by_dual_numbers])
+@pytest.mark.parametrize(
+    "function", [lambda x: 2 * x.relu(), F.silu, F.mish, F.hardsigmoid, torch.tanh, lambda x: x**3]
+)
+def test_derivatives_along_a_direction_are_seen(way: Callable[..., Tensor], function: Function) -> None:
+    model = between(lambda x: way(function, x))
+    assert_exact(model, model.conv, some_images())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_hessians_are_seen() -> None:
+    curvature = torch.func.vmap(torch.func.hessian(lambda row: (row**3).sum()))
+    model = between(lambda x: x * curvature(x.flatten(1)[:, :3]).sum((1, 2))[:, None, None, None])
+    assert_exact(model, model.conv, some_images())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")

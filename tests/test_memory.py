@@ -15,11 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
-from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
+from captum_scoremap import LayerScoreMap, UnsupportedOperationError, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Call, Gate, with_rules
 from captum_scoremap.tape import Recording
 from captum_scoremap.tape.memory import are_apart, geometry
-from tests.between import between, some_images
+from tests.between import assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 from tests.state import untouched
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -469,6 +469,129 @@ def test_output_written_where_the_caller_says() -> None:
     assert_close(form.coefficients, (matrix @ weight)[1].expand(2, 3), **EXACT)
     assert_close(form.bias, torch.full((2,), 2.0, dtype=torch.float64), **EXACT)
     assert_close(form.score, function(image)[:, 1], **EXACT)
+
+
+def random_part(x: Tensor, fill: Callable[[Tensor], object]) -> Tensor:
+    torch.manual_seed(0)
+    changed = 1 * x
+    fill(changed[:, :2])
+    return changed + x
+
+
+FILLS: dict[str, Callable[[Tensor], object]] = {
+    "bernoulli_": lambda part: part.bernoulli_(0.5),
+    "bernoulli_ by default": lambda part: part.bernoulli_(),
+    "bernoulli_ of a tensor": lambda part: part.bernoulli_(torch.full((4, 4), 0.5)),
+    "uniform_": lambda part: part.uniform_(-1, 1),
+    "normal_": lambda part: part.normal_(),
+    "exponential_": lambda part: part.exponential_(),
+    "random_": lambda part: part.random_(3),
+    "cauchy_": lambda part: part.cauchy_(),
+    "log_normal_": lambda part: part.log_normal_(),
+    "geometric_": lambda part: part.geometric_(0.5),
+    "zero_": lambda part: part.zero_(),
+    "fill_": lambda part: part.fill_(2.0),
+}
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_what_fills_part_of_a_live_tensor_is_a_constant(name: str) -> None:
+    """The numbers are those that the plain model draws."""
+    assert_is_gradient(lambda x: random_part(x, FILLS[name]))
+
+
+PAIRS: dict[str, Callable[..., object]] = {
+    "max": lambda x, **out: torch.max(x, 1, keepdim=True, **out),
+    "min": lambda x, **out: torch.min(x, 1, keepdim=True, **out),
+    "sort": lambda x, **out: torch.sort(x, 1, **out),
+    "topk": lambda x, **out: torch.topk(x, 2, 1, **out),
+    "kthvalue": lambda x, **out: torch.kthvalue(x, 2, 1, keepdim=True, **out),
+    "cummax": lambda x, **out: torch.cummax(x, 1, **out),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_outputs_are_written_where_the_caller_says(name: str) -> None:
+    def function(x: Tensor) -> Tensor:
+        values, indices = torch.empty(0, dtype=x.dtype), torch.empty(0, dtype=torch.long)
+        PAIRS[name](x, out=(values, indices))
+        return x + values.sum(1, keepdim=True) + x.gather(1, indices).mean(1, keepdim=True)
+
+    def plain(x: Tensor) -> Tensor:
+        values, indices = PAIRS[name](x)
+        return x + values.sum(1, keepdim=True) + x.gather(1, indices).mean(1, keepdim=True)
+
+    assert_as_plain(function, plain)
+
+
+def test_pairs_of_outputs_may_be_parts_of_live_memory() -> None:
+    def function(x: Tensor) -> Tensor:
+        out, indices = 2 * x, torch.zeros(2, 4, 4, 4, dtype=torch.long)
+        torch.topk(x, 2, 1, out=(out[:, 1:3], indices[:, :2]))
+        return out + x.gather(1, indices)
+
+    def plain(x: Tensor) -> Tensor:
+        values, places = x.topk(2, 1)
+        padded = torch.cat([places, torch.zeros_like(places)], 1)
+        return torch.cat([2 * x[:, :1], values, 2 * x[:, 3:]], 1) + x.gather(1, padded)
+
+    assert_as_plain(function, plain)
+
+
+def test_constants_written_into_live_memory_cut_it() -> None:
+    def function(x: Tensor) -> Tensor:
+        out = 2 * x
+        torch.mul(torch.ones(2, 2, 4, 4, dtype=x.dtype), 3.0, out=out[:, 1:3])
+        return out
+
+    kept = torch.tensor([1, 0, 0, 1], dtype=torch.float64)[:, None, None]
+    assert_as_plain(function, lambda x: 2 * x * kept + 3 * (1 - kept))
+
+
+def restrided(x: Tensor) -> Tensor:
+    part = x[:, 1:3]
+    part.as_strided_((2, 2, 4, 4), (64, 16, 4, 1), 0)  # of what lies before it
+    part.mul_(3.0)
+    return x
+
+
+RESHAPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "as_strided_ of a part": restrided,
+    "as_strided_": lambda x: x.as_strided_((2, 4, 4, 4), (64, 16, 1, 4)).mul_(x.relu()),
+    "t_": lambda x: x.view(2, 64).t_().mul_(2.0).t_().view(2, 4, 4, 4),
+    "transpose_ of a part": lambda x: (x[:, 1:].transpose_(2, 3)[:, :, 0].mul_(2.0), x)[1],
+    "squeeze_, unsqueeze_": lambda x: (x[:1].squeeze_().unsqueeze_(1)[:, :, 0].mul_(2.0), x)[1],
+    "detach_": lambda x: x.detach_().mul_(2.0),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_tensors_that_change_their_shape_in_place_go_on_as_views(name: str) -> None:
+    model, images = between(lambda x: RESHAPED[name](1 * x)), some_images()
+    assert_exact(model, model.conv, images)
+
+
+def test_an_operation_in_place_that_would_change_a_shape_is_refused() -> None:
+    add = lambda x: torch.ones(1, dtype=x.dtype).addbmm_(x[:, 0], x[:, 1])  # noqa: E731
+    model = between(lambda x: x + add(x).sum())
+    with pytest.raises(UnsupportedOperationError, match="addbmm of another shape, in place"):
+        linear_form(model, some_images(), 1)
+
+
+CONSTANT_TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "addcmul_": lambda c, x: c.addcmul_(x, x, value=0.5),
+    "addcdiv_": lambda c, x: c.addcdiv_(x, x.abs() + 1),
+    "clamp_": lambda c, x: c.clamp_(x - 1, x + 1),
+    "lerp_": lambda c, x: c.lerp_(x, 0.3),
+    "clamp_min_": lambda c, x: c.clamp_min_(x),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT_TARGETS)
+def test_constants_changed_in_place_by_operations_made_of_smaller_ones(name: str) -> None:
+    change, constant = CONSTANT_TARGETS[name], torch.full((2, 4, 4, 4), 0.1, dtype=torch.float64)
+    model, images = between(lambda x: change(constant.clone(), x)), some_images()
+    assert_exact(model, model.conv, images)
 
 
 def test_constants_of_the_model_that_it_counts_up_are_those_of_the_run() -> None:

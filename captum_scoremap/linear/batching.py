@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_scoremap.tape import check_finite
+
 __all__ = ["over_rows", "quiet_batching"]
 
 
@@ -40,7 +42,9 @@ def over_rows(function: Callable[[Tensor], Mapping[Any, Tensor]], rows: Tensor) 
 
     try:
         with quiet_batching():
-            return dict(zip(keys, torch.func.vmap(results)(rows), strict=True))
+            found = dict(zip(keys, torch.func.vmap(results)(rows), strict=True))
     except RuntimeError:  # an operation that functorch cannot batch
-        found = [function(row) for row in rows]
-        return {key: torch.stack([one[key] for one in found]) for key in found[0]}
+        each = [function(row) for row in rows]
+        return {key: torch.stack([one[key] for one in each]) for key in each[0]}
+    check_finite(found.values())
+    return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from captum_scoremap.checks import InvalidValueError, unrecorded
 from captum_scoremap.rules import Rule, Value, with_rules
 from captum_scoremap.scores import logits_in
-from captum_scoremap.tape import Recording, Site, Tape, Tapped
+from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite
 
 from .reduction import Reduction, image_sums
 
@@ -98,7 +98,9 @@ class Explanation:
         if value is None or not value.sites & tapped.bit:
             return self.score
         zeros = {one: one.zeros() for one in tapped.values}
-        return self.tape.forward(zeros, [value], sites=tapped.bit)[value]
+        found = self.tape.forward(zeros, [value], sites=tapped.bit)[value]
+        check_finite([found], "the constant part of the score")
+        return found
 
     @torch.no_grad()
     def sums(self, site: Site | None) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from captum_scoremap.checks import is_traced
 from captum_scoremap.layout import resized
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Recording, Site, Step
@@ -128,4 +129,22 @@ def ledgers(
             book.enter("", placed(found[value] if value in found else torch.zeros_like(y), value))
         if not any(value.sites & tapped.bit for value in seeds):  # the score does not depend on the layer
             book.enter("score", [(None, score)])
+        if not is_traced():
+            _check_images(book, score)
     return [book for book, _ in books]
+
+
+def _check_images(book: Ledger, score: Tensor) -> None:
+    """Raise where shapes gave entries to the wrong images: of as many tokens as images either may come first.
+
+    Raises:
+        ValueError: If so.
+    """
+    entries = [one.flatten(1) for one in book.maps.values()] + [one[:, None] for one in book.placeless.values()]
+    together = torch.cat(entries, 1).to(score.dtype)
+    off = (together.sum(1) - score).abs() / together.abs().sum(1).clamp_min(torch.finfo(score.dtype).tiny)
+    if len(score) > 1 and bool((off > torch.finfo(score.dtype).eps ** 0.5).any()):
+        raise ValueError(
+            f"of every operation it must be known which of the {len(score)} images it is of, got tensors that hold as "
+            "many tokens as images. Explain one image at a time."
+        )

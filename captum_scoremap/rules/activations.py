@@ -130,9 +130,6 @@ class PReLU(PiecewiseLinear):
         return (lambda x, weight: x.clamp_min(0) + weight * x.clamp_max(0)) if call.is_live(call.args[1]) else None
 
 
-_TANGENT = Tangent()
-
-
 class Absolute(PiecewiseLinear):
     """The absolute value: piecewise linear of real numbers; of complex ones, the magnitude by its tangent.
 
@@ -140,27 +137,9 @@ class Absolute(PiecewiseLinear):
         y = s̄ · x, with s̄ = sign(x̄)
     """
 
-    def freeze(self, call: Call) -> Any:
-        """Return the pieces, or the complex numbers at the image."""
-        return _TANGENT.freeze(call) if call.input.is_complex() else super().freeze(call)
-
-    def apply(self, call: Call, state: Any) -> Any:
-        """Return the frozen piece, or the tangent."""
-        return _TANGENT.apply(call, state) if isinstance(state, tuple) else super().apply(call, state)
-
-    def transpose(self, call: Call, state: Any, gradients: Gradients) -> list[Tensor | None]:
-        """Return slope * coefficients."""
-        if isinstance(state, tuple):
-            return _TANGENT.transpose(call, state, gradients)
-        return super().transpose(call, state, gradients)
-
-    def switch(self, state: Any) -> Tensor | None:
-        """Return the pieces; there are none of complex numbers."""
-        return None if isinstance(state, tuple) else super().switch(state)
-
-    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Any) -> Tensor | None:
-        """Return the steps at which the sign changes."""
-        return None if isinstance(state, tuple) else super().steps_to_boundary(call, changes, state)
+    def variant(self, call: Call) -> Rule:
+        """Return the tangent for complex numbers."""
+        return Tangent() if call.values[0].dtype.is_complex else self
 
 
 class Clamp(PiecewiseLinear):
@@ -190,6 +169,8 @@ class Clamp(PiecewiseLinear):
         inside = differs(call.output, lower)
         if not upper:
             return inside
+        if upper[0][1] == lower:  # nothing lies between
+            return torch.zeros_like(inside, dtype=torch.uint8)
         return which_piece([inside, ~differs(call.output, upper[0][1])], call.output.dtype)
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:

@@ -164,9 +164,21 @@ class BatchNorm(Standardize):
     eps = 7
 
     def expansion(self, call: Call) -> Callable[..., Any] | None:
-        """Return the formula, too, where running statistics are live."""
-        if self._training(call) or not any(call.is_live(one) for one in call.args[3:5]):
+        """Return the formula, too, where running statistics are live.
+
+        Returns:
+            It, or None.
+
+        Raises:
+            ValueError: If they are to be updated.
+        """
+        if not any(call.is_live(one) for one in call.args[3:5]):
             return super().expansion(call)
+        if self._training(call):
+            raise ValueError(
+                "running statistics that a norm updates must be constants, got some that depend on the image. Call "
+                "model.eval(), or pass none."
+            )
 
         def expanded(*args: Any) -> tuple[Tensor, ...]:
             x, (mean, variance) = args[0], args[3:5]

@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_scoremap.speed import faster
 
 from .call import Call
-from .rule import Gradients, Rule, Tangent, transposed_by_autograd
+from .rule import Gradients, Linear, Rule, Tangent
 
 __all__ = ["Extremum", "MaxPool", "Ordered", "Scattered"]
 
@@ -305,20 +305,7 @@ class Scattered(Tangent):
         tensor([[3.]])
     """
 
-    def is_affine(self, call: Call) -> bool:
-        """For sums and means."""
-        return not {"sum", "mean"}.isdisjoint(argument for argument in call.args if isinstance(argument, str))
-
-    def freeze(self, call: Call) -> Any:
-        """Return the live arguments at the image, where it is not linear."""
-        return None if self.is_affine(call) else super().freeze(call)
-
-    def apply(self, call: Call, state: Any) -> Any:
-        """Run the operation itself, or take the tangent."""
-        return call.run() if state is None else super().apply(call, state)
-
-    def transpose(self, call: Call, state: Any, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients as autograd has them."""
-        if state is None:
-            return transposed_by_autograd(self, call, state, gradients)
-        return super().transpose(call, state, gradients)
+    def variant(self, call: Call) -> Rule:
+        """Return a linear rule for sums and means."""
+        names = {argument for argument in call.args if isinstance(argument, str)}
+        return self if names.isdisjoint({"sum", "mean"}) else Linear()

@@ -10,7 +10,7 @@ from torch import Tensor
 from captum_scoremap.checks import unrecorded
 
 from .call import Call, Value
-from .rule import Gradients, Rule, transposed_by_autograd
+from .rule import Gradients, Rule, Tangent, transposed_by_autograd
 from .structure import summed_to
 
 __all__ = ["Convolution", "Division", "Power", "Product", "matrix_times", "times", "vector_times"]
@@ -119,11 +119,14 @@ class Product(Rule):
         return found
 
     def constants(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Sequence[Tensor | None]:
-        """Return the term that is added."""
+        """Return the term that is added, or the product where nothing but that term is live."""
+        if not self._live(call):
+            return super().constants(call, state)
         term = None if self.term is None or self.term >= len(call.args) else call.args[self.term]
-        if term is None or call.is_live(term):
+        beta = call.kwargs.get("beta", 1)
+        if term is None or call.is_live(term) or beta == 0:  # whatever the term holds
             return ()
-        return (term * call.kwargs.get("beta", 1),)
+        return (term * beta,)
 
     @staticmethod
     def _of_term(call: Call, argument: Value, gradient: Tensor) -> Tensor:
@@ -258,7 +261,7 @@ class Division(Rule):
 
 
 class Power(Rule):
-    """A constant power xⁿ: for n > 0 the gate xⁿ⁻¹ times x, else the tangent (a scale such as 1/√x).
+    """A power xⁿ with a constant exponent: for n > 0 the gate xⁿ⁻¹ times x, else the tangent (a scale such as 1/√x).
 
     Equation:
         y = ḡ · x, with ḡ = x̄ⁿ⁻¹, for n > 0; else the tangent
@@ -276,27 +279,21 @@ class Power(Rule):
         exponent = call.args[1]
         return not isinstance(exponent, (Tensor, Value)) and exponent == 0
 
+    def variant(self, call: Call) -> Rule:
+        """Return the tangent where the exponent is live."""
+        return Tangent() if call.is_live(call.args[1]) else self
+
     def freeze(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Return slope and offset.
-
-        Returns:
-            The two; the offset is None for a gate.
-
-        Raises:
-            TypeError: If the exponent is live.
-        """
+        """Return slope and offset; the offset is None for a gate."""
         x, exponent = call.args
-        if call.is_live(exponent):
-            raise TypeError(
-                "pow must have an exponent that does not depend on the image, got one that does. Supply a rule for it: "
-                "rules={'pow': Tangent()}."
-            )
-        if not isinstance(exponent, Tensor) and exponent == 1:
-            return torch.ones_like(x), None
-        slope = torch.pow(x, exponent - 1)
+        gate = torch.where(x == 0, exponent == 1, torch.pow(x.masked_fill(x == 0, 1.0), exponent - 1))
         if _everywhere(exponent, operator.gt, 0):
-            return torch.where(x == 0, torch.zeros_like(slope), slope), None
-        return slope * exponent, call.output - slope * exponent * x
+            return gate, None
+        slope = torch.pow(x, exponent - 1) * exponent
+        if not isinstance(exponent, Tensor):
+            return slope, call.output - slope * x
+        slope = torch.where(exponent > 0, gate, torch.where(exponent == 0, 0, slope))
+        return slope, torch.where(exponent > 0, 0, call.output - slope * x)
 
     def apply(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Tensor:
         """Return slope * x + offset."""

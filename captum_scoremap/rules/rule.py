@@ -6,19 +6,20 @@ the frozen operation returns what the operation returns; anywhere else it is aff
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from captum_scoremap.checks import NoDerivativeError
 from captum_scoremap.speed import faster
 
 from .call import Call, substituted, tensors_in
 
 __all__ = [
-    "WRITTEN_OUT",
     "Backward",
     "Comparison",
     "FirstLinear",
@@ -34,9 +35,7 @@ __all__ = [
 Gradients = tuple[Tensor | None, ...]
 
 _NO_FORMULA = "no autograd formula is registered for the operation"
-
-# Kernels that autograd cannot derive twice, written out.
-WRITTEN_OUT: dict[Any, Callable[..., Any]] = {}
+_UNDERIVABLE = (_NO_FORMULA, "is not differentiable with respect to", "derivative for aten::", "has no derivative")
 
 
 class Rule(ABC):
@@ -72,6 +71,10 @@ class Rule(ABC):
     live_outputs: int | None = None
     in_place: bool = False
     moves: bool = False
+
+    def variant(self, call: Call) -> "Rule":
+        """Return the rule of this call: itself, the default, or another where its arguments want one."""
+        return self
 
     def expansion(self, call: Call) -> Callable[..., Any] | None:
         """Return what computes the same by smaller operations, with the operation's signature.
@@ -413,15 +416,15 @@ class FirstLinear(Rule):
 
     def apply(self, call: Call, state: tuple[Tensor, ...] | None) -> Any:
         """Run the operation with the others as they were."""
-        if state is None:
-            return call.run()
-        return self._with(call, state).run()
+        call = call if state is None else self._with(call, state)
+        return call.written_out() if torch.is_grad_enabled() else call.run()  # the kernel, for the same rounding
 
     def transpose(self, call: Call, state: tuple[Tensor, ...] | None, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients of the first argument."""
         if not call.is_live(call.input):
             return [None] * len(call.values)
-        return transposed_by_autograd(self, call, state, gradients)
+        with _named(call):
+            return transposed_by_autograd(self, call, state, gradients)
 
     @staticmethod
     def _rest(call: Call) -> tuple[Tensor, ...]:
@@ -472,7 +475,7 @@ class Tangent(Rule):
 
         moves = tuple(_move(now, then) for now, then in zip(call.live, state, strict=True))
         # of the kernels of attention only the plain one can be derived twice
-        with sdpa_kernel(SDPBackend.MATH):
+        with _named(call), sdpa_kernel(SDPBackend.MATH):
             try:
                 if torch._C._functorch.peek_interpreter_stack() is None:
                     values, changes = _pushed_twice_back(outputs, state, moves)
@@ -488,12 +491,33 @@ class Tangent(Rule):
 
     def transpose(self, call: Call, state: tuple[Tensor, ...], gradients: Gradients) -> list[Tensor | None]:
         """Return f'(x)ᵀ times the coefficients."""
-        return _pulled_back(lambda *live: self._run(call, live), state, gradients)
+        with _named(call):
+            shares = _pulled_back(lambda *live: self._run(call, live), state, gradients)
+        if torch.Tag.pointwise not in getattr(call.operation, "tags", ()) or gradients[0] is None:
+            return shares
+        # what the score does not depend on has no share, though its slope may be infinite
+        unread = gradients[0] == 0
+        return [one if one is None or one.shape != unread.shape else one.masked_fill(unread, 0.0) for one in shares]
 
     @staticmethod
     def _run(call: Call, live: Sequence[Tensor]) -> Any:
-        filled = call.filled(live)
-        return WRITTEN_OUT.get(call.operation, call.operation)(*filled.args, **filled.kwargs)
+        return call.filled(live).written_out()
+
+
+@contextmanager
+def _named(call: Call) -> Iterator[None]:
+    """Name the operation whose derivative autograd does not know.
+
+    Raises:
+        NoDerivativeError: If so.
+        RuntimeError: Any other one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _UNDERIVABLE):
+            raise
+        raise NoDerivativeError(call.operation.overloadpacket.__name__, error) from error  # type: ignore[attr-defined]
 
 
 class Backward(FirstLinear):
@@ -505,19 +529,6 @@ class Backward(FirstLinear):
         y = F̄ g, with g the gradient it is given and F̄ from what was saved, at the image
     """
 
-    def freeze(self, call: Call) -> tuple[Tensor, ...] | None:
-        """Return the other live arguments."""
-        return super().freeze(call) if call.is_live(call.input) else _TANGENT.freeze(call)
-
-    def apply(self, call: Call, state: tuple[Tensor, ...] | None) -> Any:
-        """Run the operation with the others as they were."""
-        return super().apply(call, state) if state is None or call.is_live(call.input) else _TANGENT.apply(call, state)
-
-    def transpose(self, call: Call, state: tuple[Tensor, ...] | None, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients of the gradient, or of what was saved."""
-        if state is None or call.is_live(call.input):
-            return super().transpose(call, state, gradients)
-        return _TANGENT.transpose(call, state, gradients)
-
-
-_TANGENT = Tangent()
+    def variant(self, call: Call) -> Rule:
+        """Return the tangent where the gradient that it is given is a constant."""
+        return self if call.is_live(call.input) else Tangent()

@@ -416,7 +416,7 @@ STRUCTURAL: dict[str, Linear] = {
     "add": Linear(_added, keeps_gates=True),
     "sub": Linear(_subtracted, keeps_gates=True),
     "rsub": Linear(_subtracted_from, keeps_gates=True),
-    "neg": Linear(_negated, keeps_gates=True, homogeneous=True),
+    **dict.fromkeys(("neg", "_neg_view"), Linear(_negated, keeps_gates=True, homogeneous=True)),
     "cat": _moving(_concatenated),
     "stack": _moving(_stacked),
     "constant_pad_nd": Linear(_padded, keeps_gates=True, moves=True),
@@ -424,8 +424,8 @@ STRUCTURAL: dict[str, Linear] = {
     "as_strided": AsStrided(),
     **dict.fromkeys(
         """
-        repeat repeat_interleave index index_select gather take masked_select roll flip rot90 diagonal diag_embed
-        unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+        repeat repeat_interleave index _unsafe_index index_select gather take masked_select roll flip rot90 diagonal
+        diag_embed unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
         """.split(),
         Linear(keeps_gates=True, homogeneous=True, moves=True),
     ),
@@ -435,7 +435,8 @@ STRUCTURAL: dict[str, Linear] = {
         replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
         upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
         _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
-        view_as_real view_as_complex _conj conj resolve_conj resolve_neg real imag
+        view_as_real view_as_complex _conj conj conj_physical _conj_physical resolve_conj resolve_neg real imag deg2rad
+        rad2deg
         """.split(),
         Linear(keeps_gates=True),
     ),
@@ -455,8 +456,9 @@ AFFINE: dict[str, Linear] = {
         """
         cumsum im2col col2im affine_grid_generator index_add index_fill scatter_add slice_scatter select_scatter
         diagonal_scatter masked_scatter
-        tril triu trace _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward
-        slice_backward diff fft_fftshift fft_ifftshift complex block_diag _pack_padded_sequence unfold_backward
+        tril triu trace _fft_r2c _fft_c2r _fft_c2c avg_pool1d adaptive_avg_pool1d select_backward slice_backward
+        diagonal_backward embedding_dense_backward _unsafe_masked_index diff fft_fftshift fft_ifftshift complex
+        block_diag _pack_padded_sequence unfold_backward
         """.split(),
         Linear(),
     ),

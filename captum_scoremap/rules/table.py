@@ -15,8 +15,9 @@ from .normalization import BatchNorm, EvaluatedBatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
 from .quantized import QUANTIZED
-from .rule import WRITTEN_OUT, Backward, Comparison, FirstLinear, Frozen, Rule, Tangent
+from .rule import Backward, Comparison, FirstLinear, Frozen, Rule, Tangent
 from .structure import AFFINE, STRUCTURAL, Copy
+from .written_out import WRITTEN_OUT
 
 __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
 
@@ -29,7 +30,7 @@ _FROZEN = """
     floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc zero zeros_like ones_like empty_like
     rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
     empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
-    multinomial _assert_async is_same_size is_pinned
+    multinomial _assert_async is_same_size is_pinned _new_zeros_with_same_feature_meta
     _has_same_storage_numel nms
 """
 
@@ -82,13 +83,6 @@ def _clamp(input: Any, min: Any = None, max: Any = None) -> Breakpoints:
 def _elu_slope(input: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> float:
     return alpha * scale * input_scale
 
-
-def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
-    distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
-    return distances
-
-
-WRITTEN_OUT[torch.ops.aten._cdist_forward.default] = _distances
 
 _ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": Attention(),
@@ -181,10 +175,12 @@ _NONLINEAR: dict[str, Rule] = {
         atan2 hypot xlogy special_xlog1py lgamma digamma linalg_inv_ex linalg_det _linalg_det _linalg_slogdet
         linalg_solve_triangular _linalg_solve_ex linalg_qr linalg_cholesky_ex _linalg_eigh _linalg_svd
         angle logcumsumexp renorm i0 special_i0e _euclidean_dist roi_pool ps_roi_pool
-        pow.Tensor_Tensor _weight_norm_interface mse_loss smooth_l1_loss huber_loss binary_cross_entropy
+        _weight_norm_interface mse_loss smooth_l1_loss huber_loss binary_cross_entropy
         binary_cross_entropy_with_logits _ctc_loss polar linalg_pinv linalg_lstsq
         linalg_householder_product cholesky_solve cholesky_inverse linalg_lu_factor_ex linalg_lu linalg_lu_solve
-        fractional_max_pool2d fractional_max_pool3d
+        fractional_max_pool2d fractional_max_pool3d frac fmod remainder copysign dist nanmedian polygamma mvlgamma
+        special_entr special_erfcx special_i1 special_i1e special_log_ndtr special_ndtri
+        soft_margin_loss multi_margin_loss
         """.split(),
         Tangent(),
     ),
@@ -196,13 +192,14 @@ _NONLINEAR: dict[str, Rule] = {
     "bmm": Product((0, 1), matrix_times),
     "mv": Product((0, 1), vector_times),
     "dot": Product(),
+    "vdot": Product(),
     "linalg_cross": Product(),
     "addmm": Product((1, 2), matrix_times, term=0),
     "_sparse_addmm": Product((1, 2), matrix_times, term=0),
-    "addbmm": Product((1, 2)),
+    "addbmm": Product((1, 2), term=0),
     "baddbmm": Product((1, 2), matrix_times, term=0),
     "addmv": Product((1, 2), vector_times, term=0),
-    "addr": Product((1, 2)),
+    "addr": Product((1, 2), term=0),
     "_trilinear": Product((0, 1, 2)),
     "linear": Product(term=2),
     "mkldnn_linear": Product(term=2),
@@ -224,6 +221,11 @@ _BACKWARD = """
     upsample_bicubic2d_backward reflection_pad2d_backward replication_pad2d_backward adaptive_max_pool2d_backward
     hardshrink_backward softshrink_backward _prelu_kernel_backward nll_loss_backward nll_loss2d_backward
     mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward
+    soft_margin_loss_backward avg_pool3d_backward _adaptive_avg_pool3d_backward max_pool3d_with_indices_backward
+    adaptive_max_pool3d_backward reflection_pad1d_backward reflection_pad3d_backward replication_pad1d_backward
+    replication_pad3d_backward upsample_linear1d_backward upsample_trilinear3d_backward upsample_nearest1d_backward
+    upsample_nearest3d_backward _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa_backward
+    _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward
 """
 
 _LINEAR: dict[str, Rule] = {

@@ -5,7 +5,7 @@ from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
 from .places import Site, root_module
 from .run import Recording, Tapped
 from .sight import exits_refused
-from .steps import Step, Tape
+from .steps import Step, Tape, check_finite
 
 __all__ = [
     "Boundary",
@@ -16,6 +16,7 @@ __all__ = [
     "Tape",
     "Tapped",
     "as_tuple_of_arguments",
+    "check_finite",
     "exits_refused",
     "freeze",
     "root_module",

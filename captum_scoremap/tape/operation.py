@@ -19,7 +19,8 @@ _VIEWS = {"unsafe_split", "unsafe_split_with_sizes", "_unsafe_view"}
 _UNREAD = frozenset(
     """
     zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
-    new_empty_strided bernoulli.p uniform normal_functional random exponential geometric cauchy log_normal
+    new_empty_strided _new_zeros_with_same_feature_meta zero bernoulli.p bernoulli.float uniform normal_functional
+    normal.default random exponential geometric cauchy log_normal
     """.split()
 )
 
@@ -37,11 +38,14 @@ class Operation:
         functional: Its out-of-place form; itself where it changes nothing, None where there is none.
         rule: Its rule; None where it has none, or changes what no rule can say.
         tensors: Positions of arguments that may be tensors.
-        changes: Position, or name, of the argument that it writes to; None if it writes to none.
+        changes: Position of the argument that it changes in place; None if it changes none.
         changes_shape: Whether it changes an argument's shape in place, but not what its memory holds.
+        outs: Names of the arguments that it is given for what it returns, ``out=``.
         is_view: Whether it returns memory of its argument.
+        reads_memory: Whether it may read what lies around its argument in memory.
         reads: Whether it reads the numbers of its arguments.
         lifts: Whether it makes a tensor of Python's or NumPy's numbers.
+        hides_scales: Whether it multiplies integers that stand for real numbers by scales that it does not know.
         rounds: Whether it rounds, so that the plain operation and the rounding are recorded apart.
         is_trusted: Whether its rule is ours.
         is_plain: Whether it is affine whatever its arguments, so that nothing needs to be asked.
@@ -52,12 +56,15 @@ class Operation:
         "changes_shape",
         "display",
         "functional",
+        "hides_scales",
         "is_plain",
         "is_trusted",
         "is_view",
         "lifts",
         "name",
+        "outs",
         "reads",
+        "reads_memory",
         "rounds",
         "rule",
         "tensors",
@@ -70,22 +77,21 @@ class Operation:
             name = f"{operation.namespace}::{name}"
         arguments = operation._schema.arguments
         self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
-        changed = [
-            (argument.name if argument.kwarg_only else position)
-            for position, argument in enumerate(arguments)
-            if _is_written(argument)
-        ]
-        self.changes: int | str | None = changed[0] if changed else None
+        self.outs = [one.name for one in arguments if one.kwarg_only and _is_written(one)]
+        changed = [position for position, one in enumerate(arguments) if not one.kwarg_only and _is_written(one)]
+        self.changes: int | None = changed[0] if changed else None
         self.changes_shape = torch.Tag.inplace_view in operation.tags
         self.functional = operation
-        if changed:
+        if changed or self.outs:
             name, self.functional = _out_of_place(operation, name, overload)
         self.name = name
         self.is_view = name in _VIEWS or any(
             one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
         )
         self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
+        self.reads_memory = name == "as_strided"
         self.lifts = name in {"lift", "lift_fresh"}
+        self.hides_scales = name == "_int_mm"
         self.display: str = name if is_quantized else display_name(self.functional or operation)
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))

@@ -247,8 +247,7 @@ class Recording(TorchDispatchMode):
                 return branches[0 if predicate else 1](*operands)
         kernel = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
         if kernel is None:
-            self._unsupported[func.name(), self.places.module_name] = None
-            raise UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
+            raise self._refused(func.name())
         with self:
             return kernel(*args, **kwargs)
 
@@ -266,6 +265,8 @@ class Recording(TorchDispatchMode):
         operation = self._operations.get(func)
         if operation is None:
             operation = self._operations[func] = Operation(func, self._rules)
+        if operation.outs:
+            return self._into(func, operation, args, kwargs)
         live: list[Tensor] = []
         values: list[Value] = []
         symbols: Any = args
@@ -279,11 +280,7 @@ class Recording(TorchDispatchMode):
                 if symbols is args:
                     symbols = list(args)
                 symbols[position] = found
-        named = kwargs
-        if kwargs:
-            written = operation.changes  # out=, which comes last
-            names = sorted(kwargs, key=lambda name: name == written) if isinstance(written, str) else kwargs
-            named = {name: self._symbol(kwargs[name], live, values) for name in names}
+        named = {name: self._symbol(argument, live, values) for name, argument in kwargs.items()} if kwargs else kwargs
         if not values:
             if self._real and self._real.are_in((args, kwargs)):
                 return self._round(func, operation, args, kwargs)
@@ -296,9 +293,12 @@ class Recording(TorchDispatchMode):
                     for tensor in tensors_in(args[at]):
                         if self.value_of(tensor) is None:
                             self._sight.read(tensor)
+        if operation.changes is not None and not operation.reads:
+            return self._fill(func, operation, args, kwargs)
         if operation.rule is None:
             return self._without_rule(func, operation, args, kwargs)
         step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
+        step.rule = operation.rule.variant(step)
         if operation.changes is None:
             return self._operate(operation, step, args, kwargs, live, func)
         return self._change(func, operation, step, args, kwargs, live)
@@ -340,7 +340,8 @@ class Recording(TorchDispatchMode):
         if isinstance(output, Tensor):
             if output.layout is not torch.strided or output.is_nested:
                 raise self._not_dense(operation, output)
-            tensors: Sequence[Tensor] = (output,) if output.is_floating_point() or output.is_complex() else ()
+            holds_numbers = (output.is_floating_point() or output.is_complex()) and not output.is_meta
+            tensors: Sequence[Tensor] = (output,) if holds_numbers else ()
         else:
             tensors = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
         if operation.is_plain and tensors:
@@ -367,7 +368,7 @@ class Recording(TorchDispatchMode):
                 self.tape.steps.append(step)
                 return output
             gate = rule.makes_gate(step)
-        if operation.name == "as_strided" and isinstance(output, Tensor):
+        if operation.reads_memory:
             read = self._memory.strided(live[0], values[0], output)
             if read is not None:
                 read.root = values[0].root or (values[0], geometry(live[0]))
@@ -399,16 +400,12 @@ class Recording(TorchDispatchMode):
         if not operation.rounds and not self._real.allow(rule, args):
             if not operation.reads:
                 return self._run_constant(func, operation, args, kwargs)
-            self._unsupported[f"quantized {operation.display}", self.places.module_name] = None
-            raise UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
+            raise self._refused(f"quantized {operation.display}")
         output = self._run_constant(func, operation, args, kwargs)
         parts = output if isinstance(output, (tuple, list)) else (output,)
         if not any(isinstance(part, Tensor) for part in parts):
             return output  # a scale, a type
-        in_place = where is not None and not isinstance(rule, Rounded)
-        changed = (args[where] if isinstance(where, int) else kwargs[where]) if in_place else None  # type: ignore[index]
-        if changed is not None:
-            kwargs = {name: argument for name, argument in kwargs.items() if name != where}
+        changed = None if where is None or isinstance(rule, Rounded) else args[where]
         real, named = self._real.instead(args), self._real.instead(kwargs)
         for tensor in (*real[1], *named[1]):
             self._sight.made(tensor, "")
@@ -419,8 +416,7 @@ class Recording(TorchDispatchMode):
             plain = None
         plains = list(plain) if isinstance(plain, (tuple, list)) else [plain]
         if plain is None or (changed is not None and self._real.share_memory(changed)):
-            self._unsupported[operation.display, self.places.module_name] = None
-            raise UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
+            raise self._refused(operation.display)
         mask = parts[1] if len(parts) > len(plains) and parts[1].dtype is torch.bool else None
         for rounded, numbers in zip(parts, plains, strict=False):
             if not rounded.is_quantized and not rounded.is_floating_point():
@@ -449,25 +445,25 @@ class Recording(TorchDispatchMode):
         live: list[Tensor],
     ) -> Any:
         """Run and record an operation that changes an argument in place."""
-        where = operation.changes
-        target: Tensor = args[where] if isinstance(where, int) else kwargs[where]  # type: ignore[index]
+        where: Any = operation.changes
+        target: Tensor = args[where]
+        if operation.changes_shape:  # not what its memory holds: it becomes what is a view of it now
+            with self:
+                view = operation.functional(*args, **kwargs)
+            func(*args, **kwargs)
+            value = self.value_of(view)
+            if value is not None:
+                self._name(target, value)
+            return target
         self._sight.written(target)
-        if operation.changes_shape:  # not what its memory holds
-            return self._operate(operation, step, args, kwargs, live, func)
         known = self.value_of(target)
         if known is None:
             self._release_constants(target, step)
         before = self._memory.whole_before(target, known)
-        if isinstance(where, str):  # out=
-            kwargs = {name: argument for name, argument in kwargs.items() if name != where}
-            step.kwargs = {name: argument for name, argument in step.kwargs.items() if name != where}
-            if known is not None:  # what it held does not count
-                live.pop()
-                step.live = step.values = step.values[:-1]
         count = len(self.tape.steps)
         kinds = {tensor.dtype for tensor in (target, *floating(args))}  # of several, the widest is cast afterwards
         fits = len(kinds) == 1 or isinstance(step.rule, Copy)
-        if isinstance(where, int) and step.rule.in_place and operation.is_trusted and fits:
+        if step.rule.in_place and operation.is_trusted and fits:
 
             def in_place(*args: Any, **kwargs: Any) -> Any:
                 self._memory.about_to_change(target)
@@ -476,17 +472,18 @@ class Recording(TorchDispatchMode):
             self._operate(operation, step, args, kwargs, live, in_place)
         else:
             if step.values:
-                if known is None and isinstance(where, int):  # a rule may come back to what the constant was
+                if known is None:  # a rule may come back to what the constant was
                     args = (*args[:where], step.args[where], *args[where + 1 :])
+                    self._sight.made(step.args[where], "")
                 output = self._operate(operation, step, args, kwargs, live, step.operation)
             else:
                 output = step.operation(*args, **kwargs)
             if not fits and output.dtype != target.dtype:
                 with self:
                     output = output.to(target.dtype)
+            if target.shape != output.shape:  # as few operations do, unasked
+                raise self._refused(f"{operation.display} of another shape, in place")
             self._memory.about_to_change(target)
-            if isinstance(where, str) and target.shape != output.shape:  # as out= is given the shape of what it gets
-                target.resize_(output.shape)
             target.copy_(output)
         made = self.tape.steps[-1].outputs if len(self.tape.steps) > count else ()
         value = made[0] if made else None
@@ -498,23 +495,50 @@ class Recording(TorchDispatchMode):
             self._name(target, value)
         return target
 
+    def _fill(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that fills its argument with constants, whatever it held."""
+        target = args[operation.changes]  # type: ignore[index]  # it changes one
+        before = self._memory.whole_before(target, self.value_of(target))
+        self._run_constant(func, operation, args, kwargs)
+        self._memory.now_holds(target, None, before)
+        self._values.pop(id(target), None)
+        self._sight.made(target, "")
+        return target
+
+    def _into(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that is given tensors for what it returns: what it would return is copied there."""
+        arguments = tensors_in((args, kwargs))
+        if not self._real.are_in(arguments) and all(self.value_of(tensor) is None for tensor in arguments):
+            return self._run_constant(func, operation, args, kwargs)
+        if operation.functional is None:
+            raise self._refused(operation.display)
+        given = tensors_in([kwargs[name] for name in operation.outs])
+        rest = {name: argument for name, argument in kwargs.items() if name not in operation.outs}
+        with self:
+            made = tensors_in(operation.functional(*args, **rest))
+            for target, output in zip(given, made, strict=True):
+                if target.shape != output.shape:
+                    target.resize_(output.shape)
+                target.copy_(output)
+        return given[0] if len(given) == 1 else tuple(given)
+
     def _run_constant(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on constants as it is."""
-        if operation.name == "_int_mm":  # integers of the image: rounded, so frozen, but the scales beside them are not
-            self._unsupported["quantized _int_mm", self.places.module_name] = None
+        if operation.hides_scales:  # integers of the image: rounded, so frozen, but the scales beside them are not
+            self._unsupported[f"quantized {operation.name}", self.places.module_name] = None
         where = operation.changes
-        if where is not None:
-            for tensor in tensors_in(args[where] if isinstance(where, int) else kwargs.get(where)):
-                self._release_constants(tensor)
-                self._memory.about_to_change(tensor)
-                self._sight.written(tensor)
+        written = tensors_in([kwargs[name] for name in operation.outs] if where is None else args[where])
+        for tensor in written:
+            self._release_constants(tensor)
+            self._memory.about_to_change(tensor)
+            self._sight.written(tensor)
         if self._sight.is_suspicious and operation.reads:
             for tensor in tensors_in([args[at] for at in operation.tensors if at < len(args) and at != where]):
                 self._sight.read(tensor)
         output = func(*args, **kwargs)
         if operation.name == "set":
             self._sight.placed(args[0])
-        if where is None or not isinstance(output, Tensor):  # beside what it changes it may return something new
+        if not written or not isinstance(output, Tensor):  # beside what it changes it may return something new
             for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
                 self._sight.made(tensor, operation.name)
         return output
@@ -541,6 +565,11 @@ class Recording(TorchDispatchMode):
                 raise self._not_dense(operation, tensor)
             self._name(tensor, Value(tensor, sites=1))
         return output
+
+    def _refused(self, name: str) -> UnsupportedOperationError:
+        """Return the error that names an operation after which a run cannot go on, and those before it."""
+        self._unsupported[name, self.places.module_name] = None
+        return UnsupportedOperationError(list(self._unsupported), list(self._sight.hidden))
 
     def _not_dense(self, operation: Operation, tensor: Tensor) -> TypeError:
         kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_scoremap.checks import is_traced
 from captum_scoremap.rules import Call, Rule, Value, floating, substituted
 from captum_scoremap.speed import Packed
 
-__all__ = ["Kept", "Step", "Tape", "given_or_kept"]
+__all__ = ["Kept", "Step", "Tape", "check_finite", "given_or_kept"]
 
 
 class Kept:
@@ -165,7 +166,7 @@ class Tape:
                 live = [given_or_kept(value, values) for value in step.values]
                 call = step.filled(live)
                 is_affine = step.rule.is_affine(step)
-                call.output = step.rule.apply(call, None) if is_affine else call.run()
+                call.output = step.rule.apply(call, None) if is_affine else call.written_out()
                 if not is_affine:
                     step.state = step.rule.freeze(call)
                 values.update(zip(step.outputs, floating(call.output), strict=False))
@@ -216,7 +217,25 @@ class Tape:
         for value, reduce in wanted.items():
             if value not in found and value in coefficients:
                 found[value] = reduce(coefficients[value])
+        check_finite(found.values())
         return found
+
+
+def check_finite(results: Iterable[Tensor], what: str = "the coefficients of the score") -> None:
+    """Raise if some numbers are infinite or NaN; unless they are of a graph or a batch.
+
+    Raises:
+        ValueError: If so.
+    """
+    if is_traced() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    for one in results:
+        if not bool(one.isfinite().all()):
+            raise ValueError(
+                f"{what} must be finite, got infinite or NaN ones in {one.dtype}. Keep what "
+                "roots, logarithms, powers and quotients are taken of away from zero, x.clamp_min(1e-6); if numbers "
+                "outgrow their type, explain model.double()."
+            )
 
 
 def given_or_kept(value: Value, given: Mapping[Value, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from captum_scoremap.checks import NoDerivativeError
 from captum_scoremap.rules import Call, Rule, Tangent, tensors_in
 
 __all__ = ["verify"]
@@ -18,19 +19,17 @@ def verify(where: str, rule: Rule, call: Call) -> None:
 
     Raises:
         TypeError: If the rule returns no tensor.
-        ValueError: If it returns another shape, type or value, or, a tangent, where there is no derivative.
+        ValueError: If it returns another shape, type or value.
+        NoDerivativeError: If it is a tangent, and there is no derivative.
         RuntimeError: As the rule does.
     """
     try:
         with torch.no_grad():
             expected, frozen = call.output, rule.apply(call, rule.freeze(call))
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         if not isinstance(rule, Tangent):
             raise
-        raise ValueError(
-            f"{where} must have a derivative to take, got {str(error).splitlines()[0]!r}. Use Frozen() where the "
-            "operation is constant around the image, or derive a class from Rule."
-        ) from error
+        raise NoDerivativeError(where, error.__cause__ or error) from error
     pairs = list(zip(tensors_in(expected), tensors_in(frozen), strict=False))
     if not pairs and isinstance(expected, Tensor):
         raise TypeError(f"{where} must return a tensor, got {type(frozen).__name__}.")

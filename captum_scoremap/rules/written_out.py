@@ -1,0 +1,116 @@
+"""Operations written out so that autograd derives them everywhere, and twice.
+
+Some kernels have no second derivative. And some functions have an infinite slope at an edge of where they are defined,
+as √x has at 0, where a tangent is no linear form: there they are taken for constant, with a slope of zero.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["WRITTEN_OUT"]
+
+aten = torch.ops.aten
+
+
+def _level(operation: Any, is_edge: Callable[..., Tensor], inside: float, moved: int = 0) -> Callable[..., Tensor]:
+    """Return an operation that is level where its slope is infinite, or is none.
+
+    Args:
+        operation: The operation.
+        is_edge: From its arguments to a mask of where that is.
+        inside: A number with a finite slope, to derive at instead.
+        moved: Position of the argument that it takes the place of.
+    """
+
+    def level(*args: Any) -> Tensor:
+        edge, others = is_edge(*args), list(args)
+        others[moved] = torch.where(edge, inside, others[moved])
+        return torch.where(edge, operation(*args).detach(), operation(*others))
+
+    return level
+
+
+def _root(x: Tensor) -> Tensor:
+    root: Tensor = WRITTEN_OUT[aten.sqrt.default](x)
+    return root
+
+
+def _norm(x: Tensor, p: float = 2.0, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    found: Tensor = aten.linalg_vector_norm.default(x, p, dim, keepdim, dtype=dtype)
+    if p <= 0 or p in {1.0, 2.0, torch.inf}:
+        return found
+    powers = torch.where(x == 0, 0.0, x.masked_fill(x == 0, 1.0).abs() ** p).sum(dim, keepdim, dtype=dtype)
+    return torch.where(found == 0, 0.0, powers.masked_fill(found == 0, 1.0) ** (1 / p))
+
+
+def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
+    return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    gate = x.sigmoid()
+    return gradient * gate * (1 + x * (1 - gate))
+
+
+def _mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    gate = torch.nn.functional.softplus(x).tanh()
+    return gradient * (gate + x * x.sigmoid() * (1 - gate * gate))
+
+
+def _hardsigmoid_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    sixth = torch.tensor(1 / 6, dtype=torch.float32).item()  # as the kernel has it, in any type
+    return torch.where((x > -3) & (x < 3), gradient * sixth, 0.0 * x)
+
+
+def _log_sigmoid_backward(gradient: Tensor, x: Tensor, _: Tensor) -> Tensor:
+    return gradient * (-x).sigmoid()
+
+
+def _group_norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    images: int,
+    channels: int,
+    positions: int,
+    groups: int,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    rows = images, groups, channels // groups, positions
+    mean, scale = mean.reshape(images, groups, 1, 1), scale.reshape(images, groups, 1, 1)
+    given, normed = gradient.reshape(rows), (x.reshape(rows) - mean) * scale
+    weighed = given if weight is None else given * weight.reshape(1, groups, -1, 1)
+    of_mean, of_scale = (one.mean((2, 3), keepdim=True) for one in (weighed, weighed * normed))
+    found = (
+        (scale * (weighed - of_mean - normed * of_scale)).reshape(x.shape),
+        (given * normed).sum((0, 3)).reshape(-1),
+        given.sum((0, 3)).reshape(-1),
+    )
+    return tuple(one if is_wanted else None for one, is_wanted in zip(found, wanted, strict=True))
+
+
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    aten.linalg_vector_norm.default: _norm,
+    aten._cdist_forward.default: _distances,
+    aten.sqrt.default: _level(aten.sqrt.default, lambda x: x == 0, 1.0),
+    aten.asin.default: _level(aten.asin.default, lambda x: x.abs() == 1, 0.0),
+    aten.acos.default: _level(aten.acos.default, lambda x: x.abs() == 1, 0.0),
+    aten.acosh.default: _level(aten.acosh.default, lambda x: x == 1, 2.0),
+    aten.sinc.default: _level(aten.sinc.default, lambda x: x == 0, 1.0),
+    aten.special_entr.default: _level(aten.special_entr.default, lambda x: x == 0, 1.0),
+    aten.hypot.default: _level(aten.hypot.default, lambda x, y: (x == 0) & (y == 0), 1.0),
+    aten.atan2.default: _level(aten.atan2.default, lambda x, y: (x == 0) & (y == 0), 1.0),
+    aten.xlogy.Tensor: _level(aten.xlogy.Tensor, lambda x, y: (x == 0) & (y == 0), 1.0, moved=1),
+    aten.pow.Tensor_Tensor: _level(aten.pow.Tensor_Tensor, lambda x, n: (x == 0) & (n < 1), 1.0),
+    aten.silu_backward.default: _silu_backward,
+    aten.mish_backward.default: _mish_backward,
+    aten.hardsigmoid_backward.default: _hardsigmoid_backward,
+    aten.log_sigmoid_backward.default: _log_sigmoid_backward,
+    aten.native_group_norm_backward.default: _group_norm_backward,
+    aten.std.correction: lambda *args, **kwargs: _root(torch.var(*args, **kwargs)),
+}
