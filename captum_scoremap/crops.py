@@ -4,8 +4,9 @@ Section 3 of Yu et al. 2015 crops discriminative regions from a class-guided sco
 The rules here are exact searches: over all windows, all rectangles, or all connected regions of the map.
 """
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from contextlib import suppress
+from operator import index
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ __all__ = ["score_map_crops"]
 
 Rule: TypeAlias = Literal["window", "box", "component"]
 Sign: TypeAlias = Literal["positive", "all"]
+
+_MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
 
 ROUNDING = 1e-8
 """Share of a map's sum of magnitudes below which a region holds nothing but rounding errors."""
@@ -69,7 +72,7 @@ def score_map_crops(
         Boxes ``(N, k, 4)``: whole pixels ``x0, y0, x1, y1``, ends excluded.
 
     Raises:
-        TypeError: If the score map is no tensor.
+        TypeError: If the score map is no tensor, or a size no whole pixels.
         ValueError: If the score map is not ``(N, 1, h, w)`` or not finite, a window is larger than the image,
             an image has fewer than k regions, or an option is out of range or belongs to another rule.
 
@@ -82,13 +85,16 @@ def score_map_crops(
     if rule is None:
         rule = "box" if size is None else "window"
     _check_map(score_map)
+    image_size = _rows_and_columns(image_size, "image_size")
+    size = None if size is None else _rows_and_columns(size, "size")
     _check_options(rule, image_size, k, size, sign, aspect, threshold, quantile, max_overlap)
+    if interpolate_mode not in _MODES:
+        raise ValueError(f"interpolate_mode must be one of {', '.join(_MODES)}, got {interpolate_mode!r}.")
     align = False if interpolate_mode == "bilinear" else None
     values = score_map.detach().to("cpu", torch.float64)
     maps = F.interpolate(values, image_size, mode=interpolate_mode, align_corners=align)[:, 0]
     if rule == "window" and size is not None:
-        window = (size, size) if isinstance(size, int) else size
-        boxes = _windows(maps, window, k, sign or "positive", max_overlap)
+        boxes = _windows(maps, size, k, sign or "positive", max_overlap)
     else:
         above = maps - _levels(maps, rule, threshold, quantile)[:, None, None]
         nothing = ROUNDING * maps.abs().sum(dim=(1, 2))
@@ -262,11 +268,26 @@ def _check_map(score_map: Tensor) -> None:
         raise ValueError("score_map must be finite, got NaN or infinite values. Check the model on this image.")
 
 
+def _rows_and_columns(size: Any, name: str) -> tuple[int, int]:
+    """Return a size in pixels as rows and columns; of a single number, both.
+
+    Raises:
+        TypeError: If it is no whole number, nor two.
+    """
+    with suppress(TypeError):
+        size = (index(size),) * 2
+    try:
+        rows, columns = map(index, size)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be rows and columns in whole pixels, got {size!r}.") from None
+    return rows, columns
+
+
 def _check_options(
     rule: Rule,
-    image_size: Sequence[int],
+    image_size: tuple[int, int],
     k: int,
-    size: int | Sequence[int] | None,
+    size: tuple[int, int] | None,
     sign: Sign | None,
     aspect: float | None,
     threshold: float | None,
@@ -289,16 +310,15 @@ def _check_options(
     for name, value in options.items():
         if value is not None and name not in used[rule]:
             raise ValueError(f"{name} must be left out for rule {rule!r}, which does not use it, got {value}.")
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise ValueError(f"image_size must be rows and columns in pixels, got {tuple(image_size)}.")
+    if min(image_size) < 1:
+        raise ValueError(f"image_size must be rows and columns in pixels, got {image_size}.")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     if rule == "window":
         if size is None:
             raise ValueError("size must be given for rule 'window', got None. Use rule='box' for any size.")
-        rows, columns = (size, size) if isinstance(size, int) else size
-        if not (1 <= rows <= image_size[0] and 1 <= columns <= image_size[1]):
-            raise ValueError(f"size must be from 1 to the image's {tuple(image_size)}, got {(rows, columns)}.")
+        if not (1 <= size[0] <= image_size[0] and 1 <= size[1] <= image_size[1]):
+            raise ValueError(f"size must be from 1 to the image's {image_size}, got {size}.")
     if sign not in {None, *get_args(Sign)}:
         raise ValueError(f"sign must be 'positive' or 'all', got {sign!r}.")
     if aspect is not None and not 0 < aspect < float("inf"):

@@ -79,6 +79,8 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
             f"the model must return a floating-point tensor of scores, (N, ...), got {got}. Name one by a function as "
             "target: lambda output: output['out'][:, label]."
         )
+    if output.dim() == 0 and images == 1:
+        return select_scores(output[None], target, images)
     if output.dim() == 0:
         raise InvalidValueError("the model must return a score for each image, (N, ...), got a single number.")
     count, sizes = output.shape[0], tuple(output.shape[1:])

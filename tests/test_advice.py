@@ -80,6 +80,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "lstsq": lambda x: linalg.lstsq(squares(x), x)[0],
     "qr": lambda x: linalg.qr(squares(x))[1],
     "eigvalsh": lambda x: x + linalg.eigvalsh(squares(x))[..., None],
+    "eig": lambda x: x + linalg.eig(squares(x))[0].real[..., None],
     "svdvals": lambda x: x + linalg.svdvals(x + torch.eye(4, dtype=x.dtype))[..., None],
     "matrix_exp": lambda x: linalg.matrix_exp(0.1 * x),
     "matrix_power": lambda x: linalg.matrix_power(x, 3),

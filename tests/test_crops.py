@@ -274,3 +274,23 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
     score_map = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=message):
         score_map_crops(score_map, **{"image_size": (8, 8), **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 3.5}, "size must be rows and columns in whole pixels, got 3.5"),
+        ({"size": (3, 4, 5)}, r"size must be rows and columns in whole pixels, got \(3, 4, 5\)"),
+        ({"interpolate_mode": "cubic"}, "interpolate_mode must be one of bilinear, .*, got 'cubic'"),
+    ],
+)
+def test_sizes_and_modes_that_are_none(options: dict[str, object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        score_map_crops(torch.rand(1, 1, 4, 4), (16, 16), **options)
+
+
+def test_sizes_in_every_form() -> None:
+    maps = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = score_map_crops(maps, (16, 16), size=(8, 8))
+    for image_size, size in ((16, 8), (torch.Size([16, 16]), np.int64(8)), (np.array([16, 16]), torch.tensor(8))):
+        assert score_map_crops(maps, image_size, size=size).equal(expected)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -361,3 +365,77 @@ def test_indices_have_a_form_from_a_layer_on() -> None:
     torch.testing.assert_close(form.coefficients, model[2].weight[1].view(1, 3, 4).expand(2, 3, 4).detach())
     with pytest.raises(TypeError, match="inputs must"):
         linear_form(model, indices, 1)
+
+
+def trained(model: nn.Module, image: Tensor) -> None:
+    """A step of training."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(image).square().sum().backward()
+    optimizer.step()
+
+
+def loaded_again(model: nn.Module, image: Tensor) -> None:
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+
+
+def shifted(model: nn.Module, image: Tensor) -> None:
+    with torch.no_grad():
+        model[0].bias.add_(1)
+
+
+@pytest.mark.parametrize("change", [trained, loaded_again, shifted])
+def test_what_shares_weights_says_that_they_changed(
+    small: tuple[nn.Sequential, Tensor], change: Callable[[nn.Module, Tensor], None]
+) -> None:
+    model, image = small
+    early, late, frozen = linear_form(model, image, 1), linear_form(model, image, 1), freeze(model, image)
+    before = early.complete_map()
+    frozen(image)
+    change(model, image)
+    torch.testing.assert_close(early.complete_map(), before, rtol=0, atol=0)  # numbers that are there stay
+    for use in (late.complete_map, lambda: late.placeless, lambda: pickle.dumps(late)):
+        with pytest.raises(RuntimeError, match=r"weights must be as they were when the linear form was made, got \d"):
+            use()
+    for use in (lambda: frozen(image), lambda: frozen.distance_to_boundary(image)):
+        with pytest.raises(RuntimeError, match=r"when the frozen model was made, got .*\. Freeze the model again"):
+            use()
+    assert freeze(model, image)(image).shape == model(image).shape
+    form = linear_form(model, image, 1)
+    torch.testing.assert_close(form.complete_map().sum((1, 2, 3)) + form.placeless, form.score)
+
+
+def test_a_run_of_the_model_changes_nothing_for_a_frozen_one(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, image = small
+    frozen, form = freeze(model, image), linear_form(model, image, 1)
+    model(torch.rand_like(image)).sum().backward()
+    model.requires_grad_(False)
+    torch.testing.assert_close(frozen(image), model(image))
+    torch.testing.assert_close(form.complete_map().sum((1, 2, 3)) + form.placeless, form.score)
+
+
+def test_forms_are_pickled_and_copied_with_their_complete_map(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, image = small
+    forms = linear_form(model, image, 1, layer=[None, model[0]])
+    for copied in (pickle.loads(pickle.dumps(forms)), copy.deepcopy(forms)):
+        assert copied == forms
+        for one, other in zip(copied, forms, strict=True):
+            torch.testing.assert_close(one.complete_map(), other.complete_map(), rtol=0, atol=0)
+    contrast = pickle.loads(pickle.dumps(forms[0] - forms[0]))
+    assert contrast == forms[0] - forms[0]
+    with pytest.raises(ValueError, match="complete maps are those of a form of one layer"):
+        contrast.complete_map()
+
+
+def test_layers_may_come_from_a_generator(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, image = small
+    assert linear_form(model, image, 1, layer=(layer for layer in model[:2])) == linear_form(
+        model, image, 1, layer=list(model[:2])
+    )
+
+
+def test_several_inputs_of_a_frozen_model_are_one_tuple() -> None:
+    one, other = torch.rand(1, 3), torch.rand(1, 3)
+    frozen = freeze(lambda x, y: x * y, (one, other))
+    torch.testing.assert_close(frozen((one, other)), one * other)
+    with pytest.raises(TypeError, match=r"outputs must map layers to tensors, got Tensor. Pass several inputs as one"):
+        frozen(one, other)

@@ -15,7 +15,7 @@ from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from captum_scoremap import metrics
+from captum_scoremap import ScoreMap, metrics
 
 LABELS = 5
 
@@ -486,3 +486,82 @@ def test_a_constant_map_correlates_with_nothing(model: nn.Module, inputs: Tensor
     constant = lambda model, inputs, target: torch.ones_like(inputs)  # noqa: E731
     correlations = metrics.parameter_randomization(model, constant, inputs, target)
     assert all(value.tolist() == [0.0] * 3 for value in correlations.values())
+
+
+# --- targets in every form -------------------------------------------------------------------------------------------
+
+
+def measured(model: nn.Module, attribute: object, inputs: Tensor, target: object, name: str) -> list[Tensor]:
+    """The numbers of one measure."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([[1, 1, 5, 5]] * len(inputs))
+    masks = torch.zeros(len(inputs), *inputs.shape[-2:], dtype=torch.bool)
+    masks[:, :4] = True
+    found = {
+        "insertion": lambda: metrics.insertion(model, attribute, inputs, target).probabilities,
+        "deletion": lambda: metrics.deletion(model, attribute, inputs, target).probabilities,
+        "road": lambda: metrics.road(model, attribute, inputs, target, generator=generator),
+        "arcc": lambda: metrics.arcc(model, attribute, inputs, target, generator=generator),
+        "masked_confidence": lambda: metrics.masked_confidence(model, attribute, inputs, target),
+        "completeness": lambda: metrics.completeness(model, attribute, inputs, target),
+        "single_deletion": lambda: metrics.single_deletion(model, attribute, inputs, target, cells=2),
+        "cause_game": lambda: metrics.cause_game(model, attribute, inputs, inputs + 1, target),
+        "patch_score": lambda: metrics.patch_score(model, inputs, target, boxes),
+        "pointing_game": lambda: metrics.pointing_game(attribute, inputs, target, masks),
+        "energy_pointing_game": lambda: metrics.energy_pointing_game(attribute, inputs, target, masks),
+    }[name]()
+    return [found] if isinstance(found, Tensor) else [one for one in vars(found).values() if isinstance(one, Tensor)]
+
+
+MEASURES = (
+    "insertion deletion road arcc masked_confidence completeness single_deletion cause_game patch_score pointing_game "
+    "energy_pointing_game"
+).split()
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_labels_in_every_form_are_the_same(model: nn.Module, inputs: Tensor, name: str) -> None:
+    attribute = ScoreMap(model).attribute
+    expected = measured(model, attribute, inputs, torch.tensor([1, 1, 1]), name)
+    forms = [
+        1,
+        np.int64(1),
+        torch.tensor(1),
+        [1, 1, 1],
+        np.array([1, 1, 1]),
+        torch.tensor([1, 1, 1], dtype=torch.int32),
+    ]
+    for form in forms:
+        for one, other in zip(measured(model, attribute, inputs, form, name), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (1.0, r"target must be a label, labels \(N,\) or a function .*, got 1.0"),
+        (True, "got True"),
+        (None, "got None"),
+        ("cat", "got 'cat'"),
+        ((1, 1, 1), r"got \(1, 1, 1\). Of scores \(N, K, ...\) pass a function"),
+        (torch.tensor([1.0, 1.0, 1.0]), "got torch.float32"),
+        ([1, 1], r"target must hold one label per image, \(3,\), got \(2,\)"),
+        ([[1], [1], [1]], r"got \(3, 1\)"),
+    ],
+)
+def test_what_is_no_label_is_refused(model: nn.Module, inputs: Tensor, name: str, target: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        measured(model, ScoreMap(model).attribute, inputs, target, name)
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURES if name != "patch_score"])
+def test_what_is_no_attribution_is_refused(model: nn.Module, inputs: Tensor, name: str) -> None:
+    maps = torch.zeros_like(inputs)
+    for attribute, message in (
+        (maps, r"attribute must be a function of inputs and labels.* got Tensor. Of finished maps: lambda"),
+        (lambda inputs, target: maps.numpy(), "attribute must return a tensor, got ndarray. Use torch.as_tensor"),
+        (lambda inputs, target: maps[:1], r"attribute must return maps of each of the 3 images.* got \(1, "),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            measured(model, attribute, inputs, 1, name)

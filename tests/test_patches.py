@@ -438,3 +438,30 @@ def test_command_fails_if_nothing_can_be_read(tmp_path: Path, capsys: pytest.Cap
     assert "left out: image must be a readable file" in said
     assert "FOLDER must hold an image that can be read, got 1 files of which none can" in said
     assert not out.exists()
+
+
+def test_fewer_images_than_nine_give_what_they_have(model: nn.Module, pictures: Tensor) -> None:
+    assert len(semantic_patches(model, model[1], pictures[:2], 0, progress=False)) == 2
+    assert len(semantic_patches(model, model[1], pictures[:2], 0, per_image=6, progress=False)) == 9
+    with pytest.raises(ValueError, match="images must hold at least one, got none"):
+        semantic_patches(model, model[1], pictures[:0], 0)
+
+
+def test_a_model_of_one_score_needs_no_target(model: nn.Module, pictures: Tensor) -> None:
+    single = Single(model)
+    for by in ("score_map", "complete_map", "gradient"):
+        found = semantic_patches(single.eval(), model[1], pictures, by=by, k=3, progress=False)
+        other = semantic_patches(model, model[1], pictures, 1, by=by, k=3, progress=False)
+        assert [(one.image, one.box, one.value) for one in found] == [(one.image, one.box, one.value) for one in other]
+        assert {one.target for one in found} == {None}
+
+
+class Single(nn.Module):
+    """One label's score, (N,)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, 1]

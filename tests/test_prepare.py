@@ -1,6 +1,7 @@
 """`prepare`: the copy gives what the model gives, and only what is proven right is folded."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from captum_scoremap import ScoreMap
 from captum_scoremap.models import load_model, prepare
 
 
@@ -216,6 +218,63 @@ def test_an_optional_argument_counts_as_its_default() -> None:
     assert isinstance(prepare(Skip()).norm, nn.BatchNorm2d)
 
 
+class Conditional(nn.Module):
+    """Reads its convolution beside the norm, and so must keep both, where it is told to."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.traceable = traceable
+
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor | None = None,
+        *,
+        raw: bool = False,
+        sizes: tuple[int, ...] = (1, 2),
+        **rest: object,
+    ) -> Tensor:
+        y = self.conv(x)
+        if not self.traceable and float(x.sum()) > 1e9:
+            return y
+        if raw:
+            return y
+        return self.norm(y).relu() if skip is None else self.norm(y) + y * skip
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.filterwarnings("ignore:model must be traceable")
+def test_settings_are_those_under_which_norms_were_folded(traceable: bool) -> None:
+    model = Conditional(traceable).double().eval()
+    randomize_norms(model)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prepared = prepare(model, x)
+    assert isinstance(prepared.norm, nn.Identity)
+    for copied in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        for arguments in ({}, {"skip": None}, {"raw": False, "sizes": (1, 2)}):
+            torch.testing.assert_close(copied(x, **arguments), model(x, **arguments), rtol=1e-12, atol=1e-12)
+        with pytest.raises(ValueError, match=r"skip must be None for a prepared model.* got a tensor \(2, 3, 4, 4\)"):
+            copied(x, x)
+        with pytest.raises(ValueError, match=r"raw must be False for a prepared model.* got True. Prepare the model"):
+            copied(x, raw=True)
+        with pytest.raises(ValueError, match=r"sizes must be \(1, 2\) for a prepared model.* got \(1, 3\)"):
+            copied(x, sizes=(1, 3))
+        with pytest.raises(ValueError, match=r"rest must be \{\} for a prepared model.* got \{'scale': 2\}"):
+            copied(x, scale=2)
+        with pytest.raises(TypeError, match=r"forward\(\) missing 1 required positional argument: 'x'"):
+            copied()
+    torch.testing.assert_close(
+        ScoreMap(prepared).attribute(x, (0, 1, 1)), ScoreMap(model).attribute(x, (0, 1, 1)), rtol=1e-10, atol=1e-12
+    )
+    for example in ((x, x), {"x": x, "skip": x}, {"x": x, "raw": True}):
+        left = prepare(model, example)
+        arguments = (example, {}) if isinstance(example, tuple) else ((), example)
+        assert isinstance(left.norm, nn.BatchNorm2d)
+        torch.testing.assert_close(left(*arguments[0], **arguments[1]), model(*arguments[0], **arguments[1]))
+        torch.testing.assert_close(left(x), model(x))  # nothing was folded, so that nothing is refused
+
+
 class Standardized(nn.Conv2d):
     """A convolution that uses its weights in a way of its own."""
 
@@ -275,6 +334,14 @@ def test_prepare_takes_modules_only() -> None:
         prepare(lambda x: x)
 
 
+def test_inputs_that_are_no_arguments_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(TypeError, match=r"inputs must be arguments of the model, got .*: too many positional"):
+        prepare(model, (torch.ones(1, 3, 5, 5), 1))
+    with pytest.raises(TypeError, match=r"inputs must be arguments of the model, got .*: got an unexpected keyword"):
+        prepare(model, {"pixel_values": torch.ones(1, 3, 5, 5)})
+
+
 def test_a_model_of_several_arguments_is_recorded_on_a_tuple() -> None:
     class TwoImages(nn.Module):
         def __init__(self) -> None:
@@ -290,3 +357,40 @@ def test_a_model_of_several_arguments_is_recorded_on_a_tuple() -> None:
     prepared = prepare(model, pair)
     assert isinstance(prepared.norm, nn.Identity)
     torch.testing.assert_close(prepared(*pair), model(*pair), rtol=1e-12, atol=1e-12)
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed last, in an attribute and in a list, and reads a number of its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.conv(x)
+        self.seen[:] = [self.last.relu()]
+        return self.norm(self.last).relu() / (1 + self.norm.eps)
+
+
+def test_a_model_that_holds_what_it_computed_is_copied() -> None:
+    model = Remembers().double().eval()
+    randomize_norms(model)
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    expected = model(x)
+    assert model.last.grad_fn is not None
+    prepared = prepare(model, x)
+    torch.testing.assert_close(prepared(x), expected, rtol=1e-12, atol=1e-12)
+    assert model.last.grad_fn is not None
+    with torch.no_grad():
+        prepared(2 * x)
+    torch.testing.assert_close(model.last, model.conv(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weight_norm_of_old_is_copied() -> None:
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)).double().eval()
+    randomize_norms(model)
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(prepare(model)(x), expected, rtol=1e-12, atol=1e-12)

@@ -328,3 +328,12 @@ def test_more_labels_than_positions_need_no_pass_for_each_label(generator: torch
     with mock.patch.object(Tape, "transposed", side_effect=AssertionError):
         found = LayerScoreMap(model, model[1]).attribute_targets(images)
     assert_close(found[:, 1:2], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_one_image_may_have_its_score_as_a_single_number() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 1)).double().eval()
+    image = torch.rand(1, 3, 6, 6, dtype=torch.float64)
+    expected = ScoreMap(model).attribute(image)
+    torch.testing.assert_close(ScoreMap(lambda x: model(x).squeeze()).attribute(image), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="got a single number"):
+        ScoreMap(lambda x: model(x).mean()).attribute(image.repeat(2, 1, 1, 1))

@@ -29,6 +29,7 @@ from captum_scoremap.visualization import (
     visualize_patches,
     visualize_score_map,
 )
+from captum_scoremap.visualization.checked import checked_picture
 from captum_scoremap.visualization.drawing import share_text
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -392,7 +393,11 @@ NAN = torch.full((4, 4), torch.nan)
         ({"score_map": torch.ones(1, 3, 4, 4)}, ValueError, r"got \(1, 3, 4, 4\)\. .* sum the channels"),
         ({"score_map": torch.ones(0, 4)}, ValueError, r"got \(0, 4\)"),
         ({"image": [[1.0]]}, TypeError, "image must be a tensor or an array, got list"),
-        ({"image": torch.ones(4, 4)}, ValueError, r"image must be \(C, H, W\) with 1 or 3 channels, got \(4, 4\)"),
+        (
+            {"image": torch.ones(4, 4)},
+            ValueError,
+            r"image must be \(C, H, W\) with 1, 3 or 4 \(RGBA\) channels, got \(4, 4\)",
+        ),
         ({"image": torch.ones(2, 3, 4, 4)}, ValueError, r"got \(2, 3, 4, 4\)"),
         ({"image": NAN[None]}, ValueError, "image must be finite"),
         ({"image": torch.full((3, 4, 4), 2.5)}, ValueError, "values from 2.50 to 2.50. Pass the mean and std"),
@@ -521,3 +526,32 @@ def test_the_box_is_what_the_preprocessing_cuts_out(size: tuple[int, int]) -> No
 )
 def test_a_share_of_a_score_near_zero_is_no_percentage(part: float, score: float, text: str) -> None:
     assert share_text(part, score) == text
+
+
+def test_pictures_of_every_type_are_the_same() -> None:
+    whole = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    fractions = whole / 255
+    expected = checked_picture(fractions, None, None)
+    opaque = np.concatenate([whole, np.full((6, 5, 1), 255, np.uint8)], 2)
+    for one in (
+        whole, whole.astype(np.int64), whole.astype(np.uint16) * 257, fractions.astype(np.float32), opaque,
+        np.concatenate([fractions, np.ones((6, 5, 1))], 2), torch.from_numpy(opaque).permute(2, 0, 1),
+        Image.fromarray(opaque), Image.fromarray(whole),
+    ):  # fmt: skip
+        np.testing.assert_allclose(checked_picture(one, None, None), expected, atol=1e-6)
+    hidden = opaque.copy()
+    hidden[..., 3] = 0
+    np.testing.assert_allclose(checked_picture(hidden, None, None), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((4, 4, 3), 300), "image of whole numbers must lie in 0 to 255, got values from 300 to 300"),
+        (np.full((4, 4, 3), 200.0), r"image must lie in \[0, 1\], got values from 200.00 to 200.00. Divide it by 255"),
+        (np.full((4, 4, 3), -2.0), "Pass the mean and std"),
+    ],
+)
+def test_pictures_out_of_range_say_what_to_do(image: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked_picture(image, None, None)

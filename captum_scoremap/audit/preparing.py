@@ -6,7 +6,6 @@ it the score, is the same but for rounding, but its mask differs, and so do A an
 is exact for the model whose masks are held: the copy.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.audit.explaining import MapLayer, explain
+from captum_scoremap.copies import copied
 from captum_scoremap.tape import freeze
 
 __all__ = ["Prepared", "compare_prepared"]
@@ -61,7 +61,7 @@ def compare_prepared(
     kinds = {name: type(module) for name, module in model.named_modules()}
     if all(type(module) is kinds.get(name) for name, module in prepared.named_modules()):
         return None
-    original = copy.deepcopy(model).eval().to(inputs.device)
+    original = copied(model).eval().to(inputs.device)
     switches = flipped = images = 0
     score = sub_scores = 0.0
     unknown = torch.full((1,), -1, device=inputs.device)

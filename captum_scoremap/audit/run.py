@@ -1,6 +1,5 @@
 """The audit itself: plan the work, do what is not yet done, put each shard in place, sum up."""
 
-import copy
 import hashlib
 import json
 import os
@@ -33,6 +32,7 @@ from captum_scoremap.audit.report import SINGLE_FILE_LIMIT, write_report
 from captum_scoremap.audit.shards import Shards, write_json
 from captum_scoremap.audit.worker import METRICS, Worker
 from captum_scoremap.checks import nearest
+from captum_scoremap.copies import copied
 from captum_scoremap.data.sources import Source, open_source
 from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
@@ -175,11 +175,11 @@ def audit(
     tried = worker.first_readable(_TRIED if prepare_model else 1).to(device)
     inputs = tried[:1]
     original = loaded.module
-    module = prepare(original, inputs.cpu()) if prepare_model else copy.deepcopy(original).eval()
+    module = prepare(original, inputs.cpu()) if prepare_model else copied(original).eval()
     module = module.to(device)
     function = logits_in if score is None and _gives_one_number(module, inputs) else score
     if function is not None:
-        original = copy.deepcopy(original)
+        original = copied(original)
         for one in (original, module):
             one.register_forward_hook(_Scored(function))
         name = getattr(score, "__name__", "score").strip("<>")

@@ -32,8 +32,6 @@ from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepa
 from captum_scoremap.patches import By, Patch, semantic_patches
 from captum_scoremap.visualization import visualize_patches
 
-_MANY = 9  # patches of a layer, as in Fig. 4
-
 
 class Ranking(str, Enum):
     """What the positions of a layer are ranked by."""
@@ -130,8 +128,6 @@ def patches(
     files, targets = _files(folder, labels, label, loaded)
 
     function = score_function(score)
-    if k is None:
-        k = min(_MANY, max(1, per_image) * len(files))
     left_out: dict[Path, ValueError] = {}
 
     def ranked(layer: nn.Module, ranking: By) -> list[Patch]:

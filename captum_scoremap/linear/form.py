@@ -12,7 +12,7 @@ from captum_scoremap.checks import check_callable, check_inputs, check_layer, un
 from captum_scoremap.layout import channels_at, placed_map
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target, select_scores
-from captum_scoremap.tape import Site, as_tuple_of_arguments
+from captum_scoremap.tape import Constants, Site, as_tuple_of_arguments
 
 from .explanation import Explanation, explain
 from .form_table import as_html, as_text
@@ -29,6 +29,16 @@ def _no_ledger() -> Ledger:
         "complete maps are those of a form of one layer with a place in the image, as linear_form returns it; got "
         "another. Take the complete map of each form first."
     )
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A ledger that has been made."""
+
+    ledger: Ledger
+
+    def __call__(self) -> Ledger:
+        return self.ledger
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,6 +85,10 @@ class LinearForm:
 
         Returns:
             In logits, (N, 1, rows, columns).
+
+        Raises:
+            ValueError: If the layer has no place in the image, or the form is a sum or multiple of forms.
+            RuntimeError: If the model's weights changed in place before this was first asked for.
         """
         return self._ledger().complete_map(size)
 
@@ -197,6 +211,14 @@ class LinearForm:
 
     def __neg__(self) -> "LinearForm":
         return self * -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled: the complete map as numbers, rather than the run it is made of."""
+        try:
+            ledger: Callable[[], Ledger] = _Settled(self._ledger())
+        except ValueError:  # there is none
+            ledger = _no_ledger
+        return {**vars(self), "_ledger": ledger}
 
     def _tensors(self) -> list[Tensor]:
         return list(tensors_in((self.coefficients, self.activations, self.bias, self.score)))
@@ -334,7 +356,7 @@ def linear_form(
     """
     check_callable(forward_func)
     several = not isinstance(layer, (nn.Module, str)) and layer is not None
-    layers: Sequence[Any] = layer if several else [layer]  # type: ignore[assignment]
+    layers: Sequence[Any] = list(layer) if several else [layer]  # type: ignore[arg-type]
     if not layers:
         raise ValueError("layer must name at least one module, got none. Leave it out for the image itself.")
     tensors = check_inputs(inputs, indices=None not in layers)
@@ -356,10 +378,12 @@ def linear_form(
         keep=True,
     )
     shape = tuple(tensors[0].shape)
+    constants = Constants(found.recording.tape)
 
     @cache
     @torch.no_grad()
     def books() -> dict[Site | None, Ledger]:
+        constants.check("the linear form", "Ask for the complete map before changing them, or make the form anew.")
         seeds = found.seeds(torch.ones_like(found.score))
         return dict(zip(sites, ledgers(found.recording, seeds, found.score, sites, shape), strict=True))
 

@@ -9,7 +9,15 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from captum_scoremap.layout import resized
-from captum_scoremap.metrics.maps import Attribution, Score, check_batch_size, check_images, in_batches, label_scores
+from captum_scoremap.metrics.maps import (
+    Attribution,
+    Score,
+    attributed,
+    check_batch_size,
+    checked_target,
+    in_batches,
+    label_scores,
+)
 
 __all__ = ["CauseGame", "cause_game", "single_deletion"]
 
@@ -73,7 +81,7 @@ def cause_game(
         >>> cause_game(model, exact, image, changed, label).error
         0.0
     """
-    check_images(inputs, target)
+    target = checked_target(inputs, target)
     if changed.shape != inputs.shape:
         raise ValueError(f"changed must be shaped like inputs, {tuple(inputs.shape)}, got {tuple(changed.shape)}.")
     differs = (changed != inputs).any(1)
@@ -81,7 +89,9 @@ def cause_game(
         raise ValueError("changed must differ from inputs in every image, got one that does not.")
     with torch.no_grad():
         rise = label_scores(forward_func, changed, target) - label_scores(forward_func, inputs, target)
-    before, after = (_with_sums(attribute(images, target), inputs.shape[-2:]) for images in (inputs, changed))
+    before, after = (
+        _with_sums(attributed(attribute, images, target), inputs.shape[-2:]) for images in (inputs, changed)
+    )
     placed = []
     for difference, region in zip(after - before, differs, strict=True):
         rows, columns = region.any(1).nonzero()[:, 0], region.any(0).nonzero()[:, 0]
@@ -122,7 +132,7 @@ def single_deletion(
         >>> single_deletion(model, lambda inputs, target: inputs[:, 1:], image, label)
         tensor([1.])
     """
-    check_images(inputs, target)
+    target = checked_target(inputs, target)
     if cells < 2:
         raise ValueError(f"cells must be at least 2, got {cells}.")
     check_batch_size(batch_size)
@@ -130,7 +140,7 @@ def single_deletion(
     row, column = (torch.arange(size, device=inputs.device) * cells // size for size in (height, width))
     cell = row[:, None] * cells + column  # as a cell ends where the next begins, its number grows by steps
     count = cells**2
-    maps = _with_sums(attribute(inputs, target), (height, width))
+    maps = _with_sums(attributed(attribute, inputs, target), (height, width))
     sums = torch.zeros(len(inputs), count, dtype=maps.dtype, device=maps.device)
     sums.index_add_(1, cell.flatten(), maps.flatten(1))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, Score, check_images, label_scores
+from captum_scoremap.metrics.maps import Attribution, Score, attributed, checked_target, label_scores
 
 
 def completeness(
@@ -25,7 +25,7 @@ def completeness(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C, h, w)``; summed as it is, never resized.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         offset: ``(N,)`` or one number, logits.
 
     Returns:
@@ -42,6 +42,6 @@ def completeness(
         >>> bool(completeness(model, input_x_weight, inputs, target).abs() < 1e-12)
         True
     """
-    check_images(inputs, target)
-    attributed = attribute(inputs, target).detach().flatten(start_dim=1).sum(dim=1)
-    return label_scores(forward_func, inputs, target) - offset - attributed
+    target = checked_target(inputs, target)
+    sums = attributed(attribute, inputs, target).detach().flatten(start_dim=1).sum(dim=1)
+    return label_scores(forward_func, inputs, target) - offset - sums

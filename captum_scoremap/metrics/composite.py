@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, Score, check_images, unit_maps
+from captum_scoremap.metrics.maps import Attribution, Score, checked_target, unit_maps
 from captum_scoremap.metrics.remove_and_debias import road
 
 
@@ -56,7 +56,7 @@ def arcc(
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``; called for the images, and for the images times
             their maps.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         fractions: as in :func:`road`.
         noise: as in :func:`road`.
         generator: as in :func:`road`.
@@ -74,7 +74,7 @@ def arcc(
         >>> arcc(model, lambda inputs, target: inputs[:, 1:], image, label).score.shape
         torch.Size([1])
     """
-    check_images(inputs, target)
+    target = checked_target(inputs, target)
     maps = unit_maps(attribute, inputs, target)
     again = unit_maps(attribute, inputs * maps.to(inputs), target)
     removed = road(forward_func, lambda *_: maps, inputs, target, fractions, noise, generator, batch_size)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, Score, check_images, label_probabilities, unit_maps
+from captum_scoremap.metrics.maps import Attribution, Score, checked_target, label_probabilities, unit_maps
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def masked_confidence(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``; zero is where the mask is zero.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
 
     Returns:
         The probabilities of each image.
@@ -68,7 +68,7 @@ def masked_confidence(
         >>> found.drop, found.increase
         (tensor([0.]), tensor([1.]))
     """
-    check_images(inputs, target)
+    target = checked_target(inputs, target)
     masked = inputs * unit_maps(attribute, inputs, target).to(inputs)
     before, after = (label_probabilities(forward_func, images, target) for images in (inputs, masked))
     return MaskedConfidence(before, after)

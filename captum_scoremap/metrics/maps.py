@@ -1,16 +1,20 @@
 """What all metrics share: an attribution as one input-sized map, and the model's value for a label."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.scores import logits_in, select_scores, shape_or_type
+from captum_scoremap.scores import is_function, logits_in, select_scores, shape_or_type
 
-Score: TypeAlias = Tensor | Callable[[Any], Tensor]
-"""Which score is meant: labels ``(N,)``, or a function from the model's output to ``(N,)``."""
+Score: TypeAlias = int | Sequence[int] | np.ndarray[Any, Any] | Tensor | Callable[[Any], Tensor]
+"""Which score is meant: a label, labels ``(N,)``, or a function from the model's output to ``(N,)``."""
+
+CheckedScore: TypeAlias = Tensor | Callable[[Any], Tensor]
+"""The same, of the inputs at hand: integer labels ``(N,)``, or the function."""
 
 Attribution: TypeAlias = Callable[[Tensor, Any], Tensor]
 """``attribute(inputs, target)``: inputs ``(N, C, H, W)`` and labels ``(N,)`` to ``(N, C or 1, h, w)``."""
@@ -47,9 +51,31 @@ def input_sized(attributions: Tensor, height: int, width: int) -> Tensor:
     return maps[:, 0]
 
 
-def attribution_maps(attribute: Attribution, inputs: Tensor, target: Score) -> Tensor:
+def attribution_maps(attribute: Attribution, inputs: Tensor, target: CheckedScore) -> Tensor:
     """Return ``attribute(inputs, target)`` as input-sized maps ``(N, H, W)``."""
-    return input_sized(attribute(inputs, target), inputs.shape[-2], inputs.shape[-1])
+    return input_sized(attributed(attribute, inputs, target), inputs.shape[-2], inputs.shape[-1])
+
+
+def attributed(attribute: Attribution, inputs: Tensor, target: CheckedScore) -> Tensor:
+    """Return ``attribute(inputs, target)``.
+
+    Raises:
+        TypeError: if attribute is no function, or returns no tensor.
+        ValueError: if it does not return one attribution for each image.
+    """
+    if not callable(attribute) or isinstance(attribute, Tensor):
+        raise TypeError(
+            "attribute must be a function of inputs and labels, such as ScoreMap(model).attribute, got "
+            f"{type(attribute).__name__}. Of finished maps: lambda inputs, target: maps."
+        )
+    found = attribute(inputs, target)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"attribute must return a tensor, got {type(found).__name__}. Use torch.as_tensor.")
+    if found.dim() == 0 or len(found) != len(inputs):
+        raise ValueError(
+            f"attribute must return maps of each of the {len(inputs)} images, (N, C, h, w), got {tuple(found.shape)}."
+        )
+    return found
 
 
 def ranks(maps: Tensor) -> Tensor:
@@ -58,7 +84,7 @@ def ranks(maps: Tensor) -> Tensor:
     return order.argsort(dim=1).view_as(maps)
 
 
-def unit_maps(attribute: Attribution, inputs: Tensor, target: Score) -> Tensor:
+def unit_maps(attribute: Attribution, inputs: Tensor, target: CheckedScore) -> Tensor:
     """Return the positive parts of ``attribute(inputs, target)`` as input-sized maps ``(N, 1, H, W)`` between 0 and 1.
 
     Each is divided by its largest value; a map without anything positive is zero.
@@ -68,20 +94,44 @@ def unit_maps(attribute: Attribution, inputs: Tensor, target: Score) -> Tensor:
     return positive / torch.where(largest > 0, largest, 1.0)
 
 
-def check_images(inputs: Tensor, target: Score) -> None:
-    """Check that there is a batch of images with one label for each, or a function.
+def checked_target(inputs: Tensor, target: Score) -> CheckedScore:
+    """Return the label of each image of a batch, ``(N,)``, or the function.
+
+    Args:
+        inputs: images ``(N, C, H, W)``.
+        target: an int, or a tensor of one, for all images; a list, tensor or array of N ints; or a function.
+
+    Returns:
+        The labels or the function.
 
     Raises:
-        ValueError: if inputs are no ``(N, C, H, W)`` or target is no ``(N,)``.
+        TypeError: if target is something else.
+        ValueError: if inputs are no ``(N, C, H, W)``, or target is not one label for each.
+
+    Example:
+        >>> checked_target(torch.zeros(3, 1, 2, 2), 7)
+        tensor([7, 7, 7])
     """
     if inputs.dim() != 4:
         advice = " Use inputs[None]." if inputs.dim() == 3 else ""
         raise ValueError(f"inputs must have the shape (N, C, H, W), got {tuple(inputs.shape)}.{advice}")
-    if isinstance(target, Tensor) and tuple(target.shape) != (inputs.shape[0],):
-        raise ValueError(
-            f"target must hold one label per image, ({inputs.shape[0]},), got {tuple(target.shape)}. "
-            "Use torch.full((len(inputs),), label) for one label."
+    if is_function(target):
+        return target
+    try:
+        labels = torch.as_tensor(target)
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool)
+    except (TypeError, ValueError, RuntimeError):
+        whole = False
+    if not whole or isinstance(target, tuple):
+        raise TypeError(
+            "target must be a label, labels (N,) or a function from the model's output to (N,), got "
+            f"{target.dtype if isinstance(target, Tensor) else repr(target)}. Of scores (N, K, ...) pass a function."
         )
+    if labels.dim() == 0:
+        labels = labels.expand(len(inputs))
+    if tuple(labels.shape) != (len(inputs),):
+        raise ValueError(f"target must hold one label per image, ({len(inputs)},), got {tuple(labels.shape)}.")
+    return labels.long().to(inputs.device)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -99,7 +149,7 @@ def in_batches(
     forward_func: Callable[..., Any],
     images: Callable[[Tensor], Tensor],
     inputs: Tensor,
-    target: Score,
+    target: CheckedScore,
     copies: int,
     batch_size: int,
 ) -> Tensor:
@@ -122,13 +172,13 @@ def in_batches(
     return torch.cat([value(forward_func, images(i), target if labels is None else labels[i]) for i in indices])
 
 
-def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: Score) -> Tensor:
+def label_scores(forward_func: Callable[..., Any], inputs: Tensor, target: CheckedScore) -> Tensor:
     """Return the score (logit) of each image's label, ``(N,)``."""
     with torch.no_grad():
         return select_scores(forward_func(inputs), target, len(inputs))
 
 
-def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target: Score) -> Tensor:
+def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target: CheckedScore) -> Tensor:
     """Return the probability (softmax of the scores) of each image's label, ``(N,)``; of a function its value.
 
     Raises:

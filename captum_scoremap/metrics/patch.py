@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Score, label_probabilities
+from captum_scoremap.metrics.maps import Score, checked_target, label_probabilities
 
 
 def patch_score(
@@ -25,7 +25,7 @@ def patch_score(
     Args:
         forward_func: the model; returns scores ``(N, K)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         boxes: pixel ``x0, y0, x1, y1`` (end exclusive), integers; ``(N, 4)``, or ``(N, k, 4)`` for k patches
             of each image.
         view: rows and columns to which a patch is enlarged (bicubic, antialiased); the size of the images if
@@ -45,6 +45,7 @@ def patch_score(
         >>> patch_score(model, image, torch.tensor([1]), boxes).round(decimals=2)
         tensor([[1.0000, 0.5000]])
     """
+    labels = checked_target(inputs, target)
     height, width = inputs.shape[-2:]
     if boxes.dim() not in {2, 3} or boxes.shape[-1] != 4 or boxes.shape[0] != inputs.shape[0]:
         raise ValueError(
@@ -65,7 +66,7 @@ def patch_score(
             F.interpolate(image[None, :, top:bottom, left:right], size, mode="bicubic", antialias=True)
             for left, top, right, bottom in image_boxes.tolist()
         ]
-        label = target[place].expand(len(patches)) if isinstance(target, Tensor) else target
+        label = labels[place].expand(len(patches)) if isinstance(labels, Tensor) else labels
         probabilities.append(label_probabilities(forward_func, torch.cat(patches), label))
     scores = torch.stack(probabilities)
     return scores if boxes.dim() == 3 else scores[:, 0]

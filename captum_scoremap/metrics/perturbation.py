@@ -13,7 +13,7 @@ from captum_scoremap.metrics.maps import (
     Score,
     attribution_maps,
     check_batch_size,
-    check_images,
+    checked_target,
     in_batches,
     label_probabilities,
     ranks,
@@ -59,7 +59,7 @@ def insertion(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         baseline: ``"blur"`` (Gaussian of 11 pixels, sigma 5, as in RISE), ``"mean"`` (the mean color of each
             image), ``"zero"``, or a tensor that broadcasts to the inputs.
         steps: number of equal shares in which the pixels are exchanged.
@@ -102,7 +102,7 @@ def deletion(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         baseline: as in :func:`insertion`.
         steps: number of equal shares in which the pixels are exchanged.
         batch_size: images that the model sees at once.
@@ -135,7 +135,7 @@ def _curve(
     *,
     insert: bool,
 ) -> PerturbationCurve:
-    check_images(inputs, target)
+    target = checked_target(inputs, target)
     check_batch_size(batch_size)
     pixels = inputs.shape[-2] * inputs.shape[-1]
     if not 1 <= steps <= pixels:

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_scoremap.metrics.maps import Attribution, Score, attribution_maps, check_images
+from captum_scoremap.metrics.maps import Attribution, Score, attribution_maps, checked_target
 
 
 def mosaics(
-    inputs: Tensor, target: Tensor, n: int = 2, count: int = 1, generator: torch.Generator | None = None
+    inputs: Tensor, target: Score, n: int = 2, count: int = 1, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw mosaics of n x n images with n * n different labels.
 
@@ -23,6 +23,7 @@ def mosaics(
         Mosaics ``(count, C, n * H, n * W)`` and the labels of their cells, row-major, ``(count, n * n)``.
 
     Raises:
+        TypeError: if target is a function.
         ValueError: if there are not n * n different labels.
 
     Example:
@@ -30,16 +31,18 @@ def mosaics(
         >>> images.shape, labels.shape
         (torch.Size([5, 3, 16, 16]), torch.Size([5, 4]))
     """
-    check_images(inputs, target)
+    labels = checked_target(inputs, target)
+    if not isinstance(labels, Tensor):
+        raise TypeError("target must be labels (N,) for mosaics of different ones, got a function.")
     cells = n * n
-    available = len(set(target.tolist()))
+    available = len(set(labels.tolist()))
     if available < cells:
         raise ValueError(f"inputs must hold at least {cells} different labels for {n} x {n} cells, got {available}.")
-    chosen = torch.stack([_different_labels(target, cells, generator) for _ in range(count)])
+    chosen = torch.stack([_different_labels(labels, cells, generator) for _ in range(count)])
     channels, height, width = inputs.shape[1:]
     grid = inputs[chosen].view(count, n, n, channels, height, width)
     images = grid.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, n * height, n * width)
-    return images, target[chosen]
+    return images, labels[chosen]
 
 
 def _different_labels(target: Tensor, cells: int, generator: torch.Generator | None) -> Tensor:
@@ -101,7 +104,7 @@ def pointing_game(attribute: Attribution, inputs: Tensor, target: Score, masks: 
     Args:
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         masks: where the object is, boolean ``(N, H, W)``.
         tolerance: pixels by which the highest value may lie beside the object (distance in both axes).
 
@@ -122,9 +125,10 @@ def pointing_game(attribute: Attribution, inputs: Tensor, target: Score, masks: 
         >>> pointing_game(identity, inputs, torch.tensor([0]), mask, tolerance=1)
         tensor([True])
     """
-    _check_masks(inputs, target, masks)
+    labels = checked_target(inputs, target)
+    _check_masks(inputs, masks)
     reach = F.max_pool2d(masks[:, None].to(inputs), 2 * tolerance + 1, stride=1, padding=tolerance)
-    highest = attribution_maps(attribute, inputs, target).flatten(start_dim=1).argmax(dim=1, keepdim=True)
+    highest = attribution_maps(attribute, inputs, labels).flatten(start_dim=1).argmax(dim=1, keepdim=True)
     return reach.flatten(start_dim=1).gather(1, highest)[:, 0] > 0
 
 
@@ -137,7 +141,7 @@ def energy_pointing_game(attribute: Attribution, inputs: Tensor, target: Score, 
     Args:
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         masks: where the object is, boolean ``(N, H, W)``.
 
     Returns:
@@ -153,14 +157,14 @@ def energy_pointing_game(attribute: Attribution, inputs: Tensor, target: Score, 
         >>> energy_pointing_game(lambda inputs, target: inputs, inputs, torch.tensor([0]), mask)
         tensor([0.5000])
     """
-    _check_masks(inputs, target, masks)
-    positive = attribution_maps(attribute, inputs, target).clamp(min=0)
+    labels = checked_target(inputs, target)
+    _check_masks(inputs, masks)
+    positive = attribution_maps(attribute, inputs, labels).clamp(min=0)
     inside, total = (positive * masks).sum(dim=(1, 2)), positive.sum(dim=(1, 2))
     return torch.where(total > 0, inside / total, 0.0)
 
 
-def _check_masks(inputs: Tensor, target: Score, masks: Tensor) -> None:
-    check_images(inputs, target)
+def _check_masks(inputs: Tensor, masks: Tensor) -> None:
     expected = (inputs.shape[0], *inputs.shape[-2:])
     if tuple(masks.shape) != expected or masks.dtype is not torch.bool:
         raise ValueError(

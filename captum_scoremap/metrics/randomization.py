@@ -1,6 +1,5 @@
 """Does the attribution depend on what the network has learned?"""
 
-import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from captum_scoremap.metrics.maps import Score, check_images, input_sized
+from captum_scoremap.copies import copied
+from captum_scoremap.metrics.maps import Score, checked_target, input_sized
 
 
 def parameter_randomization(
@@ -30,7 +30,7 @@ def parameter_randomization(
         attribute: ``attribute(model, inputs, target) -> (N, C or 1, h, w)``: the method, built on the model
             it is given.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         seed: of the new parameters; torch's own generator is left as it is.
         layers: names of the layers after which to compare; after every one if None. All are randomized.
 
@@ -49,8 +49,8 @@ def parameter_randomization(
         >>> {name: float(value.round(decimals=4)) for name, value in correlations.items()}
         {'2': 1.0, '0': 1.0}
     """
-    check_images(inputs, target)
-    randomized = copy.deepcopy(model)
+    target = checked_target(inputs, target)
+    randomized = copied(model)
     trained = attribute(randomized, inputs, target).detach()
     resettable = {name: one for name, one in randomized.named_modules() if hasattr(one, "reset_parameters")}
     if unknown := set(layers or ()) - set(resettable):

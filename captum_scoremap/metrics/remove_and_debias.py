@@ -15,7 +15,7 @@ from captum_scoremap.metrics.maps import (
     Score,
     attribution_maps,
     check_batch_size,
-    check_images,
+    checked_target,
     in_batches,
     label_probabilities,
     ranks,
@@ -69,7 +69,7 @@ def road(
         forward_func: the model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
         inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function from the model's output to ``(N,)``.
+        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         fractions: shares of the pixels to remove.
         noise: standard deviation of the noise, in units of the inputs.
         generator: source of the noise; torch's default if None.
@@ -90,7 +90,7 @@ def road(
         >>> bool(good > 0 > bad)
         True
     """
-    check_images(inputs, target)
+    target = checked_target(inputs, target)
     check_batch_size(batch_size)
     pixels = inputs.shape[-2] * inputs.shape[-1]
     removed = [round(fraction * pixels) for fraction in fractions]

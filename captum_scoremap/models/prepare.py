@@ -6,11 +6,9 @@ that it can trace, a recorded run for the others. Whether the fused weights do w
 tried, pair by pair.
 """
 
-import copy
-import inspect
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -25,6 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops import FrozenBatchNorm2d
 
 from captum_scoremap.checks import check_visible
+from captum_scoremap.copies import copied
+from captum_scoremap.models.calls import AsPrepared, Example, Inputs
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -34,7 +34,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 Pairs = list[tuple[str, str]]
 
 
-def prepare(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
+def prepare(model: nn.Module, inputs: Inputs = None) -> nn.Module:
     """Copy a model for explaining: norms folded, ``channels_last``, parameters frozen, eval mode.
 
     Every layer keeps its name. A folded norm becomes an ``nn.Identity`` (or what timm's norms carry besides,
@@ -45,16 +45,20 @@ def prepare(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) ->
     B of the layers below do not. Of EfficientNet-Lite0 0 to 8 of 6 million units did so in each of 24 photographs;
     scores differed by up to 9e-6 logits, A·Y of a layer by 0.001 (median) to 0.064. An audit measures and says it.
 
+    A model whose norms were folded takes optional arguments only as they were then: at their defaults, or as they are
+    among ``inputs``. A norm may be read by something else under others, so that those are refused.
+
     Args:
         model: The model; it is not touched.
-        inputs: An example batch (N, C, H, W), or a tuple of arguments. Only needed for a model that torch.fx
-            cannot trace: its norms are folded as one run on these inputs proves it.
+        inputs: An example batch (N, C, H, W), a tuple of arguments, or arguments by name. Only needed for optional
+            arguments that are to have other values than their defaults, and for a model that torch.fx cannot trace:
+            its norms are folded as one run on these inputs proves it.
 
     Returns:
         The prepared copy.
 
     Raises:
-        TypeError: ``model`` is not a module, or compiled or scripted.
+        TypeError: ``model`` is not a module, or compiled or scripted; or it does not take ``inputs``.
 
     Warns:
         UserWarning: torch.fx cannot trace the model, and norms were left as they are; says which.
@@ -70,34 +74,39 @@ def prepare(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     check_visible(model, "model")
-    prepared = copy.deepcopy(model).eval().requires_grad_(False)
+    prepared = copied(model).eval().requires_grad_(False)
     if any(isinstance(module, _NORMS) for module in prepared.modules()):
-        _fold_norms(prepared, inputs)
+        example = Example.of(inputs)
+        settings = example.settings(prepared.forward)
+        if _fold_norms(prepared, example, settings) and settings:
+            prepared.register_forward_pre_hook(AsPrepared(settings), with_kwargs=True)
     for module in prepared.modules():
         if isinstance(module, _CONVOLUTIONS) and module.weight.dim() in _CHANNELS_LAST:
             module.to(memory_format=_CHANNELS_LAST[module.weight.dim()])
     return prepared
 
 
-def _fold_norms(model: nn.Module, inputs: Tensor | tuple[Any, ...] | None) -> None:
-    """Fold what can be folded, in place; warn of the norms for which no proof could be had."""
+def _fold_norms(model: nn.Module, example: Example, settings: Mapping[str, Any]) -> bool:
+    """Fold what can be folded, in place, and return whether something was; warn of norms that had no proof."""
+    before = sum(isinstance(module, _NORMS) for module in model.modules())
     try:
-        pairs = _traced_pairs(model)
+        pairs = _traced_pairs(model, settings)
         reason = None
     except Exception as error:  # tracing runs the model's own code on proxies: anything can come out of it
-        pairs = [] if inputs is None else _recorded_pairs(model, inputs)
+        pairs = _recorded_pairs(model, example) if example.is_known else []
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     for convolution, norm in pairs:
         _fold(model, convolution, norm)
     left = [name for name, module in model.named_modules() if isinstance(module, _NORMS)]
     if reason and left:
-        advice = " Pass inputs=, an example batch, to have norms folded all the same." if inputs is None else ""
+        advice = " Pass inputs=, an example batch, to have norms folded all the same." if not example.is_known else ""
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         warnings.warn(
             f"model must be traceable by torch.fx to fold every norm, got {type(model).__name__} ({reason}). "
             f"{len(left)} norms stay as they are, which costs time only: {shown}.{advice}",
             stacklevel=3,
         )
+    return len(left) < before
 
 
 class _Tracer(fx.Tracer):
@@ -108,13 +117,11 @@ class _Tracer(fx.Tracer):
         return childless or isinstance(m, _NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced_pairs(model: nn.Module) -> Pairs:
+def _traced_pairs(model: nn.Module, settings: Mapping[str, Any]) -> Pairs:
     """Return the convolutions whose only reader is a norm, as the traced graph shows it."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that defaults are taken as constants is the intention
-        graph = _Tracer().trace(model, concrete_args=defaults)
+        warnings.simplefilter("ignore")  # that settings are taken as constants is the intention
+        graph = _Tracer().trace(model, concrete_args=dict(settings))
     modules = [node for node in graph.nodes if node.op == "call_module"]
     calls = Counter(str(node.target) for node in modules)
     read_directly = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
@@ -152,7 +159,7 @@ class _Readers(TorchFunctionMode):
                 self.reads[value] = self.reads.get(value, 0) + 1
 
 
-def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs:
+def _recorded_pairs(model: nn.Module, example: Example) -> Pairs:
     """Return the convolutions whose only reader is a norm, as one run shows it."""
     readers = _Readers()
     calls: Counter[str] = Counter()
@@ -182,7 +189,7 @@ def _recorded_pairs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Pairs
     handles = [handle for name, module in watched.items() for handle in watch(name, module)]
     try:
         with torch.no_grad(), readers:
-            readers.count(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+            readers.count(model(*example.args, **example.kwargs))
     finally:
         for handle in handles:
             handle.remove()
@@ -232,8 +239,9 @@ def _fold(model: nn.Module, convolution: str, norm: str) -> None:
 
 def _become(module: nn.Module, other: nn.Module) -> None:
     """Make a module another one in its place, whoever refers to it: a name of the model's, or a list of its own."""
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float))}
     module.__class__ = type(other)
-    module.__dict__ = vars(other)
+    module.__dict__ = numbers | vars(other)  # the model may read them: eps, num_features
 
 
 def _trial_input(conv: Any) -> Tensor:

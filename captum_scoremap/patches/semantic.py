@@ -25,6 +25,9 @@ By: TypeAlias = Literal["score_map", "complete_map", "gradient", "activation"]
 Neuron: TypeAlias = tuple[nn.Module, int | tuple[int | slice, ...]]
 
 
+_MANY = 9  # patches of a layer, as in Fig. 4
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """A region of an image that a high value of a layer comes from.
@@ -62,7 +65,7 @@ def semantic_patches(
     images: Iterable[Picture],
     targets: int | Iterable[int | None] | Callable[[Any], Tensor] | None = None,
     by: By = "score_map",
-    k: int = 9,
+    k: int | None = None,
     *,
     per_image: int = 1,
     size: int | tuple[int, int] | None = None,
@@ -91,7 +94,7 @@ def semantic_patches(
             its place, so that the values of an image add up to its score. ``"gradient"``: the largest ``|A|`` of
             all channels (GSM), the saliency of Simonyan et al. 2013. ``"activation"``: the sum of Y over channels,
             whatever the label.
-        k: Number of patches.
+        k: Number of patches; None for 9, or as many as the images have where that is fewer.
         per_image: How many may come from one image; these do not overlap.
         size: Height and width of a patch in pixels of the network's input, around the center of the receptive
             field, shifted to lie inside the image; None for the receptive field itself.
@@ -123,6 +126,8 @@ def semantic_patches(
         >>> len(patches), patches[0].pixels.shape
         (5, torch.Size([3, 3, 3]))
     """
+    if k is None:
+        k = min(_MANY, max(per_image, 1) * len(images)) if isinstance(images, Sized) and len(images) else _MANY
     _check(images, targets, by, k, per_image, batch_size, channel, neuron)
     windows: dict[torch.Size, Tensor] = {}
     channels: dict[torch.Size, int] = {}
@@ -188,6 +193,8 @@ def _check(
         raise ValueError(f"channel must be left out by complete_map, which is of all channels, got {channel}.")
     if not isinstance(images, Sized):
         return
+    if not len(images):
+        raise ValueError("images must hold at least one, got none.")
     if k > per_image * len(images):
         raise ValueError(
             f"k must be at most {per_image * len(images)}, per_image of each of the {len(images)} images, got {k}. "

@@ -1,6 +1,7 @@
 """Record a model once, as a list of affine steps; everything else is algebra on that list."""
 
 from .boundary import Boundary
+from .constants import Constants
 from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
 from .places import Site, root_module
 from .run import Recording, Tapped
@@ -9,6 +10,7 @@ from .steps import Step, Tape, check_finite
 
 __all__ = [
     "Boundary",
+    "Constants",
     "FrozenModel",
     "Recording",
     "Site",

@@ -11,6 +11,7 @@ from captum_scoremap.checks import as_tuple, check_callable, check_inputs, unwra
 from captum_scoremap.rules import Rule, Value, display_name, with_rules
 
 from .boundary import Boundary, nearest_boundary
+from .constants import Constants
 from .places import root_module
 from .run import Recording
 from .steps import Step, Tape
@@ -41,6 +42,7 @@ class FrozenModel:
 
     def __init__(self, recording: Recording, inputs: tuple[Tensor, ...]) -> None:
         self._tape: Tape = recording.tape
+        self._constants = Constants(recording.tape)
         self._inputs = inputs
         self._ran = frozenset(recording.places.calls)
         self._layers = {site[0]: tapped for site, tapped in recording.tapped.items() if site is not None}
@@ -68,10 +70,17 @@ class FrozenModel:
             What the model returns: scores (N, K), or whatever it is.
 
         Raises:
+            TypeError: If ``outputs`` is no mapping: several inputs are one tuple.
             ValueError: If a shape is not the recorded one, or a layer did not run.
+            RuntimeError: If the model's weights changed in place since it was frozen.
         """
+        if outputs is not None and not isinstance(outputs, Mapping):
+            raise TypeError(
+                f"outputs must map layers to tensors, got {type(outputs).__name__}. Pass several inputs as one tuple."
+            )
+        self._check_constants()
         known: dict[Value, Tensor] = {}
-        for layer, value in (outputs or {}).items():
+        for layer, value in () if outputs is None else outputs.items():
             if layer not in self._ran or layer not in self._layers:
                 raise ValueError(f"outputs must name layers that ran, got a {type(layer).__name__} that did not.")
             given_values = (value,) if isinstance(value, Tensor) else tuple(value)
@@ -84,6 +93,9 @@ class FrozenModel:
             if place is not None:
                 known[place] = tensor  # type: ignore[assignment]
         return self._tape.output_at(known)
+
+    def _check_constants(self) -> None:
+        self._constants.check("the frozen model", "Freeze the model again.")
 
     @property
     def switches(self) -> dict[str, Tensor]:
@@ -131,7 +143,9 @@ class FrozenModel:
 
         Raises:
             ValueError: If the direction's shape is not that of the input.
+            RuntimeError: If the model's weights changed in place since it was frozen.
         """
+        self._check_constants()
         directions = (direction,) if isinstance(direction, Tensor) else tuple(direction)
         shapes, expected = [tuple(t.shape) for t in directions], [tuple(t.shape) for t in self._inputs]
         if shapes != expected:
@@ -157,7 +171,7 @@ def freeze(
         rules: Operation to rule, to replace or add some.
 
     Returns:
-        The frozen model. It shares the model's parameters: freeze again after changing them.
+        The frozen model. It shares the model's parameters: after they changed it refuses to run.
 
     Raises:
         TypeError: If the model is compiled or scripted, or an input is not floating point.

@@ -94,14 +94,22 @@ def checked_picture(image: Photograph, mean: Channels | None, std: Channels | No
     if (
         is_array and image.ndim in {2, 3} and image.shape[-1] != 0
     ):  # rows and columns first, as PIL and Captum have them
-        image = image[None] if image.ndim == 2 else image.movedim(-1, 0) if image.shape[-1] in {1, 3} else image
+        image = image[None] if image.ndim == 2 else image.movedim(-1, 0) if image.shape[-1] in {1, 3, 4} else image
     if image.ndim == 4 and image.shape[0] == 1:
         image = image[0]
-    if image.ndim != 3 or image.shape[0] not in {1, 3} or image.numel() == 0:
-        raise ValueError(f"{name} must be (C, H, W) with 1 or 3 channels, got {tuple(image.shape)}.")
+    if image.ndim != 3 or image.shape[0] not in {1, 3, 4} or image.numel() == 0:
+        raise ValueError(f"{name} must be (C, H, W) with 1, 3 or 4 (RGBA) channels, got {tuple(image.shape)}.")
     pixels = image.detach().to("cpu", torch.float32)
-    if image.dtype == torch.uint8:
-        pixels = pixels / 255
+    if not image.is_floating_point() and image.dtype != torch.bool:
+        white = 65535 if image.dtype == torch.uint16 else 255
+        if not 0 <= float(pixels.min()) <= float(pixels.max()) <= white:
+            raise ValueError(
+                f"{name} of whole numbers must lie in 0 to {white}, got values from {int(pixels.min())} to "
+                f"{int(pixels.max())}."
+            )
+        pixels = pixels / white
+    if len(pixels) == 4 and mean is None:
+        pixels = pixels[:3] * pixels[3:] + (1 - pixels[3:])  # what is transparent on white
     if mean is not None and std is not None:
         pixels = pixels * _by_channel(std, pixels, "std") + _by_channel(mean, pixels, "mean")
     elif mean is not None or std is not None:
@@ -110,10 +118,12 @@ def checked_picture(image: Photograph, mean: Channels | None, std: Channels | No
         raise ValueError(f"{name} must be finite, got NaN or infinite values.")
     low, high = float(pixels.min()), float(pixels.max())
     if low < -0.25 or high > 1.25:  # less is what bicubic resizing overshoots
-        raise ValueError(
-            f"{name} must lie in [0, 1], got values from {low:.2f} to {high:.2f}. "
-            "Pass the mean and std with which it was normalized."
+        advice = (
+            "Divide it by 255."
+            if low >= 0 and 10 < high <= 256 and mean is None
+            else ("Pass the mean and std with which it was normalized.")
         )
+        raise ValueError(f"{name} must lie in [0, 1], got values from {low:.2f} to {high:.2f}. {advice}")
     picture: Picture = pixels.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
     return picture
 

@@ -47,9 +47,9 @@ def visualize_score_map(
 
     Args:
         score_map: Sub-scores in logits: ``(H, W)``, ``(1, H, W)`` or ``(N, 1, H, W)``.
-        image: ``(C, H, W)`` or ``(N, C, H, W)`` with 1 or 3 channels, an array ``(H, W, C)`` or ``(H, W)``, or
-            a PIL image; uint8, or in [0, 1] once ``mean`` and ``std`` are undone. The map is interpolated to
-            its size; without an image it is drawn cell by cell.
+        image: ``(C, H, W)`` or ``(N, C, H, W)`` with 1 or 3 channels (4 with what is opaque), an array ``(H, W, C)``
+            or ``(H, W)``, or a PIL image; whole numbers from 0 to 255, or in [0, 1] once ``mean`` and ``std`` are
+            undone. The map is interpolated to its size; without an image it is drawn cell by cell.
         mean: What was subtracted from the image, one number or one per channel.
         std: What the image was divided by.
         box: Pixels ``x0, y0, x1, y1`` of the image that the map is of, where it is of a part of it: the
