@@ -290,7 +290,7 @@ def check_layer(forward_func: Callable[..., object], layer: object) -> None:
     """Raise unless ``layer`` is a module, and one of ``forward_func`` where that is a module.
 
     Raises:
-        TypeError: If it is not a module.
+        TypeError: If it is not a module, or one that is compiled or scripted.
         ValueError: If the model does not contain it.
     """
     if isinstance(layer, str):
@@ -299,6 +299,7 @@ def check_layer(forward_func: Callable[..., object], layer: object) -> None:
         raise TypeError(f"layer must be a module, got the name {layer!r}. Use {hint}")
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a module, got {type(layer).__name__}. Use a module of the model.")
+    check_visible(layer, "layer")
     if isinstance(forward_func, nn.Module) and all(module is not layer for module in forward_func.modules()):
         raise ValueError(
             f"layer must be part of the model, got a {type(layer).__name__} that {type(forward_func).__name__} does "

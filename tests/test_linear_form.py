@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, bias_terms, freeze, linear_form, token_grid
 from captum_scoremap.layout import channel_dim_of
@@ -200,6 +201,43 @@ def test_a_layer_that_does_not_depend_on_the_image_can_be_replaced_in_a_frozen_m
     torch.testing.assert_close(form.sums + form.bias, form.score)
 
 
+def parametrized(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+
+
+class Prototypes(nn.Module):
+    """Scores are products with what a branch of constants gives, as of class names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.text, self.image = nn.Parameter(torch.randn(3, 5)), nn.Linear(5, 8), nn.Linear(48, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        text, image = self.text(self.names), self.image(x.flatten(1))
+        return (image @ text.t()) * image.norm(dim=1, keepdim=True).reciprocal() / text.norm(dim=1)
+
+
+CONSTANT_BRANCHES: dict[str, Callable[[], nn.Module]] = {
+    "weight norm": lambda: parametrized(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+    "spectral norm": lambda: parametrized(parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))),
+    "orthogonal": lambda: parametrized(nn.Sequential(nn.Flatten(), parametrizations.orthogonal(nn.Linear(48, 8)))),
+    "prototypes": Prototypes,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT_BRANCHES)
+def test_layers_that_make_weights_leave_the_frozen_model_what_the_form_is(name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, images = CONSTANT_BRANCHES[name](), torch.randn(2, 3, 4, 4)
+        model.eval()(images)
+    model, images = model.double().eval(), images.double()
+    form, frozen = linear_form(model, images, 1), freeze(model, images)
+    torch.testing.assert_close(frozen(images), model(images), **EXACT)
+    torch.testing.assert_close(frozen(torch.zeros_like(images))[:, 1], form.bias, **EXACT)
+    assert form.bias.abs().max() > 1e-3 or name == "prototypes"
+
+
 # --- forms as objects -------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +315,13 @@ def test_a_form_says_what_it_is_in_a_line(small: tuple[nn.Sequential, Tensor]) -
     )
     assert len(repr(linear_form(model, x.repeat(50, 1, 1, 1), 1, model[1]))) < 200
     assert form._repr_html_().startswith("<table>")
+
+
+def test_frozen_models_are_their_own_copies_and_are_not_pickled(small: tuple[nn.Sequential, Tensor]) -> None:
+    frozen = freeze(*small)
+    assert copy.deepcopy(frozen) is copy.copy(frozen) is frozen
+    with pytest.raises(TypeError, match="frozen model must stay in its process"):
+        pickle.dumps(frozen)
 
 
 def test_forms_draw_themselves(small: tuple[nn.Sequential, Tensor]) -> None:

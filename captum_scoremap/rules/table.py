@@ -30,7 +30,7 @@ _FROZEN = """
     floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc zero zeros_like ones_like empty_like
     rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
     empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
-    multinomial _assert_async is_same_size is_pinned _new_zeros_with_same_feature_meta
+    multinomial poisson binomial _assert_async is_same_size is_pinned _new_zeros_with_same_feature_meta
     _has_same_storage_numel nms
 """
 

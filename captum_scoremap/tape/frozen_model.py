@@ -97,6 +97,23 @@ class FrozenModel:
     def _check_constants(self) -> None:
         self._constants.check("the frozen model", "Freeze the model again.")
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "a frozen model must stay in its process: it holds the operations of a run, got a request to pickle it. "
+            "Freeze the model again where it is needed, or pickle what linear_form returns."
+        )
+
+    def __copy__(self) -> "FrozenModel":
+        return self  # nothing of it ever changes
+
+    def __deepcopy__(self, _: Any) -> "FrozenModel":
+        return self
+
     @property
     def switches(self) -> dict[str, Tensor]:
         """Masks (bool, or the index of the piece) and pooling switches (flat positions), by the name of the call.
@@ -197,7 +214,8 @@ def freeze(
     tensors = check_inputs(inputs)
     forward_func = unwrap_parallel(forward_func)
     root = root_module(forward_func)
-    layers = [] if root is None else [(module, False) for module in root.modules()]
+    modules = () if root is None else root.modules()
+    layers = [(module, False) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     recording = Recording(forward_func, with_rules(rules), layers, inspect=True)
     recording.record(tensors, as_tuple_of_arguments(additional_forward_args))
     return FrozenModel(recording, tuple(tensor.detach().clone() for tensor in tensors))

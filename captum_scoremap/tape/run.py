@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -259,6 +260,9 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.is_inference_mode_enabled():  # whose tensors no derivative is taken at
+            with torch.inference_mode(False), torch.no_grad():
+                return self.__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.HigherOrderOperator):
             return self._run_higher_order(func, args, kwargs)
@@ -298,6 +302,8 @@ class Recording(TorchDispatchMode):
         if operation.rule is None:
             return self._without_rule(func, operation, args, kwargs)
         step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
+        if self._inspect and not operation.is_plain and operation.changes is None:
+            live = _leave_constants(step, live)
         step.rule = operation.rule.variant(step)
         if operation.changes is None:
             return self._operate(operation, step, args, kwargs, live, func)
@@ -687,6 +693,24 @@ class Recording(TorchDispatchMode):
         ))
 
 
+def _leave_constants(step: Step, live: list[Tensor]) -> list[Tensor]:
+    """Leave to a step, of its live arguments, those that depend on the image, if any do.
+
+    A layer that does not depend on it, such as one that makes another's weight, gives a constant like any other.
+
+    Returns:
+        The tensors of those that are left.
+    """
+    depends = [bool(value.sites & 1) for value in step.values]
+    if all(depends) or not any(depends):
+        return live
+    each: Any = zip(step.values, live, depends, strict=True)
+    filled = step.filled([value if is_live else tensor for value, tensor, is_live in each])
+    step.args, step.kwargs = filled.args, filled.kwargs
+    step.live = step.values = tuple(compress(step.values, depends))
+    return list(compress(live, depends))
+
+
 def _copied(argument: Any, address: int) -> Any:
     """Return an argument with copies of its tensors that lie in some memory."""
     if isinstance(argument, Tensor) and argument.untyped_storage()._cdata == address:
@@ -703,6 +727,7 @@ def _everything_in_sight() -> Any:
         fastpath = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
+        torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -1,0 +1,71 @@
+"""Modes that a model runs under, and those it switches on itself: what it computes under them is what is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
+from tests.between import EXACT, assert_exact, between, some_images
+
+
+class Under(nn.Module):
+    """A model that runs another one in a context."""
+
+    def __init__(self, model: nn.Module, context: Callable[[], torch.no_grad]) -> None:
+        super().__init__()
+        self.model, self.context = model, context
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.context():
+            return self.model(x)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "function", [torch.relu, lambda x: x.relu_(), lambda x: (x[:, :2].mul_(x.sigmoid()[:, :2]), x)[1]]
+)
+def test_models_that_switch_gradients(
+    context: Callable[[], torch.no_grad], function: Callable[[Tensor], Tensor]
+) -> None:
+    plain, images = between(function), some_images()
+    model = Under(plain, context)
+    form, expected = linear_form(model, images, 1, plain.conv), linear_form(plain, images, 1, plain.conv)
+    assert_close(form.coefficients, expected.coefficients, **EXACT)
+    assert_close(form.bias, expected.bias, **EXACT)
+    assert_exact(plain, plain.conv, images)
+    maps = LayerScoreMap(model, plain.conv).attribute_targets(images)
+    assert_close(maps, LayerScoreMap(plain, plain.conv).attribute_targets(images), **EXACT)
+    assert_close(freeze(model, images)(images), freeze(plain, images)(images), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_the_call_and_what_it_remembers(dtype: torch.dtype) -> None:
+    """Parameters that an earlier call cast are taken from a store that no operation reads."""
+    model, images = between(torch.relu).float(), some_images().float()
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        score = model(images)[:, 1].float()
+        for layer in (None, model.conv):
+            form = linear_form(model, images, 1, layer)
+            assert_close(form.score.float(), score, rtol=2e-2, atol=2e-2)
+            assert_close((form.sums + form.bias).float(), score, rtol=2e-2, atol=2e-2)
+        total = sum(bias_terms(model, images, 1).values())
+    assert_close(torch.as_tensor(total).float(), linear_form(model, images, 1).bias, rtol=2e-2, atol=2e-2)
+    assert form.coefficients.abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:")
+@pytest.mark.parametrize("compiler", [torch.jit.script, lambda m: torch.jit.trace(m, some_images())])
+def test_scripted_parts_are_seen_but_are_no_layers(compiler: Callable[[nn.Module], nn.Module]) -> None:
+    inner = between(torch.relu).conv
+    model = nn.Sequential(compiler(inner), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3).double())
+    plain, images = nn.Sequential(inner, *model[1:]), some_images()
+    assert_exact(model, model[1], images)
+    assert_close(linear_form(model, images, 1).coefficients, linear_form(plain, images, 1).coefficients, **EXACT)
+    assert_close(freeze(model, images)(0 * images)[:, 1], linear_form(plain, images, 1).bias, **EXACT)
+    with pytest.raises(TypeError, match="layer must be a model whose operations can be seen, got a scripted one"):
+        linear_form(model, images, 1, model[0])
