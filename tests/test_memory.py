@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
-from captum_scoremap import LayerScoreMap, UnsupportedOperationError, bias_terms, freeze, linear_form
+from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Call, Gate, with_rules
 from captum_scoremap.tape import Recording
-from captum_scoremap.tape.memory import are_apart, geometry
+from captum_scoremap.tape.memory import are_apart, geometry, overlaps
 from tests.between import assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 from tests.state import untouched
 
@@ -574,8 +576,85 @@ def test_tensors_that_change_their_shape_in_place_go_on_as_views(name: str) -> N
 def test_an_operation_in_place_that_would_change_a_shape_is_refused() -> None:
     add = lambda x: torch.ones(1, dtype=x.dtype).addbmm_(x[:, 0], x[:, 1])  # noqa: E731
     model = between(lambda x: x + add(x).sum())
-    with pytest.raises(UnsupportedOperationError, match="addbmm of another shape, in place"):
+    with pytest.raises(ValueError, match=r"\(1,\) that becomes \(4, 4\) in addbmm_. Use torch.addbmm"):
         linear_form(model, some_images(), 1)
+
+
+@pytest.mark.parametrize("change", [Tensor.relu_, Tensor.abs_, lambda one: one.clamp_(-0.5, 0.5), Tensor.tril_])
+@pytest.mark.parametrize("window", [lambda x: x.unfold(1, 2, 1), lambda x: x.as_strided((2, 3, 2), (64, 1, 1))])
+def test_changes_of_elements_that_overlap_are_refused(
+    window: Callable[[Tensor], Tensor], change: Callable[[Tensor], Tensor]
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = 1 * x
+        change(window(y))
+        return y
+
+    with pytest.raises(ValueError, match=r"elements that change in place must lie apart in memory.*x.clone\(\)"):
+        linear_form(between(function), some_images(), 1)
+
+
+@pytest.mark.parametrize(
+    ("window", "is_overlapping"),
+    [
+        (lambda x: x, False),
+        (lambda x: x.transpose(0, 2)[:, ::2], False),
+        (lambda x: x.unfold(1, 2, 2), False),
+        (lambda x: x.unfold(1, 2, 1), True),
+        (lambda x: x.expand(3, 4, 4, 4), True),
+        (lambda x: x[:1].expand(4, 4, 4), True),
+        (lambda x: x[:0], False),
+        (lambda x: x.view(-1).as_strided((3, 2), (2, 3)), False),  # 0 3, 2 5, 4 7: interleaved, and apart
+        (lambda x: x.view(-1).as_strided((4, 2), (2, 3)), False),
+        (lambda x: x.view(-1).as_strided((4, 2), (1, 3)), True),
+    ],
+)
+def test_elements_that_overlap(window: Callable[[Tensor], Tensor], is_overlapping: bool) -> None:
+    one = window(torch.zeros(4, 4, 4))
+    assert overlaps(geometry(one)) is is_overlapping
+    assert is_overlapping is (len(set(places_of(one))) < one.numel())
+
+
+def places_of(one: Tensor) -> list[int]:
+    """Where the elements lie in memory, one by one."""
+    indices = itertools.product(*map(range, one.shape))
+    return [sum(map(operator.mul, index, one.stride())) for index in indices]
+
+
+def with_lists(
+    read: Callable[[Tensor, Tensor, Tensor], Tensor], change: Callable[[Tensor], object]
+) -> Callable[[Tensor], Tensor]:
+    """Read constants in a list, and change them afterwards."""
+
+    def function(x: Tensor) -> Tensor:
+        constant, index = torch.full((4, 4, 4), 0.5, dtype=x.dtype), torch.tensor([1, 0, 3, 2])
+        found = torch.stack([read(one, constant.view(4, 4, 4), index) for one in x])
+        change(constant)
+        change(index)
+        return found
+
+    return function
+
+
+# each image by itself, with what belongs to no image beside it
+IN_LISTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "cat": lambda x, c, i: torch.cat([x[:2], c[2:]]),
+    "cat of the first": lambda x, c, i: torch.cat([c[:2], x[:2]]),
+    "cat along": lambda x, c, i: torch.cat([x[:, :2], c[:, 2:]], 1),
+    "stack": lambda x, c, i: torch.stack([x, c]).sum(0),
+    "index": lambda x, c, i: x[i],
+    "index_put": lambda x, c, i: torch.index_put(x, [i[:2], i[:2]], c[0, :2]),
+    "index_put in place": lambda x, c, i: (1 * x).index_put_([i[:2]], c[:1]),
+    "einsum": lambda x, c, i: torch.einsum("chw,chw->chw", [x, c]),
+    "meshgrid": lambda x, c, i: x + torch.meshgrid([x[0, 0], c[0, 0]], indexing="ij")[1],
+    "block_diag": lambda x, c, i: x + torch.block_diag(x[0, :2, :2], c[0, :2, :2]),
+}
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.zero_, lambda one: one[1:].mul_(0)])
+@pytest.mark.parametrize("name", IN_LISTS)
+def test_constants_in_lists_are_those_that_were_read(name: str, change: Callable[[Tensor], object]) -> None:
+    assert_as_plain(with_lists(IN_LISTS[name], change), with_lists(IN_LISTS[name], lambda _: None))
 
 
 CONSTANT_TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -18,7 +18,7 @@ from captum_scoremap.rules import Value
 
 from .steps import Kept
 
-__all__ = ["Before", "Memory", "are_apart", "geometry"]
+__all__ = ["Before", "Memory", "are_apart", "geometry", "overlaps"]
 
 Geometry = tuple[torch.Size, tuple[int, ...], int]
 
@@ -291,6 +291,22 @@ def _digits(place: Geometry, strides: Sequence[int]) -> list[tuple[int, int]] | 
             return None  # it goes on in the next row
         found.append((first, first + counts[step]))
     return found
+
+
+def overlaps(place: Geometry) -> bool:
+    """Return whether a tensor has elements that lie at one place in memory, as windows do."""
+    size, stride, _ = place
+    if not size.numel():
+        return False
+    reach = 0
+    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
+        if step <= reach:  # it may still fit into gaps
+            places = torch.zeros((), dtype=torch.long)
+            for length, each in zip(size, stride, strict=True):
+                places = places[..., None] + torch.arange(length) * each
+            return bool(places.unique().numel() < size.numel())
+        reach += (count - 1) * step
+    return False
 
 
 def _fills(place: Geometry, length: int) -> bool:

@@ -31,7 +31,7 @@ from captum_scoremap.rules import (
     tensors_in,
 )
 
-from .memory import Memory, geometry
+from .memory import Memory, geometry, overlaps
 from .operation import OPERATIONS, Operation
 from .places import Places, Site, StopRun
 from .quantized import RealNumbers, rounding
@@ -119,6 +119,8 @@ class Recording(TorchDispatchMode):
         self._real = RealNumbers()
         self._sight = Sight(self._is_live, self._holds_live, self.places)
         self._bits = 1
+        self._readers: dict[int, list[Step]] = {}  # steps by the memory of constants among their arguments
+        self._indexed = 0  # how many of the steps are in there
         self._unsupported: dict[tuple[str, str], None] = {}
         self._unverified: list[tuple[str, Rule, Call]] = []
 
@@ -461,6 +463,11 @@ class Recording(TorchDispatchMode):
             if value is not None:
                 self._name(target, value)
             return target
+        if overlaps(geometry(target)):
+            raise ValueError(
+                f"elements that change in place must lie apart in memory, got a tensor of shape {tuple(target.shape)} "
+                f"and strides {target.stride()} in {operation.display}_. Change a copy of it: x.clone()."
+            )
         self._sight.written(target)
         known = self.value_of(target)
         if known is None:
@@ -488,7 +495,10 @@ class Recording(TorchDispatchMode):
                 with self:
                     output = output.to(target.dtype)
             if target.shape != output.shape:  # as few operations do, unasked
-                raise self._refused(f"{operation.display} of another shape, in place")
+                raise ValueError(
+                    f"a tensor must keep its shape when it changes in place, got {tuple(target.shape)} that becomes "
+                    f"{tuple(output.shape)} in {operation.display}_. Use torch.{operation.display}(...)."
+                )
             self._memory.about_to_change(target)
             target.copy_(output)
         made = self.tape.steps[-1].outputs if len(self.tape.steps) > count else ()
@@ -552,11 +562,15 @@ class Recording(TorchDispatchMode):
     def _release_constants(self, target: Tensor, changing: Step | None = None) -> None:
         """Copy a constant that steps refer to, and the one that is about to change it."""
         address = target.untyped_storage()._cdata
+        for step in self.tape.steps[self._indexed :]:
+            for tensor in tensors_in((step.args, step.kwargs)):
+                if tensor.layout is torch.strided:
+                    self._readers.setdefault(tensor.untyped_storage()._cdata, []).append(step)
+        self._indexed = len(self.tape.steps)
         changing_too = [changing] if changing is not None and not isinstance(changing.rule, Copy) else []
-        for step in (*self.tape.steps, *changing_too):
-            if len(step.values) < len(step.args) + len(step.kwargs):
-                step.args = tuple(_copied(argument, address) for argument in step.args)
-                step.kwargs = {name: _copied(argument, address) for name, argument in step.kwargs.items()}
+        for step in (*self._readers.pop(address, ()), *changing_too):
+            step.args = tuple(_copied(argument, address) for argument in step.args)
+            step.kwargs = {name: _copied(argument, address) for name, argument in step.kwargs.items()}
 
     def _without_rule(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
@@ -711,9 +725,13 @@ def _leave_constants(step: Step, live: list[Tensor]) -> list[Tensor]:
     return list(compress(live, depends))
 
 
+def _lies_at(tensor: Tensor, address: int) -> bool:
+    return bool(tensor.untyped_storage()._cdata == address)
+
+
 def _copied(argument: Any, address: int) -> Any:
     """Return an argument with copies of its tensors that lie in some memory."""
-    if isinstance(argument, Tensor) and argument.untyped_storage()._cdata == address:
+    if isinstance(argument, Tensor) and argument.layout is torch.strided and _lies_at(argument, address):
         return argument.clone()
     if type(argument) is list or type(argument) is tuple:
         return type(argument)(_copied(item, address) for item in argument)
