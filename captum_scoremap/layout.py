@@ -56,18 +56,21 @@ def channel_dim_of(shape: Sequence[int], input_shape: Sequence[int]) -> int:
     """
     dims = len(shape)
     if dims == len(input_shape) and dims > 3:
-        rows, columns = shape[-2:]
+        first, last = shape[-2:], shape[-3:-1]  # sides, if channels come first, and if they come last
         # rounding, and windows without padding, take less than a cell; PyTorch's own layout is believed where it may be
-        fits = abs(rows - columns * input_shape[-2] / input_shape[-1]) < 1
-        return 1 if fits or _unlikeness(shape[-2:], input_shape) <= _unlikeness(shape[-3:-1], input_shape) else -1
+        fits = [abs(rows - columns * input_shape[-2] / input_shape[-1]) < 1 for rows, columns in (first, last)]
+        squares = [rows == columns for rows, columns in (first, last)]
+        if not any(fits) and squares.count(True) == 1:  # the model makes a square of any image
+            return 1 if squares[0] else -1
+        return 1 if fits[0] or _unlikeness(first, input_shape) <= _unlikeness(last, input_shape) else -1
     if dims != 3:
         return 1
     if len(input_shape) == 3:
         return -1 if shape[1] == input_shape[1] and shape[2] != input_shape[2] else 1
     if len(input_shape) < 4 or shape[0] != input_shape[0]:
         return -1
-    tokens, last = (patch_grid(size, input_shape) for size in shape[1:])
-    flat = last is not None and tokens is None and math.prod(last) == shape[2]
+    tokens, channels = (patch_grid(size, input_shape) for size in shape[1:])
+    flat = channels is not None and tokens is None and math.prod(channels) == shape[2]
     return 1 if flat else -1
 
 
@@ -350,8 +353,7 @@ def main_modules(
         >>> main_modules(network, torch.randn(1, 3, 10, 10)) == {network[1]: (8, 8), network[2]: (4, 4)}
         True
     """
-    outputs = _run(forward_func, inputs, additional)
-    image = tuple(inputs.shape)
+    outputs, image = _run(forward_func, inputs, additional)
     maps: dict[Grid, list[_Output]] = {}
     for output in outputs:
         channel_dim = map_channel_dim(output.shape, image) if len(output.shape) == 4 else None
@@ -412,8 +414,14 @@ class _Output:
     shape: tuple[int, ...]
 
 
-def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...]) -> list[_Output]:
-    """Return the outputs of the modules that run once and return one tensor, in the order in which they end."""
+def _run(
+    forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...]
+) -> tuple[list[_Output], tuple[int, ...]]:
+    """Return the outputs of the modules that run once and return one tensor, in the order in which they end.
+
+    And the shape of the images as the first convolution sees them: detectors resize and pad them before.
+    """
+    seen: list[tuple[int, ...]] = []
     calls: Counter[nn.Module] = Counter()
     enclosing: list[nn.Module] = []
     outputs: list[_Output] = []
@@ -423,6 +431,9 @@ def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any
     def enter(module: nn.Module, arguments: Any) -> None:
         calls[module] += 1
         enclosing.append(module)
+        if not seen and isinstance(module, nn.Conv2d) and arguments and isinstance(arguments[0], Tensor):
+            own = arguments[0].shape
+            seen.append(tuple(own if own[:2] == inputs.shape[:2] and len(own) == 4 else inputs.shape))
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         enclosing.pop()
@@ -437,7 +448,7 @@ def _run(forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any
         stack.callback(register_module_forward_hook(leave).remove)
         with torch.no_grad():
             forward_func(inputs.clone(), *additional)
-    return [output for output in outputs if calls[output.module] == 1]
+    return [output for output in outputs if calls[output.module] == 1], (seen or [tuple(inputs.shape)])[0]
 
 
 def _only_tensor(output: Any) -> Tensor | None:

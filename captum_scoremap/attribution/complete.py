@@ -119,7 +119,9 @@ class CompleteScoreMap(Contract):
             rows = [book.maps[""].shape[2] if self._layers is None and "" in book.maps else 1 for book in books]
             weights = [1 / count / sum(1 / each for each in rows) for count in rows]
             complete = sum(weight * book.complete_map(size) for weight, book in zip(weights, books, strict=True))
-            placeless = sum(weight * book.placeless_sum(score) for weight, book in zip(weights, books, strict=True))
+            placeless = sum(
+                weight * book.placeless_sum(score, size) for weight, book in zip(weights, books, strict=True)
+            )
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
 

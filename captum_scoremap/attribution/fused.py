@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
 from captum_scoremap.layout import placed_map
-from captum_scoremap.linear import check_sites, warn_of_probabilities
+from captum_scoremap.linear import Frame, check_sites, frame_of, warn_of_probabilities
 from captum_scoremap.rules import Rule, Value, with_rules
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
@@ -129,12 +128,13 @@ class FusedScoreMap(Contract):
             leaf = output.detach().requires_grad_()
             score, odds = select_scores(leaf, label), log_odds(leaf, label)
             of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
-        taps = [_map_of(recording.tapped[site], site[0], image.shape) for site in sites]
+        frame = frame_of(recording.tape, image.shape)
+        taps = [_map_of(recording.tapped[site], site[0], frame) for site in sites]
         with torch.no_grad():
             every = [(recording.tape.inputs[0], image), *taps]
-            fused = fuse(_score_maps(recording.tape, of_odds, every, image.shape), odds.detach(), image.shape[-2:])
-            for score_map in _score_maps(recording.tape, of_score, taps, image.shape):
-                fused = fused * F.interpolate((score_map != 0).to(fused), size=image.shape[-2:], mode="nearest")
+            fused = fuse(_score_maps(recording.tape, of_odds, every, frame), odds.detach(), frame)
+            for score_map in _score_maps(recording.tape, of_score, taps, frame):
+                fused = fused * frame.enlarged((score_map != 0).to(fused), "nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
     def _layers_for(
@@ -170,35 +170,31 @@ def log_odds(output: Tensor, target: Target) -> Tensor:
     return score - rivals.where(chosen.any(dim=1), 0).reshape(len(score), -1).sum(dim=1)
 
 
-def fuse(score_maps: Sequence[Tensor], odds: Tensor, size: Sequence[int]) -> Tensor:
+def fuse(score_maps: Sequence[Tensor], odds: Tensor, frame: Frame) -> Tensor:
     """Fuse the score maps of the log-odds of several layers, as :class:`FusedScoreMap` says.
 
     Args:
         score_maps: (N, 1, h, w) each, in logits, the last layer's at the end.
         odds: Log-odds of the label, (N,), in logits.
-        size: Rows and columns of the image.
+        frame: Where the image lies in what the layers see.
 
     Returns:
         (N, 1, H, W), without unit.
     """
-
-    def enlarged(score_map: Tensor) -> Tensor:
-        return F.interpolate(score_map, size=tuple(size), mode="bilinear", align_corners=False)
-
     last = score_maps[-1]
     bias = odds[:, None, None, None] - last.sum(dim=(2, 3), keepdim=True)
-    belief = enlarged(last[0, 0].numel() * last + bias).sigmoid()
+    belief = frame.enlarged(last[0, 0].numel() * last + bias).sigmoid()
     smallest = torch.finfo(last.dtype).tiny
     scaled = [one / one.abs().amax(dim=(2, 3), keepdim=True).clamp_min(smallest) for one in score_maps]
-    detail = torch.stack([enlarged(one) for one in scaled]).sum(dim=0)
+    detail = torch.stack([frame.enlarged(one) for one in scaled]).sum(dim=0)
     energy = detail * detail.abs()
     return torch.where(energy > 0, energy * belief, energy)
 
 
-def _map_of(tapped: Tapped, layer: nn.Module, image_shape: torch.Size) -> tuple[Value, Tensor]:
+def _map_of(tapped: Tapped, layer: nn.Module, frame: Frame) -> tuple[Value, Tensor]:
     """Return the value and the tensor of a layer that returns one map."""
     activations = tapped.activations
-    if len(activations) != 1 or placed_map(activations[0], image_shape)[0] is None:
+    if len(activations) != 1 or placed_map(activations[0], frame.shape_for(activations[0].shape))[0] is None:
         got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
         raise ValueError(
             f"layers must return maps (N, C, h, w) or tokens (N, tokens, C), got {got} from a {type(layer).__name__}."
@@ -206,21 +202,21 @@ def _map_of(tapped: Tapped, layer: nn.Module, image_shape: torch.Size) -> tuple[
     return tapped.values[0], activations[0]
 
 
-def _map_at(activations: Tensor, image_shape: torch.Size) -> Callable[[Tensor], Tensor]:
+def _map_at(activations: Tensor, frame: Frame) -> Callable[[Tensor], Tensor]:
     """Return the function from coefficients to the score map, (N, 1, h, w)."""
 
     def score_map(coefficients: Tensor) -> Tensor:
-        found, _ = placed_map(coefficients * activations, image_shape)
+        found, _ = placed_map(coefficients * activations, frame.shape_for(activations.shape))
         return activations.new_zeros(()) if found is None else found
 
     return score_map
 
 
 def _score_maps(
-    tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]], image_shape: torch.Size
+    tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]], frame: Frame
 ) -> list[Tensor]:
     """Return the score maps of layers, (N, 1, h, w), for given coefficients of the output; zero where it has none."""
     output = tape.value_of_output()
-    of_layer = [(value, _map_at(y, image_shape), y) for value, y in layers]
+    of_layer = [(value, _map_at(y, frame), y) for value, y in layers]
     found = {} if output is None else tape.transposed({output: coefficients}, {v: f for v, f, _ in of_layer if v})
     return [found[v] if v is not None and v in found else function(torch.zeros_like(y)) for v, function, y in of_layer]

@@ -8,6 +8,7 @@ from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
 from .explanation import Explanation, check_sites, explain, warn_of_probabilities
 from .form import LinearForm, LinearForms, linear_form
+from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
 from .reduction import Reduction, image_sums
 
@@ -15,6 +16,7 @@ __all__ = [
     "BiasMaps",
     "Exactness",
     "Explanation",
+    "Frame",
     "Label",
     "LayerExactness",
     "Ledger",
@@ -29,6 +31,7 @@ __all__ = [
     "explain",
     "explain_completely",
     "explain_targets",
+    "frame_of",
     "image_sums",
     "ledgers",
     "linear_form",

@@ -16,6 +16,7 @@ from captum_scoremap.tape import Constants, Site, as_tuple_of_arguments
 
 from .explanation import Explanation, explain
 from .form_table import as_html, as_text
+from .frame import frame_of
 from .ledger import Ledger, ledgers
 from .reduction import Reduction
 
@@ -81,7 +82,8 @@ class LinearForm:
         Read it as sums over regions.
 
         Args:
-            size: Rows and columns; None for the layer's own grid. Sums are kept.
+            size: Rows and columns; None for the layer's own grid. Sums are kept, but for what stands on padding that
+                the model adds to the image.
 
         Returns:
             In logits, (N, 1, rows, columns).
@@ -379,6 +381,7 @@ def linear_form(
     )
     shape = tuple(tensors[0].shape)
     constants = Constants(found.recording.tape)
+    seen = frame_of(found.recording.tape, shape).shape if len(shape) == 4 else shape
 
     @cache
     @torch.no_grad()
@@ -387,7 +390,7 @@ def linear_form(
         seeds = found.seeds(torch.ones_like(found.score))
         return dict(zip(sites, ledgers(found.recording, seeds, found.score, sites, shape), strict=True))
 
-    forms = LinearForms(_form(found, site, inputs, shape, books) for site in sites)
+    forms = LinearForms(_form(found, site, inputs, shape if site is None else seen, books) for site in sites)
     return forms if several else forms[0]
 
 

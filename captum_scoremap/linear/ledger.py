@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.checks import is_traced
-from captum_scoremap.layout import resized
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Recording, Site, Step
 
 from .bias_terms import constant_times, names_of_steps
+from .frame import Frame
 from .placement import Entry, Placement
 
 __all__ = ["Ledger", "ledgers"]
@@ -33,11 +33,13 @@ class Ledger:
     """The score at a layer, entry by entry: its score map and every constant above it.
 
     Attributes:
+        frame: Where the image lies in what the layers see.
         maps: Name to what it adds, (N, 1, rows, columns), in logits, on its own grid; the layer's score map is ``""``.
         placeless: Name to what it adds without a place in the image, (N,), in logits; of the layer itself, such as
             its class token, ``""``.
     """
 
+    frame: Frame
     maps: dict[str, Tensor] = field(default_factory=dict)
     placeless: dict[str, Tensor] = field(default_factory=dict)
 
@@ -53,15 +55,30 @@ class Ledger:
                 unique = f"{name}#{number}"
             book[unique] = book[unique] + one if unique in book else one
 
-    def placeless_sum(self, score: Tensor) -> Tensor:
-        """Return all that has no place, (N,), shaped and typed like the score."""
-        return sum(self.placeless.values(), torch.zeros_like(score))
-
-    def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the complete map C, with sums kept, (N, 1, *size), in logits; on the layer's own grid by default.
+    def placeless_sum(self, score: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return all that has no place in the complete map, (N,), shaped and typed like the score.
 
         Args:
-            size: Rows and columns; None for the layer's own grid.
+            score: S, (N,).
+            size: Size of the complete map, on which nothing of what stands on padding has a place.
+
+        Returns:
+            In logits.
+        """
+        total = sum(self.placeless.values(), torch.zeros_like(score))
+        if self.frame.is_padded and "" in self.maps:
+            placed = sum(one.flatten(1).sum(1) for one in self.maps.values())
+            total = total + (placed - self.complete_map(size).flatten(1).sum(1))
+        return total
+
+    def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the complete map C, (N, 1, *size), in logits; on the layer's own grid by default.
+
+        Sums are kept, but for what stands on padding that the model adds to the image, where the map is of the image
+        alone.
+
+        Args:
+            size: Rows and columns of the image, at any resolution; None for the layer's own grid.
 
         Returns:
             The map.
@@ -75,8 +92,10 @@ class Ledger:
             grids[grid] = grids[grid] + one if grid in grids else one
         if "" not in self.maps:
             raise ValueError("the layer must have a place in the image, (N, C, h, w) or (N, tokens, C); it has none.")
-        size = (self.maps[""].shape[2], self.maps[""].shape[3]) if size is None else size
-        return torch.stack([resized(one, size) for one in grids.values()]).sum(0)
+        own = self.maps[""]
+        on = self.frame.on_grid if size is None and not self.frame.is_of_image(own) else self.frame.on_image
+        size = (own.shape[2], own.shape[3]) if size is None else size
+        return torch.stack([on(one, size) for one in grids.values()]).sum(0)
 
 
 def ledgers(
@@ -101,7 +120,7 @@ def ledgers(
     tape = recording.tape
     names = names_of_steps(recording)
     placed = Placement(tape, image_shape)
-    books = [(Ledger(), recording.tapped[site]) for site in sites]
+    books = [(Ledger(placed.frame), recording.tapped[site]) for site in sites]
 
     def visit(step: Step, gradients: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
         reads = 0

@@ -16,6 +16,8 @@ from captum_scoremap.layout import map_channel_dim, placed_map
 from captum_scoremap.rules import Value
 from captum_scoremap.tape import Tape
 
+from .frame import frame_of
+
 __all__ = ["Entry", "Placement"]
 
 # The most steps that numbers are carried back: from a window's last product to its partition.
@@ -31,17 +33,20 @@ class Placement:
     Args:
         tape: The run.
         image_shape: Shape of the image, (N, C, H, W).
+
+    Attributes:
+        frame: Where the image lies in what the layers see.
     """
 
     def __init__(self, tape: Tape, image_shape: Sequence[int]) -> None:
         self._steps = tape.steps
-        self._image_shape = tuple(image_shape)
-        self._images = self._image_shape[0]
+        self.frame = frame_of(tape, image_shape)
+        self._images = image_shape[0]
         self._grids = {
             (value.shape[2], value.shape[3])
             for step in tape.steps
             for value in step.outputs
-            if len(value.shape) == 4 and map_channel_dim(tuple(value.shape), self._image_shape) == 1
+            if len(value.shape) == 4 and map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape)) == 1
         }
 
     def __call__(self, product: Tensor, value: Value) -> list[Entry]:
@@ -60,10 +65,11 @@ class Placement:
         return self._entries(product.expand(value.shape), value, _FAR)
 
     def _entries(self, product: Tensor, value: Value, far: int) -> list[Entry]:
-        channel_dim = map_channel_dim(tuple(product.shape), self._image_shape) if product.dim() == 4 else None
+        like = self.frame.shape_for(product.shape)
+        channel_dim = map_channel_dim(tuple(product.shape), like) if product.dim() == 4 else None
         by_shape: Entry = (None, None)
         if channel_dim != -1 or self._is_in_proportion(product.shape[1:3]):
-            by_shape = placed_map(product, self._image_shape, self._grids)
+            by_shape = placed_map(product, like, self._grids)
         if channel_dim == 1:
             return [by_shape]
         carried = list(self._carried_back(product, value)) if far else []
@@ -82,7 +88,7 @@ class Placement:
 
     def _is_in_proportion(self, grid: Sequence[int]) -> bool:
         """Return whether rows and columns are in the image's proportions but for a cell: windows by tokens are not."""
-        height, width = self._image_shape[2:]
+        height, width = self.frame.size
         return abs(grid[0] * width - grid[1] * height) <= max(height, width)
 
     def _carried_back(self, product: Tensor, value: Value) -> Iterator[tuple[Tensor, Value]]:

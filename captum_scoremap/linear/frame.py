@@ -1,0 +1,159 @@
+"""Where the image lies in what a network's layers see, which may be the image resized, or padded, or both.
+
+Detectors bring images to sides that are multiples of 32 by zeros at the right and below, and their layers' cells cover
+these, too. The first convolution sees the frame; those of its positions that depend on the image tell where it lies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_scoremap.checks import unrecorded
+from captum_scoremap.layout import resized
+from captum_scoremap.rules import display_name
+from captum_scoremap.tape import Tape
+
+__all__ = ["Frame", "frame_of"]
+
+Size = tuple[int, int]
+# Of each side of the image, so much is seen where all of it is: resizing may pass over pixels at the border.
+_WHOLE = 0.9
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the layers see, and where in it the image lies.
+
+    Attributes:
+        image: Rows and columns of the image.
+        shape: Shape of what the first convolution sees, (N, C, H, W); that of the image where it is the image.
+        rows: First row of the image in it, and the one after the last.
+        columns: First column, and the one after the last.
+    """
+
+    image: Size
+    shape: tuple[int, ...]
+    rows: Size
+    columns: Size
+
+    @property
+    def box(self) -> Size:
+        """Rows and columns that the image takes of it."""
+        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether there is more in it than the image."""
+        return self.box != self.size
+
+    @property
+    def size(self) -> Size:
+        """Its rows and columns."""
+        return self.shape[2], self.shape[3]
+
+    def shape_for(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape that a tensor's rows and columns are to be compared with: the frame's, or the image's.
+
+        Args:
+            shape: Shape of the tensor.
+
+        Returns:
+            (N, C, rows, columns).
+        """
+        own = tuple(shape[-2:]) == self.image or tuple(shape[1:3]) == self.image
+        return (*self.shape[:2], *self.image) if own else self.shape
+
+    def on_image(self, one: Tensor, size: Size) -> Tensor:
+        """Return a map on the image alone, sums kept but for what stands on padding.
+
+        Args:
+            one: (N, 1, h, w), of the frame's extent, or of the image's where it is as large as that.
+            size: Rows and columns to bring it to.
+
+        Returns:
+            (N, 1, *size).
+        """
+        if not self.is_padded or self.is_of_image(one):
+            return resized(one, size)
+        return resized(self._cut(resized(one, self.size)), size)
+
+    def on_grid(self, one: Tensor, grid: Size) -> Tensor:
+        """Return a map on a layer's grid, which is of the frame's extent, sums kept.
+
+        Args:
+            one: As for :meth:`on_image`.
+            grid: Rows and columns of the layer.
+
+        Returns:
+            (N, 1, *grid).
+        """
+        if not self.is_padded or not self.is_of_image(one) or tuple(one.shape[2:]) == grid:
+            return resized(one, grid)
+        (top, bottom), (left, right) = self.rows, self.columns
+        sides = (left, self.size[1] - right, top, self.size[0] - bottom)
+        return resized(F.pad(resized(one, self.box), sides), grid)
+
+    def enlarged(self, one: Tensor, mode: str = "bilinear") -> Tensor:
+        """Return a map interpolated to the image's size, values kept rather than sums.
+
+        Args:
+            one: (N, 1, h, w), of the frame's extent, or as large as the image.
+            mode: "bilinear" or "nearest".
+
+        Returns:
+            (N, 1, H, W).
+        """
+        corners = False if mode == "bilinear" else None
+        if self.is_padded and not self.is_of_image(one):
+            one = self._cut(F.interpolate(one, size=self.size, mode=mode, align_corners=corners))
+        return F.interpolate(one, size=self.image, mode=mode, align_corners=corners)
+
+    def is_of_image(self, one: Tensor) -> bool:
+        """Return whether a map, (N, 1, h, w), is of the image alone, as what the model does before it pads it."""
+        return tuple(one.shape[2:]) in {self.image, self.box}
+
+    def _cut(self, one: Tensor) -> Tensor:
+        return one[:, :, self.rows[0] : self.rows[1], self.columns[0] : self.columns[1]]
+
+
+def frame_of(tape: Tape, image_shape: Sequence[int]) -> Frame:
+    """Return the frame of a run.
+
+    Args:
+        tape: The run.
+        image_shape: Shape of the image, (N, C, H, W).
+
+    Returns:
+        The frame; the image itself where no convolution of as many channels sees another size.
+    """
+    shape = tuple(image_shape)
+    whole = Frame((shape[2], shape[3]), shape, (0, shape[2]), (0, shape[3]))
+    place = tape.inputs[0] if tape.inputs else None
+    first = next(
+        (step.values[0] for step in tape.steps if step.values and display_name(step.operation) == "conv"), None
+    )
+    if place is None or first is None or len(first.shape) != 4 or tuple(first.shape[:2]) != shape[:2]:
+        return whole
+    seen = tuple(first.shape)
+    if seen == shape:
+        return whole
+    with torch.no_grad(), unrecorded():
+        zero = place.zeros()
+        one, none = (tape.forward({place: given}, [first], bypass=False)[first] for given in (zero + 1, zero))
+        rows, columns = _extent(one != none)
+        read = tape.transposed({first: one.new_ones(seen)}, {place: lambda share: share}, everywhere=True)
+        spans = [end - start for start, end in _extent(read[place] != 0)] if place in read else [0, 0]
+    if min(span / side for span, side in zip(spans, whole.image, strict=True)) < _WHOLE:
+        return whole  # a part of the image, such as a crop
+    return Frame(whole.image, seen, rows, columns)
+
+
+def _extent(marked: Tensor) -> tuple[Size, Size]:
+    """Return the first row and column with a mark in (N, C, H, W), each with the one after the last."""
+    plane = marked.any(0).any(0)
+    found = [plane.any(axis).nonzero()[:, 0] for axis in (1, 0)]
+    rows, columns = ((int(each[0]), int(each[-1]) + 1) if len(each) else (0, 0) for each in found)
+    return rows, columns
