@@ -6,7 +6,7 @@ from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
 from .places import Site, root_module
 from .run import Recording, Tapped
 from .sight import exits_refused
-from .steps import Step, Tape, check_finite
+from .steps import Step, Tape, check_finite, told_by_image
 
 __all__ = [
     "Boundary",
@@ -22,4 +22,5 @@ __all__ = [
     "exits_refused",
     "freeze",
     "root_module",
+    "told_by_image",
 ]

@@ -4,7 +4,9 @@ Every step reads values and makes values. Forward, from values on, the steps are
 the score down, they give its coefficients in any value. Nothing else is needed for S = A·Y + B.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from captum_scoremap.checks import is_traced
 from captum_scoremap.rules import Call, Rule, Value, floating, substituted
 from captum_scoremap.speed import Packed
 
-__all__ = ["Kept", "Step", "Tape", "check_finite", "given_or_kept"]
+__all__ = ["Kept", "Step", "Tape", "check_finite", "given_or_kept", "told_by_image"]
 
 
 class Kept:
@@ -221,13 +223,26 @@ class Tape:
         return found
 
 
+_is_told_by_image: ContextVar[bool] = ContextVar("is_told_by_image", default=False)
+
+
+@contextmanager
+def told_by_image() -> Iterator[None]:
+    """Let infinite and NaN results pass, for a caller that looks for them image by image."""
+    token = _is_told_by_image.set(True)
+    try:
+        yield
+    finally:
+        _is_told_by_image.reset(token)
+
+
 def check_finite(results: Iterable[Tensor], what: str = "the coefficients of the score") -> None:
     """Raise if some numbers are infinite or NaN; unless they are of a graph or a batch.
 
     Raises:
         ValueError: If so.
     """
-    if is_traced() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_told_by_image.get() or is_traced() or torch._C._functorch.peek_interpreter_stack() is not None:
         return
     for one in results:
         if not bool(one.isfinite().all()):
