@@ -312,8 +312,9 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]
 
     def record(name: str, output: Any) -> None:
         calls[name] += 1
-        if isinstance(output, Tensor) and output.is_floating_point():
-            shapes[name] = tuple(output.shape)
+        tensor = _only_tensor(output)
+        if tensor is not None:
+            shapes[name] = tuple(tensor.shape)
 
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
@@ -485,10 +486,17 @@ def _last_outermost(outputs: Sequence[_Output]) -> _Output:
 
 
 def _longest_row(outputs: Sequence[_Output]) -> list[_Output]:
-    """Return the blocks of the longest row: modules of one type that one module calls one after another."""
+    """Return the blocks of the longest row: modules of one type that one module calls one after another.
+
+    Where there is but one block, it is the row of all that is not inside another: embeddings, and the block.
+    """
     rows: dict[tuple[nn.Module | None, type], list[_Output]] = {}
     for output in outputs:
         if next(output.module.children(), None) is not None:
             rows.setdefault((output.parent, type(output.module)), []).append(output)
     row = max(rows.values(), key=lambda row: (len(row), -row[0].depth), default=[])
-    return row if len(row) > 1 else []
+    if len(row) > 1:
+        return row
+    parts = [output for output in outputs if next(output.module.children(), None) is not None]
+    inner = {module for part in parts for module in part.module.modules() if module is not part.module}
+    return [part for part in parts if part.module not in inner]

@@ -415,3 +415,32 @@ def test_logits_by_name_as_the_models_of_hugging_face_return_them(model: nn.Sequ
             return {"logits": self.inner(images)}
 
     torch.testing.assert_close(FusedScoreMap(Named()).attribute(inputs, 2), FusedScoreMap(model).attribute(inputs, 2))
+
+
+# --- models of one block a stage ---
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        # the last stage has a class token, on which alone the score depends
+        ("Pvt", {}, ["block.0.0", "block.1.0", "block.2.0", "patch_embeddings.3"]),
+        ("PvtV2", {}, ["blocks.0", "blocks.0", "blocks.0", "blocks.0"]),
+        ("Segformer", {"decoder_hidden_size": 16}, ["blocks.0", "blocks.0", "blocks.0", "blocks.0"]),
+    ],
+)
+def test_one_block_is_a_layer(name: str, options: dict[str, int], expected: list[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        image_size=64, depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 2, 2, 4], **options
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForImageClassification")(config).double().eval()
+        image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    found = main_layers(model, image)
+    assert len(found) == len(expected)
+    assert all(one.endswith(end) for one, end in zip(found, expected, strict=True)), found
+    assert bool((FusedScoreMap(model).attribute(image, 1) != 0).any())
+    complete, placeless = CompleteScoreMap(model).attribute(image, 1, return_placeless=True)
+    torch.testing.assert_close(complete.sum() + placeless[0], model(image).logits[0, 1], rtol=1e-9, atol=1e-12)
