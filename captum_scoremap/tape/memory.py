@@ -154,6 +154,11 @@ class Memory:
             content = self._scattered(content, root, place, flat)
         return Before(content, flat.clone())
 
+    def holds_live(self, tensor: Tensor) -> bool:
+        """Return whether the memory of a tensor was changed in place to what is live, there or elsewhere in it."""
+        memory = self.changed.get(tensor.untyped_storage()._cdata)
+        return memory is not None and memory.value is not None
+
     def begins(self, value: Value) -> None:
         """Note that a value begins at a site: other tensors of its memory go on holding what they held."""
         root, place = value.root or (None, None)

@@ -300,7 +300,7 @@ class Recording(TorchDispatchMode):
                         if self.value_of(tensor) is None:
                             self._sight.read(tensor)
         if operation.changes is not None and not operation.reads:
-            return self._fill(func, operation, args, kwargs)
+            return self._run_constant(func, operation, args, kwargs)
         if operation.rule is None:
             return self._without_rule(func, operation, args, kwargs)
         step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
@@ -511,16 +511,6 @@ class Recording(TorchDispatchMode):
             self._name(target, value)
         return target
 
-    def _fill(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that fills its argument with constants, whatever it held."""
-        target = args[operation.changes]  # type: ignore[index]  # it changes one
-        before = self._memory.whole_before(target, self.value_of(target))
-        self._run_constant(func, operation, args, kwargs)
-        self._memory.now_holds(target, None, before)
-        self._values.pop(id(target), None)
-        self._sight.made(target, "")
-        return target
-
     def _into(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that is given tensors for what it returns: what it would return is copied there."""
         arguments = tensors_in((args, kwargs))
@@ -539,12 +529,16 @@ class Recording(TorchDispatchMode):
         return given[0] if len(given) == 1 else tuple(given)
 
     def _run_constant(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation on constants as it is."""
+        """Run an operation as it is that makes constants, be it in the memory of live tensors."""
         if operation.hides_scales:  # integers of the image: rounded, so frozen, but the scales beside them are not
             self._unsupported[f"quantized {operation.name}", self.places.module_name] = None
         where = operation.changes
         written = tensors_in([kwargs[name] for name in operation.outs] if where is None else args[where])
+        before = []
         for tensor in written:
+            value = self.value_of(tensor)
+            if value is not None or self._memory.holds_live(tensor):
+                before.append((tensor, self._memory.whole_before(tensor, value)))
             self._release_constants(tensor)
             self._memory.about_to_change(tensor)
             self._sight.written(tensor)
@@ -552,6 +546,10 @@ class Recording(TorchDispatchMode):
             for tensor in tensors_in([args[at] for at in operation.tensors if at < len(args) and at != where]):
                 self._sight.read(tensor)
         output = func(*args, **kwargs)
+        for tensor, content in before:
+            self._memory.now_holds(tensor, None, content)
+            self._values.pop(id(tensor), None)
+            self._sight.made(tensor, "")
         if operation.name == "set":
             self._sight.placed(args[0])
         if not written or not isinstance(output, Tensor):  # beside what it changes it may return something new
