@@ -59,6 +59,16 @@ def constants_that_were_beside_live_ones_before(y: Tensor, c: Tensor) -> Tensor:
 
 
 @change
+def constants_that_were_read_before_all_of_their_memory_changed(y: Tensor, c: Tensor) -> Tensor:
+    memory = c.clone()
+    constant = memory[:, 2:]
+    memory[:, :2].copy_(y[:, :2])
+    read = torch.cat([constant, y[:, :2]], 1) + (y - constant[:, :1])
+    memory.mul_(2.0)
+    return read + memory
+
+
+@change
 def constants_of_all_the_memory(y: Tensor, c: Tensor) -> Tensor:
     memory = c.clone()
     memory[:, :2].copy_(y[:, :2])
@@ -989,3 +999,40 @@ def test_complex_memory_that_is_read_otherwise_than_written_is_right_or_refused(
     else:
         assert_close(form.score, model(images)[:, 1].detach(), **EXACT)
         assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
+# -- constants that pass a layer
+
+AT_A_LAYER: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "the constant changes": lambda site, y, c: (lambda a: (c.mul_(2.0), 3 * a + c)[1])(site(c)) + y,
+    "the constant becomes live": lambda site, y, c: (lambda a: (c.sub_(a * 1), 3 * a + c)[1])(site(c)) + y,
+    "by the image": lambda site, y, c: (lambda a: (c.add_(y), 3 * a + c)[1])(site(c)),
+    "a part of it": lambda site, y, c: (lambda a: (c[:, 1:].mul_(2.0), 3 * a + c)[1])(site(c)) + y,
+    "what the layer gave changes": lambda site, y, c: (lambda a: (a.sub_(y), 3 * a + c)[1])(site(c)),
+    "a part of what it gave": lambda site, y, c: (lambda a: (a[:, :2].mul_(2.0), 3 * a + c)[1])(site(c)) + y,
+    "a layer of a part": lambda site, y, c: (lambda a: (a.mul_(2.0), c.add_(1.0), 3 * c)[2])(site(c[:, 1:])) + y,
+    "read in a list before": lambda site, y, c: (
+        (lambda a: (lambda both: (a.sub_(a * 1), both[:2] + c)[1])(torch.cat([c, a])))(site(c)) + y
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_A_LAYER)
+def test_constants_that_pass_a_layer_and_change_afterwards(name: str) -> None:
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.site, self.head = nn.Conv2d(3, 4, 3), nn.Identity(), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            constant = torch.linspace(-1, 1, 128, dtype=x.dtype).view(2, 4, 4, 4)
+            return self.head(AT_A_LAYER[name](self.site, self.conv(x), constant).flatten(1))
+
+    model, images = Passing().double().eval(), some_images()
+    with torch.no_grad():
+        score = model(images)
+    for site in (None, model.conv, model.site):
+        form = linear_form(model, images, 1, site)
+        assert_close(form.score, score[:, 1], **EXACT)
+        assert_close(form.sums + form.bias, score[:, 1], **EXACT)
+    assert_close(freeze(model, images)(images), score, **EXACT)

@@ -35,9 +35,10 @@ class _Changed:
         geometry: Shape, strides and offset of that value in the memory.
         length: Elements of the memory.
         was_constant: Whether it held constants alone before it was changed.
+        has_site: Whether a value begins in it at a site, where a constant was.
     """
 
-    __slots__ = ("_changes", "_element", "clock", "geometry", "length", "storage", "value", "was_constant")
+    __slots__ = ("_changes", "_element", "clock", "geometry", "has_site", "length", "storage", "value", "was_constant")
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage = StorageWeakRef(tensor.untyped_storage())
@@ -45,7 +46,7 @@ class _Changed:
         self.clock = 0
         self.value: Value | None = None
         self.geometry = geometry(tensor)
-        self.was_constant = False
+        self.was_constant = self.has_site = False
         self._changes: list[tuple[int, Geometry]] = []
         self._element = tensor.element_size()
 
@@ -155,15 +156,28 @@ class Memory:
         return Before(content, flat.clone())
 
     def holds_live(self, tensor: Tensor) -> bool:
-        """Return whether the memory of a tensor was changed in place to what is live, there or elsewhere in it."""
+        """Return whether something live lies in the memory of a tensor, there or elsewhere in it."""
         memory = self.changed.get(tensor.untyped_storage()._cdata)
-        return memory is not None and memory.value is not None
+        return memory is not None and (memory.value is not None or memory.has_site)
 
     def begins(self, value: Value) -> None:
         """Note that a value begins at a site: other tensors of its memory go on holding what they held."""
         root, place = value.root or (None, None)
         value.beneath = Beneath(root, place, self.clock)
         value.root = None
+
+    def held_constants(self, tensor: Tensor) -> bool:
+        """Return whether the memory of a live tensor may hold constants, or held some that steps refer to."""
+        memory = self.changed.get(tensor.untyped_storage()._cdata)
+        return memory is not None and (memory.was_constant or memory.has_site)
+
+    def born(self, constant: Tensor) -> None:
+        """Note that a value begins at a site where a constant was: its memory may change as that of constants."""
+        memory = self.changed.get(constant.untyped_storage()._cdata)
+        if memory is None:
+            memory = self.changed[constant.untyped_storage()._cdata] = _Changed(constant)
+            memory.was_constant = True
+        memory.has_site = True
 
     def now_holds(self, target: Tensor, value: Value | None, before: Before | None) -> None:
         """Note that a tensor was changed in place.

@@ -472,6 +472,8 @@ class Recording(TorchDispatchMode):
         known = self.value_of(target)
         if known is None:
             self._release_constants(target, step)
+        elif self._memory.held_constants(target):
+            self._release_constants(target)
         before = self._memory.whole_before(target, known)
         count = len(self.tape.steps)
         kinds = {tensor.dtype for tensor in (target, *floating(args))}  # of several, the widest is cast afterwards
@@ -677,6 +679,7 @@ class Recording(TorchDispatchMode):
                 value = self.value_of(passed)
                 if value is None:  # a layer that does not depend on the image
                     value = self._born(passed, 0)
+                    self._memory.born(passed)
                     value.kept = self._memory.keep(passed)
                 value.sites |= self._bits
                 self._memory.begins(value)
