@@ -304,8 +304,8 @@ class Recording(TorchDispatchMode):
         if operation.rule is None:
             return self._without_rule(func, operation, args, kwargs)
         step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
-        if self._inspect and not operation.is_plain and operation.changes is None:
-            live = _leave_constants(step, live)
+        if self._inspect and not operation.is_plain:
+            live = _leave_constants(step, live, operation.changes)
         step.rule = operation.rule.variant(step)
         if operation.changes is None:
             return self._operate(operation, step, args, kwargs, live, func)
@@ -708,7 +708,7 @@ class Recording(TorchDispatchMode):
         ))
 
 
-def _leave_constants(step: Step, live: list[Tensor]) -> list[Tensor]:
+def _leave_constants(step: Step, live: list[Tensor], changes: int | None) -> list[Tensor]:
     """Leave to a step, of its live arguments, those that depend on the image, if any do.
 
     A layer that does not depend on it, such as one that makes another's weight, gives a constant like any other.
@@ -717,7 +717,8 @@ def _leave_constants(step: Step, live: list[Tensor]) -> list[Tensor]:
         The tensors of those that are left.
     """
     depends = [bool(value.sites & 1) for value in step.values]
-    if all(depends) or not any(depends):
+    changed = None if changes is None else step.args[changes]
+    if all(depends) or not any(depends) or any(changed is one and not one.sites & 1 for one in step.values):
         return live
     each: Any = zip(step.values, live, depends, strict=True)
     filled = step.filled([value if is_live else tensor for value, tensor, is_live in each])
