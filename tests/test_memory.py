@@ -1036,3 +1036,36 @@ def test_constants_that_pass_a_layer_and_change_afterwards(name: str) -> None:
         assert_close(form.score, score[:, 1], **EXACT)
         assert_close(form.sums + form.bias, score[:, 1], **EXACT)
     assert_close(freeze(model, images)(images), score, **EXACT)
+
+
+# -- sites within sites
+
+
+class Within(nn.Module):
+    """Layers that pass on a part of what another passed on, which changes in place after that."""
+
+    def __init__(self, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.conv, self.outer, self.inner = nn.Conv2d(3, 4, 3), nn.Identity(), nn.Identity()
+        self.head, self.change = nn.Linear(64, 3), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        outer = self.outer(y[:, 1:])
+        self.change(self.inner(outer[:, :, 1:3]))
+        return self.head((y + torch.cat([y[:, :1], outer], 1)).flatten(1))
+
+
+@pytest.mark.parametrize("change", [Tensor.relu_, lambda part: part.mul_(2.0), lambda part: part[:, 0].fill_(0.5)])
+def test_layers_within_layers_of_one_memory(change: Callable[[Tensor], object]) -> None:
+    model, images = Within(change).double().eval(), some_images()
+    leaf = images.clone().requires_grad_()
+    score = model(leaf)
+    (gradient,) = torch.autograd.grad(score[:, 1].sum(), leaf)
+    form, frozen = linear_form(model, images, 1), freeze(model, images)
+    assert_close(form.coefficients, gradient, **EXACT)
+    assert_close(frozen(images), score.detach(), **EXACT)
+    assert_close(frozen(0 * images)[:, 1], form.bias, **EXACT)
+    forms = linear_form(model, images, 1, [model.conv, model.outer, model.inner])
+    for one in (*forms, *(linear_form(model, images, 1, layer) for layer in (model.conv, model.outer, model.inner))):
+        assert_close(one.sums + one.bias, score[:, 1].detach(), **EXACT)

@@ -149,8 +149,9 @@ class Memory:
                 root = None  # the memory knows
         elif root is None:
             return Before(content, flat)
-        elif root.beneath is not None and root.beneath.value is not None:
-            content = self._scattered(content, root.beneath.value, root.beneath.geometry, flat)
+        else:
+            for one, where in reversed(_beneath(root)):
+                content = self._scattered(content, one, where, flat)
         if root is not None:
             content = self._scattered(content, root, place, flat)
         return Before(content, flat.clone())
@@ -255,6 +256,15 @@ class Memory:
         args = before, source, *place
         tensors = (flat, flat.as_strided(*place))
         return self._record(aten.as_strided_scatter.default, args, tensors, flat)
+
+
+def _beneath(value: Value) -> list[tuple[Value, Geometry]]:
+    """Return what lies beneath a value in memory, and where: sites within sites, from the next one down."""
+    found = []
+    while value.beneath is not None and value.beneath.value is not None:
+        found.append((value.beneath.value, value.beneath.geometry))
+        value = value.beneath.value
+    return found
 
 
 def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:
