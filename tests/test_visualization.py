@@ -293,7 +293,7 @@ def test_titles_say_how_the_score_adds_up(image: Tensor) -> None:
 def test_long_names_break_after_dots(image: Tensor) -> None:
     name = "vit.embeddings.patch_embeddings.projection"
     _, axes = visualize_layer_score_maps({name: torch.zeros(2, 2)}, image)
-    assert axes[1].get_title().splitlines()[:2] == ["vit.embeddings.", "patch_embeddings.projection"]
+    assert axes[1].get_title().splitlines()[:3] == ["vit.embeddings.", "patch_embeddings.", "projection"]
 
 
 def test_crops_show_their_pixels(image: Tensor) -> None:
@@ -555,3 +555,24 @@ def test_pictures_of_every_type_are_the_same() -> None:
 def test_pictures_out_of_range_say_what_to_do(image: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checked_picture(image, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("cat", ["cat"]),
+        ("model.backbone.model.embedder.embedder", ["model.backbone.model.", "embedder.embedder"]),
+        ("black-and-tan coonhound − Walker hound", ["black-and-tan coonhound", "− Walker hound"]),
+        ("a" * 60, ["a" * 24, "a" * 24, "a" * 12]),
+        ("b" * 200, ["b" * 24, "b" * 24, "b" * 23 + "…"]),
+    ],
+)
+def test_long_names_stay_above_their_own_map(name: str, lines: list[str]) -> None:
+    maps = {name: torch.randn(1, 1, 7, 7), "other": torch.randn(1, 1, 7, 7)}
+    figure, axes = visualize_layer_score_maps(maps, torch.rand(3, 48, 64), label=name, score=1.0)
+    figure.canvas.draw()
+    for ax in axes[:2]:
+        assert ax.get_title().splitlines()[: len(lines)] == lines
+        box = ax.title.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width

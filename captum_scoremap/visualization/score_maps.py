@@ -1,5 +1,6 @@
 """Score maps over their image: one, a batch, or those of several layers (Fig. 2 of the paper)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,8 +26,11 @@ from .style import DEFAULT_STYLE, MapStyle
 
 __all__ = ["visualize_layer_score_maps", "visualize_score_map"]
 
-_TITLE_WIDTH = 30
+_TITLE_WIDTH = 24
 """Characters in a line of a title."""
+
+_TITLE_LINES = 3
+"""Lines of a title that a name may take."""
 
 
 def visualize_score_map(
@@ -176,7 +180,7 @@ def visualize_layer_score_maps(
     draw_picture(axes[0], picture)
     if box is not None:
         draw_box(axes[0], box, "")
-    heading = [] if label is None else [label]
+    heading = [] if label is None else [_broken(label)]
     if score is not None:
         heading.append(f"S = {number_text(score)} logits")
     axes[0].set_title("\n".join(heading), fontsize="medium")
@@ -195,13 +199,20 @@ def visualize_layer_score_maps(
 
 
 def _broken(name: str) -> str:
-    """Break a long name of a layer after dots, so that it stays above its own map."""
+    """Break the long name of a layer or label, after dots and spaces where it has some, to stay above its own map."""
+    parts = [
+        part[start : start + _TITLE_WIDTH]
+        for part in re.findall(r"[^.\s:/]*[.\s:/]?", name)
+        for start in range(0, len(part), _TITLE_WIDTH)
+    ]
     lines = [""]
-    for part in name.replace(".", ".\n").splitlines():
-        if lines[-1] and len(lines[-1] + part) > _TITLE_WIDTH:
+    for part in parts:
+        if lines[-1] and len(lines[-1] + part.rstrip()) > _TITLE_WIDTH:
             lines.append("")
         lines[-1] += part
-    return "\n".join(lines)
+    if len(lines) > _TITLE_LINES:
+        lines = [*lines[: _TITLE_LINES - 1], f"{lines[_TITLE_LINES - 1][: _TITLE_WIDTH - 1].rstrip()}…"]
+    return "\n".join(line.strip() for line in lines)
 
 
 def _what_a_score_map_holds(total: float, score: float | Tensor | None, bias: float | Tensor | None) -> list[str]:
