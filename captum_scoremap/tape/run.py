@@ -23,6 +23,7 @@ from captum_scoremap.rules import (
     DEFAULT,
     Call,
     Copy,
+    Linear,
     Rounded,
     Rule,
     Value,
@@ -304,7 +305,7 @@ class Recording(TorchDispatchMode):
         if operation.rule is None:
             return self._without_rule(func, operation, args, kwargs)
         step = Step(operation.functional, tuple(symbols), named, tuple(values), operation.rule, self.places.module)
-        if self._inspect and not operation.is_plain:
+        if self._inspect and not isinstance(operation.rule, Linear):
             live = _leave_constants(step, live, operation.changes)
         step.rule = operation.rule.variant(step)
         if operation.changes is None:
