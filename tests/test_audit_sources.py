@@ -361,3 +361,12 @@ def test_plan_takes_every_image_once(length, limit):
 def test_plan_sizes_must_be_positive(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
         Plan(10, **{name: value})
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    (tmp_path / "list.csv").write_text("path,label\n0.png,1\n,2\n")
+    with pytest.raises(ValueError, match=r"list.csv must name an image in every row, got none in row 2"):
+        open_source(tmp_path / "list.csv")
+    with pytest.raises(ValueError, match=r"list.csv must name an image in every row, got none in row 2"):
+        open_source(tmp_path, tmp_path / "list.csv")

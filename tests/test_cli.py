@@ -266,6 +266,18 @@ def scripted():
 def compiled():
     return torch.compile(nn.Conv2d(3, 2, 3))
 
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 30 * 30, 2)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).relu()
+        return self.head(y.flatten(1)) if x.shape[2] < 100 else y
+
+def untraceable():
+    return LoadedModel("", Branching(), Preprocessing(32, 32), ("age", "height"))
+
 def meta():
     return nn.Conv2d(3, 2, 3, device="meta")
 
@@ -340,6 +352,8 @@ def test_patches_of_a_score_of_the_user(folder: Path, small: str, capsys: pytest
         shown.append([line for line in capsys.readouterr().out.splitlines() if "SMSM" in line])
     assert len(shown[0]) == 3  # fewer images than the nine patches of a layer
     assert shown[0] == shown[1]
+    assert main(["patches", "photos", "--layer", "conv", "--model", f"{small}:untraceable"]) == 0
+    assert capsys.readouterr().err == ""  # no advice of the library's, which the program follows itself
 
 
 @pytest.mark.parametrize(
@@ -348,7 +362,7 @@ def test_patches_of_a_score_of_the_user(folder: Path, small: str, capsys: pytest
         ("scripted", "model must be a model whose operations can be seen, got a scripted one"),
         ("compiled", "model must be a model whose operations can be seen, got a compiled one"),
         ("meta", "model must have numbers in its tensors, got small_in_this_folder:meta on the meta device"),
-        ("broken", "KeyError: 'no model', raised in small_in_this_folder.py, line 39"),
+        ("broken", "KeyError: 'no model', raised in small_in_this_folder.py, line 51"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

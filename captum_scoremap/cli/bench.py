@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -88,8 +86,7 @@ class _Recipe:
 
     def subject(self) -> _Subject:
         loaded = load_model(self.model, self.weights, self.device, self.dtype, self.image_size)
-        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-        image = loaded.preprocessing(Image.fromarray(noise))[None].to(self.device, self.dtype)
+        image = loaded.example().to(self.device, self.dtype)
         target = example_target(self.score, loaded.module, image, loaded.name)
         layers = layouts(loaded.module, image, self.layers)
         return _Subject(loaded.module, image.repeat(self.batch, 1, 1, 1), layers, target)

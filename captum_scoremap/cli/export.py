@@ -4,9 +4,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -94,8 +92,7 @@ def export(
     check_writable(out)
     place = chosen_device(device)
     loaded = load_model(model, weights, place, dtype.torch, image_size)
-    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    image = loaded.preprocessing(Image.fromarray(noise))[None].to(place, dtype.torch)
+    image = loaded.example().to(place, dtype.torch)
     inputs = image.repeat(batch, 1, 1, 1)
     network = prepare(loaded.module, image) if prepare_model else loaded.module
     target = example_target(score, network, image, loaded.name)

@@ -122,8 +122,9 @@ def patches(
     * `captum-scoremap patches photos --layer 4 --model my_package.models:build --score my_package.scores:age`
     """
     _check_picture(out)
-    loaded = load_model(model, weights, chosen_device(device), dtype.torch, image_size)
-    network = prepare(loaded.module) if prepare_model else loaded.module
+    place = chosen_device(device)
+    loaded = load_model(model, weights, place, dtype.torch, image_size)
+    network = prepare(loaded.module, loaded.example().to(place, dtype.torch)) if prepare_model else loaded.module
     modules = _modules(network, layers)
     files, targets = _files(folder, labels, label, loaded)
 

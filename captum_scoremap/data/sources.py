@@ -338,9 +338,8 @@ def _list_source(path: Path, names: Sequence[str] | None) -> FileSource:
     rows = _read_rows(path)
     if not rows:
         raise ValueError(f"source must hold images, got the list {path.name!r} without a row.")
-    column = _column(rows[0], _PATH_COLUMNS, path)
     # abspath keeps symbolic links, whose targets may lie anywhere.
-    absolute = [Path(os.path.abspath(path.parent / str(row[column]))) for row in rows]  # noqa: PTH100
+    absolute = [Path(os.path.abspath(path.parent / name)) for name in _image_names(rows, path)]  # noqa: PTH100
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     paths = [str(file.relative_to(root)) for file in absolute]
     label = next((name for name in _LABEL_COLUMNS if name in rows[0]), None)
@@ -366,8 +365,21 @@ def _read_label_table(path: Path) -> list[tuple[str, RawLabel]]:
     rows = _read_rows(path)
     if not rows:
         raise ValueError(f"labels must hold a row for each image, got the list {path.name!r} without a row.")
-    image, label = _column(rows[0], _PATH_COLUMNS, path), _column(rows[0], _LABEL_COLUMNS, path)
-    return [(str(row[image]), row[label]) for row in rows]
+    label = _column(rows[0], _LABEL_COLUMNS, path)
+    return [(image, row[label]) for image, row in zip(_image_names(rows, path), rows, strict=True)]
+
+
+def _image_names(rows: Sequence[Mapping[str, Any]], path: Path) -> list[str]:
+    """Return what the rows of a list call their images.
+
+    Raises:
+        ValueError: If a row does not say.
+    """
+    column = _column(rows[0], _PATH_COLUMNS, path)
+    for number, row in enumerate(rows, 1):
+        if row[column] is None:
+            raise ValueError(f"{path.name} must name an image in every row, got none in row {number}. Delete the row.")
+    return [str(row[column]) for row in rows]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

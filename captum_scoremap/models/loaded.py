@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from captum_scoremap.checks import nearest
 from captum_scoremap.models.preprocessing import Preprocessing
@@ -53,6 +55,19 @@ class LoadedModel:
         }
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
         return f"<table>{cells}</table>"
+
+    def example(self) -> Tensor:
+        """Return an image of noise, as the network takes it.
+
+        Returns:
+            (1, C, H, W), float32, on the CPU.
+
+        Example:
+            >>> LoadedModel("any", nn.Identity()).example().shape
+            torch.Size([1, 3, 224, 224])
+        """
+        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        return self.preprocessing(Image.fromarray(noise))[None]
 
     def label_name(self, index: int) -> str:
         """Return the name of a label, or ``"label 7"`` where names are not known."""
