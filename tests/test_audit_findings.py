@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from captum_scoremap import LayerScoreMap
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import layers_to_pool, pooled
-from captum_scoremap.audit.screening import FALSE_ALARMS, _separations, stand_out
+from captum_scoremap.audit.screening import FALSE_ALARMS, _separations, at_any, stand_out
 from captum_scoremap.audit.shards import Shards
 from captum_scoremap.models import LoadedModel, prepare
 from tests.planted import Case, pictures, trained
@@ -142,7 +143,7 @@ def test_few_labels_or_images_are_not_compared(tmp_path):
 @pytest.mark.parametrize("count", [5, 10, 100])
 def test_false_alarms_of_the_test_are_as_rare_as_it_says(count):
     rng = np.random.default_rng(0)
-    alarms = [stand_out(rng.normal(0, 1, count))[1].min() <= FALSE_ALARMS for _ in range(400)]
+    alarms = [stand_out(rng.normal(0, 1, count))[1].min() * count <= FALSE_ALARMS for _ in range(400)]
     assert np.mean(alarms) <= FALSE_ALARMS + 3 * np.sqrt(FALSE_ALARMS * (1 - FALSE_ALARMS) / 400)
 
 
@@ -150,16 +151,16 @@ def test_labels_that_agree_by_accident_are_no_reason_to_be_sure():
     values = np.array([0.30, 0.31, 0.29, 0.30, 0.32, 0.28, 0.30, 0.31, 0.29, 0.75])
     distances, chances = stand_out(values)
     assert distances.argmax() == 9
-    assert chances.min() > FALSE_ALARMS
+    assert chances.min() * 10 > FALSE_ALARMS
     values[9] = 2.0
     assert stand_out(values)[1].argmin() == 9
-    assert stand_out(values)[1].min() <= FALSE_ALARMS
+    assert stand_out(values)[1].min() * 10 <= FALSE_ALARMS
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.3, 3.0])
 def test_false_alarms_are_rare_whatever_the_spread(spread):
     rng = np.random.default_rng(1)
-    alarms = [stand_out(rng.normal(0, spread, 10))[1].min() <= FALSE_ALARMS for _ in range(400)]
+    alarms = [stand_out(rng.normal(0, spread, 10))[1].min() * 10 <= FALSE_ALARMS for _ in range(400)]
     assert np.mean(alarms) <= FALSE_ALARMS + 3 * np.sqrt(FALSE_ALARMS * (1 - FALSE_ALARMS) / 400)
 
 
@@ -173,8 +174,8 @@ def test_a_neighbor_that_is_gone_does_not_make_a_label_stand_out():
     near[:, 0] = 5 * (predicted == 0)
     scores = near + np.random.default_rng(0).normal(0, 0.1, near.shape)
     _, chances = stand_out(np.log(_separations(scores, predicted, labels)))
-    assert chances[0] <= FALSE_ALARMS
-    assert min(chances[1:]) > FALSE_ALARMS
+    assert chances[0] * 10 <= FALSE_ALARMS
+    assert min(chances[1:]) * 10 > FALSE_ALARMS
 
 
 def test_a_label_with_the_same_mark_does_not_hide_another():
@@ -184,10 +185,28 @@ def test_a_label_with_the_same_mark_does_not_hide_another():
     scores[predicted == 3, 3] += 6
     scores[np.flatnonzero(predicted == 7)[:16], 3] += 6
     _, chances = stand_out(np.log(_separations(scores, predicted, labels)))
-    assert (chances <= FALSE_ALARMS).tolist() == [label == 3 for label in range(10)]
+    assert (chances * 10 <= FALSE_ALARMS).tolist() == [label == 3 for label in range(10)]
 
 
 def test_two_labels_that_stand_out_do_not_hide_each_other():
     values = np.concatenate([np.random.default_rng(0).normal(0, 0.2, 8), [4.0, 5.0]])
     _, chances = stand_out(values)
-    assert (chances <= FALSE_ALARMS).tolist() == [False] * 8 + [True] * 2
+    assert (chances * 10 <= FALSE_ALARMS).tolist() == [False] * 8 + [True] * 2
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5, 0.9, 1.0])
+def test_chances_over_layers_are_right_to_a_fifth_whatever_layers_share(shared):
+    rng = np.random.default_rng(2)
+    own, common = rng.normal(size=(5, 40_000)), rng.normal(size=40_000)
+    chances = stats.norm.sf(np.sqrt(shared) * common + np.sqrt(1 - shared) * own)
+    level = FALSE_ALARMS / 10  # as for ten labels
+    alarms = np.mean([at_any(column) <= level for column in chances.T])
+    error = 3 * np.sqrt(level / 40_000)
+    assert level - error <= alarms <= 1.2 * level + error
+
+
+def test_a_layer_that_says_nothing_is_no_evidence_against():
+    assert at_any([1e-6, 1.0]) == pytest.approx(2e-6, rel=0.01)
+    assert at_any([1e-300] * 3) < 1e-299
+    assert 0 < at_any([0.0, 0.5]) < 1e-300
+    assert at_any([1.0, 1.0]) == pytest.approx(0.99)

@@ -8,20 +8,21 @@ read on held-out images, and asked how far they lie beyond the images of other l
     separation = (q75 of the label's images − median of the others) / reach of the others
 
 The upper quartile, so that half of the images are enough. The *reach* is the root mean square, over the other labels,
-of how far the 90% quantile of a label's images lies above that median: all labels count, so that one neighbor more or
+of how far the 85% quantile of a label's images lies above that median: all labels count, so that one neighbor more or
 less is no great matter, but the one that reaches highest, so that a label with the same mark does no harm.
 
 What is far depends on the layer and the data, so the null is the other labels: the logarithm of the separation is
 compared with theirs by the generalized extreme Studentized deviate test (Rosner 1983), one-sided, with a prediction
-interval of Student's t and Bonferroni's correction over labels and layers. A handful of labels may agree by accident;
-their spread is therefore taken a second time, moderated by what is usual (Smyth 2004), and the larger chance counts.
-Where all labels are told apart as well, no label stands out.
+interval of Student's t. A handful of labels may agree by accident; their spread is therefore taken a second time,
+moderated by what is usual (Smyth 2004), and the larger chance counts. Layers say much the same, so that their chances
+are combined by Cauchy's combination test (Liu and Xie 2020), which holds about, however they depend on each other; over
+labels Bonferroni's correction is made. Where all labels are told apart as well, no label stands out.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -32,7 +33,7 @@ from scipy import special
 
 from captum_scoremap.audit.shards import Shards
 
-__all__ = ["FALSE_ALARMS", "Candidate", "screen", "stand_out"]
+__all__ = ["FALSE_ALARMS", "Candidate", "at_any", "screen", "stand_out"]
 
 Array: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
@@ -45,6 +46,7 @@ _LABELS = 5  # to compare with each other
 _FOLDS = 5
 _SHRINKAGE = 0.1
 _NUMBERS = 40_000_000  # of images times labels held at once; more images are thinned out
+_CARRIED, _REACHED = 0.75, 0.85  # quantiles of a label's images
 _SPREAD, _WEIGHT = 0.3, 8  # usual spread of the logarithms between labels, and how many labels that counts for
 
 
@@ -98,11 +100,13 @@ def screen(shards: Shards, layers: Sequence[str], predicted: Mapping[int, int]) 
     found: dict[int, list[Candidate]] = defaultdict(list)
     for layer in layers:
         pooled = _pooled(shards, layer, indices)
-        for candidate in _candidates(layer, pooled, indices, of_image, np.array(labels), len(layers)):
+        for candidate in _candidates(layer, pooled, indices, of_image, np.array(labels)):
             found[candidate.label].append(candidate)
     ranked = []
     for candidates in found.values():
         first, *others = sorted(candidates, key=_suspicion)
+        first = replace(first, chance=min(at_any([one.chance for one in candidates]) * len(labels), 1.0))
+        others = [replace(one, chance=min(one.chance * len(labels) * len(layers), 1.0)) for one in others]
         ranked.append((first, *(one for one in others if one.chance <= FALSE_ALARMS)))
     return sorted(ranked, key=lambda candidates: _suspicion(candidates[0]))
 
@@ -123,11 +127,11 @@ def stand_out(values: Array) -> tuple[Array, Array]:
         values: Numbers (K,), at least four.
 
     Returns:
-        Distances in standard deviations (K,), and chances (K,), from 0 to 1, corrected for K numbers.
+        Distances in standard deviations (K,), and the chance of each (K,), from 0 to 1.
 
     Example:
         >>> distances, chances = stand_out(np.array([1.0, 1.1, 0.9, 1.2, 0.8, 5.0]))
-        >>> int(distances.argmax()), bool(chances[5] < 0.05), bool((chances[:5] < 0.05).any())
+        >>> int(distances.argmax()), bool(chances[5] < 0.05 / 6), bool((chances[:5] < 0.05 / 6).any())
         (5, True, False)
     """
     count = len(values)
@@ -140,7 +144,26 @@ def stand_out(values: Array) -> tuple[Array, Array]:
     ordinary = order[outliers:]
     found = [_against(values[place], values[ordinary[ordinary != place]]) for place in range(count)]
     distances, chances = np.array(found).T
-    return distances, np.minimum(chances * count, 1)
+    return distances, chances
+
+
+def at_any(chances: Sequence[float]) -> float:
+    """The chance of as much at any of some layers, which depend on each other in a way that nobody knows.
+
+    Cauchy's combination test (Liu and Xie 2020), truncated: a layer that says nothing at all is no evidence against.
+
+    Args:
+        chances: Of each layer.
+
+    Returns:
+        About the smallest times their number where one alone is small, about that one where all are.
+
+    Example:
+        >>> round(at_any([0.001, 0.5]), 4), round(at_any([0.001, 0.001]), 4)
+        (0.002, 0.001)
+    """
+    total = sum(1 / math.tan(math.pi * min(max(chance, np.finfo(float).tiny), 0.99)) for chance in chances)
+    return math.atan2(len(chances), total) / math.pi
 
 
 def _against(value: float, null: Array) -> tuple[float, float]:
@@ -157,9 +180,9 @@ def _against(value: float, null: Array) -> tuple[float, float]:
 
 
 def _candidates(
-    layer: str, pooled: Array, indices: Integers, predicted: Integers, labels: Integers, layers: int
+    layer: str, pooled: Array, indices: Integers, predicted: Integers, labels: Integers
 ) -> Iterator[Candidate]:
-    """One candidate for each label at one layer."""
+    """One candidate for each label at one layer, with the chance of this one alone."""
     features = pooled.reshape(len(pooled), -1)
     scale = features.std(0)
     scale[scale == 0] = np.inf  # a channel that never varies says nothing
@@ -182,7 +205,7 @@ def _candidates(
             label=label,
             layer=layer,
             strength=float(distances[place]),
-            chance=float(min(chances[place] * layers, 1)),
+            chance=float(chances[place]),
             weights=(weights[:, :, place] / scale).reshape(2, *pooled.shape[1:]),
             typical=pooled[~mine].mean(0),
             carriers=tuple(indices[carriers].tolist()),
@@ -220,14 +243,14 @@ def _directions(features: Array, predicted: Integers, labels: Integers) -> Array
 
 def _separations(scores: Array, predicted: Integers, labels: Integers) -> Array:
     """How far the images of each label lie beyond those of the others, (labels,)."""
-    high = np.stack([np.quantile(scores[predicted == label], 0.9, axis=0) for label in labels])
+    high = np.stack([np.quantile(scores[predicted == label], _REACHED, axis=0) for label in labels])
     found = np.empty(len(labels))
     for place, label in enumerate(labels):
         mine = predicted == label
         middle = np.median(scores[~mine, place])
         others = np.sort(np.delete(high[:, place], place))[:-1]
         reach = max(math.sqrt(np.square(np.maximum(others - middle, 0)).mean()), 1e-3)
-        found[place] = max(float(np.quantile(scores[mine, place], 0.75) - middle) / reach, 1e-2)
+        found[place] = max(float(np.quantile(scores[mine, place], _CARRIED) - middle) / reach, 1e-2)
     return found
 
 
