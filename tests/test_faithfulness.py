@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,9 +16,9 @@ for package in ("onnx", "onnxruntime", "timm", "sklearn", "pytorch_grad_cam", "t
     pytest.importorskip(package)
 
 from captum_scoremap import metrics  # noqa: E402
-from tests.benchmarks import causes, faithfulness, subjects  # noqa: E402
+from tests.benchmarks import causes, digits, faithfulness, subjects  # noqa: E402
 from tests.benchmarks.faithfulness import COLUMNS, Column, Remembered, interval  # noqa: E402
-from tests.benchmarks.peers import CONVOLUTIONAL, TRANSFORMER  # noqa: E402
+from tests.benchmarks.peers import CONVOLUTIONAL, TRANSFORMER, Method  # noqa: E402
 from tests.benchmarks.subjects import Subject  # noqa: E402
 from tests.benchmarks.transformers import with_gamma_rule  # noqa: E402
 
@@ -178,6 +179,49 @@ def test_watermarks_are_half_transparent_white_text(subject: Subject) -> None:
         int((one != other).any(0).any(1).nonzero()[0]) for one, other in zip(found.inputs, found.changed, strict=True)
     }
     assert len(heights) > 1
+
+
+def test_canvases_hold_their_digit_where_they_say() -> None:
+    found = digits.canvases(30, seed=3, test=True)
+    lighter = []
+    for image, place in zip(found.images, found.places, strict=True):
+        rows, columns = place.nonzero().T
+        assert len(rows) == (int(rows.max() - rows.min()) + 1) * (int(columns.max() - columns.min()) + 1)  # a box
+        bright = image.mean(0)
+        lighter.append(bool(bright[place].mean() > bright[~place].mean()))
+    assert np.mean(lighter) > 0.8  # now and then clutter outshines it
+    again, others = digits.canvases(30, seed=3, test=True), digits.canvases(30, seed=3, test=False)
+    torch.testing.assert_close(again.images, found.images, rtol=0, atol=0)
+    assert again.labels.tolist() == found.labels.tolist() != others.labels.tolist()
+
+
+def test_networks_learn_canvases() -> None:
+    data = digits.canvases(64, seed=0, test=False)
+    losses = []
+    for epochs in (1, 12):
+        torch.manual_seed(0)
+        module = digits.train(digits.AlexNet(), images=64, epochs=epochs)
+        losses.append(float(nn.functional.cross_entropy(module(data.images), data.labels)))
+    assert losses[1] < 0.5 * losses[0]
+    assert not module.training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_place_of_the_object(subject: Subject) -> None:
+    places = torch.zeros(8, 32, 32, dtype=torch.bool)
+    places[:, 4:12, 8:20] = True
+    options = argparse.Namespace(count=3, slow=2)
+
+    def measured(map_: Tensor) -> faithfulness.Values:
+        method = Method(lambda _: lambda inputs, target: map_.expand(len(inputs), 1, 32, 32))
+        known = dataclasses.replace(subject, places=places)
+        return faithfulness.Measurement(known, "by hand", method, options).place()
+
+    assert measured(places[:1, None].float()) == {"pointing": [1.0] * 3, "energy": [1.0] * 3}
+    assert measured(torch.ones(1, 1, 32, 32))["energy"] == pytest.approx([8 * 12 / 32**2] * 3)
+    assert measured(1 - places[:1, None].float())["pointing"] == [0.0] * 3
+    unknown = faithfulness.Measurement(subject, "by hand", CONVOLUTIONAL["Saliency"], options).place()
+    assert unknown == {"pointing": [], "energy": []}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)

