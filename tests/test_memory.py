@@ -1003,6 +1003,15 @@ def test_complex_memory_that_is_read_otherwise_than_written_is_right_or_refused(
 
 # -- constants that pass a layer
 
+
+def two_parts(site: nn.Module, y: Tensor, c: Tensor) -> Tensor:
+    passed = site(c)
+    part = passed[:, :, 2:]
+    c[:, :, :1].fill_(0.5)
+    part.index_fill_(1, torch.tensor([0]), 0.1)
+    return c + part.sum((1, 2, 3), keepdim=True) + passed + y
+
+
 AT_A_LAYER: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "the constant changes": lambda site, y, c: (lambda a: (c.mul_(2.0), 3 * a + c)[1])(site(c)) + y,
     "the constant becomes live": lambda site, y, c: (lambda a: (c.sub_(a * 1), 3 * a + c)[1])(site(c)) + y,
@@ -1010,6 +1019,7 @@ AT_A_LAYER: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "a part of it": lambda site, y, c: (lambda a: (c[:, 1:].mul_(2.0), 3 * a + c)[1])(site(c)) + y,
     "what the layer gave changes": lambda site, y, c: (lambda a: (a.sub_(y), 3 * a + c)[1])(site(c)),
     "a part of what it gave": lambda site, y, c: (lambda a: (a[:, :2].mul_(2.0), 3 * a + c)[1])(site(c)) + y,
+    "parts of it, of which one changes before": two_parts,
     "a layer of a part": lambda site, y, c: (lambda a: (a.mul_(2.0), c.add_(1.0), 3 * c)[2])(site(c[:, 1:])) + y,
     "read in a list before": lambda site, y, c: (
         (lambda a: (lambda both: (a.sub_(a * 1), both[:2] + c)[1])(torch.cat([c, a])))(site(c)) + y

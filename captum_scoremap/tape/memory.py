@@ -142,6 +142,8 @@ class Memory:
         place = geometry(target)
         if value is not None:
             root, place = value.root or (value, place)
+            if memory is not None and memory.value is None and root.beneath and root.beneath.clock < memory.clock:
+                root, place = value, geometry(target)  # around it, constants changed since the root began at a site
         content: Any = flat.clone()  # the numbers outside of the root are constants
         if memory is not None and memory.value is not None:
             content = self._flat(memory, target)
