@@ -278,6 +278,17 @@ class Branching(nn.Module):
 def untraceable():
     return LoadedModel("", Branching(), Preprocessing(32, 32), ("age", "height"))
 
+class Padding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU()), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.features(nn.functional.pad(x, (0, 32, 0, 16))).mean((2, 3)))
+
+def padding():
+    return LoadedModel("", Padding(), Preprocessing(32, 32), ("age", "height"))
+
 def meta():
     return nn.Conv2d(3, 2, 3, device="meta")
 
@@ -312,6 +323,15 @@ def test_check_of_a_score_of_the_user(small: str, capsys: pytest.CaptureFixture[
     assert "got dict from small_in_this_folder:named. Say by --score what of it is meant" in capsys.readouterr().err
     assert main(["check", "--model", f"{small}:two", "--target", "top:2"]) == 2
     assert "--target must be one label, got 'top:2'" in capsys.readouterr().err
+
+
+def test_what_stands_on_padding_has_no_place(small: str, folder: Path) -> None:
+    arguments = ["--model", f"{small}:padding", "--layers", "input,features", "--dtype", "float64"]
+    assert main(["explain", *arguments, "--save-maps", "maps.npz"]) == 0
+    with np.load(folder / "maps.npz") as maps:
+        assert maps["0/complete_maps/features"].shape == (16, 16)  # of 24 x 32
+        total = maps["0/complete_maps/features"].sum() + maps["0/placeless"][1]
+        assert total == pytest.approx(float(maps["0/score"]), rel=1e-5)
 
 
 def test_a_single_number_is_explained_without_asking(small: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,7 +382,7 @@ def test_patches_of_a_score_of_the_user(folder: Path, small: str, capsys: pytest
         ("scripted", "model must be a model whose operations can be seen, got a scripted one"),
         ("compiled", "model must be a model whose operations can be seen, got a compiled one"),
         ("meta", "model must have numbers in its tensors, got small_in_this_folder:meta on the meta device"),
-        ("broken", "KeyError: 'no model', raised in small_in_this_folder.py, line 51"),
+        ("broken", "KeyError: 'no model', raised in small_in_this_folder.py, line 62"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

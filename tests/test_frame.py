@@ -106,6 +106,8 @@ def test_frames() -> None:
     shape = (1, 3, 20, 30)
     assert frame(conv, shape) == ((20, 30), (0, 20), (0, 30))
     assert frame(lambda x: conv(F.pad(x, (1, 2, 3, 4))), shape) == ((27, 33), (3, 23), (1, 31))
+    # the padding that some frameworks take out of a convolution is the convolution's own
+    assert frame(lambda x: conv(F.pad(x, (0, 1, 0, 1))), shape) == ((20, 30), (0, 20), (0, 30))
     assert frame(lambda x: conv(F.interpolate(x, size=(40, 40))), shape) == ((40, 40), (0, 40), (0, 40))
     assert frame(lambda x: conv(F.interpolate(x, size=(10, 10))), shape) == ((10, 10), (0, 10), (0, 10))
     # no frame of the whole image: a crop, patches, a convolution on features, no convolution
@@ -124,3 +126,22 @@ def test_a_compiled_complete_map_of_a_model_that_pads() -> None:
 def test_squares_are_told_by_their_sides() -> None:
     assert channel_dim_of((1, 64, 80, 80), (1, 3, 100, 150)) == 1  # 64 x 80 is more like the image
     assert channel_dim_of((1, 14, 14, 96), (1, 3, 100, 150)) == -1
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_a_layer_s_map_without_its_padding(model: nn.Module, height: int, width: int) -> None:
+    row, column = height // 4, 3 * width // 4
+    image = torch.full((1, 3, height, width), 0.2, dtype=torch.float64)
+    image[:, :, row - 3 : row + 4, column - 3 : column + 4] = 1
+    form = linear_form(model, image, 0, model.features[1])
+    assert form.input_shape[0] == 1
+    score_map = form.on_image(form.score_map())
+    scale = height / score_map.shape[2], width / score_map.shape[3]
+    highest = divmod(int(score_map[0, 0].argmax()), score_map.shape[3])
+    found = tuple((place + 0.5) * size for place, size in zip(highest, scale, strict=True))
+    assert found == pytest.approx((row, column), abs=4)
+    assert (form + form).on_image(form.score_map()).equal(score_map)
+    _, axes = form.plot(image)
+    assert axes.images[1].get_array().shape == (height, width)
+    whole = linear_form(model, image, 0)
+    assert whole.on_image(whole.score_map()).equal(whole.score_map())

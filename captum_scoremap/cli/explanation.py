@@ -154,7 +154,7 @@ def layer_numbers(
     if not isinstance(form.activations, Tensor):
         raise ValueError(f"layers must give one tensor, got {name}, which gives {len(form.activations)}.")
     size = tuple(form.activations.shape)
-    channel_dim = map_channel_dim(size, tuple(inputs.shape))
+    channel_dim = map_channel_dim(size, form.input_shape)
     if channel_dim is None:
         raise ValueError(
             f"layers must give maps (N, C, h, w) or tokens (N, T, C), got {name}, which gives {size}. "
@@ -162,15 +162,17 @@ def layer_numbers(
         )
     (score_map,) = tensors_in(form.score_map(channel_dim))
     if channel_dim != 1:
-        score_map = token_grid(score_map, patch_grid(size[1], inputs.shape) if len(size) == 3 else None)
+        score_map = token_grid(score_map, patch_grid(size[1], form.input_shape) if len(size) == 3 else None)
     residual = float(form.relative_residual)
+    complete = form.complete_map()
+    shown = form.on_image(complete)
     return LayerNumbers(
         name,
         size[1:],
-        score_map[0, 0],
+        form.on_image(score_map)[0, 0],
         float(form.sums),
         float(form.bias),
         residual,
-        form.complete_map()[0, 0],
-        float(form.placeless),
+        shown[0, 0],
+        float(form.placeless + (complete.sum() - shown.sum())),  # and what stands on padding
     )

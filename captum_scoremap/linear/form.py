@@ -16,7 +16,7 @@ from captum_scoremap.tape import Constants, Site, as_tuple_of_arguments
 
 from .explanation import Explanation, explain
 from .form_table import as_html, as_text
-from .frame import frame_of
+from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
 from .reduction import Reduction
 
@@ -74,6 +74,29 @@ class LinearForm:
     _ledger: Callable[[], Ledger] = field(default=_no_ledger)
     layer: str = ""
     _input_shape: tuple[int, ...] = ()
+    _frame: Frame | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the input, (N, C, H, W) of an image; as the layers see it, where the model resizes or pads it."""
+        return self._input_shape
+
+    def on_image(self, one: Tensor) -> Tensor:
+        """Return the part of a map on the layer's grid that is of the image: all of it, unless the model pads images.
+
+        Args:
+            one: (N, 1, h, w), such as ``complete_map()``.
+
+        Returns:
+            (N, 1, rows, columns), the sum kept but for what stands on padding.
+
+        Example:
+            >>> model = nn.Sequential(nn.ZeroPad2d((0, 8, 0, 0)), nn.Conv2d(3, 1, 1), nn.Flatten()).eval()
+            >>> form = linear_form(model, torch.rand(1, 3, 8, 8), 0, model[1])
+            >>> form.complete_map().shape, form.on_image(form.complete_map()).shape
+            (torch.Size([1, 1, 8, 16]), torch.Size([1, 1, 8, 8]))
+        """
+        return one if self._frame is None else self._frame.cut(one)
 
     def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return the complete map C: the score map plus every constant above the layer, at its place.
@@ -166,7 +189,7 @@ class LinearForm:
             if rest is not None:
                 lines.append(f"class tokens: {float(rest):.2f}")
             options = {"title": "\n".join(lines), **options}
-        return visualize_score_map(placed, image, **options)
+        return visualize_score_map(self.on_image(placed), image, **options)
 
     def __repr__(self) -> str:
         parts = zip(self.score, self.sums, self.bias, strict=True)
@@ -250,6 +273,7 @@ class LinearForm:
             combined(self.sums, other.sums),
             layer=self.layer,
             _input_shape=self._input_shape,
+            _frame=self._frame,
         )
 
 
@@ -381,7 +405,7 @@ def linear_form(
     )
     shape = tuple(tensors[0].shape)
     constants = Constants(found.recording.tape)
-    seen = frame_of(found.recording.tape, shape).shape if len(shape) == 4 else shape
+    frame = frame_of(found.recording.tape, shape) if len(shape) == 4 else None
 
     @cache
     @torch.no_grad()
@@ -390,7 +414,7 @@ def linear_form(
         seeds = found.seeds(torch.ones_like(found.score))
         return dict(zip(sites, ledgers(found.recording, seeds, found.score, sites, shape), strict=True))
 
-    forms = LinearForms(_form(found, site, inputs, shape if site is None else seen, books) for site in sites)
+    forms = LinearForms(_form(found, site, inputs, shape, None if site is None else frame, books) for site in sites)
     return forms if several else forms[0]
 
 
@@ -399,6 +423,7 @@ def _form(
     site: Site | None,
     inputs: Tensors,
     shape: tuple[int, ...],
+    frame: Frame | None,
     books: Callable[[], Mapping[Site | None, Ledger]],
 ) -> LinearForm:
     """Return the form at one of the sites that a run explained."""
@@ -418,5 +443,6 @@ def _form(
         found.sums(site),
         ledger,
         name,
-        shape,
+        shape if frame is None else frame.shape,
+        frame,
     )

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from captum_scoremap.checks import unrecorded
 from captum_scoremap.layout import resized
-from captum_scoremap.rules import display_name
-from captum_scoremap.tape import Tape
+from captum_scoremap.rules import Value, display_name
+from captum_scoremap.tape import Step, Tape
 
 __all__ = ["Frame", "frame_of"]
 
@@ -96,6 +96,21 @@ class Frame:
         sides = (left, self.size[1] - right, top, self.size[0] - bottom)
         return resized(F.pad(resized(one, self.box), sides), grid)
 
+    def cut(self, one: Tensor) -> Tensor:
+        """Return the part of a map that is of the image, in cells about as large as the map's.
+
+        Args:
+            one: As for :meth:`on_image`.
+
+        Returns:
+            (N, 1, rows, columns); the map itself where nothing of it is padding.
+        """
+        if not self.is_padded or self.is_of_image(one):
+            return one
+        sides = zip(one.shape[2:], self.box, self.size, strict=True)
+        rows, columns = (max(1, round(cells * own / whole)) for cells, own, whole in sides)
+        return self.on_image(one, (rows, columns))
+
     def enlarged(self, one: Tensor, mode: str = "bilinear") -> Tensor:
         """Return a map interpolated to the image's size, values kept rather than sums.
 
@@ -132,13 +147,11 @@ def frame_of(tape: Tape, image_shape: Sequence[int]) -> Frame:
     shape = tuple(image_shape)
     whole = Frame((shape[2], shape[3]), shape, (0, shape[2]), (0, shape[3]))
     place = tape.inputs[0] if tape.inputs else None
-    first = next(
-        (step.values[0] for step in tape.steps if step.values and display_name(step.operation) == "conv"), None
-    )
-    if place is None or first is None or len(first.shape) != 4 or tuple(first.shape[:2]) != shape[:2]:
+    step = next((step for step in tape.steps if step.values and display_name(step.operation) == "conv"), None)
+    if place is None or step is None:
         return whole
-    seen = tuple(first.shape)
-    if seen == shape:
+    first, seen = step.values[0], tuple(step.values[0].shape)
+    if len(seen) != 4 or seen[:2] != shape[:2] or _is_own_padding(step, seen, shape):
         return whole
     with torch.no_grad(), unrecorded():
         zero = place.zeros()
@@ -149,6 +162,13 @@ def frame_of(tape: Tape, image_shape: Sequence[int]) -> Frame:
     if min(span / side for span, side in zip(spans, whole.image, strict=True)) < _WHOLE:
         return whole  # a part of the image, such as a crop
     return Frame(whole.image, seen, rows, columns)
+
+
+def _is_own_padding(step: Step, seen: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a convolution sees the image, or that with less than its kernel around it, as its own padding."""
+    weight = step.args[1]
+    kernel = weight.shape[2:] if isinstance(weight, (Tensor, Value)) else (1, 1)
+    return all(0 <= own - side < max(size, 1) for own, side, size in zip(seen[2:], shape[2:], kernel, strict=True))
 
 
 def _extent(marked: Tensor) -> tuple[Size, Size]:
