@@ -1,7 +1,6 @@
 """What a tape reads of the model, which may change after the run: weights, and whatever else lives on outside it."""
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from captum_scoremap.rules import tensors_in
 
 from .steps import Tape
 
@@ -20,10 +19,10 @@ class Constants:
 
     def __init__(self, tape: Tape) -> None:
         read = {
-            id(leaf): leaf
+            id(tensor): tensor
             for step in tape.steps
-            for leaf in tree_leaves((step.args, dict(step.kwargs), step.frozen()))
-            if isinstance(leaf, Tensor) and not leaf.is_inference()  # these count no changes
+            for tensor in tensors_in((step.args, step.kwargs, step.held()))
+            if not tensor.is_inference()  # these count no changes
         }
         self._versions = [(tensor, tensor._version) for tensor in read.values()]
 

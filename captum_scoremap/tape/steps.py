@@ -68,6 +68,10 @@ class Step(Call):
             return tuple(one.tensor if isinstance(one, Kept) else one for one in state)
         return state
 
+    def held(self) -> Any:
+        """Return the tensors that it froze, but for those that are held in fewer bytes, which nobody else has."""
+        return None if isinstance(self.state, Packed) else self.frozen()
+
     def constants(self) -> Sequence[Tensor | None]:
         """Return the constant part of each output; None, or nothing at all, stands for zero."""
         return self.rule.constants(self, self.frozen())
