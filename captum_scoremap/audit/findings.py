@@ -27,8 +27,8 @@ def find(shards: Shards, worker: Worker) -> list[dict[str, Any]]:
         - ``strength``: how far the label stands out among the others, in their standard deviations; ``chance``: the
           probability of as much by chance for any label at any layer;
         - ``confident``: whether that is at most 5%, by a test that takes the labels' strengths for normal, and taking
-          it away lowers S more than a control does; of 59 small networks on which the rule was not
-          chosen, 25 of them without a planted shortcut, two named a label that carries nothing beside the one that does;
+          it away lowers S more than a control does; of 59 small networks on which the rule was not chosen, 25 of them
+          without a planted shortcut, two named a label that carries nothing, beside the one that does;
         - ``share``: the part of the label's score S that comes from it, by the exact sum S = A·Y + B at ``layer``;
         - ``images``: positions of the images that carry it, the clearest first; ``patches``: where in them;
         - ``layer``; ``channels``: those that add most, with logits; ``row`` and ``column`` of a place; ``map``,
