@@ -24,6 +24,7 @@ def copied(model: Module) -> Module:
         The copy.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(2, 1)
         >>> model.seen = model(torch.ones(1, 2))
         >>> bool((copied(model).seen == model.seen).all())

@@ -389,7 +389,7 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
     Many layers go together in one batch of copies of the image, each at zero in the copy of its own, and the last
     copy is left as it is: where its score changes, the model mixes the images of a batch (timm's csatv2 attends over
     them), and its layers go one by one. Ordinary forward hooks set them to zero, not the package: the frozen model
-    shares the factors that they multiply by.
+    shares the factors that they multiply by, which are changed past its watch over constants, by ``data``.
 
     Args:
         model: the model in evaluation mode.
@@ -422,7 +422,7 @@ def at_zero(model: nn.Module, inputs: Tensor, label: int, layers: Mapping[str, n
             frozen = freeze(model, copies)
             score = logits_in(frozen(copies))[-1, label]
             for first in range(0, len(layers), together):
-                group = keep[first : first + together]
+                group = keep.data[first : first + together]
                 group.fill_diagonal_(0)
                 scores = logits_in(frozen(copies))[:, label]
                 group.fill_(1)

@@ -365,8 +365,8 @@ def _read_label_table(path: Path) -> list[tuple[str, RawLabel]]:
     rows = _read_rows(path)
     if not rows:
         raise ValueError(f"labels must hold a row for each image, got the list {path.name!r} without a row.")
-    label = _column(rows[0], _LABEL_COLUMNS, path)
-    return [(image, row[label]) for image, row in zip(_image_names(rows, path), rows, strict=True)]
+    images, label = _image_names(rows, path), _column(rows[0], _LABEL_COLUMNS, path)
+    return [(image, row[label]) for image, row in zip(images, rows, strict=True)]
 
 
 def _image_names(rows: Sequence[Mapping[str, Any]], path: Path) -> list[str]:
