@@ -168,6 +168,23 @@ def shape_or_type(output: Any) -> str:
     return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
 
+def are_single(scores: Any, images: int) -> bool:
+    """Return whether scores are one number for each image, (N,), rather than one for each label.
+
+    Args:
+        scores: What :func:`logits_in` returned.
+        images: N.
+
+    Returns:
+        Whether they are.
+
+    Example:
+        >>> are_single(torch.zeros(2), 2), are_single(torch.zeros(2, 10), 2)
+        (True, False)
+    """
+    return isinstance(scores, Tensor) and tuple(scores.shape) == (images,)
+
+
 def is_function(target: object) -> TypeGuard[Callable[[Any], Tensor]]:
     """Return whether a target is a function of the model's output."""
     return callable(target) and not isinstance(target, Tensor)

@@ -103,7 +103,7 @@ class _Digest:
         self._seen[id(value)] = len(self._seen), value
         self._note(type(value).__module__, type(value).__qualname__)
         if isinstance(value, Tensor):
-            self._add_numbers(str(value.dtype), tuple(value.shape), value)
+            self._add_numbers(value)
         elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             self._note(str(value.dtype), str(value.shape))
             self.hash.update(np.ascontiguousarray(value).tobytes())
@@ -140,8 +140,8 @@ class _Digest:
         for text in texts:
             self.hash.update(f"{len(text)}:{text}".encode())
 
-    def _add_numbers(self, dtype: str, shape: tuple[int, ...], tensor: Tensor) -> None:
-        self._note(dtype, str(shape))
+    def _add_numbers(self, tensor: Tensor) -> None:
+        self._note(str(tensor.dtype), str(tuple(tensor.shape)))
         plain = tensor.detach().cpu()
         if plain.is_quantized:
             plain = plain.dequantize()

@@ -36,7 +36,7 @@ from captum_scoremap.copies import copied
 from captum_scoremap.data.sources import Source, open_source
 from captum_scoremap.layout import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
-from captum_scoremap.scores import logits_in
+from captum_scoremap.scores import are_single, logits_in
 
 __all__ = ["Audit", "audit"]
 
@@ -177,7 +177,7 @@ def audit(
     original = loaded.module
     module = prepare(original, inputs.cpu()) if prepare_model else copied(original).eval()
     module = module.to(device)
-    function = logits_in if score is None and _gives_one_number(module, inputs) else score
+    function = logits_in if score is None and are_single(_scores(module, inputs), len(inputs)) else score
     if function is not None:
         original = copied(original)
         for one in (original, module):
@@ -266,17 +266,15 @@ def _name_of(score: Callable[[Any], Tensor]) -> str:
 
 
 @torch.no_grad()
+def _scores(module: nn.Module, inputs: Tensor) -> Any:
+    """Return what the network gives images, without the rest of its output."""
+    return logits_in(module(inputs))
+
+
 def _count_scores(module: nn.Module, inputs: Tensor) -> int | None:
     """Return how many scores the network gives an image; None where it gives none."""
-    scores = logits_in(module(inputs))
+    scores = _scores(module, inputs)
     return scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 2 else None
-
-
-@torch.no_grad()
-def _gives_one_number(module: nn.Module, inputs: Tensor) -> bool:
-    """Return whether the network gives each image one number, (N,), rather than one for each label."""
-    scores = logits_in(module(inputs))
-    return isinstance(scores, Tensor) and scores.shape == (len(inputs),)
 
 
 @torch.no_grad()

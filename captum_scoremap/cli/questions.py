@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.models import LoadedModel
 from captum_scoremap.models.loading import imported
-from captum_scoremap.scores import Target, logits_in, shape_or_type
+from captum_scoremap.scores import Target, are_single, logits_in, shape_or_type
 
 __all__ = ["Question", "example_target", "questions", "score_function"]
 
@@ -52,9 +52,8 @@ def questions(
     Raises:
         ValueError: Function or labels are not what they must be.
     """
-    function = score_function(score, target=target, contrast=contrast)
-    if score is not None and function is not None:
-        question = Question(score, function)
+    if score is not None:
+        question = Question(score, score_function(score, target=target, contrast=contrast))
         return lambda network, inputs: [question]
 
     def of_label(index: int, other: int | None) -> Question:
@@ -69,9 +68,10 @@ def questions(
         )
 
     def of_image(network: nn.Module, inputs: Tensor) -> list[Question]:
-        if target is contrast is None and _gives_one_number(network, inputs):
+        output = _scores(network, inputs)
+        if target is contrast is None and are_single(output, len(inputs)):
             return [Question("score", None)]
-        scores = _label_scores(network, inputs, loaded.name)
+        scores = _label_scores(output, loaded.name)
         targets = _targets(target or _BEST, scores, loaded)
         if contrast is None:
             return [of_label(index, None) for index in targets]
@@ -128,35 +128,32 @@ def example_target(score: str | None, network: nn.Module, inputs: Tensor, name: 
     """
     if score is not None:
         return score_function(score)
-    if _gives_one_number(network, inputs):
+    scores = _scores(network, inputs)
+    if are_single(scores, len(inputs)):
         return None
-    _label_scores(network, inputs, name)
+    _label_scores(scores, name)
     return 0
 
 
 @torch.no_grad()
-def _gives_one_number(network: nn.Module, inputs: Tensor) -> bool:
-    """Return whether the network gives each image one number, (N,), rather than one for each label."""
-    scores = logits_in(network(inputs))
-    return isinstance(scores, Tensor) and tuple(scores.shape) == (len(inputs),)
+def _scores(network: nn.Module, inputs: Tensor) -> Any:
+    """Return what the network gives images, without the rest of its output."""
+    return logits_in(network(inputs))
 
 
-def _label_scores(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
-    """Return the scores of all labels, (N, K).
+def _label_scores(scores: Any, name: str) -> Tensor:
+    """Return what a network gives, where it is the scores of all labels, (N, K).
 
     Args:
-        network: The network.
-        inputs: Images (N, C, H, W).
+        scores: What it gives.
         name: What the model is called, for messages.
 
     Returns:
         The scores.
 
     Raises:
-        ValueError: The network gives something else.
+        ValueError: It is something else.
     """
-    with torch.no_grad():
-        scores = logits_in(network(inputs))
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise ValueError(
             f"model must give scores (N, K), one per label, got {shape_or_type(scores)} from {name}. "
