@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -175,7 +175,7 @@ def test_every_image_of_a_batch_has_its_own(build: Any, generator: torch.Generat
         assert_close(rest[None], rest_alone, rtol=1e-8, atol=1e-11)
 
 
-def test_as_many_tokens_as_images_are_told_apart_or_refused(generator: torch.Generator) -> None:
+def test_as_many_tokens_as_images_are_told_apart(generator: torch.Generator) -> None:
     """Tokens come first: (tokens, N, C), whose shape is that of (N, tokens, C)."""
 
     class Tokens(nn.Module):
@@ -192,11 +192,9 @@ def test_as_many_tokens_as_images_are_told_apart_or_refused(generator: torch.Gen
     images = torch.randn(9, 3, 6, 6, generator=generator, dtype=torch.float64)
     for layer in (model.patches, model.mix, model.norm):
         each = [CompleteScoreMap(model, layer).attribute(image[None], 1) for image in images]
-        with pytest.raises(ValueError, match="Explain one image at a time"):
-            CompleteScoreMap(model, layer).attribute(images, 1)
-        assert_close(
-            CompleteScoreMap(model, layer).attribute(images[:4], 1), torch.cat(each[:4]), rtol=1e-9, atol=1e-12
-        )
+        for count in (4, 9):
+            found = CompleteScoreMap(model, layer).attribute(images[:count], 1)
+            assert_close(found, torch.cat(each[:count]), rtol=1e-9, atol=1e-12)
 
 
 class AddConstant(nn.Module):
@@ -360,16 +358,66 @@ def test_windows_by_tokens_are_no_rows_and_columns() -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_constants_must_be_told_apart_by_image(offset: float) -> None:
-    """(features, N): which image a constant belongs to is not known, and does not matter where it is zero."""
+def test_constants_beside_images_that_do_not_come_first(offset: float) -> None:
+    """(features, N): of which image a constant is, only one pass for each image says."""
     weight = torch.ones(5, 48, dtype=torch.float64)
     images = torch.ones(2, 3, 4, 4, dtype=torch.float64)
 
     def model(x: Tensor) -> Tensor:
-        return (weight @ x.flatten(1).t() + offset).t()
+        return (weight @ x.flatten(1).t() + torch.tensor([offset, 3 * offset], dtype=x.dtype)).t()
 
-    if offset:
-        with pytest.raises(ValueError, match=r"must keep the 2 images first, got \(5, 2\)"):
-            bias_maps(model, images, 1)
-    else:
-        assert not bias_maps(model, images, 1).maps
+    found = bias_maps(model, images, 1)
+    assert not found.maps
+    expected = torch.tensor([offset, 3 * offset], dtype=torch.float64)
+    assert_close(sum(found.placeless.values(), torch.zeros(2, dtype=torch.float64)), expected, rtol=1e-12, atol=0)
+
+
+class Folded(nn.Module):
+    """Windows of two by two positions, beside one another in the batch, as MobileViT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.patches(x)
+        count, channels, rows, columns = maps.shape
+        folded = maps.reshape(count, channels, rows // 2, 2, columns // 2, 2).permute(0, 3, 5, 2, 4, 1)
+        tokens = folded.reshape(count * 4, rows * columns // 4, channels)
+        for _ in range(2):
+            tokens = tokens + self.mix(self.norm(tokens)).relu()
+        return self.head(tokens.reshape(count, -1, channels).mean(1))
+
+
+class Ragged(nn.Module):
+    """Rows of all images in one table, of each another number, as regions of interest are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        kept = [one[: 4 + int(one.sum() > 0)] for one in tokens]
+        found = self.mix(torch.cat(kept)).relu().split([len(one) for one in kept])
+        return self.head(torch.stack([one.mean(0) for one in found]))
+
+
+@pytest.mark.parametrize("kind", [Folded, Ragged])
+@pytest.mark.parametrize("layers", [None, "image"])
+def test_maps_of_several_images_are_those_of_each(
+    kind: type[nn.Module], layers: Literal["image"] | None, generator: torch.Generator
+) -> None:
+    model = kind().double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    images = torch.randn(3, 3, 12, 12, generator=generator, dtype=torch.float64)
+    method = CompleteScoreMap(model, layers)
+    found, rest = method.attribute(images, 1, return_placeless=True)
+    assert_close(found.sum((1, 2, 3)) + rest, model(images)[:, 1].detach(), rtol=1e-12, atol=1e-12)
+    for image, one, other in zip(images, found, rest, strict=True):
+        alone, placeless = method.attribute(image[None], 1, return_placeless=True)
+        assert_close(one[None], alone, rtol=1e-10, atol=1e-12)
+        assert_close(other[None], placeless, rtol=1e-10, atol=1e-12)

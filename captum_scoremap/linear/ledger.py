@@ -23,7 +23,7 @@ from captum_scoremap.tape import Recording, Site, Step
 
 from .bias_terms import constant_times, names_of_steps
 from .frame import Frame
-from .placement import Entry, Placement
+from .placement import Entry, MixedImagesError, Placement
 
 __all__ = ["Ledger", "ledgers"]
 
@@ -107,45 +107,84 @@ def ledgers(
 ) -> list[Ledger]:
     """Return the ledger of each site, all from one pass over the transposed steps.
 
+    Where an operation holds the images in an order that is not known, as regions of interest, heads of attention or
+    windows, it takes one pass for each image.
+
     Args:
         recording: A run that kept what bypasses its sites.
-        seeds: Where the pass starts: coefficients of the score in the value it is read from.
+        seeds: Where the passes start: coefficients of the score, (N, ...), in the value it is read from.
         score: S, (N,).
         sites: Places in the model; None is the image.
         image_shape: Shape of the image, (N, C, H, W).
 
     Returns:
         The ledgers.
+
+    Raises:
+        MixedImagesError: If even so it cannot be told of which image something is.
+    """
+    placed = Placement(recording.tape, image_shape)
+    try:
+        return _filled(recording, score, sites, [(placed, seeds)])
+    except MixedImagesError:
+        if is_traced():
+            raise
+        passes = [(placed.of_image(image), _of_image(seeds, image)) for image in range(len(score))]
+        return _filled(recording, score, sites, passes)
+
+
+def _of_image(seeds: Mapping[Value, Tensor], image: int) -> dict[Value, Tensor]:
+    """Return the coefficients of one image's score."""
+    each = {value: torch.zeros_like(seed) for value, seed in seeds.items()}
+    for value, seed in seeds.items():
+        each[value][image] = seed[image]
+    return each
+
+
+def _filled(
+    recording: Recording,
+    score: Tensor,
+    sites: Sequence[Site | None],
+    passes: Sequence[tuple[Placement, Mapping[Value, Tensor]]],
+) -> list[Ledger]:
+    """Return the ledgers, filled by passes over the transposed steps.
+
+    Raises:
+        MixedImagesError: If it cannot be told of which image something is.
     """
     tape = recording.tape
     names = names_of_steps(recording)
-    placed = Placement(tape, image_shape)
-    books = [(Ledger(placed.frame), recording.tapped[site]) for site in sites]
+    books = [(Ledger(passes[0][0].frame), recording.tapped[site]) for site in sites]
 
-    def visit(step: Step, gradients: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
-        reads = 0
-        for value in step.values:
-            reads |= value.sites
-        for value, gradient, constant in zip(step.outputs, gradients, step.constants(), strict=False):
-            if gradient is not None and constant is not None:
-                entries = placed(constant_times(constant.to(gradient.dtype), gradient), value)
-                for book, tapped in books:
-                    if reads & tapped.bit:
-                        book.enter(names(step), entries)
-        for value, share in zip(step.values, shares, strict=True):
-            beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
-            if beside and share is not None:
-                entries = placed(constant_times(value.kept.tensor, share), value)
-                for book in beside:
-                    book.enter(f"beside {names(step)}", entries)
+    def fill(placed: Placement, seeds: Mapping[Value, Tensor]) -> None:
+        def visit(step: Step, gradients: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
+            reads = 0
+            for value in step.values:
+                reads |= value.sites
+            for value, gradient, constant in zip(step.outputs, gradients, step.constants(), strict=False):
+                if gradient is not None and constant is not None:
+                    entries = placed(constant_times(constant.to(gradient.dtype), gradient), value)
+                    for book, tapped in books:
+                        if reads & tapped.bit:
+                            book.enter(names(step), entries)
+            for value, share in zip(step.values, shares, strict=True):
+                beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
+                if beside and share is not None:
+                    entries = placed(constant_times(value.kept.tensor, share), value)
+                    for book in beside:
+                        book.enter(f"beside {names(step)}", entries)
 
-    wanted: dict[Value, Callable[[Tensor], Tensor]] = {
-        value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
-    }
-    found = tape.transposed(seeds, wanted, visit=visit)
+        wanted: dict[Value, Callable[[Tensor], Tensor]] = {
+            value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
+        }
+        found = tape.transposed(seeds, wanted, visit=visit)
+        for book, tapped in books:
+            for value, y in zip(tapped.values, tapped.activations, strict=True):
+                book.enter("", placed(found[value] if value in found else torch.zeros_like(y), value))
+
+    for placed, seeds in passes:
+        fill(placed, seeds)
     for book, tapped in books:
-        for value, y in zip(tapped.values, tapped.activations, strict=True):
-            book.enter("", placed(found[value] if value in found else torch.zeros_like(y), value))
         if not any(value.sites & tapped.bit for value in seeds):  # the score does not depend on the layer
             book.enter("score", [(None, score)])
         if not is_traced():
@@ -157,13 +196,13 @@ def _check_images(book: Ledger, score: Tensor) -> None:
     """Raise where shapes gave entries to the wrong images: of as many tokens as images either may come first.
 
     Raises:
-        ValueError: If so.
+        MixedImagesError: If so.
     """
     entries = [one.flatten(1) for one in book.maps.values()] + [one[:, None] for one in book.placeless.values()]
     together = torch.cat(entries, 1).to(score.dtype)
     off = (together.sum(1) - score).abs() / together.abs().sum(1).clamp_min(torch.finfo(score.dtype).tiny)
     if len(score) > 1 and bool((off > torch.finfo(score.dtype).eps ** 0.5).any()):
-        raise ValueError(
+        raise MixedImagesError(
             f"of every operation it must be known which of the {len(score)} images it is of, got tensors that hold as "
             "many tokens as images. Explain one image at a time."
         )

@@ -6,6 +6,7 @@ of a tensor with places by steps that only move elements, or that keep the posit
 elements are carried back along those steps, which is what their transposes do, up to where the branch begins.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,13 +19,17 @@ from captum_scoremap.tape import Tape
 
 from .frame import frame_of
 
-__all__ = ["Entry", "Placement"]
+__all__ = ["Entry", "MixedImagesError", "Placement"]
 
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 64
 
 Entry = tuple[Tensor | None, Tensor | None]
 """A map, (N, 1, rows, columns), and what stands beside it without a place, (N,)."""
+
+
+class MixedImagesError(ValueError):
+    """It cannot be told of which image something is."""
 
 
 class Placement:
@@ -42,12 +47,26 @@ class Placement:
         self._steps = tape.steps
         self.frame = frame_of(tape, image_shape)
         self._images = image_shape[0]
+        self._only: int | None = None
         self._grids = {
             (value.shape[2], value.shape[3])
             for step in tape.steps
             for value in step.outputs
             if len(value.shape) == 4 and map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape)) == 1
         }
+
+    def of_image(self, image: int) -> "Placement":
+        """Return the placement of products of one image's score, which tells of which image everything is.
+
+        Args:
+            image: Which of the N.
+
+        Returns:
+            The placement; its entries are of N images, zero for the others.
+        """
+        placement = copy.copy(self)
+        placement._only = image
+        return placement
 
     def __call__(self, product: Tensor, value: Value) -> list[Entry]:
         """Sum over channels what stands at the elements of a value.
@@ -60,19 +79,21 @@ class Placement:
             Maps, and what has no place.
 
         Raises:
-            ValueError: If it cannot be told of which image something is.
+            MixedImagesError: If it cannot be told of which image something is.
         """
-        return self._entries(product.expand(value.shape), value, _FAR)
+        entries = self._entries(product.expand(value.shape), value, _FAR)
+        return entries if self._only is None else [(self._row(one), self._row(rest)) for one, rest in entries]
 
     def _entries(self, product: Tensor, value: Value, far: int) -> list[Entry]:
-        like = self.frame.shape_for(product.shape)
-        channel_dim = map_channel_dim(tuple(product.shape), like) if product.dim() == 4 else None
+        own = product if self._only is None else self._of_only(product, self._only)
+        like = self.frame.shape_for(own.shape) if self._only is None else (1, *self.frame.shape_for(own.shape)[1:])
+        channel_dim = map_channel_dim(tuple(own.shape), like) if own.dim() == 4 else None
         by_shape: Entry = (None, None)
-        if channel_dim != -1 or self._is_in_proportion(product.shape[1:3]):
-            by_shape = placed_map(product, like, self._grids)
+        if channel_dim != -1 or self._is_in_proportion(own.shape[1:3]):
+            by_shape = placed_map(own, like, self._grids)
         if channel_dim == 1:
             return [by_shape]
-        carried = list(self._carried_back(product, value)) if far else []
+        carried = list(self._carried_back(product, value, through_sums=by_shape[0] is None)) if far else []
         entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
         if by_shape[0] is not None and all(one is None for one, _ in entries):
             return [by_shape]
@@ -86,12 +107,30 @@ class Placement:
                 entries.append((None, self._of_images(lost, product)))
         return entries
 
+    def _of_only(self, product: Tensor, image: int) -> Tensor:
+        """Return what a tensor holds of the one image whose score it is of, as that of a single image."""
+        for axis in range(min(2, product.dim())):
+            if product.shape[axis] == self._images:
+                own = product.narrow(axis, image, 1)
+                if own.count_nonzero() == product.count_nonzero():
+                    return own
+        # images that depend on one another: what all of them add to the score of the one
+        return product.sum(0, keepdim=True) if product.dim() and product.shape[0] == self._images else product
+
+    def _row(self, one: Tensor | None) -> Tensor | None:
+        """Return what is of the one image, (1, ...), as that of N, where there is but one."""
+        if one is None or self._only is None:
+            return one
+        rows = one.new_zeros(self._images, *one.shape[1:])
+        rows[self._only] = one[0]
+        return rows
+
     def _is_in_proportion(self, grid: Sequence[int]) -> bool:
         """Return whether rows and columns are in the image's proportions but for a cell: windows by tokens are not."""
         height, width = self.frame.size
         return abs(grid[0] * width - grid[1] * height) <= max(height, width)
 
-    def _carried_back(self, product: Tensor, value: Value) -> Iterator[tuple[Tensor, Value]]:
+    def _carried_back(self, product: Tensor, value: Value, *, through_sums: bool) -> Iterator[tuple[Tensor, Value]]:
         """The same numbers at the elements of the values that the value was made of, if these have its positions."""
         rows = product.shape[:-1]
         if value.step < 0 or product.shape[:-1].numel() <= self._images:  # one row an image has no position
@@ -105,7 +144,9 @@ class Placement:
             return
         alike = [source for source in step.values if source.shape == product.shape]
         if len(alike) > 1 and step.rule.is_affine(step):  # a sum, such as that of a block and its shortcut
-            return
+            if not through_sums:
+                return
+            alike = [min(alike, key=lambda one: one.step)]  # the shortcut
         # else a product with a matrix, row by row
         for source in alike or [one for one in step.values if one.shape[:-1] == rows and one.ndim]:
             if source.shape == product.shape:
@@ -116,19 +157,19 @@ class Placement:
 
     def _total(self, product: Tensor) -> Tensor:
         """The sum of each image, (N,), if the images come first; else of all of them."""
-        first = product.dim() and product.shape[0] == self._images
+        first = self._only is None and product.dim() and product.shape[0] == self._images
         return product.reshape(self._images, -1).sum(1) if first else product.sum()
 
     def _of_images(self, total: Tensor, product: Tensor) -> Tensor | None:
         """What has no place, (N,)."""
         if total.dim():
             return total
-        if self._images == 1:
+        if self._images == 1 or self._only is not None:
             return total[None]
         with unrecorded():
             if float(total.abs()) <= 1e-6 * float(product.abs().sum()):
                 return None
-        raise ValueError(
+        raise MixedImagesError(
             f"every operation must keep the {self._images} images first, got {tuple(product.shape)}. Explain one "
             "image at a time."
         )
