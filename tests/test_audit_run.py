@@ -1,12 +1,9 @@
 """An audit ends with the same tables whatever happens on the way."""
 
 import errno
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from captum_scoremap.audit.shards import Shards, write_whole
 from captum_scoremap.audit.worker import Worker
 from captum_scoremap.models import read_image
 from tests.audit_pictures import Digits, tiny_model, write_digits, write_odd_files
+from tests.programs import needs_fork, resume, start
 
 QUICK = {"progress": False, "batch_size": 4, "shard_size": 8}
 
@@ -399,74 +397,31 @@ def test_two_writers_one_is_told(tmp_path):
     assert audit(data, tiny_model(), out=tmp_path / "out", **QUICK).images.num_rows == 3
 
 
-NURSERY = """
-import os, sys
-from captum_scoremap.audit import audit
-from tests.audit_pictures import tiny_model
-source, out = sys.argv[1:]
-for _ in sys.stdin:
-    child = os.fork()
-    if not child:
-        audit(source, tiny_model(), out=out, resume=True, batch_size=2, shard_size=4, progress=False)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Nursery:
-    """Starts an audit at once, time after time: a process that has imported everything forks."""
-
-    def __init__(self, source: Path, out: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, str(source), str(out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(self) -> int:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def exit_code(self) -> int:
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
 @pytest.mark.filterwarnings("ignore:labels are not known:UserWarning")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to start an audit often and fast")
+@needs_fork
 def test_killed_twenty_times_and_resumed_is_the_same(tmp_path):
     write_digits(tmp_path / "in", 280, by_label=True)
     write_odd_files(tmp_path / "in" / "odd")
     (tmp_path / "in" / "odd" / "bomb.png").unlink()
     audit(tmp_path / "in", tiny_model(), out=tmp_path / "whole", progress=False, batch_size=2, shard_size=4)
     shards = Shards(tmp_path / "out")
-    nursery = Nursery(tmp_path / "in", tmp_path / "out")
+    folders = str(tmp_path / "in"), str(tmp_path / "out")
     generator = random.Random(0)
-    try:
-        for _ in range(20):
-            before, child = len(shards.finished()), nursery.start()
-            while len(shards.finished()) == before:
-                time.sleep(0.001)
-            time.sleep(generator.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-            assert nursery.exit_code() == -signal.SIGKILL
-            for name in TABLES:
-                for _, table in shards.each(name):
-                    assert table.schema.equals(TABLES[name])
-        assert len(shards.finished()) < len(Shards(tmp_path / "whole").finished())
-        nursery.start()
-        assert nursery.exit_code() == 0
-    finally:
-        nursery.close()
+    for _ in range(20):
+        before, process = len(shards.finished()), start(resume, *folders)
+        while len(shards.finished()) == before:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        for name in TABLES:
+            for _, table in shards.each(name):
+                assert table.schema.equals(TABLES[name])
+    assert len(shards.finished()) < len(Shards(tmp_path / "whole").finished())
+    process = start(resume, *folders)
+    process.join()
+    assert process.exitcode == 0
     for name in TABLES:
         assert rows(tmp_path / "out", name) == rows(tmp_path / "whole", name)
     assert [path.name for path in (tmp_path / "out").rglob(".*")] == []

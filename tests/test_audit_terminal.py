@@ -11,6 +11,7 @@ import pytest
 
 from captum_scoremap.audit.shards import Shards
 from tests.audit_pictures import tiny_model, write_digits
+from tests.programs import Program, needs_fork
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,87 +23,69 @@ def build_slow():
     return loaded
 
 
-def start(source: Path, out: Path, *more: str, model: str = "build_slow", **environment: str):
+def start(source: Path, out: Path, *more: str) -> Program:
     """The audit as a program of its own."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "captum_scoremap", "audit", str(source), "--out", str(out), "--device", "cpu"),
-            *("--model", f"{__name__}:{model}", "--layers", "1", "--batch-size", "2", "--shard-size", "4", *more),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts if os.name == "posix" else None,
-    )
+    options = ["--device", "cpu", "--layers", "1", "--batch-size", "2", "--shard-size", "4"]
+    return Program("audit", str(source), "--out", str(out), "--model", f"{__name__}:build_slow", *options, *more)
 
 
-def heed_interrupts() -> None:
-    """Undo what a shell does to programs in the background, which these tests may be: Ctrl-C is not for them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@needs_fork
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_it_says_what_is_kept_and_how_to_go_on(tmp_path, number, code):
-    write_digits(tmp_path / "in", 120)  # enough for the run to be on when the signal comes
+    write_digits(tmp_path / "in", 60)  # enough for the run to be on when the signal comes
     out = tmp_path / "out"
-    process = start(tmp_path / "in", out)
+    program = start(tmp_path / "in", out)
     while len(Shards(out).finished()) < 2:
-        assert process.poll() is None
+        assert program.process.is_alive()
         time.sleep(0.01)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    program.signal(number)
+    status, _, said = program.ended()
     kept = Shards(out).count_images()
-    assert process.returncode == code
+    assert status == code
     assert said.splitlines()[-1] == (
         f"captum-scoremap: stopped. {kept} images are kept in {out}. Go on with the same command and --resume."
     )
     assert "Traceback" not in said
-    assert 8 <= kept < 120
-    process = start(tmp_path / "in", out, "--resume")
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    assert "120 images audited, 0 not." in printed
+    assert 8 <= kept < 60
+    status, printed, _ = start(tmp_path / "in", out, "--resume").ended()
+    assert status == 0
+    assert "60 images audited, 0 not." in printed
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@needs_fork
 def test_two_programs_at_once_one_is_told(tmp_path):
-    write_digits(tmp_path / "in", 40)
+    write_digits(tmp_path / "in", 20)
     out = tmp_path / "out"
     first = start(tmp_path / "in", out)
     while not Shards(out).finished():
-        assert first.poll() is None
+        assert first.process.is_alive()
         time.sleep(0.01)
-    first.send_signal(signal.SIGSTOP)
-    second = start(tmp_path / "in", out, "--resume")
-    _, said = second.communicate(timeout=300)
-    first.send_signal(signal.SIGCONT)
-    printed, _ = first.communicate(timeout=300)
-    assert second.returncode == 2
+    first.signal(signal.SIGSTOP)
+    status, _, said = start(tmp_path / "in", out, "--resume").ended()
+    first.signal(signal.SIGCONT)
+    assert status == 2
     assert "no other audit writes to" in said
-    assert first.returncode == 0
-    assert "40 images audited, 0 not." in printed
+    status, printed, _ = first.ended()
+    assert status == 0
+    assert "20 images audited, 0 not." in printed
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@needs_fork
 def test_a_reader_who_goes_away_does_no_harm(tmp_path):
     write_digits(tmp_path / "in", 6)
-    process = start(tmp_path / "in", tmp_path / "out", "--fail-on", "score>-1e9")
-    process.stdout.close()
-    said = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=300) == 2  # of the condition
+    program = start(tmp_path / "in", tmp_path / "out", "--fail-on", "score>-1e9")
+    program.output.close()
+    status, _, said = program.ended()
+    assert status == 2  # of the condition
     assert f"standard output is closed. Results and report are in {tmp_path / 'out'}." in said
     assert "score>-1e+09 holds" in said
     assert "Exception" not in said
     assert "Broken pipe" not in said
-    process = start(tmp_path / "in", tmp_path / "other")
-    process.stderr.close()  # progress has no reader
-    assert "6 images audited" in process.stdout.read()
-    assert process.wait(timeout=300) == 0
-    process.stdout.close()
+    program = start(tmp_path / "in", tmp_path / "other")
+    program.errors.close()  # progress has no reader
+    status, printed, _ = program.ended()
+    assert "6 images audited" in printed
+    assert status == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
@@ -119,22 +102,29 @@ def test_closed_streams_do_no_harm(tmp_path, closed):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-
-
 def test_letters_that_the_terminal_does_not_know(tmp_path):
     folder = tmp_path / "naïve 猫"
     write_digits(folder, 3)
     (folder / "bad 猫.png").write_bytes(b"")
-    process = start(folder, tmp_path / "out 猫", **ASCII)
-    printed, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert "3 images audited, 1 not." in printed
-    assert "the file is empty" in printed
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "captum_scoremap", "audit", str(folder), "--out", str(tmp_path / "out 猫")),
+            *("--device", "cpu", "--model", f"{__name__}:build_slow", "--layers", "1"),
+        ],
+        cwd=ROOT,
+        env=ascii_only,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 images audited, 1 not." in done.stdout
+    assert "the file is empty" in done.stdout
     done = subprocess.run(
         [sys.executable, "-m", "captum_scoremap", "audit", "--help"],
         cwd=ROOT,
-        env={**os.environ, **ASCII},
+        env=ascii_only,
         capture_output=True,
         text=True,
         check=False,

@@ -505,11 +505,11 @@ def test_export_writes_a_file_and_says_what_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "maps.pt2"
-    assert main(["export", "--model", "torchvision:squeezenet1_1", "--weights", "none", "--out", str(out)]) == 0
+    assert main(["export", "--model", "tests.test_cli_bench:small", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"takes\W+image\W+1 × 3 × 224 × 224\W+float32", printed)
+    assert re.search(r"takes\W+image\W+1 × 3 × 16 × 16\W+float32", printed)
     assert re.search(r"returns\W+residual", printed)
-    found = torch.export.load(out).module()(torch.randn(1, 3, 224, 224), torch.tensor([3]))
+    found = torch.export.load(out).module()(torch.randn(1, 3, 16, 16), torch.tensor([2]))
     assert {name.partition(".")[0] for name in found} == {"scores", "map", "bias", "residual"}
 
 

@@ -75,7 +75,8 @@ def here(build: Callable[[], Job], warm_up: Job, _: object) -> int:
     return 2**20
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "peak_memory", here)
     assert main(["bench", *MODEL, "--no-prepare", "--no-compile"]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""  # no progress bar where the output is no terminal

@@ -184,7 +184,6 @@ EXTRA = {
 
 PIECEWISE_LINEAR = (
     "alexnet",
-    "vgg11",
     "vgg11_bn",
     "resnet18",
     "densenet121",

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +116,8 @@ def _safe_streams() -> Iterator[None]:
             yield
         finally:
             for stream, errors in zip(streams, before, strict=True):
-                stream.reconfigure(errors=errors)
+                with suppress(OSError):  # what is left to write may have no reader any more
+                    stream.reconfigure(errors=errors)
             for name in closed:
                 setattr(sys, name, None)
 

@@ -1,0 +1,83 @@
+"""Programs that start at once: a server that has imported everything forks them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from tests.audit_pictures import tiny_model
+
+needs_fork = pytest.mark.skipif(os.name != "posix", reason="forks and signals of POSIX")
+
+IMPORTED = ["captum_scoremap.cli", "captum_scoremap.audit.run", "captum_scoremap.audit.report", "tests.audit_pictures"]
+
+
+def start(target: Callable[..., None], *arguments: Any) -> Any:
+    """A process that runs a function."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def resume(source: str, out: str) -> None:
+    """Go on with an audit of the tiny model."""
+    from captum_scoremap.audit import audit
+
+    audit(source, tiny_model(), out=out, resume=True, batch_size=2, shard_size=4, progress=False)
+
+
+class Program:
+    """The command line as a program of its own, with its streams in pipes.
+
+    Args:
+        arguments: What is typed after its name.
+
+    Attributes:
+        process: Its process.
+        output: What it prints, to be read.
+        errors: Its error stream, to be read.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in "oe"]
+        self.process = start(_run, arguments, *(writes for _, writes in pipes))
+        for _, writes in pipes:
+            writes.close()
+        self.output, self.errors = (os.fdopen(os.dup(reads.fileno()), encoding="utf-8") for reads, _ in pipes)
+        for reads, _ in pipes:
+            reads.close()
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.process.pid, number)
+
+    def ended(self) -> tuple[int, str, str]:
+        """Wait for its end; returns its status, what it printed, and what it said on the error stream."""
+        said, printed = (stream.read() if not stream.closed else "" for stream in (self.errors, self.output))
+        self.process.join(300)
+        for stream in (self.output, self.errors):
+            stream.close()
+        return self.process.exitcode, printed, said
+
+
+def _run(arguments: tuple[str, ...], output: Connection, errors: Connection) -> None:
+    from captum_scoremap.__main__ import run
+
+    sys.argv[1:] = arguments
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; servers heed no Ctrl-C
+    for pipe, stream in ((output, 1), (errors, 2)):
+        os.dup2(pipe.fileno(), stream)
+        pipe.close()
+    # as a new interpreter opens pipes
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
+    run()
