@@ -33,7 +33,6 @@ from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerSc
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.layout import token_grid
 from captum_scoremap.linear import BiasMaps, LinearForm, bias_maps, bias_terms, linear_form
-from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
 from captum_scoremap.tape import Boundary, FrozenModel, freeze
 
 if TYPE_CHECKING:
@@ -43,16 +42,19 @@ if TYPE_CHECKING:
     from captum_scoremap.models import prepare
     from captum_scoremap.multiview import MultiView
     from captum_scoremap.patches import Patch, semantic_patches
+    from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
 
-# What needs more packages is loaded on first use, so that importing this package costs no more than importing Captum.
+# What needs more packages, or is not for everybody, is loaded on first use: importing this costs what Captum costs.
 _HOME = {
     "CompiledMap": "compiled",
     "Exported": "compiled",
     "MultiView": "multiview",
     "Patch": "patches",
+    "ReceptiveField": "receptive_fields",
     "compile_map": "compiled",
     "metrics": None,
     "prepare": "models",
+    "receptive_field": "receptive_fields",
     "score_map_crops": "crops",
     "semantic_patches": "patches",
     "visualization": None,
