@@ -15,7 +15,7 @@ STEPS = (
     ("lint", ["ruff", "check", "."]),
     ("types", ["mypy"]),
     ("import arrows", ["importlinter.cli", "lint"]),
-    ("tests", ["pytest", "--numprocesses", "auto", "--dist", "loadfile"]),
+    ("tests", ["pytest", "--numprocesses", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]),
 )
 
 CORE = """

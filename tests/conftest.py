@@ -42,8 +42,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONGEST = {f"test_{name}.py" for name in "tutorials zoo compiled audit_run audit_findings benchmarks".split()}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the sweeps over whole model zoos and what starts a cluster, unless ``-m`` asks for something."""
+    """Leave out the sweeps over whole model zoos and what starts a cluster, unless ``-m`` asks for something.
+
+    The files that take longest come first, so that no process is left alone with one at the end.
+    """
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if config.option.markexpr:
         return
     by_hand = [item for item in items if item.get_closest_marker("sweep") or item.get_closest_marker("ray")]
