@@ -29,6 +29,7 @@ class GlobalState:
     """The modes and hooks of torch that belong to no model."""
 
     hooks: tuple[tuple[int, ...], ...]
+    calls: tuple[Any, ...]
     function_modes: int
     dispatch_modes: int
     gradients: bool
@@ -40,6 +41,7 @@ class GlobalState:
         names = [name for name in vars(module_hooks) if name.startswith("_global_") and name.endswith("hooks")]
         return cls(
             hooks=tuple(tuple(getattr(module_hooks, name)) for name in sorted(names)),
+            calls=(nn.Module.__call__, vars(nn.Module)["_compiled_call_impl"]),
             function_modes=len(_get_current_function_mode_stack()),
             dispatch_modes=len(_get_current_dispatch_mode_stack()),
             gradients=torch.is_grad_enabled(),

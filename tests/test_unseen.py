@@ -247,6 +247,29 @@ def test_models_compiled_in_place_are_seen() -> None:
     assert_exact(model, model.conv, images)
 
 
+class CompilesItself(nn.Module):
+    """Compiles a layer the first time it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "_compiled_call_impl" not in vars(self.norm):
+            self.norm.compile(backend="eager")
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+
+def test_models_that_compile_their_layers_are_seen() -> None:
+    images, model = some_images(), CompilesItself().double().eval()
+    assert_exact(model, model.norm, images)
+    assert vars(model.norm)["_compiled_call_impl"] is not None
+    assert_exact(model, model.norm, images)
+    model.norm.train()
+    with pytest.raises(ValueError, match="got 'norm' \\(BatchNorm2d\\) in training mode"):
+        LayerScoreMap(model, model.norm).attribute(images, 1)
+
+
 # --- threads ------------------------------------------------------------------------------------------
 
 POOL = ThreadPoolExecutor(1)

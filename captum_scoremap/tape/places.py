@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -149,21 +150,39 @@ class Places:
         self._dropped = True
 
 
-_plain_call = nn.Module.__call__
 _lock = threading.Lock()
 _followers: dict[int, list[Places]] = {}
+
+
+def _plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    compiled = module.__dict__.get("_compiled_call_impl")
+    return (compiled or module._call_impl)(*args, **kwargs)
+
+
+def _followed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    followers = _followers.get(threading.get_ident())
+    return _plain_call(module, *args, **kwargs) if not followers else followers[-1].run(module, args, kwargs)
+
+
+def _compiled_in_place(module: nn.Module, call: Any) -> None:
+    module.__dict__["_compiled_call_impl"] = call
+
+
+# Where every call of a module looks first for what ``module.compile()`` put there.
+_FOLLOWING: Any = property(functools.partial(MethodType, _followed_call), _compiled_in_place)
 
 
 @contextmanager
 def _calls_followed(places: Places) -> Iterator[None]:
     """Lead the calls of modules on this thread through ``places``.
 
-    As ``torch.fx`` does, by the class's call: a pair of global hooks takes three times as long, for every module.
+    A pair of global hooks takes three times as long for every module, and a new ``nn.Module.__call__``, once, a
+    millisecond or more: Python goes through all classes of modules there are.
     """
     thread = threading.get_ident()
     with _lock:
         if not _followers:
-            nn.Module.__call__ = _followed_call  # type: ignore[method-assign]  # as torch.fx does
+            nn.Module._compiled_call_impl = _FOLLOWING
         _followers.setdefault(thread, []).append(places)
     try:
         yield
@@ -173,9 +192,4 @@ def _calls_followed(places: Places) -> Iterator[None]:
             if not _followers[thread]:
                 del _followers[thread]
             if not _followers:
-                nn.Module.__call__ = _plain_call  # type: ignore[method-assign]  # what it was before
-
-
-def _followed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    followers = _followers.get(threading.get_ident())
-    return _plain_call(module, *args, **kwargs) if not followers else followers[-1].run(module, args, kwargs)
+                nn.Module._compiled_call_impl = None
