@@ -3,9 +3,9 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
@@ -18,7 +18,6 @@ __all__ = [
     "channel_dim_of",
     "channels_at",
     "layer_shapes",
-    "main_layers",
     "main_modules",
     "map_channel_dim",
     "patch_grid",
@@ -331,12 +330,16 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]
 
 
 def main_modules(
-    forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...] = ()
+    forward_func: Callable[..., Any],
+    inputs: Tensor,
+    additional: tuple[Any, ...] = (),
+    without: Collection[nn.Module] = (),
 ) -> dict[nn.Module, Grid]:
     """Return the last module of each resolution on the main path, in the order in which they run.
 
     Of all modules that run once and return maps of one size, those count that the fewest modules enclose, and of them
-    the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut. Of tokens
+    the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut. What is
+    finer inside a module than before and after it, such as its attention, is no resolution. Of tokens
     it is the last of the longest row of blocks; where class or register tokens stand among them, on which alone the
     last blocks' score may depend, the block after three quarters of the row. A network that keeps one resolution is cut
     at its quarters.
@@ -345,6 +348,7 @@ def main_modules(
         forward_func: The model, or a function that calls it; it runs once.
         inputs: Images, (N, C, H, W).
         additional: Additional arguments.
+        without: Modules that do not count.
 
     Returns:
         Modules whose outputs are maps of more than one cell, to their rows and columns; empty if there are none.
@@ -355,12 +359,12 @@ def main_modules(
         True
     """
     outputs, image = _run(forward_func, inputs, additional)
+    outputs = [output for output in outputs if output.module not in without]
     maps: dict[Grid, list[_Output]] = {}
     for output in outputs:
-        channel_dim = map_channel_dim(output.shape, image) if len(output.shape) == 4 else None
-        if channel_dim is not None:
-            grid = output.shape[2:] if channel_dim == 1 else output.shape[1:3]
-            maps.setdefault((grid[0], grid[1]), []).append(output)
+        grid = _map_grid(output.module, output.shape, image, output.parent)
+        if grid is not None and not _is_finer_inside(output, grid, image):
+            maps.setdefault(grid, []).append(output)
     tokens: dict[Grid, list[_Output]] = {}
     for output in outputs:
         count = _tokens(output.shape, image)
@@ -386,33 +390,32 @@ def main_modules(
     return {output.module: chosen[output] for output in outputs if output in chosen}
 
 
-def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
-    """Return the names of the main modules.
+@dataclass(eq=False)
+class _Call:
+    """A module that runs, and the shapes of what it was given first and of what it returned."""
 
-    Args:
-        model: The model; it runs once.
-        inputs: Images, (N, C, H, W).
-
-    Returns:
-        Names of layers that run once and give maps of more than one cell, in the order in which they run.
-
-    Example:
-        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-        >>> main_layers(network, torch.randn(1, 3, 10, 10))
-        ['1', '2']
-    """
-    names = {module: name for name, module in model.named_modules()}
-    return [names[module] for module in main_modules(model, inputs)]
+    module: nn.Module
+    given: tuple[int, ...] = ()
+    returned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class _Output:
-    """What a module returned, by which module it was called, and how many enclose it."""
+    """What a module returned, and which modules enclose it, the outermost first."""
 
     module: nn.Module
-    parent: nn.Module | None
-    depth: int
     shape: tuple[int, ...]
+    outer: tuple[_Call, ...] = field(repr=False)
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """By which module it was called."""
+        return self.outer[-1].module if self.outer else None
+
+    @property
+    def depth(self) -> int:
+        """How many modules enclose it."""
+        return len(self.outer)
 
 
 def _run(
@@ -420,36 +423,93 @@ def _run(
 ) -> tuple[list[_Output], tuple[int, ...]]:
     """Return the outputs of the modules that run once and return one tensor, in the order in which they end.
 
-    And the shape of the images as the first convolution sees them: detectors resize and pad them before.
+    Without those of modules that are given nothing but numbers, such as tables of positions. And the shape of the
+    images as the first convolution sees them: detectors resize and pad them before.
     """
     seen: list[tuple[int, ...]] = []
     calls: Counter[nn.Module] = Counter()
-    enclosing: list[nn.Module] = []
+    enclosing: list[_Call] = []
     outputs: list[_Output] = []
     # a module that the forward makes is none that could be named, or that runs again
     members = functools.cache(lambda root: frozenset(root.modules()))
 
     def enter(module: nn.Module, arguments: Any) -> None:
         calls[module] += 1
-        enclosing.append(module)
+        enclosing.append(_Call(module))
         if not seen and isinstance(module, nn.Conv2d) and arguments and isinstance(arguments[0], Tensor):
             own = arguments[0].shape
             seen.append(tuple(own if own[:2] == inputs.shape[:2] and len(own) == 4 else inputs.shape))
 
-    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        enclosing.pop()
-        tensor = _only_tensor(output)
-        if module is not forward_func and tensor is not None and (not enclosing or module in members(enclosing[0])):
-            parent = enclosing[-1] if enclosing else None
-            outputs.append(_Output(module, parent, len(enclosing), tuple(tensor.shape)))
+    def leave(module: nn.Module, arguments: Any, named: Any, output: Any) -> None:
+        call = enclosing.pop()
+        tensor, given = _only_tensor(output), list(_leaves((arguments, named)))
+        call.given = next((tuple(one.shape) for one in given if isinstance(one, Tensor)), ())
+        call.returned = () if tensor is None else tuple(tensor.shape)
+        is_member = not enclosing or module in members(enclosing[0].module)
+        if module is not forward_func and tensor is not None and given and is_member:
+            outputs.append(_Output(module, call.returned, tuple(enclosing)))
 
     with ExitStack() as stack:
         # hooks on all modules: those inside a plain function cannot be named beforehand
         stack.callback(register_module_forward_pre_hook(enter).remove)
-        stack.callback(register_module_forward_hook(leave).remove)
+        stack.callback(register_module_forward_hook(leave, with_kwargs=True).remove)
         with torch.no_grad():
             forward_func(inputs.clone(), *additional)
     return [output for output in outputs if calls[output.module] == 1], (seen or [tuple(inputs.shape)])[0]
+
+
+def _leaves(arguments: Any) -> Iterator[Any]:
+    """Yield what may depend on the image: floating-point tensors, and objects that may hold some."""
+    if isinstance(arguments, Mapping):
+        arguments = arguments.values()
+    elif isinstance(arguments, Tensor):
+        if arguments.is_floating_point():
+            yield arguments
+        return
+    elif not isinstance(arguments, (tuple, list)):
+        if not (arguments is None or isinstance(arguments, (int, float, str, torch.dtype, torch.device))):
+            yield arguments
+        return
+    for one in arguments:
+        yield from _leaves(one)
+
+
+def _map_grid(
+    module: nn.Module, shape: tuple[int, ...], image_shape: tuple[int, ...], parent: nn.Module | None = None
+) -> Grid | None:
+    """Return the rows and columns of a module's output where it is a map, (N, C, h, w) or (N, h, w, C)."""
+    channel_dim = map_channel_dim(shape, image_shape) if len(shape) == 4 else None
+    if channel_dim == 1:
+        says = parent if next(module.parameters(), None) is None else module  # an activation says nothing
+        if says is not None and _has_channels_last(says, shape):
+            return None
+    if channel_dim is None:
+        return None
+    return shape[2:] if channel_dim == 1 else shape[1:3]  # type: ignore[return-value]  # of four
+
+
+def _has_channels_last(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Return whether a module is made of linear layers and norms that say so, such as one on windows of tokens.
+
+    The last axis holds the channels of one of its parts, the second those of none.
+    """
+    parts = list(module.modules())
+    widths = {part.out_features for part in parts if isinstance(part, nn.Linear)}
+    widths |= {part.normalized_shape[-1] for part in parts if isinstance(part, nn.LayerNorm)}
+    is_convolved = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
+    return shape[-1] in widths and shape[1] not in widths and not is_convolved
+
+
+def _is_finer_inside(output: _Output, grid: Grid, image_shape: tuple[int, ...]) -> bool:
+    """Return whether a module encloses it that was given a coarser map and returned a coarser one."""
+    for call in output.outer:
+        sides = [
+            _map_grid(call.module, shape, image_shape) or patch_grid(_tokens(shape, image_shape), image_shape)
+            for shape in (call.given, call.returned)
+        ]
+        if all(side is not None and math.prod(side) < math.prod(grid) for side in sides):
+            return True
+    return False
 
 
 def _only_tensor(output: Any) -> Tensor | None:

@@ -9,7 +9,7 @@ from torchvision.models import get_model
 from captum_scoremap import CompleteScoreMap, linear_form
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import MapLayer, explain, map_layers
-from captum_scoremap.layout import main_layers
+from captum_scoremap.linear import main_layers
 from captum_scoremap.models import prepare
 
 

@@ -21,7 +21,8 @@ from torchvision.models import (
 
 from captum_scoremap import linear_form
 from captum_scoremap.data import extras
-from captum_scoremap.layout import main_layers, map_channel_dim
+from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.linear import main_layers
 from captum_scoremap.models import (
     LoadedModel,
     efficientnet_lite,

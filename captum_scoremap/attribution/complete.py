@@ -68,7 +68,7 @@ class CompleteScoreMap(Contract):
         if not isinstance(layers, (nn.Module, str)) and layers is not None and not layers:
             raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
         self._layers = layers
-        self._main_layers = MainLayers()
+        self._main_layers = MainLayers(rules)
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(

@@ -1,6 +1,6 @@
 """FusedScoreMap: one input-sized saliency map from the score maps of several layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
 from captum_scoremap.layout import placed_map
-from captum_scoremap.linear import Frame, check_sites, frame_of, warn_of_probabilities
+from captum_scoremap.linear import Frame, check_sites, frame_of, values_elsewhere, warn_of_probabilities
 from captum_scoremap.rules import Rule, Value, with_rules
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
@@ -40,8 +40,8 @@ class FusedScoreMap(Contract):
     It is a map for looking, pointing and cropping, without unit; for one that adds up to the score take
     :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, or the
     target is a function, that is taken for the log-odds, as before a sigmoid. It takes one forward and two backward
-    passes, of which the second ends at the first of the layers, and at the first image of each size one more forward
-    pass that finds the layers.
+    passes, of which the second ends at the first of the layers, and at the first image of each size two more forward
+    passes that find the layers.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
@@ -75,7 +75,7 @@ class FusedScoreMap(Contract):
         if named is not None and not named:
             raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
         self._layers = None if named is None else list(named)
-        self._main_layers = MainLayers()
+        self._main_layers = MainLayers(rules)
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -129,7 +129,8 @@ class FusedScoreMap(Contract):
             score, odds = select_scores(leaf, label), log_odds(leaf, label)
             of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
         frame = frame_of(recording.tape, image.shape)
-        taps = [_map_of(recording.tapped[site], site[0], frame) for site in sites]
+        elsewhere = values_elsewhere(recording.tape, len(image))
+        taps = [_map_of(recording.tapped[site], site[0], frame, elsewhere) for site in sites]
         with torch.no_grad():
             every = [(recording.tape.inputs[0], image), *taps]
             fused = fuse(_score_maps(recording.tape, of_odds, every, frame), odds.detach(), frame)
@@ -191,13 +192,15 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, frame: Frame) -> Tensor:
     return torch.where(energy > 0, energy * belief, energy)
 
 
-def _map_of(tapped: Tapped, layer: nn.Module, frame: Frame) -> tuple[Value, Tensor]:
+def _map_of(tapped: Tapped, layer: nn.Module, frame: Frame, elsewhere: Collection[Value]) -> tuple[Value, Tensor]:
     """Return the value and the tensor of a layer that returns one map."""
     activations = tapped.activations
-    if len(activations) != 1 or placed_map(activations[0], frame.shape_for(activations[0].shape))[0] is None:
+    is_one = len(activations) == 1 and tapped.values[0] not in elsewhere
+    if not is_one or placed_map(activations[0], frame.shape_for(activations[0].shape))[0] is None:
         got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
         raise ValueError(
-            f"layers must return maps (N, C, h, w) or tokens (N, tokens, C), got {got} from a {type(layer).__name__}."
+            f"layers must return maps (N, C, h, w) or tokens (N, tokens, C) of the image's positions, got {got} from a "
+            f"{type(layer).__name__}."
         )
     return tapped.values[0], activations[0]
 

@@ -1,13 +1,14 @@
 """The layers that maps of the image's size are made of, where the user names none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.layout import main_modules
+from captum_scoremap.linear import main_modules
 from captum_scoremap.multiview import MultiView
+from captum_scoremap.rules import Rule
 
 __all__ = ["MainLayers"]
 
@@ -16,9 +17,13 @@ class MainLayers:
     """The last main layer of each resolution of a model, found once for each size of the image.
 
     Of a multi-view network those below the sliding layer count: above it, a position is a view, not a place.
+
+    Args:
+        rules: Operation to rule, to replace or add some.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Mapping[Any, Rule] | None = None) -> None:
+        self._rules = rules
         self._found: dict[torch.Size, dict[nn.Module, tuple[int, int]]] = {}
 
     def __call__(
@@ -37,9 +42,9 @@ class MainLayers:
         size = image.shape[1:]
         if size not in self._found:
             if not isinstance(forward_func, MultiView):
-                self._found[size] = main_modules(forward_func, image, additional)
+                self._found[size] = main_modules(forward_func, image, additional, rules=self._rules)
             elif forward_func.views == "ten-crop":  # the layers see every image twice, also mirrored
                 self._found[size] = {}
             else:
-                self._found[size] = main_modules(forward_func.features, image)
+                self._found[size] = main_modules(forward_func.features, image, rules=self._rules)
         return self._found[size]

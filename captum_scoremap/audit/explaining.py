@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.layout import main_layers, map_channel_dim, token_grid
-from captum_scoremap.linear import Reduction, ledgers
+from captum_scoremap.layout import map_channel_dim, token_grid
+from captum_scoremap.linear import Reduction, ledgers, main_layers
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.scores import logits_in, shape_or_type
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, told_by_image

@@ -34,7 +34,7 @@ from captum_scoremap.audit.worker import METRICS, Worker
 from captum_scoremap.checks import nearest
 from captum_scoremap.copies import copied
 from captum_scoremap.data.sources import Source, open_source
-from captum_scoremap.layout import main_layers
+from captum_scoremap.linear import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
 from captum_scoremap.scores import are_single, logits_in
 

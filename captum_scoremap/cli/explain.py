@@ -37,8 +37,7 @@ from captum_scoremap.cli.options import (
 from captum_scoremap.cli.questions import Question, questions
 from captum_scoremap.data.ahead import map_ahead
 from captum_scoremap.data.pictures import SAMPLE_PREFIX
-from captum_scoremap.layout import main_layers
-from captum_scoremap.linear import linear_form
+from captum_scoremap.linear import linear_form, main_layers
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
 from captum_scoremap.multiview import MultiView
 from captum_scoremap.visualization import visualize_layer_score_maps

@@ -10,6 +10,8 @@ from .explanation import Explanation, check_sites, explain, warn_of_probabilitie
 from .form import LinearForm, LinearForms, linear_form
 from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
+from .main_layers import main_layers, main_modules
+from .positions import values_elsewhere
 from .reduction import Reduction, image_sums
 
 __all__ = [
@@ -35,6 +37,9 @@ __all__ = [
     "image_sums",
     "ledgers",
     "linear_form",
+    "main_layers",
+    "main_modules",
     "select_scores",
+    "values_elsewhere",
     "warn_of_probabilities",
 ]

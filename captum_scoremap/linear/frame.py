@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_scoremap.checks import unrecorded
@@ -147,7 +147,9 @@ def frame_of(tape: Tape, image_shape: Sequence[int]) -> Frame:
     shape = tuple(image_shape)
     whole = Frame((shape[2], shape[3]), shape, (0, shape[2]), (0, shape[3]))
     place = tape.inputs[0] if tape.inputs else None
-    step = next((step for step in tape.steps if step.values and display_name(step.operation) == "conv"), None)
+    steps = [step for step in tape.steps if step.values and display_name(step.operation) == "conv"]
+    # the network's own rather than a filter before it
+    step = next((step for step in steps if isinstance(step.module, nn.Conv2d)), next(iter(steps), None))
     if place is None or step is None:
         return whole
     first, seen = step.values[0], tuple(step.values[0].shape)

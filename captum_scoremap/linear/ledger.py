@@ -180,14 +180,15 @@ def _filled(
         found = tape.transposed(seeds, wanted, visit=visit)
         for book, tapped in books:
             for value, y in zip(tapped.values, tapped.activations, strict=True):
-                book.enter("", placed(found[value] if value in found else torch.zeros_like(y), value))
+                product = found[value] if value in found else torch.zeros_like(y)
+                book.enter("", placed(product, value, is_named=True))
 
     for placed, seeds in passes:
         fill(placed, seeds)
     for book, tapped in books:
         if not any(value.sites & tapped.bit for value in seeds):  # the score does not depend on the layer
             book.enter("score", [(None, score)])
-        if not is_traced():
+        if len(passes) == 1 and not is_traced():
             _check_images(book, score)
     return [book for book, _ in books]
 

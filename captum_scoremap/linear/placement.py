@@ -14,12 +14,16 @@ from torch import Tensor
 
 from captum_scoremap.checks import is_traced, unrecorded
 from captum_scoremap.layout import map_channel_dim, placed_map
-from captum_scoremap.rules import Value
+from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Tape
 
 from .frame import frame_of
+from .positions import row_sources, values_elsewhere
 
 __all__ = ["Entry", "MixedImagesError", "Placement"]
+
+# What carries numbers back to where they came from as moves do: each region's cells are means of the map's.
+_MOVING = {"roi_align", "index_put"}
 
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 64
@@ -48,11 +52,21 @@ class Placement:
         self.frame = frame_of(tape, image_shape)
         self._images = image_shape[0]
         self._only: int | None = None
+        self._elsewhere = values_elsewhere(tape, image_shape[0])
         self._grids = {
             (value.shape[2], value.shape[3])
             for step in tape.steps
             for value in step.outputs
-            if len(value.shape) == 4 and map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape)) == 1
+            if len(value.shape) == 4
+            and value not in self._elsewhere
+            and map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape)) == 1
+        }
+        # grids of what is a map for certain: of as many tokens as channels nobody knows
+        self._sure = {(image_shape[2], image_shape[3])} | {
+            (value.shape[2], value.shape[3])
+            for step in tape.steps
+            for value in step.outputs
+            if len(value.shape) == 4 and _makes_maps(display_name(step.operation))
         }
 
     def of_image(self, image: int) -> "Placement":
@@ -68,12 +82,13 @@ class Placement:
         placement._only = image
         return placement
 
-    def __call__(self, product: Tensor, value: Value) -> list[Entry]:
+    def __call__(self, product: Tensor, value: Value, *, is_named: bool = False) -> list[Entry]:
         """Sum over channels what stands at the elements of a value.
 
         Args:
             product: A·o, in logits, of the value's shape.
             value: The value.
+            is_named: Whether it is of a layer that was named, whose own grid, if it is like the image's, is the map's.
 
         Returns:
             Maps, and what has no place.
@@ -81,19 +96,22 @@ class Placement:
         Raises:
             MixedImagesError: If it cannot be told of which image something is.
         """
-        entries = self._entries(product.expand(value.shape), value, _FAR)
+        entries = self._entries(product.expand(value.shape), value, _FAR, is_named=is_named)
         return entries if self._only is None else [(self._row(one), self._row(rest)) for one, rest in entries]
 
-    def _entries(self, product: Tensor, value: Value, far: int) -> list[Entry]:
+    def _entries(self, product: Tensor, value: Value, far: int, *, is_named: bool = False) -> list[Entry]:
         own = product if self._only is None else self._of_only(product, self._only)
         like = self.frame.shape_for(own.shape) if self._only is None else (1, *self.frame.shape_for(own.shape)[1:])
-        channel_dim = map_channel_dim(tuple(own.shape), like) if own.dim() == 4 else None
+        is_placed = value not in self._elsewhere
+        channel_dim = map_channel_dim(tuple(own.shape), like) if is_placed and own.dim() == 4 else None
         by_shape: Entry = (None, None)
-        if channel_dim != -1 or self._is_in_proportion(own.shape[1:3]):
+        if is_placed and (channel_dim != -1 or self._is_in_proportion(own.shape[1:3])):
             by_shape = placed_map(own, like, self._grids)
-        if channel_dim == 1:
+        grid = tuple(own.shape[2:])
+        if channel_dim == 1 and (grid in self._sure or (is_named and self._is_in_proportion(grid))):
             return [by_shape]
-        carried = list(self._carried_back(product, value, through_sums=by_shape[0] is None)) if far else []
+        through_sums = by_shape[0] is None or channel_dim == 1
+        carried = list(self._carried_back(product, value, through_sums=through_sums)) if far else []
         entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
         if by_shape[0] is not None and all(one is None for one, _ in entries):
             return [by_shape]
@@ -136,23 +154,29 @@ class Placement:
         if value.step < 0 or product.shape[:-1].numel() <= self._images:  # one row an image has no position
             return
         step = self._steps[value.step]
-        if step.rule.moves:
+        if step.rule.moves or display_name(step.operation) in _MOVING:
             gradients = tuple(product if one is value else None for one in step.outputs)
             for source, share in zip(step.values, step.rule.transpose(step, step.frozen(), gradients), strict=True):
                 if share is not None:
                     yield share, source
             return
-        alike = [source for source in step.values if source.shape == product.shape]
+        # of a product whose rows are elsewhere the second factor may be as large by chance, else it has the same places
+        sources = row_sources(step, value) if value in self._elsewhere else step.values
+        alike = [source for source in sources if source.shape == product.shape]
         if len(alike) > 1 and step.rule.is_affine(step):  # a sum, such as that of a block and its shortcut
             if not through_sums:
                 return
             alike = [min(alike, key=lambda one: one.step)]  # the shortcut
-        # else a product with a matrix, row by row
-        for source in alike or [one for one in step.values if one.shape[:-1] == rows and one.ndim]:
+        # else a product with a matrix, row by row, or a convolution of what is a map of a region
+        for source in alike or sources:
             if source.shape == product.shape:
                 yield product, source
-            else:
+            elif source.shape[:-1] == rows and source.ndim:
                 yield (product.sum(-1, keepdim=True) / source.shape[-1]).expand(source.shape), source
+            elif value in self._elsewhere and source.ndim == 4 == product.dim() and _are_cells_alike(source, product):
+                yield (product.sum(1, keepdim=True) / source.shape[1]).expand(source.shape), source
+            else:
+                continue
             return
 
     def _total(self, product: Tensor) -> Tensor:
@@ -173,3 +197,13 @@ class Placement:
             f"every operation must keep the {self._images} images first, got {tuple(product.shape)}. Explain one "
             "image at a time."
         )
+
+
+def _are_cells_alike(source: Value, product: Tensor) -> bool:
+    """Return whether two tensors (N, C, h, w) differ in channels alone."""
+    return source.shape[0] == product.shape[0] and source.shape[2:] == product.shape[2:]
+
+
+def _makes_maps(name: str) -> bool:
+    """Return whether an operation takes and returns maps, (N, C, h, w)."""
+    return name == "conv" or "pool" in name or "upsample" in name

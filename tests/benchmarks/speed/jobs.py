@@ -25,7 +25,7 @@ from captum_scoremap.compiled import Mode
 from captum_scoremap.compiled.parts import Method
 from captum_scoremap.cost import Job, forward_backward
 from captum_scoremap.data.sources import open_source
-from captum_scoremap.layout import main_layers
+from captum_scoremap.linear import main_layers
 from captum_scoremap.models import LoadedModel, Preprocessing, load_model, read_image
 
 LABEL = 281

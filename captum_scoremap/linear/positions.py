@@ -1,0 +1,103 @@
+"""Which values stand at positions of the image, and which only look like it.
+
+Object queries, latents and regions of interest may be as many as the cells of a map, and a tensor's shape does not
+tell them from positions. Where they come from does: the rows of a matrix product are those of its first factor, those
+of an attention those of its queries, and what is gathered, or pooled from a region, is somewhere else.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+
+from captum_scoremap.rules import Value, display_name
+from captum_scoremap.tape import Step, Tape
+
+__all__ = ["row_sources", "values_elsewhere"]
+
+_SAMPLING = ("grid_sampler_2d", "grid_sampler_3d")
+_ATTENTION = "scaled_dot_product_attention"
+# Where the argument is that says which row of the output is which.
+_ROWS = {
+    **dict.fromkeys(("mm", "bmm", "matmul", _ATTENTION), 0),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm", *_SAMPLING), 1),
+}
+_REGIONS = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
+_CHOOSING = {"index", "_unsafe_index", "unsafe_index", "index_select", "gather"}
+_ORDERING = {"take", "masked_select", "topk", "sort", "kthvalue"}
+
+
+def row_sources(step: Step, output: Value) -> Sequence[Value]:
+    """Return the live arguments of a step whose rows those of its output are.
+
+    Args:
+        step: The step.
+        output: One of its outputs.
+
+    Returns:
+        The first factor of a product, the queries of an attention; of other steps the arguments of the output's shape,
+        or all where there are none. Empty where the rows are those of a constant.
+    """
+    name = display_name(step.operation)
+    alike = [value for value in step.values if value.shape == output.shape]
+    if name not in _ROWS or len(step.args) <= _ROWS[name]:
+        return alike or step.values
+    rows = step.args[_ROWS[name]]
+    if isinstance(rows, Value):
+        return [rows]
+    if name in _SAMPLING:  # the image turned or warped, or some points of it
+        return step.values if _are_alike(step.values[0].shape[2:], output.shape[2:]) else []
+    return [] if name == _ATTENTION else alike  # a constant matrix may mix positions
+
+
+def values_elsewhere(tape: Tape, images: int) -> frozenset[Value]:
+    """Return the values whose rows, or rows and columns, are no positions in the order of the image's.
+
+    Args:
+        tape: The run.
+        images: N.
+
+    Returns:
+        The values.
+    """
+    elsewhere: set[Value] = set()
+    asked: set[Value] = set()  # products with a constant first factor: channels, or scores of constant queries
+    for step in tape.steps:
+        elsewhere.update(value for value in step.values if not value.sites & 1)  # constants, at a layer that is named
+        name = display_name(step.operation)
+        is_chosen = name in _REGIONS or name in _ORDERING or (name in _CHOOSING and _chooses_positions(step, images))
+        for output in step.outputs:
+            sources = row_sources(step, output)
+            if is_chosen or (not sources and (name == _ATTENTION or name in _SAMPLING)):
+                elsewhere.add(output)
+            elif not sources:
+                asked.add(output)
+            elif all(value in elsewhere for value in sources):
+                elsewhere.add(output)
+            elif all(value in asked for value in sources):
+                asked.add(output)
+                if output.gate:  # the attention itself, and the scores that it is made of
+                    elsewhere.update(_asked_by(tape, output, asked))
+    return frozenset(elsewhere)
+
+
+def _asked_by(tape: Tape, value: Value, asked: Collection[Value]) -> Iterator[Value]:
+    """Yield a value, and what its rows came from since the product with constant queries."""
+    sources: Sequence[Value] = [value]
+    while sources and sources[0] in asked:
+        yield sources[0]
+        sources = row_sources(tape.steps[sources[0].step], sources[0])
+
+
+def _chooses_positions(step: Step, images: int) -> bool:
+    """Return whether a step takes some positions of its input, rather than some images or channels."""
+    source, which = step.values[0], step.args[1]
+    if isinstance(which, int):
+        dims = {which % max(source.ndim, 1)}
+    else:
+        dims = {dim for dim, one in enumerate(which) if one is not None}
+    if source.ndim == 4:
+        return bool(dims & {2, 3})
+    return bool(dims - {0}) or source.shape[0] != images
+
+
+def _are_alike(before: Sequence[int], after: Sequence[int]) -> bool:
+    """Return whether rows and columns are in about the same proportions."""
+    return 1 / 1.5 < before[-2] * after[-1] / max(before[-1] * after[-2], 1) < 1.5

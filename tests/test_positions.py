@@ -1,0 +1,225 @@
+"""What stands at positions of the image, and what only looks like it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torchvision.ops import roi_align
+
+from captum_scoremap import CompleteScoreMap, FusedScoreMap, bias_maps
+from captum_scoremap.linear import main_layers
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.double().eval().parameters():
+            parameter.normal_(0, 0.4, generator=generator)
+    return model
+
+
+class Attention(nn.Module):
+    """By products and a softmax, with a module for its weights, as many libraries write it, or by one operation."""
+
+    def __init__(self, width: int, *, is_fused: bool) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(width, width), nn.Linear(width, width)
+        self.values, self.weights, self.is_fused = nn.Linear(width, width), nn.Softmax(-1), is_fused
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        queries, keys, values = (
+            part(one).unflatten(2, (2, -1)).transpose(1, 2)
+            for part, one in ((self.queries, x), (self.keys, memory), (self.values, memory))
+        )
+        if self.is_fused:
+            found = F.scaled_dot_product_attention(queries, keys, values)
+        else:
+            found = self.weights(queries @ keys.transpose(2, 3)) @ values
+        return found.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, *, is_fused: bool) -> None:
+        super().__init__()
+        self.attend, self.norm = Attention(width, is_fused=is_fused), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU())
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        x = x + self.attend(self.norm(x), x if memory is None else memory)
+        return x + self.mlp(x)
+
+
+class Queries(nn.Module):
+    """A detector of as many object queries as its encoder has cells."""
+
+    def __init__(self, *, is_fused: bool, chooses: bool = False) -> None:
+        super().__init__()
+        self.patches, self.table = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 16, 8))
+        self.encoder = Block(8, is_fused=is_fused)
+        self.decoder = nn.ModuleList(Block(8, is_fused=is_fused) for _ in range(3))
+        self.head, self.chooses = nn.Linear(8, 3), chooses
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = self.encoder(self.patches(x).flatten(2).transpose(1, 2))
+        queries = self.table.expand(len(x), -1, -1)
+        if self.chooses:  # the cells that score highest, in that order
+            best = memory.sum(2).topk(16).indices
+            queries = memory.gather(1, best[..., None].expand(-1, -1, 8))
+        for block in self.decoder:
+            queries = block(queries, memory)
+        return self.head(queries)[:, 2]
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_queries_are_no_positions(count: int, is_fused: bool) -> None:
+    model, x = filled(Queries(is_fused=is_fused)), images(count, 3, 16, 16)
+    assert main_layers(model, x) == ["patches", "encoder"]
+    found = bias_maps(model, x, 1, model.encoder)
+    # keys and values are of the encoder's cells, all else of a query
+    assert {name for name in found.maps if "decoder" in name} <= {
+        f"decoder.{number}.attend.{part}" for number in range(3) for part in ("keys", "values")
+    }
+    assert {"decoder.0.mlp.0", "decoder.2.mlp.0", "head"} <= set(found.placeless)
+    with pytest.raises(ValueError, match="the layer must have a place in the image"):
+        CompleteScoreMap(model, model.decoder[1]).attribute(x, 1)
+    with pytest.raises(ValueError, match=r"of the image's positions, got .* from a Block"):
+        FusedScoreMap(model, model.decoder[1]).attribute(x, 1)
+    complete, placeless = CompleteScoreMap(model).attribute(x, 1, return_placeless=True)
+    assert_close(complete.sum((1, 2, 3)) + placeless, model(x)[:, 1].detach(), rtol=1e-12, atol=1e-12)
+    assert FusedScoreMap(model).attribute(x, 1).shape == (count, 1, 16, 16)
+
+
+def test_chosen_rows_stand_where_they_were_chosen() -> None:
+    """A decoder without attention to anything else: all of a row's constants are at the cell that it came from."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.mlp, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            order = tokens[..., 0].argsort(1)
+            tokens = tokens.gather(1, order[..., None].expand(-1, -1, 8))
+            return self.head(tokens + self.mlp(tokens).relu())[:, 0]
+
+    model, x = filled(Chosen()), images(2, 3, 16, 16)
+    cells = model.patches(x)[:, 0].flatten(1).argmin(1)
+    found = bias_maps(model, x, 1).maps["mlp"].flatten(1)
+    assert [one.nonzero().tolist() for one in found] == [[[int(cell)]] for cell in cells]
+
+
+def test_constants_of_a_region_stand_in_it() -> None:
+    """One region of one image: (1, C, h, w), like a map of the whole image."""
+
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.mask = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 4, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            boxes = [torch.tensor([[2.0, 4.0, 8.0, 10.0]], dtype=x.dtype)] * len(x)
+            return self.mask(roi_align(self.features(x).relu(), boxes, 4, aligned=True)).mean((2, 3))
+
+    model = filled(Region())
+    for count in (1, 2):
+        x = images(count, 3, 16, 16)
+        found = bias_maps(model, x, 1).maps["mask"]
+        assert_close(found.sum((1, 2, 3)), model.mask.bias[1].detach().expand(count), rtol=1e-12, atol=1e-12)
+        outside = torch.ones(16, 16, dtype=torch.bool)
+        outside[3:11, 1:9] = False  # cells lie between pixels
+        assert not found[:, 0, outside].any()
+
+
+class Patches(nn.Module):
+    """A vision transformer whose patches are cut by a reshape: no convolution returns a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(48, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(Block(8, is_fused=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(F.unfold(x, 4, stride=4).transpose(1, 2))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+def test_attention_is_no_map() -> None:
+    """Heads by queries by keys, (N, 2, 16, 16), are as many rows as columns; the tokens are 4 x 4."""
+    model, x = filled(Patches()), images(1, 3, 16, 16)
+    assert main_layers(model, x) == ["blocks.1", "blocks.2", "blocks.3"]
+
+
+class Windows(nn.Module):
+    """Windows of tokens, (N, 4, 49, 48): rows and columns would be 49 tokens and 48 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.table = nn.Conv2d(3, 48, 4, 4), Table()
+        self.mlp, self.head = nn.Sequential(nn.Linear(48, 48), nn.GELU()), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.patches(x)
+        windows = maps.unflatten(3, (2, 7)).unflatten(2, (2, 7)).permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2, 3)
+        windows = windows + self.mlp(windows) + self.table()
+        return self.head(windows.mean((1, 2)))
+
+
+def of_window(model: Windows, x: Tensor, window: int) -> Tensor:
+    """What the bias of the first linear layer adds at each of a window's cells, (7, 7): by the gate of its GELU."""
+    maps = model.patches(x)
+    rows, columns = divmod(window, 2)
+    own = maps[0, :, 7 * rows : 7 * rows + 7, 7 * columns : 7 * columns + 7].permute(1, 2, 0)
+    before = model.mlp[0](own)
+    weights = F.gelu(before) / before * model.mlp[0].bias
+    return (weights @ model.head.weight[1]).detach() / 196
+
+
+class Table(nn.Module):
+    """A table of positions that a module returns, given nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, 1, 56, 56))
+
+    def forward(self) -> Tensor:
+        return self.table.mean()[None, None, None, None] * torch.ones(1, 1, 49, 48, dtype=self.table.dtype)
+
+
+def test_tokens_by_channels_are_no_map_nor_are_tables() -> None:
+    model, x = filled(Windows()), images(1, 3, 56, 56)
+    assert main_layers(model, x) == ["patches"]
+    found = bias_maps(model, x, 1)
+    assert_close(found.maps["mlp.0"][0, 0, 7:, :7], of_window(model, x, 2), rtol=1e-10, atol=1e-12)
+
+
+class Filtered(nn.Module):
+    """An image that is blurred and made a square before the network sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 3, 3, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        blurred = F.conv2d(x, x.new_full((3, 1, 3, 3), 1 / 9), padding=1, groups=3)
+        return self.net(F.interpolate(blurred, (16, 16), mode="bilinear", antialias=True)).mean((2, 3))
+
+
+def test_maps_behind_a_filter_are_laid_over_the_whole_image() -> None:
+    model, x = filled(Filtered()), images(1, 3, 16, 48)
+    complete, placeless = CompleteScoreMap(model).attribute(x, 1, return_placeless=True)
+    assert_close(complete.sum((1, 2, 3)) + placeless, model(x)[:, 1].detach(), rtol=1e-12, atol=1e-12)
+    changed = x.clone()
+    changed[..., 36:] += 1
+    difference = (CompleteScoreMap(model).attribute(changed, 1) - complete).abs()[0, 0].sum(0)
+    assert difference[36:].sum() > 3 * difference[:28].sum()
