@@ -5,8 +5,8 @@ Every message says what must be, what was, and what to do. Nothing here changes 
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = [
     "check_layer",
     "is_traced",
     "is_tuple_of_one",
+    "module_by_module",
     "nearest",
     "unrecorded",
     "unwrap_parallel",
@@ -133,6 +134,17 @@ def is_traced() -> bool:
 def unrecorded() -> AbstractContextManager[None]:
     """Hide what runs inside from all modes: for checks that look at numbers, which are no part of what is computed."""
     return _disable_current_modes()
+
+
+@contextmanager
+def module_by_module() -> Iterator[None]:
+    """Run the modules inside PyTorch's transformer layers, not one kernel for all, nor on nested tensors."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def unwrap_parallel(forward_func: Callable[..., object]) -> Callable[..., object]:

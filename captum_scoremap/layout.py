@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from captum_scoremap.checks import module_by_module
+
 __all__ = [
     "as_images",
     "channel_dim_of",
@@ -321,7 +323,7 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]
         if name
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), module_by_module():
             model(inputs)
     finally:
         for handle in handles:
@@ -453,7 +455,7 @@ def _run(
         # hooks on all modules: those inside a plain function cannot be named beforehand
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave, with_kwargs=True).remove)
-        with torch.no_grad():
+        with torch.no_grad(), module_by_module():
             forward_func(inputs.clone(), *additional)
     return [output for output in outputs if calls[output.module] == 1], (seen or [tuple(inputs.shape)])[0]
 

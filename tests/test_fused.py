@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 
-from captum_scoremap import CompleteScoreMap, FusedScoreMap, linear_form
+from captum_scoremap import CompleteScoreMap, FusedScoreMap, linear_form, semantic_patches
 from captum_scoremap.attribution.fused import log_odds
-from captum_scoremap.layout import main_modules
+from captum_scoremap.layout import layer_shapes, main_modules
 from captum_scoremap.linear import main_layers
 from captum_scoremap.metrics import parameter_randomization
 from tests.state import GlobalState
@@ -445,3 +446,29 @@ def test_one_block_is_a_layer(name: str, options: dict[str, int], expected: list
     assert bool((FusedScoreMap(model).attribute(image, 1) != 0).any())
     complete, placeless = CompleteScoreMap(model).attribute(image, 1, return_placeless=True)
     torch.testing.assert_close(complete.sum() + placeless[0], model(image).logits[0, 1], rtol=1e-9, atol=1e-12)
+
+
+class Padded(nn.Module):
+    """A transformer of PyTorch's, some of whose tokens are padding: by itself it goes over to nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        padding = torch.arange(tokens.shape[1]).expand(len(x), -1) >= 13
+        return self.head(self.encoder(tokens, src_key_padding_mask=padding)[:, :13].mean(1))
+
+
+def test_layers_of_a_transformer_with_padding_are_found() -> None:
+    model, images = Padded().double().eval().requires_grad_(False), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    assert next(iter(layer_shapes(model, images).values())) == (2, 8, 4, 4)
+    assert FusedScoreMap(model).attribute(images, 1).shape == (2, 1, 16, 16)
+    complete, placeless = CompleteScoreMap(model).attribute(images, 1, return_placeless=True)
+    score = linear_form(model, images, 1).score
+    assert_close(complete.sum((1, 2, 3)) + placeless, score, rtol=1e-10, atol=1e-12)
+    assert len(semantic_patches(model, model.encoder.layers[1], images, [0, 1], k=2, size=8)) == 2
+    assert torch.backends.mha.get_fastpath_enabled() == enabled

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from captum_scoremap.checks import module_by_module
 from captum_scoremap.layout import map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction, ledgers, main_layers
 from captum_scoremap.rules import Value, with_rules
@@ -336,7 +337,7 @@ def layers_to_pool(model: nn.Module, inputs: Tensor) -> tuple[MapLayer, ...]:
         parts[name] = {last[0], *parts[last[0]]} if output is last[1] else set()
         last = (name, output)
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), module_by_module():
         for name, module in model.named_modules():
             handle = module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
             stack.callback(handle.remove)
@@ -382,7 +383,7 @@ def map_layers(model: nn.Module, names: Sequence[str], inputs: Tensor) -> tuple[
         for name in names
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), module_by_module():
             model(inputs)
     finally:
         for handle in handles:

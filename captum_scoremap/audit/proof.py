@@ -24,6 +24,7 @@ from captum_scoremap.attribution import LayerScoreMap
 from captum_scoremap.audit.concentration import border_share, peak, resized
 from captum_scoremap.audit.explaining import MapLayer
 from captum_scoremap.audit.screening import FALSE_ALARMS, Candidate
+from captum_scoremap.checks import module_by_module
 from captum_scoremap.scores import logits_in
 
 __all__ = ["Example", "prove"]
@@ -246,7 +247,8 @@ class _Look:
         outputs: list[Tensor] = []
         handle = self.module.register_forward_hook(lambda _, __, output: outputs.append(output.detach().clone()))
         try:
-            scores: Tensor = logits_in(self.model(inputs))
+            with module_by_module():
+                scores: Tensor = logits_in(self.model(inputs))
         finally:
             handle.remove()
         y = outputs[-1]
@@ -286,7 +288,8 @@ class _Look:
 def _changed(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     handle = module.register_forward_hook(lambda _, __, output: change(output))
     try:
-        yield
+        with module_by_module():
+            yield
     finally:
         handle.remove()
 

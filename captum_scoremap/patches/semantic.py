@@ -13,6 +13,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from captum_scoremap.attribution import CompleteScoreMap, LayerScoreMap, NeuronScoreMap
+from captum_scoremap.checks import module_by_module
 from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
@@ -141,7 +142,9 @@ def semantic_patches(
         shape = inputs.shape[1:]
         if shape not in windows:
             channels[shape] = _channel_dim(forward_func, layer, inputs[:1]) if channel_dim is None else channel_dim
-            windows[shape] = _windows(receptive_field(forward_func, layer, shape, channels[shape]), size)
+            with module_by_module():
+                field = receptive_field(forward_func, layer, shape, channels[shape])
+            windows[shape] = _windows(field, size)
         boxes = windows[shape]
         labels: list[int | None] = [example.target for example in batch]
         if function is None:
@@ -296,7 +299,7 @@ def _activations(forward_func: Callable[..., Any], layer: nn.Module, inputs: Ten
 
     handle = layer.register_forward_hook(keep)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), module_by_module():
             forward_func(inputs)
     finally:
         handle.remove()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_scoremap.checks import UnsupportedOperationError, unrecorded
+from captum_scoremap.checks import UnsupportedOperationError, module_by_module, unrecorded
 from captum_scoremap.rules import (
     DEFAULT,
     Call,
@@ -745,9 +745,7 @@ def _copied(argument: Any, address: int) -> Any:
 def _everything_in_sight() -> Any:
     """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
     with ExitStack() as stack:
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(module_by_module())
         torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
