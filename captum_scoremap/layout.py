@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -394,7 +394,7 @@ def main_modules(
 
 @dataclass(eq=False)
 class _Call:
-    """A module that runs, and the shapes of what it was given first and of what it returned."""
+    """A module that runs, and the shapes of what it is given first and of what it returns, empty if not a tensor."""
 
     module: nn.Module
     given: tuple[int, ...] = ()
@@ -425,8 +425,7 @@ def _run(
 ) -> tuple[list[_Output], tuple[int, ...]]:
     """Return the outputs of the modules that run once and return one tensor, in the order in which they end.
 
-    Without those of modules that are given nothing but numbers, such as tables of positions. And the shape of the
-    images as the first convolution sees them: detectors resize and pad them before.
+    And the shape of the images as the first convolution sees them: detectors resize and pad them before.
     """
     seen: list[tuple[int, ...]] = []
     calls: Counter[nn.Module] = Counter()
@@ -442,38 +441,22 @@ def _run(
             own = arguments[0].shape
             seen.append(tuple(own if own[:2] == inputs.shape[:2] and len(own) == 4 else inputs.shape))
 
-    def leave(module: nn.Module, arguments: Any, named: Any, output: Any) -> None:
-        call = enclosing.pop()
-        tensor, given = _only_tensor(output), list(_leaves((arguments, named)))
-        call.given = next((tuple(one.shape) for one in given if isinstance(one, Tensor)), ())
+    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        call, tensor = enclosing.pop(), _only_tensor(output)
+        if arguments and isinstance(arguments[0], Tensor):
+            call.given = tuple(arguments[0].shape)
         call.returned = () if tensor is None else tuple(tensor.shape)
         is_member = not enclosing or module in members(enclosing[0].module)
-        if module is not forward_func and tensor is not None and given and is_member:
+        if module is not forward_func and tensor is not None and is_member:
             outputs.append(_Output(module, call.returned, tuple(enclosing)))
 
     with ExitStack() as stack:
         # hooks on all modules: those inside a plain function cannot be named beforehand
         stack.callback(register_module_forward_pre_hook(enter).remove)
-        stack.callback(register_module_forward_hook(leave, with_kwargs=True).remove)
+        stack.callback(register_module_forward_hook(leave).remove)
         with torch.no_grad(), module_by_module():
             forward_func(inputs.clone(), *additional)
     return [output for output in outputs if calls[output.module] == 1], (seen or [tuple(inputs.shape)])[0]
-
-
-def _leaves(arguments: Any) -> Iterator[Any]:
-    """Yield what may depend on the image: floating-point tensors, and objects that may hold some."""
-    if isinstance(arguments, Mapping):
-        arguments = arguments.values()
-    elif isinstance(arguments, Tensor):
-        if arguments.is_floating_point():
-            yield arguments
-        return
-    elif not isinstance(arguments, (tuple, list)):
-        if not (arguments is None or isinstance(arguments, (int, float, str, torch.dtype, torch.device))):
-            yield arguments
-        return
-    for one in arguments:
-        yield from _leaves(one)
 
 
 def _map_grid(

@@ -38,7 +38,9 @@ class GlobalState:
 
     @classmethod
     def now(cls) -> GlobalState:
-        names = [name for name in vars(module_hooks) if name.startswith("_global_") and name.endswith("hooks")]
+        names = [
+            name for name, one in vars(module_hooks).items() if name.startswith("_global_") and isinstance(one, dict)
+        ]
         return cls(
             hooks=tuple(tuple(getattr(module_hooks, name)) for name in sorted(names)),
             calls=(nn.Module.__call__, vars(nn.Module)["_compiled_call_impl"]),

@@ -464,11 +464,11 @@ class Padded(nn.Module):
 
 def test_layers_of_a_transformer_with_padding_are_found() -> None:
     model, images = Padded().double().eval().requires_grad_(False), torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    enabled = torch.backends.mha.get_fastpath_enabled()
+    before = torch.backends.mha.get_fastpath_enabled(), GlobalState.now()
     assert next(iter(layer_shapes(model, images).values())) == (2, 8, 4, 4)
     assert FusedScoreMap(model).attribute(images, 1).shape == (2, 1, 16, 16)
     complete, placeless = CompleteScoreMap(model).attribute(images, 1, return_placeless=True)
     score = linear_form(model, images, 1).score
     assert_close(complete.sum((1, 2, 3)) + placeless, score, rtol=1e-10, atol=1e-12)
     assert len(semantic_patches(model, model.encoder.layers[1], images, [0, 1], k=2, size=8)) == 2
-    assert torch.backends.mha.get_fastpath_enabled() == enabled
+    assert (torch.backends.mha.get_fastpath_enabled(), GlobalState.now()) == before
