@@ -5,6 +5,7 @@ Every message says what must be, what was, and what to do. Nothing here changes 
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -29,6 +30,7 @@ __all__ = [
     "nearest",
     "unrecorded",
     "unwrap_parallel",
+    "warn",
 ]
 
 
@@ -129,6 +131,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def is_traced() -> bool:
     """Return whether what runs is being written down as a graph, which must hold at other images, too."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def warn(message: str) -> None:
+    """Warn of a user's call, at the line that stands in neither this package, Captum nor PyTorch."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("captum", "torch")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def unrecorded() -> AbstractContextManager[None]:

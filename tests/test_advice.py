@@ -14,7 +14,16 @@ import torchvision
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import LayerScoreMap, ScoreMap, UnsupportedOperationError, linear_form
+from captum_scoremap import (
+    CompleteScoreMap,
+    FusedScoreMap,
+    LayerScoreMap,
+    ScoreMap,
+    UnsupportedOperationError,
+    bias_terms,
+    freeze,
+    linear_form,
+)
 from captum_scoremap.rules import Tangent
 from tests.between import EXACT, between, some_images
 
@@ -282,3 +291,24 @@ def test_a_mask_that_attentions_kernel_misreads_is_refused_and_the_advice_helps(
     masked.kind = torch.float32
     form = linear_form(model.float(), images.float(), 1)
     assert_close(form.sums + form.bias, form.score, rtol=1e-4, atol=1e-4)
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "the image": lambda model, x: ScoreMap(model).attribute(x, 1, return_convergence_delta=True),
+    "a layer": lambda model, x: LayerScoreMap(model, model[0]).attribute(x, 1),
+    "all labels": lambda model, x: LayerScoreMap(model, model[0]).attribute_targets(x),
+    "the fused map": lambda model, x: FusedScoreMap(model, model[0]).attribute(x, 1),
+    "the complete map": lambda model, x: CompleteScoreMap(model).attribute(x, 1),
+    "a form": lambda model, x: linear_form(model, x, 1),
+    "bias terms": lambda model, x: bias_terms(model, x, 1),
+    "the frozen model": lambda model, x: freeze(model, x),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_warnings_name_the_line_of_the_call(call: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3), nn.Dropout(0.1), nn.Softmax(1)).eval()
+    model[3].train(call == "the frozen model")
+    with pytest.warns(UserWarning, match="dropout is in" if model[3].training else "the model ends in") as caught:
+        CALLS[call](model, torch.rand(1, 1, 6, 6))
+    assert {one.filename for one in caught} == {__file__}

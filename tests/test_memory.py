@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Call, Gate, with_rules
 from captum_scoremap.tape import Recording
-from captum_scoremap.tape.memory import are_apart, geometry, overlaps
+from captum_scoremap.tape.geometry import are_apart, geometry, overlaps
 from tests.between import assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 from tests.state import untouched
 

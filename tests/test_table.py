@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from captum_scoremap.rules import DEFAULT, TANGENT, Rule, display_name
+from captum_scoremap.rules import DEFAULT, TANGENT, Call, Rule, display_name
 from captum_scoremap.rules.attention import Attention
 from captum_scoremap.rules.products import Product
 
@@ -49,10 +49,26 @@ def test_names_are_those_that_users_know() -> None:
 
 @pytest.mark.parametrize("name", [name for name, rule in DEFAULT.items() if isinstance(rule, Attention)])
 def test_attention_finds_its_options(name: str) -> None:
-    rule, arguments = DEFAULT[name], getattr(torch.ops.aten, name).default._schema.arguments
-    assert isinstance(rule, Attention)
-    assert (arguments[rule.dropout].name, arguments[rule.causal].name) == ("dropout_p", "is_causal")
-    assert rule.mask is None or arguments[rule.mask].name == "attn_bias"
+    operation = getattr(torch.ops.aten, name).default
+    query, mask = torch.rand(1, 2, 4, 3), torch.zeros(1, 1, 4, 4)
+    named = {"query": query, "key": query, "value": query, "attn_mask": mask, "attn_bias": mask, "scale": 2.0}
+    options = {"dropout_p": 0.5, "is_causal": True}
+    arguments = [one.name for one in operation._schema.arguments if not one.kwarg_only]
+    call = Call(operation, tuple((named | options).get(name, False) for name in arguments), {}, (), ())
+    assert [call.argument(option) for option in options] == [0.5, True]
+    with pytest.raises(ValueError, match=r"must have no dropout, got 0\.5"):
+        DEFAULT[name].freeze(call)
+
+
+def test_arguments_go_by_their_names() -> None:
+    x = torch.rand(2, 3)
+    sums = torch.ops.aten.sum.dim_IntList
+    for args, named in (((x, [1], True), {}), ((x,), {"dim": [1], "keepdim": True}), ((x, [1]), {"keepdim": True})):
+        call = Call(sums, args, named, (x,), ())
+        assert (call.argument("dim"), call.argument("keepdim")) == ([1], True)
+    call = Call(sums, (x, [1]), {}, (x,), ())
+    assert (call.argument("keepdim"), call.argument("dtype")) == (False, None)
+    assert (call.argument("axis", "dim"), call.argument("axis", default=5)) == ([1], 5)
 
 
 @pytest.mark.parametrize("name", [name for name, rule in DEFAULT.items() if type(rule) is Product])

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from captum_scoremap import LayerScoreMap, freeze, linear_form
 from captum_scoremap.checks import UnsupportedOperationError
 from captum_scoremap.layout import layer_shapes, map_channel_dim
-from captum_scoremap.linear import explain_completely
+from captum_scoremap.linear import Subject, explain_completely
 from captum_scoremap.scores import logits_in
 from tests import hugging_face
 from tests.layers import called_once
@@ -371,7 +371,7 @@ def completeness(
     shapes = layer_shapes(model, inputs.clone())
     maps = [name for name in layers if map_channel_dim(shapes[name], tuple(inputs.shape)) is not None]
     sites = [None, *((layers[name], False) for name in maps)]
-    books, _ = explain_completely(model, inputs, label, sites, ())
+    books, _ = explain_completely(Subject(model, (inputs,)), label, sites)
     complete = of_bias_maps = 0.0
     for name, book in zip(["", *maps], books, strict=True):
         entries = [*book.maps.items(), *book.placeless.items()]

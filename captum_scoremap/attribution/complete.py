@@ -7,14 +7,14 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_images, check_layer
 from captum_scoremap.linear import explain_completely
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
-from captum_scoremap.tape import Site, as_tuple_of_arguments
+from captum_scoremap.tape import Site
 
 from .contract import Contract
-from .main_layers import MainLayers
+from .main_layers import MainLayers, named_layers
 
 __all__ = ["CompleteScoreMap"]
 
@@ -63,11 +63,8 @@ class CompleteScoreMap(Contract):
         super().__init__(forward_func, rules)
         if isinstance(layers, str) and str(layers) != "image":
             check_layer(forward_func, layers)
-        for layer in _modules(layers) or ():
-            check_layer(forward_func, layer)
-        if not isinstance(layers, (nn.Module, str)) and layers is not None and not layers:
-            raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
-        self._layers = layers
+        self._modules = [] if isinstance(layers, str) else named_layers(forward_func, layers)
+        self._has_own_grid = isinstance(layers, nn.Module)
         self._main_layers = MainLayers(rules)
 
     @log_usage()  # type: ignore[untyped-decorator]
@@ -95,28 +92,16 @@ class CompleteScoreMap(Contract):
             ValueError: If the input, the target or a layer is not as it must be, or the model is in training mode.
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
-
-        Example:
-            >>> import torch
-            >>> from torch import nn
-            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
-            >>> image = torch.rand(1, 3, 6, 6)
-            >>> complete, placeless = CompleteScoreMap(model, "image").attribute(image, target=7, return_placeless=True)
-            >>> complete.shape, bool(torch.allclose(complete.sum() + placeless, model(image)[:, 7], atol=1e-5))
-            (torch.Size([1, 1, 6, 6]), True)
         """
-        image = check_images(inputs)
-        additional = as_tuple_of_arguments(additional_forward_args)
-        forward_func = unwrap_parallel(self.forward_func)
-        modules = _modules(self._layers)
+        image, modules = check_images(inputs), self._modules
         if modules is None:
-            found = self._main_layers(forward_func, image, additional)
+            found = self._main_layers(self.forward_func, image, additional_forward_args)
             modules = list({grid: module for module, grid in found.items()}.values())[-2:]
-        sites: list[Site | None] = [(module, False) for module in modules or ()] or [None]
-        books, score = explain_completely(forward_func, inputs, target, sites, additional, rules=self._rules)
-        size = None if isinstance(self._layers, nn.Module) else (image.shape[2], image.shape[3])
+        sites: list[Site | None] = [(module, False) for module in modules] or [None]
+        books, score = explain_completely(self._subject((image,), additional_forward_args), target, sites)
+        size = None if self._has_own_grid else (image.shape[2], image.shape[3])
         with torch.no_grad():
-            rows = [book.maps[""].shape[2] if self._layers is None and "" in book.maps else 1 for book in books]
+            rows = [book.maps[""].shape[2] if self._modules is None and "" in book.maps else 1 for book in books]
             weights = [1 / count / sum(1 / each for each in rows) for count in rows]
             complete = sum(weight * book.complete_map(size) for weight, book in zip(weights, books, strict=True))
             placeless = sum(
@@ -124,12 +109,3 @@ class CompleteScoreMap(Contract):
             )
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
-
-
-def _modules(layers: Layers) -> list[nn.Module] | None:
-    """Return the modules that are named; none for the image, None for the default."""
-    if layers is None:
-        return None
-    if isinstance(layers, nn.Module):
-        return [layers]
-    return [] if isinstance(layers, str) else list(layers)

@@ -1,18 +1,17 @@
 """What every attribution class here promises Captum, or refuses with an error."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from captum._utils.gradient import compute_gradients
 from captum.attr import GradientAttribution
 from torch import Tensor
 
-from captum_scoremap.checks import InvalidValueError, as_tuple, check_callable, check_inputs, unwrap_parallel
-from captum_scoremap.linear import Reduction, explain
+from captum_scoremap.checks import InvalidValueError, as_tuple, check_callable, check_inputs
+from captum_scoremap.linear import Reduction, Subject, explain
 from captum_scoremap.rules import Rule
-from captum_scoremap.scores import Target, select_scores
-from captum_scoremap.tape import Site, as_tuple_of_arguments
+from captum_scoremap.scores import Target
+from captum_scoremap.tape import Site
 
 __all__ = ["Contract", "exact_delta"]
 
@@ -23,12 +22,28 @@ class Contract(GradientAttribution):
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
         rules: Operation to rule, to replace or add some.
+        multiply_by_inputs: Whether the sub-scores A·Y are returned, or the coefficients A; None for neither.
     """
 
-    def __init__(self, forward_func: Callable[..., Any], rules: Mapping[Any, Rule] | None = None) -> None:
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        rules: Mapping[Any, Rule] | None = None,
+        multiply_by_inputs: bool | None = None,
+    ) -> None:
         check_callable(forward_func)
         super().__init__(forward_func)
         self._rules = rules
+        self._multiply_by_inputs = multiply_by_inputs
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether coefficients are multiplied by what they belong to."""
+        return bool(self._multiply_by_inputs)
+
+    def has_convergence_delta(self) -> bool:
+        """Return whether the map is one of A and Y: S = A·Y + B is exact, and the delta checks it."""
+        return self._multiply_by_inputs is not None
 
     @property
     def gradient_func(self) -> Callable[..., Any]:
@@ -43,20 +58,16 @@ class Contract(GradientAttribution):
                 "it. Use rules= to say what an operation passes on."
             )
 
-    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
-        """Not implemented, as in most of Captum's methods.
+    def _subject(self, inputs: tuple[Tensor, ...], additional_forward_args: object) -> Subject:
+        """Return what is explained: the model at inputs that were checked."""
+        return Subject(self.forward_func, inputs, additional_forward_args, self._rules)
 
-        Raises:
-            NotImplementedError: Always.
-        """
+    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse, as most of Captum's methods do."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}. Use attribute.")
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refuse Captum's delta, which measures against the model at a start point rather than against B.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Refuse Captum's delta, which measures against the model at a start point rather than against B."""
         raise NotImplementedError(
             f"compute_convergence_delta is not implemented for {type(self).__name__}, whose maps are not differences "
             "between two inputs."
@@ -72,24 +83,7 @@ def exact_delta(
     target: Target,
     additional_forward_args: object,
 ) -> Tensor:
-    """Return S - (sum of the attributions + B) for attributions that were computed before.
-
-    Args:
-        method: The method that computed them.
-        site: The place that they belong to; None for the input.
-        attributions: Sub-scores, or their sums over channels.
-        start_point: None, or zero: where B is taken.
-        end_point: The image.
-        target: Label of each image.
-        additional_forward_args: Additional arguments.
-
-    Returns:
-        (N,), in logits.
-
-    Raises:
-        ValueError: If the method returns coefficients, or the start point is not zero.
-        InvalidValueError: If the attributions do not fit.
-    """
+    """Return S - (sum of the attributions + B) for attributions that a method computed before at a site, (N,)."""
     if not method.multiplies_by_inputs:
         raise ValueError(
             "compute_convergence_delta needs A·Y, got a method of coefficients. Use multiply_by_inputs=True."
@@ -98,24 +92,11 @@ def exact_delta(
         raise ValueError(
             "start_point must be None or zero: S = A·Y + B is exact at the image, with B the frozen model at zero."
         )
-    inputs = check_inputs(end_point, indices=site is not None)
-
-    select = partial(select_scores, target=target, images=len(inputs[0]))
-
-    found = explain(
-        unwrap_parallel(method.forward_func),
-        inputs,
-        select,
-        [site],
-        Reduction(multiply=False),
-        as_tuple_of_arguments(additional_forward_args),
-        rules=method._rules,
-        keep=True,
-    )
+    subject = method._subject(check_inputs(end_point, indices=site is not None), additional_forward_args)
+    found = explain(subject, target, [site], Reduction(multiply=False), keep=True)
     given = tuple(one for one in as_tuple(attributions) if isinstance(one, Tensor))
     shapes, expected = [tuple(one.shape) for one in given], [tuple(y.shape) for y in found.tapped(site).activations]
-    fits = len(shapes) == len(expected) and all(map(_is_shape_or_sum, shapes, expected))
-    if not fits:
+    if len(shapes) != len(expected) or not all(map(_is_shape_or_sum, shapes, expected)):
         raise InvalidValueError(f"attributions must be shaped like what they explain, {expected}, got {shapes}.")
     return found.score - found.sums_of(given, site) - found.bias(site)
 

@@ -7,15 +7,15 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_images, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_images
 from captum_scoremap.layout import placed_map
-from captum_scoremap.linear import Frame, check_sites, frame_of, values_elsewhere, warn_of_probabilities
-from captum_scoremap.rules import Rule, Value, with_rules
+from captum_scoremap.linear import Frame, frame_of, values_elsewhere
+from captum_scoremap.rules import Rule, Value
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
-from captum_scoremap.tape import Recording, Site, Tape, Tapped, as_tuple_of_arguments
+from captum_scoremap.tape import Site, Tape, Tapped
 
 from .contract import Contract
-from .main_layers import MainLayers
+from .main_layers import MainLayers, named_layers
 
 __all__ = ["FusedScoreMap"]
 
@@ -69,12 +69,7 @@ class FusedScoreMap(Contract):
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
         super().__init__(forward_func, rules)
-        named = [layers] if isinstance(layers, nn.Module) else layers
-        for layer in named or ():
-            check_layer(forward_func, layer)
-        if named is not None and not named:
-            raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
-        self._layers = None if named is None else list(named)
+        self._layers = named_layers(forward_func, layers)
         self._main_layers = MainLayers(rules)
 
     @log_usage()  # type: ignore[untyped-decorator]
@@ -99,30 +94,18 @@ class FusedScoreMap(Contract):
             ValueError: If the input, the target or a layer is not as it must be, or the model is in training mode.
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
-
-        Example:
-            >>> import torch
-            >>> from torch import nn
-            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
-            >>> image = torch.rand(1, 3, 6, 6)
-            >>> FusedScoreMap(model).attribute(image, target=7).shape
-            torch.Size([1, 1, 6, 6])
         """
         image = check_images(inputs)
-        additional = as_tuple_of_arguments(additional_forward_args)
-        forward_func = unwrap_parallel(self.forward_func)
-        layers = self._layers_for(forward_func, image, additional)
-
+        layers = self._layers or list(self._main_layers(self.forward_func, image, additional_forward_args))
+        if not layers:
+            raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
         sites: list[Site] = [(layer, False) for layer in layers]
-        recording = Recording(forward_func, with_rules(self._rules), sites)
 
         def select(output: Any) -> Tensor:
-            warn_of_probabilities(recording, output)
             scores = select_scores(output, target, len(image))
             return scores if is_function(target) else logits_in(output)
 
-        output = recording.record((image,), additional, select)
-        check_sites(recording, sites)
+        recording, output = self._subject((image,), additional_forward_args).record(select, sites)
         label = None if is_function(target) else target
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
@@ -138,27 +121,9 @@ class FusedScoreMap(Contract):
                 fused = fused * frame.enlarged((score_map != 0).to(fused), "nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
-    def _layers_for(
-        self, forward_func: Callable[..., Any], image: Tensor, additional: tuple[Any, ...]
-    ) -> list[nn.Module]:
-        if self._layers is not None:
-            return self._layers
-        found = list(self._main_layers(forward_func, image, additional))
-        if not found:
-            raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
-        return found
-
 
 def log_odds(output: Tensor, target: Target) -> Tensor:
-    """Return the log-odds of a label: S_c - log sum over all others of exp S_k; its sigmoid is the softmax of S_c.
-
-    Args:
-        output: Scores, (N, K) or (N, K, ...); (N,) or (N, 1) are taken for log-odds.
-        target: Label of each image, in any of Captum's forms.
-
-    Returns:
-        (N,), in logits.
-    """
+    """Return the log-odds of a label, (N,): S_c - log sum over all others of exp S_k; of (N,) or (N, 1), the score."""
     score = select_scores(output, target)
     if output.dim() == 1 or output.shape[1] == 1:
         return score
@@ -172,16 +137,7 @@ def log_odds(output: Tensor, target: Target) -> Tensor:
 
 
 def fuse(score_maps: Sequence[Tensor], odds: Tensor, frame: Frame) -> Tensor:
-    """Fuse the score maps of the log-odds of several layers, as :class:`FusedScoreMap` says.
-
-    Args:
-        score_maps: (N, 1, h, w) each, in logits, the last layer's at the end.
-        odds: Log-odds of the label, (N,), in logits.
-        frame: Where the image lies in what the layers see.
-
-    Returns:
-        (N, 1, H, W), without unit.
-    """
+    """Fuse score maps of the log-odds, (N, 1, h, w), the last layer's at the end, as :class:`FusedScoreMap` says."""
     last = score_maps[-1]
     bias = odds[:, None, None, None] - last.sum(dim=(2, 3), keepdim=True)
     belief = frame.enlarged(last[0, 0].numel() * last + bias).sigmoid()
@@ -219,7 +175,6 @@ def _score_maps(
     tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]], frame: Frame
 ) -> list[Tensor]:
     """Return the score maps of layers, (N, 1, h, w), for given coefficients of the output; zero where it has none."""
-    output = tape.value_of_output()
     of_layer = [(value, _map_at(y, frame), y) for value, y in layers]
-    found = {} if output is None else tape.transposed({output: coefficients}, {v: f for v, f, _ in of_layer if v})
+    found = tape.transposed(tape.seeds(coefficients), {v: f for v, f, _ in of_layer if v})
     return [found[v] if v is not None and v in found else function(torch.zeros_like(y)) for v, function, y in of_layer]

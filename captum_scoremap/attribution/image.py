@@ -1,17 +1,15 @@
 """ScoreMap: sub-scores of the image itself, l = 0."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_scoremap.checks import check_grad_kwargs, check_inputs, unwrap_parallel
+from captum_scoremap.checks import check_grad_kwargs, check_inputs
 from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule
-from captum_scoremap.scores import Target, select_scores
-from captum_scoremap.tape import as_tuple_of_arguments
+from captum_scoremap.scores import Target
 
 from .contract import Contract, exact_delta
 
@@ -51,8 +49,7 @@ class ScoreMap(Contract):
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
-        super().__init__(forward_func, rules)
-        self._multiply_by_inputs = multiply_by_inputs
+        super().__init__(forward_func, rules, multiply_by_inputs)
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -94,31 +91,17 @@ class ScoreMap(Contract):
             torch.Size([1, 3, 6, 6])
         """
         check_grad_kwargs(grad_kwargs)
-        tensors = check_inputs(inputs)
-        additional = as_tuple_of_arguments(additional_forward_args)
-
-        select = partial(select_scores, target=target, images=len(tensors[0]))
-
         found = explain(
-            unwrap_parallel(self.forward_func),
-            tensors,
-            select,
+            self._subject(check_inputs(inputs), additional_forward_args),
+            target,
             [None],
-            Reduction(multiply=self._multiply_by_inputs),
-            additional,
-            rules=self._rules,
+            Reduction(self.multiplies_by_inputs),
             keep=return_convergence_delta,
             create_graph=bool((grad_kwargs or {}).get("create_graph")),
         )
         results = found.results[None]
         formatted = results[0] if isinstance(inputs, Tensor) else results
-        if not return_convergence_delta:
-            return formatted
-        return formatted, found.score - found.sums(None) - found.bias(None)
-
-    def has_convergence_delta(self) -> bool:
-        """Return True: S = A·x + B is exact, and the delta checks it."""
-        return True
+        return (formatted, found.residual(None)) if return_convergence_delta else formatted
 
     def compute_convergence_delta(
         self,
@@ -128,24 +111,14 @@ class ScoreMap(Contract):
         target: Target = None,
         additional_forward_args: object = None,
     ) -> Tensor:
-        """Return S - (A·x + B) for sub-scores that were computed before.
+        """Return S - (A·x + B), (N,) in logits, for sub-scores that were computed before.
 
-        Args:
-            attributions: The sub-scores.
-            start_point: None, or zero, where B is taken.
-            end_point: The image.
-            target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
-            additional_forward_args: Additional arguments of ``forward_func``.
+        ``start_point`` must be None or zero, where B is taken; ``end_point`` is the image.
 
         Returns:
-            (N,), in logits.
+            The delta.
 
         Raises:
             ValueError: If the sub-scores do not fit the image, or the start point is not zero.
         """
         return exact_delta(self, None, attributions, start_point, end_point, target, additional_forward_args)
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """Whether sub-scores are returned, or coefficients."""
-        return self._multiply_by_inputs

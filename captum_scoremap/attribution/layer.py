@@ -1,7 +1,6 @@
 """LayerScoreMap: the score maps of a layer, or of several from one backward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,18 +8,12 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import (
-    check_grad_kwargs,
-    check_inputs,
-    check_layer,
-    is_tuple_of_one,
-    unwrap_parallel,
-)
+from captum_scoremap.checks import check_grad_kwargs, check_inputs, check_layer, is_tuple_of_one
 from captum_scoremap.layout import as_images, channels_at
 from captum_scoremap.linear import Reduction, explain, explain_targets
 from captum_scoremap.rules import Rule
-from captum_scoremap.scores import Label, Target, select_scores
-from captum_scoremap.tape import Site, as_tuple_of_arguments
+from captum_scoremap.scores import Label, Target
+from captum_scoremap.tape import Site
 
 from .contract import Contract, exact_delta
 
@@ -75,11 +68,10 @@ class LayerScoreMap(LayerAttribution, Contract):
     ) -> None:
         # Captum declares a type variable where it means either
         LayerAttribution.__init__(self, forward_func, layer, device_ids)  # type: ignore[type-var]
-        Contract.__init__(self, forward_func, rules)
+        Contract.__init__(self, forward_func, rules, multiply_by_inputs)
         if layer is not None:
             _check_layers(forward_func, layer)
         self._made_for = layer
-        self._multiply_by_inputs = multiply_by_inputs
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -139,7 +131,6 @@ class LayerScoreMap(LayerAttribution, Contract):
             grad_kwargs, relu_attributions = dict(relu_attributions), False
         check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=True)
-        additional = as_tuple_of_arguments(additional_forward_args)
         sites = self._sites(attribute_to_layer_input)
         channels = channels_at(channel_dim, tensors[0].shape)
         if attr_dim_summation and self.layer is not self._made_for:
@@ -148,17 +139,11 @@ class LayerScoreMap(LayerAttribution, Contract):
                 "shaped like the layer: LayerScoreMap(model, None, multiply_by_inputs=False) and "
                 "tcav.interpret(..., attr_dim_summation=False). For a score map, name the layer when making the method."
             )
-
-        select = partial(select_scores, target=target, images=len(tensors[0]))
-
         found = explain(
-            unwrap_parallel(self.forward_func),
-            tensors,
-            select,
+            self._subject(tensors, additional_forward_args),
+            target,
             sites,
-            Reduction(self._multiply_by_inputs, channels if attr_dim_summation else None),
-            additional,
-            rules=self._rules,
+            Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None),
             keep=return_convergence_delta,
             create_graph=bool((grad_kwargs or {}).get("create_graph")),
         )
@@ -166,12 +151,12 @@ class LayerScoreMap(LayerAttribution, Contract):
         for site in sites:
             results, tapped = found.results[site], found.tapped(site)
             if return_convergence_delta:
-                if not self._multiply_by_inputs and attr_dim_summation:
+                if not self.multiplies_by_inputs and attr_dim_summation:
                     raise ValueError(
                         "return_convergence_delta needs A·Y, got coefficients summed over channels. Use "
                         "multiply_by_inputs=True or attr_dim_summation=False."
                     )
-                deltas.append(found.score - found.sums(site) - found.bias(site))
+                deltas.append(found.residual(site))
             results = tuple(map(F.relu, results)) if relu_attributions else results
             maps.append(results if tapped.is_tuple or is_tuple_of_one(inputs) else results[0])
         return self._formatted(maps, deltas if return_convergence_delta else None)
@@ -192,16 +177,9 @@ class LayerScoreMap(LayerAttribution, Contract):
         activation of each position alone is pushed forward through them (one pass per position, all labels at once);
         whichever are fewer, in batches.
 
-        Args:
-            inputs: The image, (N, C, H, W), or a tuple of such inputs.
-            targets: Labels, the same for all images, or functions from the model's output to (N,); None for every
-                label.
-            additional_forward_args: Additional arguments of ``forward_func``; they are constants.
-            attribute_to_layer_input: Whether Y is the layer's input.
-            relu_attributions: Whether to return the positive part only.
-            channel_dim: Dimension of the channels; None to find it by the shapes of layer and input: the last for
-                (N, h, w, C), (N, tokens, C) and (tokens, N, C), else the first after the images.
-            internal_batch_size: Bound on the images processed at once, and thereby on memory; None for a moderate one.
+        ``targets`` are labels, the same for all images, or functions from the model's output to (N,); None for every
+        label. ``internal_batch_size`` bounds the images processed at once, and thereby memory; None for a moderate
+        number. The other arguments are those of :meth:`attribute`.
 
         Returns:
             Tensor in logits, (N, K, h, w) for a layer of (N, C, h, w): the labels take the place of the channels. A
@@ -214,16 +192,12 @@ class LayerScoreMap(LayerAttribution, Contract):
             UnsupportedOperationError: As :meth:`attribute`.
         """
         tensors = check_inputs(inputs, indices=True)
-        sites = self._sites(attribute_to_layer_input)
         maps = explain_targets(
-            unwrap_parallel(self.forward_func),
-            tensors,
+            self._subject(tensors, additional_forward_args),
             targets,
-            sites,
-            Reduction(self._multiply_by_inputs, channels_at(channel_dim, tensors[0].shape)),
-            as_tuple_of_arguments(additional_forward_args),
-            rules=self._rules,
-            internal_batch_size=internal_batch_size,
+            self._sites(attribute_to_layer_input),
+            Reduction(self.multiplies_by_inputs, channels_at(channel_dim, tensors[0].shape)),
+            internal_batch_size,
         )
         if relu_attributions:
             maps = [F.relu(one) for one in maps]
@@ -253,10 +227,6 @@ class LayerScoreMap(LayerAttribution, Contract):
             layer_attribution = as_images(layer_attribution)
         return LayerAttribution.interpolate(layer_attribution, interpolate_dims, interpolate_mode)
 
-    def has_convergence_delta(self) -> bool:
-        """Return True: S = A·Y + B is exact, and the delta checks it."""
-        return True
-
     def compute_convergence_delta(
         self,
         attributions: Any,
@@ -266,18 +236,12 @@ class LayerScoreMap(LayerAttribution, Contract):
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
     ) -> Any:
-        """Return S - (A·Y + B) for score maps or sub-scores that were computed before.
+        """Return S - (A·Y + B), (N,) in logits, for what :meth:`attribute` returned before.
 
-        Args:
-            attributions: What :meth:`attribute` returned.
-            start_point: None, or zero, where B is taken.
-            end_point: The image.
-            target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
-            additional_forward_args: Additional arguments of ``forward_func``.
-            attribute_to_layer_input: Whether Y is the layer's input.
+        ``start_point`` must be None or zero, where B is taken; ``end_point`` is the image.
 
         Returns:
-            (N,), in logits; a list for a list of layers.
+            The delta; a list for a list of layers.
 
         Raises:
             ValueError: If the maps do not fit the layer, or the start point is not zero.
@@ -289,14 +253,8 @@ class LayerScoreMap(LayerAttribution, Contract):
         ]
         return deltas if isinstance(self.layer, (list, tuple)) else deltas[0]
 
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """Whether coefficients are multiplied by the activations."""
-        return self._multiply_by_inputs
-
     def _sites(self, at_input: bool) -> list[Site]:
-        layers = _check_layers(self.forward_func, self.layer)
-        return [(layer, at_input) for layer in layers]
+        return [(layer, at_input) for layer in _check_layers(self.forward_func, self.layer)]
 
     def _formatted(self, maps: list[Any], deltas: list[Tensor] | None) -> Any:
         if isinstance(self.layer, (list, tuple)):
@@ -305,15 +263,7 @@ class LayerScoreMap(LayerAttribution, Contract):
 
 
 def _check_layers(forward_func: Callable[..., Any], layer: object) -> list[nn.Module]:
-    """One layer or several as a list.
-
-    Returns:
-        The layers.
-
-    Raises:
-        TypeError: If something in it is not a module.
-        ValueError: If the model does not contain it.
-    """
+    """Return one layer or several as a list, checked."""
     layers: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
     for one in layers:
         check_layer(forward_func, one)

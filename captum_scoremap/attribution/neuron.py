@@ -1,6 +1,7 @@
 """NeuronScoreMap: the map of one neuron on the input or on any lower layer."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,11 @@ from captum_scoremap.checks import (
     check_inputs,
     check_layer,
     is_tuple_of_one,
-    unwrap_parallel,
 )
 from captum_scoremap.layout import channels_at
 from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule, tensors_in
-from captum_scoremap.tape import Site, as_tuple_of_arguments
+from captum_scoremap.tape import Site
 
 from .contract import Contract
 
@@ -62,9 +62,8 @@ class NeuronScoreMap(NeuronAttribution, Contract):
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
         NeuronAttribution.__init__(self, forward_func, layer, device_ids)
-        Contract.__init__(self, forward_func, rules)
+        Contract.__init__(self, forward_func, rules, multiply_by_inputs)
         check_layer(forward_func, layer)
-        self._multiply_by_inputs = multiply_by_inputs
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -117,31 +116,22 @@ class NeuronScoreMap(NeuronAttribution, Contract):
         """
         check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=to_layer is not None)
-        additional = as_tuple_of_arguments(additional_forward_args)
         neuron: Site = (self.layer, attribute_to_neuron_input)
         site: Site | None = None
         if to_layer is not None:
             check_layer(self.forward_func, to_layer)
             site = (to_layer, False)
-
         channels = channels_at(channel_dim, tensors[0].shape)
-
-        def select(value: Any) -> Tensor:
-            return select_neuron(value, neuron_selector)
-
         found = explain(
-            unwrap_parallel(self.forward_func),
-            tensors,
-            select,
+            self._subject(tensors, additional_forward_args),
+            partial(select_neuron, selector=neuron_selector),
             [site],
-            Reduction(self._multiply_by_inputs, channels if attr_dim_summation else None),
-            additional,
-            rules=self._rules,
+            Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None),
             keep=return_convergence_delta,
             create_graph=bool((grad_kwargs or {}).get("create_graph")),
             stop_at=neuron,
         )
-        if to_layer is not None and not found.reached[site]:
+        if to_layer is not None and site not in found.reached:
             raise ValueError(
                 f"to_layer must lie below the neuron's layer, got a {type(to_layer).__name__} that does not reach this "
                 f"{type(self.layer).__name__}. Name a layer between the input and the neuron."
@@ -149,30 +139,11 @@ class NeuronScoreMap(NeuronAttribution, Contract):
         results, tapped = found.results[site], found.tapped(site)
         single = isinstance(inputs, Tensor) if site is None else not (tapped.is_tuple or is_tuple_of_one(inputs))
         formatted = results[0] if single else results
-        if not return_convergence_delta:
-            return formatted
-        return formatted, found.score - found.sums(site) - found.bias(site)
-
-    def has_convergence_delta(self) -> bool:
-        """Return True: the sum A·Y + B is exact, and the delta checks it."""
-        return True
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """Whether sub-scores are returned, or coefficients."""
-        return self._multiply_by_inputs
+        return (formatted, found.residual(site)) if return_convergence_delta else formatted
 
 
 def select_neuron(value: Any, selector: Selector) -> Tensor:
-    """Return the activation that a selector names in a layer's output.
-
-    Returns:
-        The activation, (N,), or one number where a function sums over the batch, too.
-
-    Raises:
-        InvalidTypeError: If the selector has no known form, or does not return a tensor.
-        InvalidValueError: If it is out of range, or does not select one number for each image.
-    """
+    """Return the activation that a selector names in a layer's output, (N,), or one number where it sums over N."""
     tensors = tuple(tensor for tensor in tensors_in(value) if tensor.is_floating_point())
     if not tensors:
         raise InvalidValueError("layer must have a floating-point output, got none. Name another layer.")

@@ -77,16 +77,7 @@ def _linear_parts(
         channels = channels_at(options.get("channel_dim"), tensors[0].shape)
         is_summed = options.get("attr_dim_summation", True)
         reduction = Reduction(method.multiplies_by_inputs, channels if is_summed else None)
-    run = explain(
-        unwrap_parallel(method.forward_func),
-        tensors,
-        select,
-        sites,
-        reduction,
-        additional,
-        rules=method._rules,
-        keep=True,
-    )
+    run = explain(method._subject(tensors, additional), select, sites, reduction, keep=True)
     names = _names(method, sites)
     found = {}
     for site, name in zip(sites, names, strict=True):

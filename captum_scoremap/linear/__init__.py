@@ -1,45 +1,38 @@
 """S = A·Y + B, Eq. (3) of Yu et al. 2015, read off the tape: forms, bias terms, all labels, and how exact it is."""
 
-from captum_scoremap.scores import Label, Target, select_scores
-
 from .all_labels import explain_targets
 from .bias_maps import BiasMaps, bias_maps, explain_completely
 from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
-from .explanation import Explanation, check_sites, explain, warn_of_probabilities
+from .explanation import explain
 from .form import LinearForm, LinearForms, linear_form
 from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
 from .main_layers import main_layers, main_modules
 from .positions import values_elsewhere
-from .reduction import Reduction, image_sums
+from .reduction import Reduction
+from .subject import Subject
 
 __all__ = [
     "BiasMaps",
     "Exactness",
-    "Explanation",
     "Frame",
-    "Label",
     "LayerExactness",
     "Ledger",
     "LinearForm",
     "LinearForms",
     "Reduction",
-    "Target",
+    "Subject",
     "bias_maps",
     "bias_terms",
     "check_exactness",
-    "check_sites",
     "explain",
     "explain_completely",
     "explain_targets",
     "frame_of",
-    "image_sums",
     "ledgers",
     "linear_form",
     "main_layers",
     "main_modules",
-    "select_scores",
     "values_elsewhere",
-    "warn_of_probabilities",
 ]

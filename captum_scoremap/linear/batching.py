@@ -22,15 +22,7 @@ def quiet_batching() -> Iterator[None]:
 
 
 def over_rows(function: Callable[[Tensor], Mapping[Any, Tensor]], rows: Tensor) -> dict[Any, Tensor]:
-    """Call a function for each row and stack what it returns.
-
-    Args:
-        function: From a row to results by key.
-        rows: (rows, ...).
-
-    Returns:
-        Key to results, (rows, ...).
-    """
+    """Call a function for each row, (rows, ...), all at once, and stack what it returns by key, (rows, ...)."""
     if len(rows) == 1:
         return {key: result[None] for key, result in function(rows[0]).items()}
     keys: list[Any] = []

@@ -1,20 +1,19 @@
 """Where B is: the share of every operation's constant part, at its place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_images, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_images, check_layer
 from captum_scoremap.rules import Rule
-from captum_scoremap.scores import Target, select_scores
-from captum_scoremap.tape import Site, as_tuple_of_arguments
+from captum_scoremap.scores import Target
+from captum_scoremap.tape import Site
 
-from .explanation import record_score
 from .ledger import Ledger, ledgers
+from .subject import Subject, scores_of
 
 __all__ = ["BiasMaps", "bias_maps", "explain_completely"]
 
@@ -83,40 +82,20 @@ def bias_maps(
     if layer is not None:
         check_layer(forward_func, layer)
     site: Site | None = None if layer is None else (layer, False)
-    (ledger,), _ = explain_completely(
-        forward_func, inputs, target, [site], as_tuple_of_arguments(additional_forward_args), rules=rules
-    )
+    subject = Subject(forward_func, (check_images(inputs),), additional_forward_args, rules)
+    (ledger,), _ = explain_completely(subject, target, [site])
     # the layer's own sub-scores, of its class token too, are no part of B
     above = ({name: one for name, one in book.items() if name} for book in (ledger.maps, ledger.placeless))
     return BiasMaps(*above)
 
 
-def explain_completely(
-    forward_func: Callable[..., Any],
-    inputs: Tensor | tuple[Tensor, ...],
-    target: Target,
-    sites: list[Site | None],
-    additional: tuple[Any, ...],
-    *,
-    rules: Mapping[Any, Rule] | None = None,
-) -> tuple[list[Ledger], Tensor]:
-    """Return the ledger of each site, and the score S, (N,).
-
-    Raises:
-        ValueError: If the input is not one tensor of images.
-    """
-    image = check_images(inputs)
-
-    select = partial(select_scores, target=target, images=len(image))
-
-    recording, score = record_score(
-        unwrap_parallel(forward_func), (image,), select, sites, additional, rules=rules, keep=True
-    )
+def explain_completely(subject: Subject, target: Target, sites: Sequence[Site | None]) -> tuple[list[Ledger], Tensor]:
+    """Return the ledger of each site, and the score S, (N,), of images (N, C, H, W)."""
+    (image,) = subject.inputs
+    recording, score = subject.record(scores_of(target, len(image)), sites, keep=True)
     for site in sites:
         if any(len(y.shape) < 3 for y in recording.tapped[site].activations):
             shape = tuple(recording.tapped[site].activations[0].shape)
             raise ValueError(f"layer must return a map (N, C, h, w) or tokens (N, tokens, C), got {shape}.")
-    value = recording.tape.value_of_output()
     with torch.no_grad():
-        seeds = {} if value is None else {value: torch.ones_like(score)}
-        return ledgers(recording, seeds, score, sites, image.shape), score
+        return ledgers(recording, recording.tape.seeds(torch.ones_like(score)), score, sites, image.shape), score

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.checks import check_callable, check_inputs, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_inputs
 from captum_scoremap.rules import Rule, Value, display_name, tensors_in
-from captum_scoremap.scores import Target, select_scores
-from captum_scoremap.tape import Recording, Step, as_tuple_of_arguments
+from captum_scoremap.scores import Target
+from captum_scoremap.tape import Recording, Step
 
 from .batching import over_rows
-from .explanation import record_score
+from .subject import Subject, scores_of
 
 __all__ = ["bias_terms", "constant_times", "names_of_steps", "shares_of_constants"]
 
@@ -63,53 +63,34 @@ def bias_terms(
     """
     check_callable(forward_func)
     tensors = check_inputs(inputs)
-    forward_func = unwrap_parallel(forward_func)
-
-    select = partial(select_scores, target=target, images=len(tensors[0]))
-
-    additional = as_tuple_of_arguments(additional_forward_args)
-    recording, score = record_score(forward_func, tensors, select, (), additional, rules=rules, keep=False)
+    subject = Subject(forward_func, tensors, additional_forward_args, rules)
+    recording, score = subject.record(scores_of(target, len(tensors[0])))
     with torch.no_grad():
         return shares_of_constants(recording, score)
 
 
 def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor]:
-    """Return A·o for every step's constant part o, by name.
-
-    Args:
-        recording: The run.
-        score: S, (N,), as the run gave it.
-
-    Returns:
-        Name to share, (N,), in the order of the steps.
-    """
-    constants: dict[Step, list[Tensor | None]] = {}
-    for step in recording.tape.steps:
-        if not step.outputs:
-            continue
-        found = [constant if constant is not None and bool(constant.any()) else None for constant in step.constants()]
-        if any(constant is not None for constant in found):
-            constants[step] = found
-    seed = recording.tape.output_values.get(id(score))
-    if seed is None:  # the score does not depend on the image
+    """Return A·o for every step's constant part o, by name and in the order of the steps, (N,) each."""
+    tape = recording.tape
+    if tape.value_of_output() is None:  # the score does not depend on the image
         return {"score": score}
+    constants: dict[Value, Tensor] = {}
+    for step in tape.steps:
+        if step.outputs:
+            pairs = zip(step.outputs, step.constants(), strict=False)
+            constants |= {value: one for value, one in pairs if one is not None and bool(one.any())}
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {
-        value: partial(_product, constant)
-        for step, parts in constants.items()
-        for value, constant in zip(step.outputs, parts, strict=False)
-        if constant is not None
+        value: partial(_product, constant) for value, constant in constants.items()
     }
     # one row for each image: to whom a step's coefficients belong is known only that way
     rows = torch.eye(len(score), dtype=score.dtype, device=score.device)
-    found_shares = over_rows(lambda row: recording.tape.transposed({seed: row}, wanted, everywhere=True), rows)
+    found = over_rows(lambda row: tape.transposed(tape.seeds(row), wanted, everywhere=True), rows)
     name_of = names_of_steps(recording)
     shares: dict[str, Tensor] = {}
-    for step in constants:
-        name = name_of(step)
-        for value in step.outputs:
-            if value in found_shares:
-                share = found_shares[value].to(score.dtype)
-                shares[name] = shares[name] + share if name in shares else share
+    for value in constants:
+        if value in found:
+            name, share = name_of(tape.steps[value.step]), found[value].to(score.dtype)
+            shares[name] = shares[name] + share if name in shares else share
     return shares
 
 
@@ -128,15 +109,10 @@ def _product(constant: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def names_of_steps(recording: Recording) -> Callable[[Step], str]:
-    """Return the name of a step's constant part.
-
-    That is its module, or the parameter that it adds or puts beside live tensors: a token, an embedding.
-    """
+    """Return the name of a step's constant part: its module, or the parameter (a token, an embedding) that it adds."""
     places = recording.places
     parameters = {
-        parameter.untyped_storage()._cdata: name
-        for root in places.roots()
-        for name, parameter in root.named_parameters()
+        parameter.untyped_storage()._cdata: name for root in places.roots for name, parameter in root.named_parameters()
     }
 
     def name_of(step: Step) -> str:

@@ -14,47 +14,33 @@ from captum_scoremap.scores import Target, select_scores
 from captum_scoremap.tape import Recording, Site
 
 from .bias_terms import shares_of_constants
-from .explanation import Explanation, warn_of_probabilities
+from .explanation import Explanation
 from .reduction import Reduction
+from .subject import warn_of_probabilities
 
 __all__ = ["Exactness", "LayerExactness", "check_exactness"]
 
 
 @dataclass(frozen=True)
 class LayerExactness:
-    """One module that runs operations of its own, or whose residual was measured.
+    """One module that runs operations of its own, or whose residual was measured."""
 
-    Attributes:
-        layer: Name of the module; "" for the model itself, "input" for the image.
-        operations: Pairs of operation and what its rule freezes ("linear" for nothing), to how often it is called.
-        unsupported: Operations without a rule.
-        residual: |S - (A·Y + B)| / (|S| + |A·Y|) at the module's output, a fraction; None where it has no single
-            floating-point output on the way to the score.
-        bias: Share of the module's biases in B at the image, in logits.
-    """
-
-    layer: str
-    operations: Mapping[tuple[str, str], int]
-    unsupported: tuple[str, ...]
+    layer: str  # its name; "" for the model itself, "input" for the image
+    operations: Mapping[tuple[str, str], int]  # and what their rules freeze ("linear": nothing), to how often they run
+    unsupported: tuple[str, ...]  # operations without a rule
+    # |S - (A·Y + B)| / (|S| + |A·Y|) at its output, a fraction; None where it has no single one on the way to the score
     residual: float | None
-    bias: float
+    bias: float  # share of its biases in B at the image, in logits
 
 
 @dataclass(frozen=True)
 class Exactness:
-    """What a model's linear form at one image is made of.
+    """What a model's linear form at one image is made of."""
 
-    Attributes:
-        layers: In the order in which they run, the image first.
-        score: S in logits; None if the model holds unsupported operations.
-        bias: B at the image, in logits; None likewise.
-        tolerance: The largest residual that counts as rounding.
-    """
-
-    layers: tuple[LayerExactness, ...]
-    score: float | None
-    bias: float | None
-    tolerance: float
+    layers: tuple[LayerExactness, ...]  # in the order in which they run, the image first
+    score: float | None  # S in logits; None if the model holds unsupported operations
+    bias: float | None  # B at the image, in logits; None likewise
+    tolerance: float  # the largest residual that counts as rounding
 
     @property
     def worst(self) -> float:
@@ -123,27 +109,24 @@ def check_exactness(
     except UnsupportedOperationError as error:
         for operation, module in error.operations:
             unsupported.setdefault(module, []).append(operation)
-    operations = _operations(recording)
-    order = [*operations, *(name for name in unsupported if name not in operations)]
+    operations, residuals, shares = _operations(recording), {}, dict[str, float]()
+    if not unsupported:
+        modules = dict(model.named_modules())
+        with torch.no_grad():
+            for key, share in shares_of_constants(recording, score).items():
+                module = _module_of(key, modules)
+                shares[module] = shares.get(module, 0.0) + float(share.sum())
+            residuals = _residuals(recording, score, names, progress)
+    order = dict.fromkeys(([] if unsupported else ["input"]) + [*operations, *unsupported, *residuals])
+    layers = tuple(
+        LayerExactness(
+            name, operations.get(name, {}), tuple(unsupported.get(name, ())), residuals.get(name), shares.get(name, 0.0)
+        )
+        for name in order
+    )
     if unsupported:
-        layers = [
-            LayerExactness(name, operations.get(name, {}), tuple(unsupported.get(name, ())), None, 0.0)
-            for name in order
-        ]
-        return Exactness(tuple(layers), None, None, tolerance)
-
-    shares: dict[str, float] = {}
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for key, share in shares_of_constants(recording, score).items():
-            module = _module_of(key, modules)
-            shares[module] = shares.get(module, 0.0) + float(share.sum())
-        residuals = _residuals(recording, score, names, progress)
-    layers = [
-        LayerExactness(name, operations.get(name, {}), (), residuals.get(name), shares.get(name, 0.0))
-        for name in ["input", *order, *(name for name in residuals if name not in order and name != "input")]
-    ]
-    return Exactness(tuple(layers), float(score), sum(shares.values()), tolerance)
+        return Exactness(layers, None, None, tolerance)
+    return Exactness(layers, float(score), sum(shares.values()), tolerance)
 
 
 def _operations(recording: Recording) -> dict[str, Counter[tuple[str, str]]]:
@@ -176,8 +159,7 @@ def _residuals(
     residuals: dict[str, float] = {}
     for site in progress(sites):
         sums = found.sums(site)
-        rest = score - sums - found.bias(site)
-        scale = score.abs() + sums.abs()
+        rest, scale = score - sums - found.bias(site), score.abs() + sums.abs()
         name = "input" if site is None else names[site[0]]
         residuals[name] = float((rest.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
     return residuals

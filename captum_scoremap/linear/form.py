@@ -1,28 +1,37 @@
 """Eq. (2)-(3) as objects: the score of a label as A·Y + B with the outputs Y of any layer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer, unwrap_parallel
+from captum_scoremap.checks import check_callable, check_inputs, check_layer
 from captum_scoremap.layout import channels_at, placed_map
 from captum_scoremap.rules import Rule, tensors_in
-from captum_scoremap.scores import Target, select_scores
-from captum_scoremap.tape import Constants, Site, as_tuple_of_arguments
+from captum_scoremap.scores import Target
+from captum_scoremap.tape import Site, check_of_constants
 
 from .explanation import Explanation, explain
 from .form_table import as_html, as_text
 from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
 from .reduction import Reduction
+from .subject import Subject
 
 __all__ = ["LinearForm", "LinearForms", "linear_form"]
 
 Tensors = Tensor | tuple[Tensor, ...]
+
+
+def _each(function: Callable[[Tensor, Tensor], Tensor], mine: Tensors, others: Tensors) -> Tensors:
+    """Return what a function makes of two tensors, or of each pair in two tuples."""
+    if isinstance(mine, Tensor) and isinstance(others, Tensor):
+        return function(mine, others)
+    return tuple(map(function, mine, others))
 
 
 def _no_ledger() -> Ledger:
@@ -30,16 +39,6 @@ def _no_ledger() -> Ledger:
         "complete maps are those of a form of one layer with a place in the image, as linear_form returns it; got "
         "another. Take the complete map of each form first."
     )
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """A ledger that has been made."""
-
-    ledger: Ledger
-
-    def __call__(self) -> Ledger:
-        return self.ledger
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +52,8 @@ class LinearForm:
         score: S, (N,), in logits, as the model gives it.
         sums: Sum of A·Y for each image, (N,), in logits.
         layer: Name of the layer; "input" for the image.
+        input_shape: Shape of the input, (N, C, H, W) of an image; as the layers see it, where the model resizes or pads
+            it.
 
     Forms of one layer at one image add up, subtract (the contrast "why this label and not that") and take factors, as
     scores do.
@@ -73,13 +74,8 @@ class LinearForm:
     sums: Tensor
     _ledger: Callable[[], Ledger] = field(default=_no_ledger)
     layer: str = ""
-    _input_shape: tuple[int, ...] = ()
+    input_shape: tuple[int, ...] = ()
     _frame: Frame | None = None
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of the input, (N, C, H, W) of an image; as the layers see it, where the model resizes or pads it."""
-        return self._input_shape
 
     def on_image(self, one: Tensor) -> Tensor:
         """Return the part of a map on the layer's grid that is of the image: all of it, unless the model pads images.
@@ -125,9 +121,7 @@ class LinearForm:
     @property
     def sub_scores(self) -> Tensors:
         """The products A·Y, in logits, shaped like the layer's output."""
-        if isinstance(self.coefficients, Tensor) and isinstance(self.activations, Tensor):
-            return self.coefficients * self.activations
-        return tuple(a * y for a, y in zip(self.coefficients, self.activations, strict=True))
+        return _each(torch.mul, self.coefficients, self.activations)
 
     def score_map(self, channel_dim: int | None = None) -> Tensors:
         """Return the score map M, Eq. (4): the sub-scores summed over channels, kept with size 1.
@@ -138,10 +132,8 @@ class LinearForm:
         Returns:
             In logits, (N, 1, H, W) for a layer of (N, C, H, W), (N, tokens, 1) for one of (N, tokens, C).
         """
-        reduction = Reduction(channel_dim=channels_at(channel_dim, self._input_shape))
-        if isinstance(self.coefficients, Tensor) and isinstance(self.activations, Tensor):
-            return reduction(self.coefficients, self.activations)
-        return tuple(reduction(a, y) for a, y in zip(self.coefficients, self.activations, strict=True))
+        reduction = Reduction(channel_dim=channels_at(channel_dim, self.input_shape))
+        return _each(reduction, self.coefficients, self.activations)
 
     @property
     def residual(self) -> Tensor:
@@ -176,8 +168,8 @@ class LinearForm:
         if not isinstance(self.coefficients, Tensor) or not isinstance(self.activations, Tensor):
             raise ValueError(f"the layer must give one tensor to be drawn, got {len(self.activations)}.")
         placed = rest = None
-        if len(self._input_shape) == 4:
-            placed, rest = placed_map(self.coefficients * self.activations, self._input_shape)
+        if len(self.input_shape) == 4:
+            placed, rest = placed_map(self.coefficients * self.activations, self.input_shape)
         if placed is None:
             raise ValueError(
                 "the layer must have a place in the image to be drawn, (N, C, h, w) or (N, tokens, C), got "
@@ -240,7 +232,7 @@ class LinearForm:
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled: the complete map as numbers, rather than the run it is made of."""
         try:
-            ledger: Callable[[], Ledger] = _Settled(self._ledger())
+            ledger: Callable[[], Ledger] = partial(copy, self._ledger())
         except ValueError:  # there is none
             ledger = _no_ledger
         return {**vars(self), "_ledger": ledger}
@@ -261,19 +253,13 @@ class LinearForm:
         def combined(one: Tensor, another: Tensor) -> Tensor:
             return mine * one + others * another if others else mine * one
 
-        if isinstance(self.coefficients, Tensor) and isinstance(other.coefficients, Tensor):
-            coefficients: Tensors = combined(self.coefficients, other.coefficients)
-        else:
-            coefficients = tuple(map(combined, self.coefficients, other.coefficients))
-        return LinearForm(
-            coefficients,
-            self.activations,
-            combined(self.bias, other.bias),
-            combined(self.score, other.score),
-            combined(self.sums, other.sums),
-            layer=self.layer,
-            _input_shape=self._input_shape,
-            _frame=self._frame,
+        return replace(
+            self,
+            coefficients=_each(combined, self.coefficients, other.coefficients),
+            bias=combined(self.bias, other.bias),
+            score=combined(self.score, other.score),
+            sums=combined(self.sums, other.sums),
+            _ledger=_no_ledger,
         )
 
 
@@ -319,18 +305,7 @@ def linear_form(
     forward_func: Callable[..., Any],
     inputs: Tensors,
     target: Target = None,
-    *,
-    layer: Sequence[nn.Module | None],
-    additional_forward_args: object = None,
-    attribute_to_layer_input: bool = False,
-    rules: Mapping[Any, Rule] | None = None,
-) -> LinearForms: ...
-@overload
-def linear_form(
-    forward_func: Callable[..., Any],
-    inputs: Tensors,
-    target: Target,
-    layer: Sequence[nn.Module | None],
+    layer: Sequence[nn.Module | None] = ...,
     additional_forward_args: object = None,
     *,
     attribute_to_layer_input: bool = False,
@@ -390,28 +365,19 @@ def linear_form(
         if one is not None:
             check_layer(forward_func, one)
     sites: list[Site | None] = [None if one is None else (one, attribute_to_layer_input) for one in layers]
-
-    select = partial(select_scores, target=target, images=len(tensors[0]))
-
-    found = explain(
-        unwrap_parallel(forward_func),
-        tensors,
-        select,
-        sites,
-        Reduction(multiply=False),
-        as_tuple_of_arguments(additional_forward_args),
-        rules=rules,
-        keep=True,
-    )
+    subject = Subject(forward_func, tensors, additional_forward_args, rules)
+    found = explain(subject, target, sites, Reduction(multiply=False), keep=True)
     shape = tuple(tensors[0].shape)
-    constants = Constants(found.recording.tape)
-    frame = frame_of(found.recording.tape, shape) if len(shape) == 4 else None
+    check_constants = check_of_constants(
+        found.tape, "the linear form", "Ask for the complete map before changing them, or make the form anew."
+    )
+    frame = frame_of(found.tape, shape) if len(shape) == 4 else None
 
     @cache
     @torch.no_grad()
     def books() -> dict[Site | None, Ledger]:
-        constants.check("the linear form", "Ask for the complete map before changing them, or make the form anew.")
-        seeds = found.seeds(torch.ones_like(found.score))
+        check_constants()
+        seeds = found.tape.seeds(torch.ones_like(found.score))
         return dict(zip(sites, ledgers(found.recording, seeds, found.score, sites, shape), strict=True))
 
     forms = LinearForms(_form(found, site, inputs, shape, None if site is None else frame, books) for site in sites)

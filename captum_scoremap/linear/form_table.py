@@ -27,14 +27,7 @@ def _rows(forms: Sequence["LinearForm"]) -> Iterator[tuple[str, ...]]:
 
 
 def as_text(forms: Sequence["LinearForm"]) -> str:
-    """Return the table in lines of text.
-
-    Args:
-        forms: Of one model.
-
-    Returns:
-        The table, numbers aligned to the right.
-    """
+    """Return the table of the forms of one model in lines of text, numbers aligned to the right."""
     rows = list(_rows(forms))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -45,14 +38,7 @@ def as_text(forms: Sequence["LinearForm"]) -> str:
 
 
 def as_html(forms: Sequence["LinearForm"]) -> str:
-    """Return the table in HTML, for notebooks.
-
-    Args:
-        forms: Of one model.
-
-    Returns:
-        A ``<table>``.
-    """
+    """Return the table in HTML, for notebooks."""
     head, *rows = _rows(forms)
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)

@@ -25,19 +25,12 @@ _WHOLE = 0.9
 
 @dataclass(frozen=True)
 class Frame:
-    """What the layers see, and where in it the image lies.
+    """What the layers see, and where in it the image lies."""
 
-    Attributes:
-        image: Rows and columns of the image.
-        shape: Shape of what the first convolution sees, (N, C, H, W); that of the image where it is the image.
-        rows: First row of the image in it, and the one after the last.
-        columns: First column, and the one after the last.
-    """
-
-    image: Size
-    shape: tuple[int, ...]
-    rows: Size
-    columns: Size
+    image: Size  # rows and columns of the image
+    shape: tuple[int, ...]  # of what the first convolution sees, (N, C, H, W), which may be the image
+    rows: Size  # first row of the image in it, and the one after the last
+    columns: Size  # first column, and the one after the last
 
     @property
     def box(self) -> Size:
@@ -55,41 +48,18 @@ class Frame:
         return self.shape[2], self.shape[3]
 
     def shape_for(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape that a tensor's rows and columns are to be compared with: the frame's, or the image's.
-
-        Args:
-            shape: Shape of the tensor.
-
-        Returns:
-            (N, C, rows, columns).
-        """
+        """Return what a tensor's rows and columns are to be compared with: the frame's shape, or the image's."""
         own = tuple(shape[-2:]) == self.image or tuple(shape[1:3]) == self.image
         return (*self.shape[:2], *self.image) if own else self.shape
 
     def on_image(self, one: Tensor, size: Size) -> Tensor:
-        """Return a map on the image alone, sums kept but for what stands on padding.
-
-        Args:
-            one: (N, 1, h, w), of the frame's extent, or of the image's where it is as large as that.
-            size: Rows and columns to bring it to.
-
-        Returns:
-            (N, 1, *size).
-        """
+        """Return a map, (N, 1, h, w), on the image alone, (N, 1, *size), sums kept but for what stands on padding."""
         if not self.is_padded or self.is_of_image(one):
             return resized(one, size)
         return resized(self._cut(resized(one, self.size)), size)
 
     def on_grid(self, one: Tensor, grid: Size) -> Tensor:
-        """Return a map on a layer's grid, which is of the frame's extent, sums kept.
-
-        Args:
-            one: As for :meth:`on_image`.
-            grid: Rows and columns of the layer.
-
-        Returns:
-            (N, 1, *grid).
-        """
+        """Return a map on a layer's grid, (N, 1, *grid), which is of the frame's extent, sums kept."""
         if not self.is_padded or not self.is_of_image(one) or tuple(one.shape[2:]) == grid:
             return resized(one, grid)
         (top, bottom), (left, right) = self.rows, self.columns
@@ -97,14 +67,7 @@ class Frame:
         return resized(F.pad(resized(one, self.box), sides), grid)
 
     def cut(self, one: Tensor) -> Tensor:
-        """Return the part of a map that is of the image, in cells about as large as the map's.
-
-        Args:
-            one: As for :meth:`on_image`.
-
-        Returns:
-            (N, 1, rows, columns); the map itself where nothing of it is padding.
-        """
+        """Return the part of a map that is of the image, in cells about as large as the map's; all of it, or less."""
         if not self.is_padded or self.is_of_image(one):
             return one
         sides = zip(one.shape[2:], self.box, self.size, strict=True)
@@ -112,15 +75,7 @@ class Frame:
         return self.on_image(one, (rows, columns))
 
     def enlarged(self, one: Tensor, mode: str = "bilinear") -> Tensor:
-        """Return a map interpolated to the image's size, values kept rather than sums.
-
-        Args:
-            one: (N, 1, h, w), of the frame's extent, or as large as the image.
-            mode: "bilinear" or "nearest".
-
-        Returns:
-            (N, 1, H, W).
-        """
+        """Return a map interpolated to the image's size, (N, 1, H, W), values kept rather than sums."""
         corners = False if mode == "bilinear" else None
         if self.is_padded and not self.is_of_image(one):
             one = self._cut(F.interpolate(one, size=self.size, mode=mode, align_corners=corners))
@@ -135,15 +90,7 @@ class Frame:
 
 
 def frame_of(tape: Tape, image_shape: Sequence[int]) -> Frame:
-    """Return the frame of a run.
-
-    Args:
-        tape: The run.
-        image_shape: Shape of the image, (N, C, H, W).
-
-    Returns:
-        The frame; the image itself where no convolution of as many channels sees another size.
-    """
+    """Return the frame of a run; the image itself where no convolution of as many channels sees another size."""
     shape = tuple(image_shape)
     whole = Frame((shape[2], shape[3]), shape, (0, shape[2]), (0, shape[3]))
     place = tape.inputs[0] if tape.inputs else None

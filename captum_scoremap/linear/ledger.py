@@ -19,7 +19,7 @@ from torch import Tensor
 
 from captum_scoremap.checks import is_traced
 from captum_scoremap.rules import Value
-from captum_scoremap.tape import Recording, Site, Step
+from captum_scoremap.tape import Recording, Site, Step, sites_of
 
 from .bias_terms import constant_times, names_of_steps
 from .frame import Frame
@@ -30,18 +30,11 @@ __all__ = ["Ledger", "ledgers"]
 
 @dataclass
 class Ledger:
-    """The score at a layer, entry by entry: its score map and every constant above it.
-
-    Attributes:
-        frame: Where the image lies in what the layers see.
-        maps: Name to what it adds, (N, 1, rows, columns), in logits, on its own grid; the layer's score map is ``""``.
-        placeless: Name to what it adds without a place in the image, (N,), in logits; of the layer itself, such as
-            its class token, ``""``.
-    """
+    """The score at a layer, entry by entry, in logits: its score map, ``""``, and every constant above it, by name."""
 
     frame: Frame
-    maps: dict[str, Tensor] = field(default_factory=dict)
-    placeless: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)  # (N, 1, rows, columns), each on its own grid
+    placeless: dict[str, Tensor] = field(default_factory=dict)  # (N,): head biases, class tokens
 
     def enter(self, name: str, entries: Sequence[Entry]) -> None:
         """Enter maps, and what stands beside them without a place."""
@@ -56,15 +49,7 @@ class Ledger:
             book[unique] = book[unique] + one if unique in book else one
 
     def placeless_sum(self, score: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Return all that has no place in the complete map, (N,), shaped and typed like the score.
-
-        Args:
-            score: S, (N,).
-            size: Size of the complete map, on which nothing of what stands on padding has a place.
-
-        Returns:
-            In logits.
-        """
+        """Return what has no place in the complete map of a size, (N,), in logits, typed like the score."""
         total = sum(self.placeless.values(), torch.zeros_like(score))
         if self.frame.is_padded and "" in self.maps:
             placed = sum(one.flatten(1).sum(1) for one in self.maps.values())
@@ -72,20 +57,7 @@ class Ledger:
         return total
 
     def complete_map(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the complete map C, (N, 1, *size), in logits; on the layer's own grid by default.
-
-        Sums are kept, but for what stands on padding that the model adds to the image, where the map is of the image
-        alone.
-
-        Args:
-            size: Rows and columns of the image, at any resolution; None for the layer's own grid.
-
-        Returns:
-            The map.
-
-        Raises:
-            ValueError: If the layer has no place in the image.
-        """
+        """Return the complete map C, (N, 1, *size), in logits; by default on its own grid. Sums stay, on the image."""
         grids: dict[tuple[int, int], Tensor] = {}
         for one in self.maps.values():
             grid = (one.shape[2], one.shape[3])
@@ -105,17 +77,11 @@ def ledgers(
     sites: Sequence[Site | None],
     image_shape: Sequence[int],
 ) -> list[Ledger]:
-    """Return the ledger of each site, all from one pass over the transposed steps.
+    """Return the ledger of each site, all from one pass over the transposed steps of a run that kept what bypasses it.
 
-    Where an operation holds the images in an order that is not known, as regions of interest, heads of attention or
-    windows, it takes one pass for each image.
-
-    Args:
-        recording: A run that kept what bypasses its sites.
-        seeds: Where the passes start: coefficients of the score, (N, ...), in the value it is read from.
-        score: S, (N,).
-        sites: Places in the model; None is the image.
-        image_shape: Shape of the image, (N, C, H, W).
+    The passes start at the coefficients, (N, ...), of the score, S (N,), in the value that it is read from. Where an
+    operation holds the images in an order that is not known, as regions of interest, heads of attention or windows, it
+    takes one pass for each image.
 
     Returns:
         The ledgers.
@@ -147,20 +113,14 @@ def _filled(
     sites: Sequence[Site | None],
     passes: Sequence[tuple[Placement, Mapping[Value, Tensor]]],
 ) -> list[Ledger]:
-    """Return the ledgers, filled by passes over the transposed steps.
-
-    Raises:
-        MixedImagesError: If it cannot be told of which image something is.
-    """
+    """Return the ledgers, filled by passes over the transposed steps."""
     tape = recording.tape
     names = names_of_steps(recording)
     books = [(Ledger(passes[0][0].frame), recording.tapped[site]) for site in sites]
 
     def fill(placed: Placement, seeds: Mapping[Value, Tensor]) -> None:
         def visit(step: Step, gradients: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
-            reads = 0
-            for value in step.values:
-                reads |= value.sites
+            reads = sites_of(step.values)
             for value, gradient, constant in zip(step.outputs, gradients, step.constants(), strict=False):
                 if gradient is not None and constant is not None:
                     entries = placed(constant_times(constant.to(gradient.dtype), gradient), value)
@@ -194,11 +154,7 @@ def _filled(
 
 
 def _check_images(book: Ledger, score: Tensor) -> None:
-    """Raise where shapes gave entries to the wrong images: of as many tokens as images either may come first.
-
-    Raises:
-        MixedImagesError: If so.
-    """
+    """Raise where shapes gave entries to the wrong images: of as many tokens as images either may come first."""
     entries = [one.flatten(1) for one in book.maps.values()] + [one[:, None] for one in book.placeless.values()]
     together = torch.cat(entries, 1).to(score.dtype)
     off = (together.sum(1) - score).abs() / together.abs().sum(1).clamp_min(torch.finfo(score.dtype).tiny)

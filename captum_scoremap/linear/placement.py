@@ -39,10 +39,6 @@ class MixedImagesError(ValueError):
 class Placement:
     """Sums products A·o over channels, each at its place in the image.
 
-    Args:
-        tape: The run.
-        image_shape: Shape of the image, (N, C, H, W).
-
     Attributes:
         frame: Where the image lies in what the layers see.
     """
@@ -70,32 +66,13 @@ class Placement:
         }
 
     def of_image(self, image: int) -> "Placement":
-        """Return the placement of products of one image's score, which tells of which image everything is.
-
-        Args:
-            image: Which of the N.
-
-        Returns:
-            The placement; its entries are of N images, zero for the others.
-        """
+        """Return the placement of products of one image's score; its entries are of N images, zero for the others."""
         placement = copy.copy(self)
         placement._only = image
         return placement
 
     def __call__(self, product: Tensor, value: Value, *, is_named: bool = False) -> list[Entry]:
-        """Sum over channels what stands at the elements of a value.
-
-        Args:
-            product: A·o, in logits, of the value's shape.
-            value: The value.
-            is_named: Whether it is of a layer that was named, whose own grid, if it is like the image's, is the map's.
-
-        Returns:
-            Maps, and what has no place.
-
-        Raises:
-            MixedImagesError: If it cannot be told of which image something is.
-        """
+        """Sum over channels what stands at a value's elements: maps, of a named layer on its grid, and the rest."""
         entries = self._entries(product.expand(value.shape), value, _FAR, is_named=is_named)
         return entries if self._only is None else [(self._row(one), self._row(rest)) for one, rest in entries]
 

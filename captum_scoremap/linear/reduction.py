@@ -16,15 +16,10 @@ _LARGE = 16 * 2**20
 
 @dataclass(frozen=True)
 class Reduction:
-    """What to make of coefficients A and activations Y.
+    """What to make of coefficients A and activations Y."""
 
-    Attributes:
-        multiply: Whether to take the sub-scores A·Y, or A alone.
-        channel_dim: Dimension to sum over, kept with size 1, or what finds it by the shape of the output; None to sum
-            over none. A layer whose output has no such dimension is left as it is.
-    """
-
-    multiply: bool = True
+    multiply: bool = True  # whether to take the sub-scores A·Y, or A alone
+    # to sum over, kept with size 1, or what finds it by the shape; None, or none there, to sum over none
     channel_dim: int | Callable[[Sequence[int]], int] | None = None
 
     def channels(self, activations: Tensor | Value) -> int | None:
@@ -62,16 +57,7 @@ class Reduction:
 
 
 def image_sums(products: Sequence[Tensor], axes: Sequence[int | None], score: Tensor) -> Tensor:
-    """Return the sum of A·Y for each image, (N,).
-
-    Args:
-        products: A·Y, summed over channels or not.
-        axes: The dimension of each that holds the images, as a multiple of N; None where it depends on no image.
-        score: S, (N,).
-
-    Returns:
-        The sums, (N,).
-    """
+    """Return the sum of A·Y for each image, (N,), given the dimension that holds the images (None for none of them)."""
     total = torch.zeros_like(score)
     for product, axis in zip(products, axes, strict=True):
         if axis is not None:

@@ -7,15 +7,16 @@ share the rule of the plain one: ``relu`` stands for ``torch.relu``, ``F.relu``,
 
 from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear
 from .attention import Attention
-from .call import Call, Value, substituted, tensors_in
+from .call import Call, Value, floating, substituted, tensors_in
 from .composite import Composite
+from .moving import Copy
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool
 from .products import Division, Power, Product
-from .quantized import Rounded, in_range, unpacked
-from .rule import Comparison, FirstLinear, Frozen, Linear, Rule, Tangent, floating
-from .structure import Copy
+from .quantized import Rounded
+from .rule import Comparison, Frozen, Linear, Rule
 from .table import DEFAULT, TANGENT, display_name, with_rules
+from .tangent import FirstLinear, Tangent
 
 __all__ = [
     "DEFAULT",
@@ -47,9 +48,7 @@ __all__ = [
     "Value",
     "display_name",
     "floating",
-    "in_range",
     "substituted",
     "tensors_in",
-    "unpacked",
     "with_rules",
 ]

@@ -12,8 +12,9 @@ from torch import Tensor
 from captum_scoremap.speed import faster
 
 from .call import Call, Value
-from .rule import Gradients, Rule, Tangent, steps_until_equal
-from .structure import summed_to
+from .coefficients import conjugate, summed_to
+from .rule import Gradients, Rule, steps_until_equal
+from .tangent import Tangent
 
 __all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "GatedLinearUnit", "PReLU", "PiecewiseLinear"]
 
@@ -69,6 +70,10 @@ class PiecewiseLinear(Rule):
         self.breakpoints = breakpoints
         self.gate = gate
 
+    def variant(self, call: Call) -> Rule:
+        """Return the tangent for complex numbers, which are of no piece."""
+        return Tangent() if call.values[0].dtype.is_complex else self
+
     def freeze(self, call: Call) -> Tensor:
         """Return the index of each element's piece: bool where there are two pieces, else uint8."""
         comparisons = self._breakpoints(call).comparisons
@@ -87,10 +92,7 @@ class PiecewiseLinear(Rule):
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return slope * coefficients."""
-        (gradient,) = gradients
-        if gradient is None:
-            return [None] * len(call.values)
-        product = times(gradient, _chosen(self._breakpoints(call).slopes, state, gradient.dtype))
+        product = times(gradients[0], _chosen(self._breakpoints(call).slopes, state, gradients[0].dtype))
         # a live bound of clamp stays as it was at the image
         return [summed_to(product, call.values[0]), *[None] * (len(call.values) - 1)]
 
@@ -99,11 +101,7 @@ class PiecewiseLinear(Rule):
         offsets = self._breakpoints(call).offsets
         return () if all(map(_is_zero, offsets)) else (_chosen(offsets, state, call.values[0].dtype),)
 
-    def switch(self, state: Tensor) -> Tensor | None:
-        """Return the mask."""
-        return state
-
-    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor | None:
+    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which the argument reaches a breakpoint."""
         x, change = call.input, changes[0]
         steps = [(point - x) / change for _, point in self._breakpoints(call).comparisons]
@@ -121,25 +119,11 @@ class PReLU(PiecewiseLinear):
     """
 
     def __init__(self) -> None:
-        super().__init__(
-            lambda input, weight: Breakpoints(((operator.gt, 0.0),), (weight, 1.0), (0.0, 0.0)),
-        )
+        super().__init__(lambda input, weight: Breakpoints(((operator.gt, 0.0),), (weight, 1.0), (0.0, 0.0)))
 
     def expansion(self, call: Call) -> Callable[..., Any] | None:
         """Return the positive part and the weighted rest, where the weight is live."""
         return (lambda x, weight: x.clamp_min(0) + weight * x.clamp_max(0)) if call.is_live(call.args[1]) else None
-
-
-class Absolute(PiecewiseLinear):
-    """The absolute value: piecewise linear of real numbers; of complex ones, the magnitude by its tangent.
-
-    Equation:
-        y = s̄ · x, with s̄ = sign(x̄)
-    """
-
-    def variant(self, call: Call) -> Rule:
-        """Return the tangent for complex numbers."""
-        return Tangent() if call.values[0].dtype.is_complex else self
 
 
 class Clamp(PiecewiseLinear):
@@ -175,10 +159,7 @@ class Clamp(PiecewiseLinear):
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients where the mask is set."""
-        (gradient,) = gradients
-        if gradient is None:
-            return [None]
-        return [masked(gradient, state)]
+        return [masked(gradients[0], state)]
 
 
 class Choice(Rule):
@@ -214,19 +195,8 @@ class Choice(Rule):
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients of each where it was taken."""
-        (gradient,) = gradients
-        if gradient is None:
-            return [None] * len(call.values)
-        masks = (state, ~state)
-        return [
-            summed_to(masked(gradient, mask), argument)
-            for mask, argument in zip(masks, call.args[:2], strict=True)
-            if isinstance(argument, Value)
-        ]
-
-    def switch(self, state: Tensor) -> Tensor:
-        """Return the mask."""
-        return state
+        pairs = zip((state, ~state), call.args[:2], strict=True)
+        return [summed_to(masked(gradients[0], mask), one) for mask, one in pairs if isinstance(one, Value)]
 
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which the two are equal."""
@@ -254,6 +224,7 @@ class Gate(Rule):
     """
 
     kind = "gate"
+    homogeneous = True
 
     def __init__(self, slope: float | Callable[..., float]) -> None:
         self.slope = slope
@@ -272,14 +243,9 @@ class Gate(Rule):
         """Return gate * x."""
         return call.input * state
 
-    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
-        """Return none: it is proportional to its argument."""
-        return ()
-
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return gate * coefficients."""
-        (gradient,) = gradients
-        return [None if gradient is None else gradient * (state.conj() if state.is_complex() else state)]
+        return [gradients[0] * conjugate(state)]
 
 
 class GatedLinearUnit(Rule):
@@ -290,32 +256,21 @@ class GatedLinearUnit(Rule):
     """
 
     kind = "gate"
+    homogeneous = True
 
     def freeze(self, call: Call) -> Tensor:
         """Return the sigmoid of the second half."""
-        gate: Tensor = call.input.chunk(2, self._dim(call))[1].sigmoid()
+        gate: Tensor = call.input.chunk(2, call.argument("dim"))[1].sigmoid()
         return gate
 
     def apply(self, call: Call, state: Tensor) -> Any:
         """Return the first half times the gate."""
-        return call.input.chunk(2, self._dim(call))[0] * state
+        return call.input.chunk(2, call.argument("dim"))[0] * state
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return the gate times the coefficients, and zeros for the second half."""
-        (gradient,) = gradients
-        if gradient is None:
-            return [None]
-        share = gradient * state
-        return [torch.cat([share, torch.zeros_like(share)], self._dim(call))]
-
-    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
-        """Return none: it is proportional to its argument."""
-        return ()
-
-    @staticmethod
-    def _dim(call: Call) -> int:
-        dim = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", -1)
-        return int(dim)
+        share = gradients[0] * state
+        return [torch.cat([share, torch.zeros_like(share)], call.argument("dim"))]
 
 
 def _is_zero(value: Number) -> bool:

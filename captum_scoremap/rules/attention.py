@@ -14,17 +14,14 @@ from .rule import Gradients, Rule
 
 __all__ = ["Attention"]
 
+_MASKS = ("attn_mask", "attn_bias")
+
 
 class Attention(Rule):
     """softmax(q kᵀ scale + mask) v with the softmax frozen: weights @ v.
 
     Equation:
         y = W̄ v, with W̄ = softmax(q̄ k̄ᵀ · scale + mask)
-
-    Args:
-        mask: Position of the mask among the arguments; None where the kernel takes none.
-        causal: Position of ``is_causal``.
-        dropout: Position of ``dropout_p``.
 
     Example:
         >>> from captum_scoremap import freeze
@@ -36,11 +33,6 @@ class Attention(Rule):
     kind = "weights"
     live_outputs = 1
 
-    def __init__(self, *, mask: int | None = None, causal: int = 4, dropout: int = 3) -> None:
-        self.mask = mask
-        self.causal = causal
-        self.dropout = dropout
-
     def freeze(self, call: Call) -> Tensor:
         """Return the weights, (..., queries, keys)."""
         return self._weights(call, self._scores(call))
@@ -48,18 +40,9 @@ class Attention(Rule):
     def _weights(self, call: Call, scores: Tensor) -> Tensor:
         """Return the softmax; where all keys are masked, zero, as the kernels have it."""
         weights = scores.softmax(-1)
-        if self._mask(call) is None:
+        if call.argument(*_MASKS) is None:
             return weights
         return weights.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
-
-    def _mask(self, call: Call) -> Any:
-        return self._argument(call, self.mask, "attn_mask" if self.mask is None else "attn_bias", None)
-
-    @staticmethod
-    def _argument(call: Call, position: int | None, name: str, default: Any) -> Any:
-        if position is not None and len(call.args) > position:
-            return call.args[position]
-        return call.kwargs.get(name, default)
 
     def written_out(self, operation: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return what the kernel computes, by operations that can be derived twice: the output and log-sum-exp."""
@@ -73,26 +56,18 @@ class Attention(Rule):
         return attend
 
     def _scores(self, call: Call) -> Tensor:
-        """Return what the softmax is taken of, (..., queries, keys).
-
-        Returns:
-            The scores.
-
-        Raises:
-            ValueError: If there is dropout, or a mask that the kernel misreads.
-        """
+        """Return what the softmax is taken of, (..., queries, keys)."""
         query, key, _ = call.args[:3]
-        dropout = self._argument(call, self.dropout, "dropout_p", 0.0)
+        dropout, scale = call.argument("dropout_p"), call.argument("scale")
         if dropout:
             raise ValueError(f"scaled_dot_product_attention must have no dropout, got {dropout}. Call model.eval().")
-        scale = call.kwargs.get("scale")
         if key.shape[-3] != query.shape[-3]:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         scores: Tensor = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if self._argument(call, self.causal, "is_causal", False):
+        if call.argument("is_causal"):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
-        mask = self._mask(call)
+        mask = call.argument(*_MASKS)
         if mask is not None and mask.dtype is torch.float32 and query.dtype is torch.float64:
             raise ValueError(  # what lies in memory there is taken for numbers of twice the size
                 "scaled_dot_product_attention must have an attn_mask of the queries' type, got torch.float32 beside "
@@ -111,7 +86,7 @@ class Attention(Rule):
         """Return weightsᵀ @ coefficients for the values attended to, nothing for queries and keys."""
         gradient, value = gradients[0], call.args[2]
         found: list[Tensor | None] = [None] * len(call.values)
-        if gradient is None or not call.is_live(value):
+        if not call.is_live(value):
             return found
         share = state.transpose(-2, -1) @ gradient
         heads = value.shape[-3]

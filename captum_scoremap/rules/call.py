@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from .written_out import WRITTEN_OUT
 
-__all__ = ["Call", "Value", "substituted", "tensors_in"]
+__all__ = ["Call", "Value", "floating", "substituted", "tensors_in"]
 
 
 class Value:
@@ -17,8 +19,6 @@ class Value:
 
     Args:
         tensor: The tensor.
-        gate: See below.
-        sites: See below.
 
     Attributes:
         shape: Its shape.
@@ -26,7 +26,6 @@ class Value:
         dtype: Its type.
         device: Its device.
         gate: Whether it acts as a constant factor in a product (a sigmoid, attention weights, 1/norm).
-        probability: Whether it is the output of a softmax or sigmoid.
         sites: The sites it depends on, a bit for each.
         step: Number of the step that makes it; -1 where the tape begins.
         kept: Its tensor, where a pass over part of the tape will read it.
@@ -39,29 +38,16 @@ class Value:
         (torch.Size([2, 3]), tensor(0.))
     """
 
-    __slots__ = (
-        "beneath",
-        "device",
-        "dtype",
-        "gate",
-        "kept",
-        "probability",
-        "root",
-        "shape",
-        "sites",
-        "step",
-        "stride",
-    )
+    __slots__ = ("beneath", "device", "dtype", "gate", "kept", "root", "shape", "sites", "step", "stride")
 
-    def __init__(self, tensor: Tensor, gate: bool = False, sites: int = 0) -> None:
+    def __init__(self, tensor: Tensor, gate: bool = False, sites: int = 0, step: int = -1) -> None:
         self.shape = tensor.shape
         self.stride = tensor.stride()
         self.dtype = tensor.dtype
         self.device = tensor.device
         self.gate = gate
-        self.probability = False
         self.sites = sites
-        self.step = -1
+        self.step = step
         self.kept: Any = None
         self.root: Any = None
         self.beneath: Any = None
@@ -80,6 +66,13 @@ class Value:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+@cache
+def _schema(operation: Any) -> dict[str, tuple[int, Any]]:
+    """Return positions and defaults of an operation's arguments."""
+    return {one.name: (position, one.default_value) for position, one in enumerate(operation._schema.arguments)}
+
+
+@dataclass(slots=True, eq=False)
 class Call:
     """One call of an ATen operation.
 
@@ -99,28 +92,28 @@ class Call:
         (tensor([0., 2.]), True)
     """
 
-    __slots__ = ("args", "kwargs", "live", "operation", "output", "values")
-
-    def __init__(
-        self,
-        operation: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        live: tuple[Any, ...],
-        values: tuple[Value, ...],
-        output: Any = None,
-    ) -> None:
-        self.operation = operation
-        self.args = args
-        self.kwargs = kwargs
-        self.live = live
-        self.values = values
-        self.output = output
+    operation: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    live: tuple[Any, ...]
+    values: tuple[Value, ...]
+    output: Any = None
 
     @property
     def input(self) -> Any:
         """The first argument."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    def argument(self, *names: str, default: Any = None) -> Any:
+        """Return an argument by its name in the operation's schema; a default where it has none of that name."""
+        known = _schema(self.operation)
+        for name in names:
+            if name in self.kwargs:
+                return self.kwargs[name]
+            if name in known:
+                position, own = known[name]
+                return self.args[position] if position < len(self.args) else own
+        return default
 
     def run(self) -> Any:
         """Return what the operation itself returns."""
@@ -183,6 +176,22 @@ def tensors_in(value: object) -> list[Tensor]:
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         return [tensor for name in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, name))]
     return []
+
+
+def floating(value: Any) -> list[Tensor]:
+    """Return the floating-point (or complex) tensors in a nested value, which alone can be live.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The tensors, in order.
+
+    Example:
+        >>> floating((torch.ones(1), [torch.arange(3)]))
+        [tensor([1.])]
+    """
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point() or tensor.is_complex()]
 
 
 def substituted(value: Any, substitute: Callable[[Tensor], Any]) -> Any:

@@ -46,30 +46,9 @@ class Composite(Rule):
         return self.body(*call.args, **call.kwargs)
 
 
-def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
-    return input + weight * (end - input)
-
-
-def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    return input + value * (tensor1 * tensor2)
-
-
-def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    return input + value * (tensor1 / tensor2)
-
-
 def _clamp(input: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
     bounded = input if min is None else torch.maximum(input, min)
     return bounded if max is None else torch.minimum(bounded, max)
-
-
-def _clamp_max(input: Tensor, max: Tensor) -> Tensor:
-    return torch.minimum(input, max)
-
-
-def _convolution(*args: Any) -> Tensor:
-    """Run what traced models call: :func:`convolution`, and how cuDNN is to go about it."""
-    return torch.ops.aten.convolution(*args[:9])  # type: ignore[no-any-return]
 
 
 def _nll_loss(
@@ -123,33 +102,26 @@ def _nan_to_num(
     return found.masked_fill(input == -torch.inf, limits.min if neginf is None else neginf)
 
 
-def _nansum(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    return input.masked_fill(input.isnan(), 0.0).sum(dim, keepdim, dtype=dtype)
-
-
 def _sgn(input: Tensor) -> Tensor:
     """Return the sign, which is a mask; of complex numbers the phase, which is none."""
     return input / input.abs().masked_fill(input == 0, 1.0) if input.is_complex() else input.sign()
 
 
-def _heaviside(input: Tensor, values: Tensor) -> Tensor:
-    return torch.where(input == 0, values, (input > 0).to(values.dtype))
-
-
 COMPOSITE: dict[str, Rule] = {
     "nan_to_num": Composite(_nan_to_num),
-    "nansum": Composite(_nansum),
+    "nansum": Composite(lambda input, *rest, **named: input.masked_fill(input.isnan(), 0.0).sum(*rest, **named)),
     "sgn": Composite(_sgn),
-    "heaviside": Composite(_heaviside),
+    "heaviside": Composite(lambda input, values: torch.where(input == 0, values, (input > 0).to(values.dtype))),
     "bincount": Composite(_bincount),
     "aminmax": Composite(_aminmax),
     "clamp.Tensor": Composite(_clamp),
     "clamp_min.Tensor": Composite(_clamp),
-    "clamp_max.Tensor": Composite(_clamp_max),
-    "lerp": Composite(_lerp),
-    "addcmul": Composite(_addcmul),
-    "addcdiv": Composite(_addcdiv),
-    "_convolution": Composite(_convolution),
+    "clamp_max.Tensor": Composite(torch.minimum),
+    "lerp": Composite(lambda input, end, weight: input + weight * (end - input)),
+    "addcmul": Composite(lambda input, tensor1, tensor2, *, value=1: input + value * (tensor1 * tensor2)),
+    "addcdiv": Composite(lambda input, tensor1, tensor2, *, value=1: input + value * (tensor1 / tensor2)),
+    # of traced models, with how cuDNN is to go about it
+    "_convolution": Composite(lambda *args: torch.ops.aten.convolution(*args[:9])),
     "nll_loss_forward": Composite(_nll_loss),
     "nll_loss2d_forward": Composite(_nll_loss),
     "scatter.reduce": Composite(_scatter_reduce),

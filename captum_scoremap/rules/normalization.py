@@ -13,7 +13,9 @@ from torch import Tensor
 from .call import Call, Value
 from .rule import Gradients, Rule
 
-__all__ = ["BatchNorm", "EvaluatedBatchNorm", "GroupNorm", "LayerNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "LayerNorm"]
+
+_EPS = ("eps", "epsilon")
 
 
 class Standardize(Rule):
@@ -23,19 +25,11 @@ class Standardize(Rule):
     product.
 
     Attributes:
-        eps: Position of eps among the arguments.
-        weight: Position of the weight, which the bias comes after.
-
-    Example:
-        >>> from captum_scoremap import freeze
-        >>> x, norm = torch.rand(1, 8), lambda x: torch.nn.functional.layer_norm(x, (8,))
-        >>> bool(torch.allclose(freeze(norm, x)(2 * x), 2 * norm(x), atol=1e-6))
-        True
+        weight: Position of the weight among the arguments, which the bias comes after.
     """
 
     kind = "scale"
     live_outputs = 1
-    eps: int
     weight = 1
 
     def expansion(self, call: Call) -> Callable[..., Any] | None:
@@ -57,15 +51,15 @@ class Standardize(Rule):
         raise NotImplementedError
 
     def affine(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        """Return weight and bias, shaped to the argument."""
-        raise NotImplementedError
+        """Return weight and bias, shaped to the argument: one number for each channel."""
+        return _per_channel(call.args[1], call.input), _per_channel(call.args[2], call.input)
 
     def freeze(self, call: Call) -> Tensor | None:
         """Return 1/std, eps included, which the kernel returns as a by-product: (rows, 1)."""
         scale: Tensor = call.output[2]
         if torch.is_grad_enabled():  # autograd takes by-products for constants
             x = self.grouped(call, call.input).to(scale.dtype)
-            scale = (x.var(-1, correction=0) + call.args[self.eps]).rsqrt()
+            scale = (x.var(-1, correction=0) + call.argument(*_EPS)).rsqrt()
         return scale.to(call.input.dtype).reshape(-1, 1)
 
     def apply(self, call: Call, state: Tensor) -> tuple[Tensor, ...]:
@@ -79,11 +73,8 @@ class Standardize(Rule):
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return frozen scale * (weight * coefficients, their mean subtracted)."""
-        gradient = gradients[0]
-        if gradient is None:
-            return [None]
         weight, _ = self.affine(call)
-        grouped = self.grouped(call, gradient if weight is None else gradient * weight)
+        grouped = self.grouped(call, gradients[0] if weight is None else gradients[0] * weight)
         shape, dtype = call.values[0].shape, call.values[0].dtype
         return [((grouped - grouped.mean(-1, keepdim=True)) * state).reshape(shape).to(dtype)]
 
@@ -105,7 +96,6 @@ class LayerNorm(Standardize):
         tensor([[-4.,  4.]])
     """
 
-    eps = 4
     weight = 2
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
@@ -130,19 +120,13 @@ class GroupNorm(Standardize):
         tensor([[-4.,  4.]])
     """
 
-    eps = 7
-
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return one row for each image and group."""
         return x.reshape(call.args[3] * call.args[6], -1)
 
-    def affine(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        """Return one number for each channel."""
-        return _per_channel(call.args[1], call.input), _per_channel(call.args[2], call.input)
-
 
 class BatchNorm(Standardize):
-    """``native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)``.
+    """``native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)`` and its like.
 
     With running statistics it is affine, channel by channel, and the transpose is one product. PyTorch's own backward
     pass is not used: on a CPU it is wrong for a contiguous argument and coefficients in channels-last order.
@@ -161,20 +145,11 @@ class BatchNorm(Standardize):
         tensor([[0., 8.]])
     """
 
-    eps = 7
-
     def expansion(self, call: Call) -> Callable[..., Any] | None:
-        """Return the formula, too, where running statistics are live.
-
-        Returns:
-            It, or None.
-
-        Raises:
-            ValueError: If they are to be updated.
-        """
+        """Return the formula, too, where running statistics are live; they must not be updated."""
         if not any(call.is_live(one) for one in call.args[3:5]):
             return super().expansion(call)
-        if self._training(call):
+        if not self.is_affine(call):
             raise ValueError(
                 "running statistics that a norm updates must be constants, got some that depend on the image. Call "
                 "model.eval(), or pass none."
@@ -183,24 +158,17 @@ class BatchNorm(Standardize):
         def expanded(*args: Any) -> tuple[Tensor, ...]:
             x, (mean, variance) = args[0], args[3:5]
             weight, bias = self.affine(Call(call.operation, args, {}, (), ()))
-            output = (x - _shaped(mean, x)) * _shaped((variance + args[self.eps]).rsqrt(), x)
+            output = (x - _shaped(mean, x)) * _shaped((variance + call.argument(*_EPS)).rsqrt(), x)
             return _weighted(output, weight, bias), mean.new_empty(0), mean.new_empty(0)
 
         return expanded
 
     def is_affine(self, call: Call) -> bool:
         """Return whether it uses running statistics."""
-        return not self._training(call)
+        return not call.argument("training")
 
     def freeze(self, call: Call) -> Tensor | None:
-        """Return 1/std where it is that of the image.
-
-        Returns:
-            It, or None.
-
-        Raises:
-            ValueError: If the statistics are those of several images.
-        """
+        """Return 1/std where it is that of the image, which must be the only one."""
         if self.is_affine(call):
             return None
         if call.input.shape[0] > 1:
@@ -224,12 +192,9 @@ class BatchNorm(Standardize):
 
     def transpose(self, call: Call, state: Tensor | None, gradients: Gradients) -> list[Tensor | None]:
         """Return scale * coefficients."""
-        gradient = gradients[0]
-        if gradient is None:
-            return [None]
         if state is not None:
             return super().transpose(call, state, gradients)
-        return [gradient * self._scale(call)]
+        return [gradients[0] * self._scale(call)]
 
     def constants(self, call: Call, state: Tensor | None) -> Sequence[Tensor | None]:
         """Return the bias, less the scaled running mean."""
@@ -243,34 +208,12 @@ class BatchNorm(Standardize):
         """Return one row for each channel of the one image."""
         return x.reshape(x.shape[1] if x.dim() > 1 else 1, -1)
 
-    def affine(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        """Return one number for each channel."""
-        return _per_channel(call.args[1], call.input), _per_channel(call.args[2], call.input)
-
-    @staticmethod
-    def _training(call: Call) -> bool:
-        return bool(call.args[5])
-
     def _scale(self, call: Call) -> Tensor:
         """Return weight / std, shaped to the argument."""
-        weight, variance, eps = call.args[1], call.args[4], call.args[self.eps]
-        scale = (variance + eps).rsqrt()
+        weight, variance = call.args[1], call.args[4]
+        scale = (variance + call.argument(*_EPS)).rsqrt()
         scale = scale if weight is None else scale * weight
         return _shaped(scale.to(call.input.dtype), call.input)
-
-
-class EvaluatedBatchNorm(BatchNorm):
-    """``_native_batch_norm_legit_no_training(input, weight, bias, running_mean, running_var, momentum, eps)``.
-
-    Equation:
-        y = w · r · (x − μ) + b, with r = 1 / √(σ² + ε) and the running μ, σ²: nothing is frozen
-    """
-
-    eps = 6
-
-    @staticmethod
-    def _training(call: Call) -> bool:
-        return False
 
 
 def _weighted(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 from captum_scoremap.speed import faster
 
 from .call import Call
-from .rule import Gradients, Linear, Rule, Tangent
+from .rule import Gradients, Linear, Rule
+from .structure import reduced
+from .tangent import Tangent
 
 __all__ = ["Extremum", "MaxPool", "Ordered", "Scattered"]
 
@@ -32,6 +34,7 @@ class MaxPool(Rule):
     """
 
     kind = "switch"
+    homogeneous = True
     live_outputs = 1
 
     def __init__(self, dimensions: int, *, adaptive: bool = False) -> None:
@@ -49,13 +52,8 @@ class MaxPool(Rule):
 
     def _windows_begin(self, call: Call, state: Tensor) -> tuple[Tensor, int]:
         """Return the flat position at which each window begins, and the largest that one holds beyond that."""
-        shape, out = (tuple(size[-self.dimensions :]) for size in (call.input.shape, state.shape))
-        axes = _adaptive_windows(shape, out) if self.adaptive else self._windows(call, shape, out)
-        origins, reach = torch.zeros(1, dtype=torch.long), 0
-        for (positions, _), size in zip(axes, shape, strict=True):
-            origins = (origins[:, None] * size + positions[0]).flatten()
-            reach = reach * size + int((positions[-1] - positions[0]).max())
-        return origins.reshape(out).to(state.device), reach
+        members, _ = self._members(call, state)
+        return members[0].reshape(state.shape[-self.dimensions :]), int((members[-1] - members[0]).max())
 
     def apply(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values at the frozen positions, and the positions."""
@@ -63,27 +61,12 @@ class MaxPool(Rule):
         values = call.input.flatten(spatial).gather(-1, state.flatten(spatial))
         return values.unflatten(-1, state.shape[spatial:]), state
 
-    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
+    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> Sequence[Tensor | None]:
         """Add the coefficients to the positions they were taken from."""
-        gradient = gradients[0]
-        if gradient is None:
-            return [None]
-        value = call.values[0]
-        if self.dimensions == 2 and not self.adaptive:
-            backward = torch.ops.aten.max_pool2d_with_indices_backward
-            arguments = _with_defaults(*call.args[1:], **call.kwargs)
-            return [backward(gradient, value.empty(), *arguments, state)]
-        spatial = -self.dimensions
-        flat = torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(value.shape).flatten(spatial)
-        return [flat.scatter_add(-1, state.flatten(spatial), gradient.flatten(spatial)).reshape(value.shape)]
-
-    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
-        """Return none: it is proportional to its argument."""
-        return ()
-
-    def switch(self, state: Tensor) -> Tensor:
-        """Return the positions."""
-        return state
+        if self.dimensions != 2 or self.adaptive:
+            return super().transpose(call, state, gradients)
+        backward = torch.ops.aten.max_pool2d_with_indices_backward
+        return [backward(gradients[0], call.values[0].empty(), *map(call.argument, _WINDOWS), state)]
 
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which some other position of a window overtakes the frozen one.
@@ -117,7 +100,7 @@ class MaxPool(Rule):
 
     def _windows(self, call: Call, shape: tuple[int, ...], out: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         """Return per axis the positions (members, windows) and whether they lie inside."""
-        kernel, stride, padding, dilation, _ = _with_defaults(*call.args[1:], **call.kwargs)
+        kernel, stride, padding, dilation, _ = map(call.argument, _WINDOWS)
         rows = []
         for axis in range(self.dimensions):
             k, s, p, d = (_axis(value, axis) for value in (kernel, stride or kernel, padding, dilation))
@@ -133,10 +116,7 @@ def held_positions(positions: Tensor, windows: Callable[[], tuple[Tensor, int]])
     return positions
 
 
-def _with_defaults(
-    kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> tuple[Any, Any, Any, Any, bool]:
-    return kernel_size, stride, padding, dilation, ceil_mode
+_WINDOWS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 def _adaptive_windows(shape: tuple[int, ...], out: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -172,6 +152,7 @@ class Extremum(Rule):
     """
 
     kind = "switch"
+    homogeneous = True
 
     def __init__(self, position: Callable[..., Tensor]) -> None:
         self.position = position
@@ -187,31 +168,6 @@ class Extremum(Rule):
             return value, self._shaped(call, state)
         return value
 
-    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
-        """Put the coefficients where the values were taken from."""
-        gradient, value = gradients[0], call.values[0]
-        if gradient is None:
-            return [None]
-        dims, keepdim = self._arguments(call)
-        if keepdim and not self._over_all(dims):
-            gradient = gradient.reshape([size for d, size in enumerate(value.shape) if d not in self._reduced(call)])
-        kept = [d for d in range(value.ndim) if d not in self._reduced(call)]
-        order = [*kept, *self._reduced(call)]
-        sizes = [value.shape[d] for d in kept]
-        rest = [value.shape[d] for d in self._reduced(call)]
-        count = int(torch.Size(rest).numel())
-        flat = torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(*sizes, count)
-        flat = flat.scatter_add(-1, state, gradient.reshape(*sizes, 1))
-        return [flat.reshape([*sizes, *rest]).permute([order.index(d) for d in range(value.ndim)])]
-
-    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
-        """Return none: it is proportional to its argument."""
-        return ()
-
-    def switch(self, state: Tensor) -> Tensor:
-        """Return the positions."""
-        return state
-
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which another position reaches the frozen one."""
         x, change = self._flat(call, call.input), self._flat(call, changes[0])
@@ -219,22 +175,9 @@ class Extremum(Rule):
         return steps.scatter(-1, state, torch.inf)
 
     @staticmethod
-    def _arguments(call: Call) -> tuple[Any, bool]:
-        def arguments(_: Any, dim: Any = None, keepdim: bool = False) -> tuple[Any, bool]:
-            return dim, keepdim
-
-        return arguments(*call.args, **call.kwargs)
-
-    @staticmethod
-    def _over_all(dims: Any) -> bool:
-        return dims is None or (isinstance(dims, (tuple, list)) and not dims)
-
-    def _reduced(self, call: Call) -> list[int]:
-        dims, rank = self._arguments(call)[0], call.input.ndim
-        if self._over_all(dims) or not rank:
-            return list(range(rank))
-        chosen = dims if isinstance(dims, (tuple, list)) else (dims,)
-        return sorted(d % rank for d in chosen)
+    def _reduced(call: Call) -> list[int]:
+        dims, rank = reduced(call), call.input.ndim
+        return list(range(rank)) if dims is None or not rank else sorted(d % rank for d in dims)
 
     def _flat(self, call: Call, x: Tensor) -> Tensor:
         """Return the reduced dimensions flattened and moved last."""
@@ -243,9 +186,8 @@ class Extremum(Rule):
         return x.permute([*kept, *reduced]).flatten(len(kept))
 
     def _shaped(self, call: Call, value: Tensor) -> Tensor:
-        dims, keepdim = self._arguments(call)
         value = value.squeeze(-1)
-        if keepdim and not (self._over_all(dims) and len(call.args) < 2):
+        if call.argument("keepdim"):
             for d in self._reduced(call):
                 value = value.unsqueeze(d)
         return value
@@ -256,17 +198,11 @@ class Ordered(Rule):
 
     Equation:
         y[i] = x[j̄(i)], with j̄ the positions that the operation returns at the image
-
-    Args:
-        dim: Position of the dimension among the arguments, and its default.
     """
 
     kind = "switch"
+    homogeneous = True
     live_outputs = 1
-
-    def __init__(self, dim: int, default: int = -1) -> None:
-        self.dim = dim
-        self.default = default
 
     def freeze(self, call: Call) -> Tensor:
         """Return the positions that the operation returns."""
@@ -274,22 +210,10 @@ class Ordered(Rule):
 
     def apply(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values at the frozen positions, and the positions."""
-        dim = self._dim(call)
+        dim = call.argument("dim")
         if call.input.dim() and state.dim() < call.input.dim():
             return call.input.gather(dim, state.unsqueeze(dim)).squeeze(dim), state
         return call.input.gather(dim, state), state
-
-    def constants(self, call: Call, state: Any) -> Sequence[Tensor | None]:
-        """Return none: it is proportional to its argument."""
-        return ()
-
-    def switch(self, state: Tensor) -> Tensor:
-        """Return the positions."""
-        return state
-
-    def _dim(self, call: Call) -> int:
-        dim = call.args[self.dim] if len(call.args) > self.dim else call.kwargs.get("dim", self.default)
-        return int(dim)
 
 
 class Scattered(Tangent):

@@ -10,8 +10,9 @@ from torch import Tensor
 from captum_scoremap.checks import unrecorded
 
 from .call import Call, Value
-from .rule import Gradients, Rule, Tangent, transposed_by_autograd
-from .structure import summed_to
+from .coefficients import conjugate, summed_to
+from .rule import Gradients, Rule
+from .tangent import Tangent
 
 __all__ = ["Convolution", "Division", "Power", "Product", "matrix_times", "times", "vector_times"]
 
@@ -93,18 +94,17 @@ class Product(Rule):
         self, call: Call, state: tuple[Tensor | None, ...] | None, gradients: Gradients
     ) -> Sequence[Tensor | None]:
         """Return for each turn the coefficients times the other factors."""
-        (gradient,) = gradients
-        if gradient is None:
-            return [None] * len(call.values)
         if self.adjoint is None:
-            return transposed_by_autograd(self, call, state, gradients)
+            return super().transpose(call, state, gradients)
+        (gradient,) = gradients
         turns = self._turns(call)
         found: list[Tensor | None] = []
         for position, argument in enumerate(call.args):
             if not isinstance(argument, Value):
                 continue
             if position == self.term:
-                found.append(self._of_term(call, argument, gradient))
+                beta = conjugate(call.kwargs.get("beta", 1))
+                found.append(summed_to(gradient if beta == 1 else gradient * beta, argument))
             elif position not in turns:
                 found.append(None)
             else:
@@ -128,15 +128,8 @@ class Product(Rule):
             return ()
         return (term * beta,)
 
-    @staticmethod
-    def _of_term(call: Call, argument: Value, gradient: Tensor) -> Tensor:
-        beta = conjugate(call.kwargs.get("beta", 1))
-        return summed_to(gradient if beta == 1 else gradient * beta, argument)
-
     def _live(self, call: Call) -> list[int]:
-        return [
-            position for position in self.factors if position < len(call.args) and call.is_live(call.args[position])
-        ]
+        return [at for at in self.factors if at < len(call.args) and call.is_live(call.args[at])]
 
     def _turns(self, call: Call) -> list[int]:
         """Return the positions of the live factors that are no gates; of all of them, if all are."""
@@ -148,13 +141,6 @@ def times(gradient: Tensor, other: Any, _: int) -> Tensor:
     """Return the coefficients of a factor of an elementwise product."""
     product: Tensor = gradient * conjugate(other)
     return product
-
-
-def conjugate(factor: Any) -> Any:
-    """Return what a coefficient is multiplied by, going back through a factor: itself, unless it is complex."""
-    if isinstance(factor, Tensor):
-        return factor.conj() if factor.is_complex() else factor
-    return factor.conjugate() if isinstance(factor, complex) else factor
 
 
 def matrix_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
@@ -179,18 +165,14 @@ class Convolution(Product):
         y = ½ (w̄ * x + w * x̄) + b, where the weight is live, too
     """
 
-    def __init__(self) -> None:
-        super().__init__((0, 1))
-
     def transpose(
         self, call: Call, state: tuple[Tensor | None, ...] | None, gradients: Gradients
     ) -> Sequence[Tensor | None]:
         """Return the transposed convolution of the coefficients."""
-        (gradient,) = gradients
-        if gradient is None or len(call.values) > 1 or not isinstance(call.args[0], Value):
+        if len(call.values) > 1 or not isinstance(call.args[0], Value):
             return super().transpose(call, state, gradients)
         value, weight, _, *geometry = call.args
-        found = aten.convolution_backward(gradient, value.empty(), weight, None, *geometry, [True, False, False])
+        found = aten.convolution_backward(gradients[0], value.empty(), weight, None, *geometry, [True, False, False])
         return [found[0]]
 
     def constants(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Sequence[Tensor | None]:
@@ -241,10 +223,7 @@ class Division(Rule):
 
     def transpose(self, call: Call, state: Tensor | None, gradients: Gradients) -> list[Tensor | None]:
         """Return the coefficients over the denominator."""
-        (gradient,) = gradients
-        if gradient is None:
-            return [None] * len(call.values)
-        numerator, denominator = call.args
+        (gradient,), (numerator, denominator) = gradients, call.args
         if state is None:
             return [summed_to(gradient / conjugate(denominator), numerator)]
         if not isinstance(numerator, Value):
@@ -303,8 +282,7 @@ class Power(Rule):
 
     def transpose(self, call: Call, state: tuple[Tensor, Tensor | None], gradients: Gradients) -> list[Tensor | None]:
         """Return slope * coefficients."""
-        (gradient,) = gradients
-        return [None if gradient is None else summed_to(gradient * conjugate(state[0]), call.values[0])]
+        return [summed_to(gradients[0] * conjugate(state[0]), call.values[0])]
 
     def constants(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Sequence[Tensor | None]:
         """Return the offset."""

@@ -7,7 +7,6 @@ as in quantization-aware training it is passed straight through, and what it add
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,21 +47,7 @@ class Rounded(Composite):
 
 
 def in_range(numbers: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-    """Return where real numbers are in the range that integers reach.
-
-    Args:
-        numbers: The real numbers.
-        scale: What an integer's step stands for.
-        zero_point: The integer that stands for 0.
-        dtype: Type of the integers.
-
-    Returns:
-        A mask.
-
-    Example:
-        >>> in_range(torch.tensor([-3.0, 0.3, 400.0]), 0.1, 10, torch.uint8)
-        tensor([False,  True, False])
-    """
+    """Return where real numbers are in the range of integers of a type: ``scale`` is a step, ``zero_point`` 0."""
     bounds = torch.iinfo(dtype)
     integers = torch.round(numbers / scale) + zero_point
     return (integers >= bounds.min) & (integers <= bounds.max)
@@ -70,32 +55,15 @@ def in_range(numbers: Tensor, scale: float, zero_point: int, dtype: torch.dtype)
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Packed parameters of a layer, in real numbers.
-
-    Attributes:
-        weight: As the plain layer has it.
-        bias: None for none.
-        geometry: Of a convolution: stride, padding, dilation, whether it is transposed, output padding, groups.
-    """
+    """Packed parameters of a layer, in real numbers."""
 
     weight: Tensor
     bias: Tensor | None
-    geometry: tuple[Any, ...] = ()
+    geometry: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation, transposed, output padding, groups
 
 
 def unpacked(argument: Any) -> Any:
-    """Return packed parameters in real numbers, and anything else as it is.
-
-    Args:
-        argument: What a quantized layer's kernel is given.
-
-    Returns:
-        Weight, bias and geometry, or the argument.
-
-    Example:
-        >>> unpacked(3)
-        3
-    """
+    """Return packed parameters, as a quantized layer's kernel is given, in real numbers, and anything else as it is."""
     if not hasattr(argument, "unpack"):
         return argument
     packed: Any = argument  # a class of TorchScript's
@@ -107,27 +75,25 @@ def unpacked(argument: Any) -> Any:
     return Unpacked(weight, bias, (*sizes, bool(packed.transpose()), packed.output_padding(), packed.groups()))
 
 
-def _linear(x: Tensor, packed: Unpacked, *_: Any, after: Callable[[Tensor], Tensor] = _same) -> Tensor:
-    return after(F.linear(x, packed.weight, packed.bias))
+def _linear(x: Tensor, packed: Unpacked, *_: Any) -> Tensor:
+    return F.linear(x, packed.weight, packed.bias)
 
 
 def _leaky_linear(x: Tensor, packed: Unpacked, scale: float, zero_point: int, slope: float) -> Tensor:
-    return F.leaky_relu(F.linear(x, packed.weight, packed.bias), slope)
+    return F.leaky_relu(_linear(x, packed), slope)
 
 
-def _convolution(x: Tensor, packed: Unpacked, *_: Any, after: Callable[[Tensor], Tensor] = _same) -> Tensor:
+def _convolution(x: Tensor, packed: Unpacked, *_: Any) -> Tensor:
     weight = packed.weight
     flat = x.dim() == 3  # of which packed parameters make two dimensions, the first of one row
     if flat:
         x, weight = x.unsqueeze(2), weight if weight.dim() == 4 else weight.unsqueeze(2)
     found = torch.convolution(x, weight, packed.bias, *packed.geometry)
-    return after(found.squeeze(2) if flat else found)
+    return found.squeeze(2) if flat else found
 
 
-def _added_convolution(
-    x: Tensor, other: Tensor, packed: Unpacked, *_: Any, after: Callable[[Tensor], Tensor] = _same
-) -> Tensor:
-    return after(_convolution(x, packed) + other)
+def _added_convolution(x: Tensor, other: Tensor, packed: Unpacked, *_: Any) -> Tensor:
+    return _convolution(x, packed) + other
 
 
 def _clipped(x: Tensor, scale: Any, zero_point: Any, lowest: int, highest: int, *_: Any, **__: Any) -> Tensor:
@@ -143,25 +109,51 @@ def _clipped_by_channel(
 
 
 def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    *_: Any,
-    after: Callable[[Tensor], Tensor] = _same,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, *_: Any
 ) -> Tensor:
-    return after(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
-def _binary(function: Callable[[Any, Any], Tensor], after: Callable[[Tensor], Tensor] = _same) -> Callable[..., Tensor]:
-    return lambda a, b, *_: after(function(a, b))
+def _then(after: Callable[[Tensor], Tensor], body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: after(body(*args))
 
 
-def _concatenated(tensors: list[Tensor], dim: int, *_: Any, after: Callable[[Tensor], Tensor] = _same) -> Tensor:
-    return after(torch.cat(tensors, dim))
+_DYNAMIC, _DIMENSIONS = ("", "_dynamic"), ("1d", "2d", "3d")
 
+# Of these there are kernels that apply a ReLU, too.
+_BEFORE_RELU: dict[str, Callable[..., Tensor]] = {
+    "linear": _linear,
+    **{f"conv{d}": _convolution for d in _DIMENSIONS},
+    "conv2d_add": _added_convolution,
+    **{f"batch_norm{d}": _batch_norm for d in ("", *_DIMENSIONS)},
+    **dict.fromkeys(("add", "add_scalar"), lambda a, b, *_: a + b),
+    **dict.fromkeys(("mul", "mul_scalar"), lambda a, b, *_: a * b),
+    "cat": lambda tensors, dim, *_: torch.cat(tensors, dim),
+}
+
+_BODIES: dict[str, Callable[..., Tensor]] = {
+    **_BEFORE_RELU,
+    **{f"{name}_relu": _then(torch.relu, body) for name, body in _BEFORE_RELU.items()},
+    **dict.fromkeys(("linear_dynamic", "linear_dynamic_fp16"), _linear),
+    **dict.fromkeys(("linear_relu_dynamic", "linear_relu_dynamic_fp16"), _then(torch.relu, _linear)),
+    "linear_leaky_relu": _leaky_linear,
+    "linear_tanh": _then(torch.tanh, _linear),
+    **{f"conv{d}_dynamic": _convolution for d in _DIMENSIONS},
+    **{f"conv_transpose{d}{how}": _convolution for d in _DIMENSIONS for how in _DYNAMIC},
+    "matmul": lambda a, b, *_: a @ b,
+    "relu6": lambda x, *_: F.relu6(x),
+    "leaky_relu": lambda x, slope, *_: F.leaky_relu(x, slope),
+    "prelu": lambda x, weight, *_: F.prelu(x, weight),
+    "hardswish": lambda x, *_: F.hardswish(x),
+    "elu": lambda x, scale, zero_point, *shape: torch.ops.aten.elu(x, *shape),
+    "celu": lambda x, scale, zero_point, *shape: torch.ops.aten.celu(x, *shape),
+    "sigmoid": lambda x, *_: x.sigmoid(),
+    "softmax": lambda x, dim, *_: x.softmax(dim),
+    "layer_norm": lambda x, shape, weight, bias, eps, *_: F.layer_norm(x, shape, weight, bias, eps),
+    "group_norm": lambda x, groups, weight, bias, eps, *_: F.group_norm(x, groups, weight, bias, eps),
+    "instance_norm": lambda x, weight, bias, eps, *_: F.instance_norm(x, weight=weight, bias=bias, eps=eps),
+    "dropout": _same,
+}
 
 QUANTIZED: dict[str, Rounded] = {
     **dict.fromkeys(
@@ -178,44 +170,5 @@ QUANTIZED: dict[str, Rounded] = {
     "quantized_decomposed::quantize_per_tensor": Rounded(_clipped),
     "quantized_decomposed::quantize_per_channel": Rounded(_clipped_by_channel),
     **{f"quantized_decomposed::{name}": Rounded() for name in ("dequantize_per_tensor", "dequantize_per_channel")},
-    **{f"quantized::linear{how}": Rounded(_linear) for how in ("", "_dynamic", "_dynamic_fp16")},
-    **{
-        f"quantized::linear_relu{how}": Rounded(partial(_linear, after=torch.relu))
-        for how in ("", "_dynamic", "_dynamic_fp16")
-    },
-    "quantized::linear_leaky_relu": Rounded(_leaky_linear),
-    "quantized::linear_tanh": Rounded(partial(_linear, after=torch.tanh)),
-    **{f"quantized::conv{d}d{how}": Rounded(_convolution) for d in (1, 2, 3) for how in ("", "_dynamic")},
-    **{f"quantized::conv{d}d_relu": Rounded(partial(_convolution, after=torch.relu)) for d in (1, 2, 3)},
-    **{f"quantized::conv_transpose{d}d{how}": Rounded(_convolution) for d in (1, 2, 3) for how in ("", "_dynamic")},
-    "quantized::conv2d_add": Rounded(_added_convolution),
-    "quantized::conv2d_add_relu": Rounded(partial(_added_convolution, after=torch.relu)),
-    **{f"quantized::batch_norm{d}": Rounded(_batch_norm) for d in ("", "1d", "2d", "3d")},
-    **{
-        f"quantized::batch_norm{d}_relu": Rounded(partial(_batch_norm, after=torch.relu))
-        for d in ("", "1d", "2d", "3d")
-    },
-    **{f"quantized::{name}": Rounded(_binary(torch.add)) for name in ("add", "add_scalar")},
-    **{f"quantized::{name}": Rounded(_binary(torch.add, torch.relu)) for name in ("add_relu", "add_scalar_relu")},
-    **{f"quantized::{name}": Rounded(_binary(torch.mul)) for name in ("mul", "mul_scalar")},
-    **{f"quantized::{name}": Rounded(_binary(torch.mul, torch.relu)) for name in ("mul_relu", "mul_scalar_relu")},
-    "quantized::matmul": Rounded(_binary(torch.matmul)),
-    "quantized::cat": Rounded(_concatenated),
-    "quantized::cat_relu": Rounded(partial(_concatenated, after=torch.relu)),
-    "quantized::relu6": Rounded(lambda x, *_: F.relu6(x)),
-    "quantized::leaky_relu": Rounded(lambda x, slope, *_: F.leaky_relu(x, slope)),
-    "quantized::prelu": Rounded(lambda x, weight, *_: F.prelu(x, weight)),
-    "quantized::hardswish": Rounded(lambda x, *_: F.hardswish(x)),
-    "quantized::elu": Rounded(lambda x, scale, zero_point, *shape: torch.ops.aten.elu(x, *shape)),
-    "quantized::celu": Rounded(lambda x, scale, zero_point, *shape: torch.ops.aten.celu(x, *shape)),
-    "quantized::sigmoid": Rounded(lambda x, *_: x.sigmoid()),
-    "quantized::softmax": Rounded(lambda x, dim, *_: x.softmax(dim)),
-    "quantized::layer_norm": Rounded(lambda x, shape, weight, bias, eps, *_: F.layer_norm(x, shape, weight, bias, eps)),
-    "quantized::group_norm": Rounded(
-        lambda x, groups, weight, bias, eps, *_: F.group_norm(x, groups, weight, bias, eps)
-    ),
-    "quantized::instance_norm": Rounded(
-        lambda x, weight, bias, eps, *_: F.instance_norm(x, weight=weight, bias=bias, eps=eps)
-    ),
-    "quantized::dropout": Rounded(),
+    **{f"quantized::{name}": Rounded(body) for name, body in _BODIES.items()},
 }

@@ -28,15 +28,12 @@ def _gru_step(entering: Tensor, recurring: Tensor, state: _State) -> _State:
     return ((state[0] - new) * (update + own_update).sigmoid() + new,)
 
 
-def _relu_step(entering: Tensor, recurring: Tensor, state: _State) -> _State:
-    return ((entering + recurring).relu(),)
-
-
-def _tanh_step(entering: Tensor, recurring: Tensor, state: _State) -> _State:
-    return ((entering + recurring).tanh(),)
-
-
-_STEPS: Sequence[_Step] = (_relu_step, _tanh_step, _lstm_step, _gru_step)  # by cuDNN's mode
+_STEPS: Sequence[_Step] = (  # by cuDNN's mode
+    lambda entering, recurring, state: ((entering + recurring).relu(),),
+    lambda entering, recurring, state: ((entering + recurring).tanh(),),
+    _lstm_step,
+    _gru_step,
+)
 
 
 class _Weights(NamedTuple):
@@ -48,28 +45,16 @@ class _Weights(NamedTuple):
     recurring_bias: Tensor | None = None
     projection: Tensor | None = None
 
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], is_projected: bool) -> "_Weights":
-        """Take the tensors as the kernels do: biases may be missing, and the projection comes last."""
-        plain = tensors[:-1] if is_projected else tensors
-        return cls(*plain)._replace(projection=tensors[-1] if is_projected else None)
-
 
 def _through(
     inputs: Tensor, sizes: Sequence[int], weights: _Weights, state: _State, step: _Step, *, is_reversed: bool
 ) -> tuple[Tensor, _State]:
     """Go through sequences, the last of which may end on the way, or begin, where they are of several lengths.
 
-    Args:
-        inputs: The steps, one after another, (rows, C).
-        sizes: Rows of each step, those of the first sequences.
-        weights: The weights.
-        state: The state before, (N, H), of all sequences.
-        step: From the products and the state to the next state.
-        is_reversed: Whether to begin at the end.
+    The steps stand one after another, (rows, C), each of so many of the first sequences as ``sizes`` says.
 
     Returns:
-        The hidden state of each step, (rows, H); and the state at each sequence's end.
+        The hidden state of each step, (rows, H); and the state at each sequence's end, of the shape it begins with.
     """
     products = F.linear(inputs, weights.entering, weights.entering_bias).split(list(sizes))
     way = -1 if is_reversed else 1
@@ -105,11 +90,7 @@ def _cudnn_rnn(
     batch_sizes: Sequence[int],
     dropout_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return steps, states and cells of all layers, in both directions, and nothing in place of what training needs.
-
-    Raises:
-        NotImplementedError: If it drops values out, which ones being known to the kernel alone.
-    """
+    """Return steps, states and cells of all layers, in both directions, and nothing in place of what training needs."""
     if train and dropout > 0:
         raise NotImplementedError(
             "cuDNN keeps to itself what dropout between recurrent layers drops. Call model.eval()."
@@ -123,7 +104,8 @@ def _cudnn_rnn(
         outputs = []
         for is_reversed in (False, True)[: 2 if bidirectional else 1]:
             at = len(states)
-            weights = _Weights.of(weight[at * weight_stride0 : (at + 1) * weight_stride0], proj_size > 0)
+            own = weight[at * weight_stride0 : (at + 1) * weight_stride0]  # biases may be missing
+            weights = _Weights(*own[:-1])._replace(projection=own[-1]) if proj_size else _Weights(*own)
             before = (hx[at],) if cx is None else (hx[at], cx[at])
             found, after = _through(steps, sizes, weights, before, _STEPS[mode], is_reversed=is_reversed)
             outputs.append(found)
@@ -165,30 +147,18 @@ def _mkldnn_rnn_layer(
     return found, hidden[None], cell[None], input.new_empty(0)
 
 
-def _lstm_cell(
-    input_gates: Tensor,
-    hidden_gates: Tensor,
-    cx: Tensor,
-    input_bias: Tensor | None = None,
-    hidden_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, cell = _lstm_step(_plus(input_gates, input_bias), _plus(hidden_gates, hidden_bias), (cx, cx))
-    return hidden, cell, cx.new_empty(0)
+def _lstm_cell(entering: Tensor, recurring: Tensor, cell: Tensor, *biases: Tensor | None) -> tuple[Tensor, ...]:
+    return (*_lstm_step(*_biased(entering, recurring, *biases), (cell, cell)), cell.new_empty(0))
 
 
-def _gru_cell(
-    input_gates: Tensor,
-    hidden_gates: Tensor,
-    hx: Tensor,
-    input_bias: Tensor | None = None,
-    hidden_bias: Tensor | None = None,
+def _gru_cell(entering: Tensor, recurring: Tensor, hidden: Tensor, *biases: Tensor | None) -> tuple[Tensor, ...]:
+    return (*_gru_step(*_biased(entering, recurring, *biases), (hidden,)), hidden.new_empty(0))
+
+
+def _biased(
+    entering: Tensor, recurring: Tensor, bias: Tensor | None = None, own_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    (hidden,) = _gru_step(_plus(input_gates, input_bias), _plus(hidden_gates, hidden_bias), (hx,))
-    return hidden, hx.new_empty(0)
-
-
-def _plus(gates: Tensor, bias: Tensor | None) -> Tensor:
-    return gates if bias is None else gates + bias
+    return entering if bias is None else entering + bias, recurring if own_bias is None else recurring + own_bias
 
 
 RECURRENT: dict[str, Callable[..., Any]] = {

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Absolute, Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
+from .activations import Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
 from .attention import Attention
 from .composite import COMPOSITE, Composite
-from .normalization import BatchNorm, EvaluatedBatchNorm, GroupNorm, LayerNorm
+from .moving import Copy
+from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
 from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
 from .quantized import QUANTIZED
-from .rule import Backward, Comparison, FirstLinear, Frozen, Rule, Tangent
-from .structure import AFFINE, STRUCTURAL, Copy
+from .rule import Comparison, Frozen, Rule
+from .structure import AFFINE, STRUCTURAL
+from .tangent import Backward, FirstLinear, Tangent
 from .written_out import WRITTEN_OUT
 
 __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
@@ -84,17 +86,24 @@ def _elu_slope(input: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: 
     return alpha * scale * input_scale
 
 
-_ATTENTION = {
-    "_scaled_dot_product_flash_attention_for_cpu": Attention(),
-    "_scaled_dot_product_flash_attention": Attention(),
-    "_scaled_dot_product_cudnn_attention": Attention(mask=3, dropout=5, causal=6),
-    "_scaled_dot_product_efficient_attention": Attention(mask=3, dropout=5, causal=6),
-    "_scaled_dot_product_fused_attention_overrideable": Attention(mask=3, dropout=4, causal=5),
-}
+_ATTENTION = dict.fromkeys(
+    """
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_fused_attention_overrideable
+    """.split(),
+    Attention(),
+)
 for _name, _rule in _ATTENTION.items():
     if hasattr(torch.ops.aten, _name):
         _kernel = getattr(torch.ops.aten, _name).default
         WRITTEN_OUT[_kernel] = _rule.written_out(_kernel)
+
+_BATCH_NORMS = (
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_native_batch_norm_legit_no_training",
+)
 
 _NONLINEAR: dict[str, Rule] = {
     # piecewise linear: the mask
@@ -111,43 +120,25 @@ _NONLINEAR: dict[str, Rule] = {
     "clip": PiecewiseLinear(_clamp),
     "clamp_min": PiecewiseLinear(lambda input, min: _clamp(input, min)),
     "clamp_max": PiecewiseLinear(lambda input, max: _clamp(input, None, max)),
-    "abs": Absolute(_fixed((operator.ge, 0.0), (operator.gt, 0.0), slopes=(-1.0, 0.0, 1.0), offsets=(0.0, 0.0, 0.0))),
+    "abs": PiecewiseLinear(
+        _fixed((operator.ge, 0.0), (operator.gt, 0.0), slopes=(-1.0, 0.0, 1.0), offsets=(0.0, 0.0, 0.0))
+    ),
     # maxima: the switch
     "max_pool2d_with_indices": MaxPool(2),
     "max_pool3d_with_indices": MaxPool(3),
     "adaptive_max_pool2d": MaxPool(2, adaptive=True),
     "adaptive_max_pool3d": MaxPool(3, adaptive=True),
-    "max": Extremum(torch.argmax),
-    "min": Extremum(torch.argmin),
-    "amax": Extremum(torch.argmax),
-    "amin": Extremum(torch.argmin),
-    "maximum": Choice(operator.ge),
-    "minimum": Choice(operator.le),
-    "fmax": Choice(operator.ge),
-    "fmin": Choice(operator.le),
-    "sort": Ordered(1),
-    "topk": Ordered(2),
-    "median.dim": Ordered(1),
-    "nanmedian.dim": Ordered(1),
-    "kthvalue": Ordered(2),
-    "mode": Ordered(1),
-    "cummax": Ordered(1),
-    "cummin": Ordered(1),
+    **dict.fromkeys(("max", "amax"), Extremum(torch.argmax)),
+    **dict.fromkeys(("min", "amin"), Extremum(torch.argmin)),
+    **dict.fromkeys(("maximum", "fmax"), Choice(operator.ge)),
+    **dict.fromkeys(("minimum", "fmin"), Choice(operator.le)),
+    **dict.fromkeys("sort topk median.dim nanmedian.dim kthvalue mode cummax cummin".split(), Ordered()),
     # f(0) = 0: the gate f(x)/x
-    "gelu": Gate(0.5),
-    "silu": Gate(0.5),
+    **dict.fromkeys("gelu silu hardswish".split(), Gate(0.5)),
+    **dict.fromkeys("tanh celu sin atan asinh sinh expm1 log1p".split(), Gate(1.0)),
     "mish": Gate(0.6),
-    "hardswish": Gate(0.5),
-    "tanh": Gate(1.0),
     "elu": Gate(_elu_slope),
-    "celu": Gate(1.0),
     "erf": Gate(1.1283791670955126),
-    "sin": Gate(1.0),
-    "atan": Gate(1.0),
-    "asinh": Gate(1.0),
-    "sinh": Gate(1.0),
-    "expm1": Gate(1.0),
-    "log1p": Gate(1.0),
     "glu": GatedLinearUnit(),
     "pow": Power(),
     "pow.Scalar": Tangent(gate=True),
@@ -165,8 +156,7 @@ _NONLINEAR: dict[str, Rule] = {
     # scales
     "native_layer_norm": LayerNorm(),
     "native_group_norm": GroupNorm(),
-    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), BatchNorm()),
-    "_native_batch_norm_legit_no_training": EvaluatedBatchNorm(),
+    **dict.fromkeys(_BATCH_NORMS, BatchNorm()),
     # no gates and f(0) != 0: the tangent with its offset
     **dict.fromkeys(
         """
@@ -188,23 +178,15 @@ _NONLINEAR: dict[str, Rule] = {
     **dict.fromkeys(("scatter_reduce", "index_reduce", "segment_reduce"), Scattered()),
     # products
     "mul": Product((0, 1), times, keeps_gates=True),
-    "mm": Product((0, 1), matrix_times),
-    "bmm": Product((0, 1), matrix_times),
+    **dict.fromkeys(("mm", "bmm"), Product((0, 1), matrix_times)),
+    **dict.fromkeys(("addmm", "_sparse_addmm", "baddbmm"), Product((1, 2), matrix_times, term=0)),
     "mv": Product((0, 1), vector_times),
-    "dot": Product(),
-    "vdot": Product(),
-    "linalg_cross": Product(),
-    "addmm": Product((1, 2), matrix_times, term=0),
-    "_sparse_addmm": Product((1, 2), matrix_times, term=0),
-    "addbmm": Product((1, 2), term=0),
-    "baddbmm": Product((1, 2), matrix_times, term=0),
     "addmv": Product((1, 2), vector_times, term=0),
-    "addr": Product((1, 2), term=0),
+    **dict.fromkeys(("dot", "vdot", "linalg_cross"), Product()),
+    **dict.fromkeys(("addbmm", "addr"), Product((1, 2), term=0)),
+    **dict.fromkeys(("linear", "mkldnn_linear"), Product(term=2)),
     "_trilinear": Product((0, 1, 2)),
-    "linear": Product(term=2),
-    "mkldnn_linear": Product(term=2),
-    "convolution": Convolution(),
-    "convolution_overrideable": Convolution(),
+    **dict.fromkeys(("convolution", "convolution_overrideable"), Convolution()),
     "div": Division(),
     # attention
     **_ATTENTION,
@@ -253,21 +235,11 @@ TANGENT: Mapping[str, Rule] = {
     for name, rule in _NONLINEAR.items()
 }
 
-_BATCH_NORMS = (
-    "native_batch_norm",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-    "_native_batch_norm_legit_no_training",
-)
-
 # What PyTorch's Python functions become, where the name changes.
 _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "softmax": ("_softmax", "_safe_softmax"),
     "softmin": ("_softmax",),
-    "log_softmax": ("_log_softmax",),
     "logsigmoid": ("log_sigmoid_forward",),
-    "layer_norm": ("native_layer_norm",),
-    "group_norm": ("native_group_norm",),
     "batch_norm": _BATCH_NORMS,
     "instance_norm": _BATCH_NORMS,
     **{f"conv{d}d": ("convolution",) for d in (1, 2, 3)},
@@ -276,8 +248,6 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "matmul": ("mm", "bmm", "mv", "dot", "addmm", "baddbmm"),
     "einsum": ("bmm", "mul"),
     "max_pool1d": ("max_pool2d_with_indices",),
-    "max_pool2d": ("max_pool2d_with_indices",),
-    "max_pool3d": ("max_pool3d_with_indices",),
     "adaptive_max_pool1d": ("adaptive_max_pool2d",),
     "prelu": ("_prelu_kernel",),
     "rrelu": ("rrelu_with_noise",),
@@ -297,26 +267,17 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "getitem": ("index", "select", "slice"),
     "setitem": ("copy", "index_put", "fill"),
     "cdist": ("_cdist_forward", "_euclidean_dist"),
-    "vector_norm": ("linalg_vector_norm",),
     "linalg_norm": ("linalg_vector_norm",),
     "interpolate": ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
     "grid_sample": ("grid_sampler_2d", "grid_sampler_3d"),
     "item": ("_local_scalar_dense",),
-    "scaled_dot_product_attention": (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_efficient_attention",
-    ),
+    "scaled_dot_product_attention": tuple(_ATTENTION),
     "lstm": ("mkldnn_rnn_layer", "_cudnn_rnn"),
     **dict.fromkeys(("gru", "rnn_relu", "rnn_tanh"), ("_cudnn_rnn",)),
     "lstm_cell": ("_thnn_fused_lstm_cell",),
     "gru_cell": ("_thnn_fused_gru_cell",),
     "rms_norm": ("_fused_rms_norm",),
-    "adaptive_avg_pool2d": ("_adaptive_avg_pool2d",),
-    "adaptive_avg_pool3d": ("_adaptive_avg_pool3d",),
     "cosine_similarity": ("div",),
-    "ctc_loss": ("_ctc_loss",),
     "normalize": ("div",),
     "concat": ("cat",),
     "concatenate": ("cat",),
@@ -405,4 +366,5 @@ def _aten_names(operation: Any) -> tuple[str, ...]:
     if name in DEFAULT:
         return (name,)
     plain = name.strip("_").removeprefix("fft_")
-    return _ATEN_NAMES.get(plain, (plain if plain in DEFAULT else name,))
+    forms = (plain, f"_{plain}", f"native_{plain}", f"{plain}_with_indices", f"linalg_{plain}", name)
+    return _ATEN_NAMES.get(plain) or (next((form for form in forms if form in DEFAULT), name),)

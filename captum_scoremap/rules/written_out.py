@@ -16,14 +16,7 @@ aten = torch.ops.aten
 
 
 def _level(operation: Any, is_edge: Callable[..., Tensor], inside: float, moved: int = 0) -> Callable[..., Tensor]:
-    """Return an operation that is level where its slope is infinite, or is none.
-
-    Args:
-        operation: The operation.
-        is_edge: From its arguments to a mask of where that is.
-        inside: A number with a finite slope, to derive at instead.
-        moved: Position of the argument that it takes the place of.
-    """
+    """Return an operation that is level at its edges, where ``inside`` stands for the argument ``moved``."""
 
     def level(*args: Any) -> Tensor:
         edge, others = is_edge(*args), list(args)
@@ -63,10 +56,6 @@ def _mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
 def _hardsigmoid_backward(gradient: Tensor, x: Tensor) -> Tensor:
     sixth = torch.tensor(1 / 6, dtype=torch.float32).item()  # as the kernel has it, in any type
     return torch.where((x > -3) & (x < 3), gradient * sixth, 0.0 * x)
-
-
-def _log_sigmoid_backward(gradient: Tensor, x: Tensor, _: Tensor) -> Tensor:
-    return gradient * (-x).sigmoid()
 
 
 def _group_norm_backward(
@@ -110,7 +99,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.silu_backward.default: _silu_backward,
     aten.mish_backward.default: _mish_backward,
     aten.hardsigmoid_backward.default: _hardsigmoid_backward,
-    aten.log_sigmoid_backward.default: _log_sigmoid_backward,
+    aten.log_sigmoid_backward.default: lambda gradient, x, _: gradient * (-x).sigmoid(),
     aten.native_group_norm_backward.default: _group_norm_backward,
     aten.std.correction: lambda *args, **kwargs: _root(torch.var(*args, **kwargs)),
 }

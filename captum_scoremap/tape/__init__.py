@@ -1,16 +1,22 @@
-"""Record a model once, as a list of affine steps; everything else is algebra on that list."""
+"""Record a model once, as a list of affine steps; everything else is algebra on that list.
+
+To read it: ``steps`` has the list and the two ways to walk it; ``run`` writes it. Every operation arrives there, is
+looked up (``operation``), and becomes a step (``writing``) if a tensor that it reads is live (``live``). Beside that
+stand what changes memory (``changes``, on ``memory``), what rounds (``quantized``), where layers begin (``taps``,
+``places``), and what nobody saw (``sight``, ``exits``).
+"""
 
 from .boundary import Boundary
-from .constants import Constants
+from .constants import check_of_constants
+from .exits import exits_refused
 from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
 from .places import Site, root_module
-from .run import Recording, Tapped
-from .sight import exits_refused
-from .steps import Step, Tape, check_finite, told_by_image
+from .run import Recording
+from .steps import Step, Tape, check_finite, sites_of, told_by_image
+from .taps import Tapped
 
 __all__ = [
     "Boundary",
-    "Constants",
     "FrozenModel",
     "Recording",
     "Site",
@@ -19,8 +25,10 @@ __all__ = [
     "Tapped",
     "as_tuple_of_arguments",
     "check_finite",
+    "check_of_constants",
     "exits_refused",
     "freeze",
     "root_module",
+    "sites_of",
     "told_by_image",
 ]

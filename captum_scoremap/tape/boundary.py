@@ -35,19 +35,7 @@ class Boundary:
 def nearest_boundary(
     tape: Tape, names: dict[Step, str], inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
 ) -> Boundary:
-    """Return the nearest boundary for each image of a batch.
-
-    Images are moved one at a time, so that whatever flips is due to that one.
-
-    Args:
-        tape: The tape, with constants.
-        names: Name of each step that has a switch.
-        inputs: The image.
-        direction: Its change per unit step.
-
-    Returns:
-        Distances and switches.
-    """
+    """Return the nearest boundary for each image, moved alone, so that whatever flips is due to that one."""
     distances: list[float] = []
     switches: list[str] = []
     # switches at one distance flip in the order of the steps, whatever rounding made of the distances

@@ -1,44 +1,34 @@
-"""What a tape reads of the model, which may change after the run: weights, and whatever else lives on outside it."""
+"""What a tape reads of the model, which may change after the run: weights, and whatever else lives on outside it.
+
+What is computed of a tape after they changed, as in a step of training, would be neither of the model as it was nor of
+the one that is.
+"""
+
+from collections.abc import Callable
 
 from captum_scoremap.rules import tensors_in
 
 from .steps import Tape
 
-__all__ = ["Constants"]
+__all__ = ["check_of_constants"]
 
 
-class Constants:
-    """The tensors that the steps of a tape read besides values, and how often each had been changed by then.
+def check_of_constants(tape: Tape, what: str, advice: str) -> Callable[[], None]:
+    """Return a check that raises if a tensor that the steps read besides values was changed in place since then."""
+    read = {
+        id(tensor): tensor
+        for step in tape.steps
+        for tensor in tensors_in((step.args, step.kwargs, step.held()))
+        if not tensor.is_inference()  # these count no changes
+    }
+    versions = [(tensor, tensor._version) for tensor in read.values()]
 
-    A tape shares the model's weights. What is computed of it after they changed, as in a step of training, would be
-    neither of the model as it was nor of the one that is.
-
-    Args:
-        tape: The tape, after the run.
-    """
-
-    def __init__(self, tape: Tape) -> None:
-        read = {
-            id(tensor): tensor
-            for step in tape.steps
-            for tensor in tensors_in((step.args, step.kwargs, step.held()))
-            if not tensor.is_inference()  # these count no changes
-        }
-        self._versions = [(tensor, tensor._version) for tensor in read.values()]
-
-    def check(self, what: str, advice: str) -> None:
-        """Raise if one of them was changed in place.
-
-        Args:
-            what: What was made of the tape.
-            advice: What to do.
-
-        Raises:
-            RuntimeError: If so.
-        """
-        changed = [tuple(tensor.shape) for tensor, version in self._versions if tensor._version != version]
+    def check() -> None:
+        changed = [tuple(tensor.shape) for tensor, version in versions if tensor._version != version]
         if changed:
             raise RuntimeError(
                 f"the model's weights must be as they were when {what} was made, got {len(changed)} tensors changed "
                 f"since, the first of shape {changed[0]}. {advice}"
             )
+
+    return check

@@ -11,7 +11,7 @@ from captum_scoremap.checks import as_tuple, check_callable, check_inputs, unwra
 from captum_scoremap.rules import Rule, Value, display_name, with_rules
 
 from .boundary import Boundary, nearest_boundary
-from .constants import Constants
+from .constants import check_of_constants
 from .places import root_module
 from .run import Recording
 from .steps import Step, Tape
@@ -42,7 +42,7 @@ class FrozenModel:
 
     def __init__(self, recording: Recording, inputs: tuple[Tensor, ...]) -> None:
         self._tape: Tape = recording.tape
-        self._constants = Constants(recording.tape)
+        self._check_constants = check_of_constants(recording.tape, "the frozen model", "Freeze the model again.")
         self._inputs = inputs
         self._ran = frozenset(recording.places.calls)
         self._layers = {site[0]: tapped for site, tapped in recording.tapped.items() if site is not None}
@@ -85,24 +85,20 @@ class FrozenModel:
                 raise ValueError(f"outputs must name layers that ran, got a {type(layer).__name__} that did not.")
             given_values = (value,) if isinstance(value, Tensor) else tuple(value)
             known.update(zip(self._layers[layer].values, given_values, strict=True))
-        given = tuple(as_tuple(inputs))
-        shapes, expected = [tuple(t.shape) for t in given], [tuple(t.shape) for t in self._inputs]  # type: ignore[attr-defined]
-        if shapes != expected:
-            raise ValueError(f"inputs must be shaped like those the model was frozen at, {expected}; got {shapes}.")
-        for place, tensor in zip(self._tape.inputs, given, strict=True):
-            if place is not None:
-                known[place] = tensor  # type: ignore[assignment]
+        given = self._shaped(inputs, "inputs must be shaped like those the model was frozen at")
+        known.update((place, tensor) for place, tensor in zip(self._tape.inputs, given, strict=True) if place)
         return self._tape.output_at(known)
 
-    def _check_constants(self) -> None:
-        self._constants.check("the frozen model", "Freeze the model again.")
+    def _shaped(self, tensors: Tensor | Sequence[Tensor], wanted: str) -> tuple[Tensor, ...]:
+        """Return tensors as a tuple, which must be shaped like the inputs."""
+        given: Any = as_tuple(tensors)
+        shapes, expected = ([tuple(tensor.shape) for tensor in some] for some in (given, self._inputs))
+        if shapes != expected:
+            raise ValueError(f"{wanted}, {expected}; got {shapes}.")
+        return tuple(given)
 
     def __reduce__(self) -> Any:
-        """Refuse to be pickled.
-
-        Raises:
-            TypeError: Always.
-        """
+        """Refuse to be pickled."""
         raise TypeError(
             "a frozen model must stay in its process: it holds the operations of a run, got a request to pickle it. "
             "Freeze the model again where it is needed, or pickle what linear_form returns."
@@ -163,11 +159,7 @@ class FrozenModel:
             RuntimeError: If the model's weights changed in place since it was frozen.
         """
         self._check_constants()
-        directions = (direction,) if isinstance(direction, Tensor) else tuple(direction)
-        shapes, expected = [tuple(t.shape) for t in directions], [tuple(t.shape) for t in self._inputs]
-        if shapes != expected:
-            raise ValueError(f"direction must be shaped like the inputs, {expected}; got {shapes}.")
-
+        directions = self._shaped(direction, "direction must be shaped like the inputs")
         with torch.no_grad():
             return nearest_boundary(self._tape, self._names, self._inputs, directions)
 

@@ -6,47 +6,35 @@ read after its memory changed is read from the memory's last value, by its strid
 """
 
 import weakref
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from captum_scoremap.rules import Value
+from captum_scoremap.rules import Rule, Value
 
-from .steps import Kept
+from .geometry import Geometry, are_apart, fills, geometry
+from .places import Places
+from .steps import Kept, Step, Tape, sites_of
 
-__all__ = ["Before", "Memory", "are_apart", "geometry", "overlaps"]
-
-Geometry = tuple[torch.Size, tuple[int, ...], int]
+__all__ = ["Before", "Memory"]
 
 aten = torch.ops.aten
 
 
 class _Changed:
-    """Memory that was changed in place.
-
-    Attributes:
-        storage: Keeps its address from being reused, but not its memory.
-        clock: When it was changed last.
-        value: What it holds; None for constants.
-        geometry: Shape, strides and offset of that value in the memory.
-        length: Elements of the memory.
-        was_constant: Whether it held constants alone before it was changed.
-        has_site: Whether a value begins in it at a site, where a constant was.
-    """
-
-    __slots__ = ("_changes", "_element", "clock", "geometry", "has_site", "length", "storage", "value", "was_constant")
+    """Memory that was changed in place."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.storage = StorageWeakRef(tensor.untyped_storage())
-        self.length = tensor.untyped_storage().nbytes() // tensor.element_size()
-        self.clock = 0
-        self.value: Value | None = None
-        self.geometry = geometry(tensor)
-        self.was_constant = self.has_site = False
+        self.storage = StorageWeakRef(tensor.untyped_storage())  # keeps its address from being reused, not its memory
+        self.length = tensor.untyped_storage().nbytes() // tensor.element_size()  # in elements
+        self.clock = 0  # when it was changed last
+        self.value: Value | None = None  # what it holds; None for constants
+        self.geometry = geometry(tensor)  # where that value lies in it
+        self.was_constant = False  # whether it held constants alone before it was changed
+        self.has_site = False  # whether a value begins in it at a site, where a constant was
         self._changes: list[tuple[int, Geometry]] = []
         self._element = tensor.element_size()
 
@@ -67,43 +55,28 @@ class _Changed:
         )
 
 
-class Before:
-    """What the memory of a view held before the view was changed: a flat value, or a flat constant."""
+class Before(NamedTuple):
+    """What the memory of a view held before the view was changed, in one row: a value or a constant, and its tensor."""
 
-    __slots__ = ("content", "tensor")
-
-    def __init__(self, content: Any, tensor: Tensor) -> None:
-        self.content = content
-        self.tensor = tensor
+    content: Any
+    tensor: Tensor
 
 
-class Beneath:
-    """What lies beneath a value that begins at a site in the midst of other memory.
+class Beneath(NamedTuple):
+    """What lies beneath a value that begins at a site in the midst of other memory."""
 
-    Attributes:
-        value: The value that the site's tensor is a view of; None if it is none.
-        geometry: Where that lies in memory.
-        clock: When the value began.
-    """
-
-    __slots__ = ("clock", "geometry", "value")
-
-    def __init__(self, value: Value | None, geometry: Geometry | None, clock: int) -> None:
-        self.value, self.geometry, self.clock = value, geometry, clock
+    value: Value | None  # that the site's tensor is a view of; None if it is none
+    geometry: Geometry | None  # where that lies in memory
+    clock: int  # when the value began
 
 
 class Memory:
-    """Which memory changed, and what refers to it.
+    """Which memory changed, and what refers to it; writes reads of it, and its new values, as steps."""
 
-    Args:
-        record: Records one more step: an operation, its arguments (with values where they are live), the tensors of
-            those values, and a tensor like its output; returns the value of that.
-    """
-
-    def __init__(self, record: Callable[[Any, tuple[Any, ...], Sequence[Tensor], Tensor], Value]) -> None:
+    def __init__(self, tape: Tape, rules: Mapping[str, Rule], places: Places, *, bypass: bool) -> None:
         self.clock = 0
         self.changed: dict[int, _Changed] = {}
-        self._record = record
+        self._tape, self._rules, self._places, self._bypass = tape, rules, places, bypass
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
 
     def keep(self, tensor: Tensor) -> Kept:
@@ -111,6 +84,14 @@ class Memory:
         kept = Kept(tensor)
         self._held.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(kept))
         return kept
+
+    def keep_bypass(self, values: Sequence[Value], tensors: Sequence[Tensor]) -> None:
+        """Keep what a step reads and that depends on fewer sites than others that it reads."""
+        if self._bypass:
+            sites = sites_of(values)
+            for value, tensor in zip(values, tensors, strict=True):
+                if value.sites != sites and value.kept is None:
+                    value.kept = self.keep(tensor)
 
     def about_to_change(self, target: Tensor) -> None:
         """Copy what is held of a tensor's memory, before it changes."""
@@ -121,20 +102,12 @@ class Memory:
                     kept.tensor = kept.tensor.clone()
 
     def whole_before(self, target: Tensor, value: Value | None) -> Before | None:
-        """Return what the memory of a view holds before the view is changed.
-
-        Args:
-            target: The view.
-            value: What it holds, if that is live.
-
-        Returns:
-            It, or None where the target is all of its memory.
-        """
+        """Return what the memory of a view holds before the view is changed; None where that is all of its memory."""
         if value is not None:
             _check_read_alike(target, (value.root or (value,))[0].dtype)
         storage = target.untyped_storage()
         length = storage.nbytes() // target.element_size()
-        if _fills(geometry(target), length):
+        if fills(geometry(target), length):
             return None
         flat = target.detach().as_strided((length,), (1,), 0)
         memory = self.changed.get(storage._cdata)
@@ -183,13 +156,7 @@ class Memory:
         memory.has_site = True
 
     def now_holds(self, target: Tensor, value: Value | None, before: Before | None) -> None:
-        """Note that a tensor was changed in place.
-
-        Args:
-            target: The tensor.
-            value: What it holds now; None for constants.
-            before: What :meth:`whole_before` returned.
-        """
+        """Note that a tensor was changed in place: what it holds now, None for constants, and what lay around it."""
         _check_read_alike(target, target.dtype)
         self.clock += 1
         address = target.untyped_storage()._cdata
@@ -224,11 +191,7 @@ class Memory:
         return self._record(aten.as_strided.default, args, (flat,), tensor)
 
     def strided(self, known: Tensor, value: Value, tensor: Tensor) -> Value | None:
-        """Return the value of a view by strides, which may lie outside of the tensor that it is taken of.
-
-        Returns:
-            It, or None where that tensor is all of its memory.
-        """
+        """Return the value of a view by strides, which may reach around its tensor; None where that is all memory."""
         before = self.whole_before(known, value)
         if before is None:
             return None
@@ -245,9 +208,8 @@ class Memory:
 
     def _flat(self, memory: _Changed, like: Tensor) -> Value:
         """Return the memory's value as one row of all its elements."""
-        value, row = memory.value, (torch.Size((memory.length,)), (1,), 0)
-        if value is None:
-            raise AssertionError("only live memory is read")
+        value: Value = memory.value  # type: ignore[assignment]  # only live memory is read
+        row = torch.Size((memory.length,)), (1,), 0
         if memory.geometry != row:
             flat = like.detach().as_strided(*row)
             memory.value = value = self._scattered(torch.zeros_like(flat), value, memory.geometry, flat)
@@ -258,6 +220,17 @@ class Memory:
         args = before, source, *place
         tensors = (flat, flat.as_strided(*place))
         return self._record(aten.as_strided_scatter.default, args, tensors, flat)
+
+    def _record(self, operation: Any, args: tuple[Any, ...], tensors: Sequence[Tensor], like: Tensor) -> Value:
+        """Write a step with values among its arguments, of which the first have these tensors."""
+        pairs = [pair for pair in zip(args, tensors, strict=False) if isinstance(pair[0], Value)]
+        values = tuple(value for value, _ in pairs)
+        if self._bypass:
+            self.keep_bypass(values, [tensor.clone() for _, tensor in pairs])
+        rule = self._rules[operation.overloadpacket.__name__]
+        step = Step(operation, args, {}, values, rule, self._places.module)
+        (made,) = self._tape.write(step, [like], gate=all(value.gate for value in values))
+        return made
 
 
 def _beneath(value: Value) -> list[tuple[Value, Geometry]]:
@@ -270,84 +243,10 @@ def _beneath(value: Value) -> list[tuple[Value, Geometry]]:
 
 
 def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:
-    """Raise where a tensor reads complex numbers in memory otherwise than they were written.
-
-    Raises:
-        TypeError: If so.
-    """
+    """Raise where a tensor reads complex numbers in memory otherwise than they were written."""
     if tensor.is_conj() or tensor.is_neg() or tensor.is_complex() != written.is_complex:
         raise TypeError(
             "complex numbers that change in place must be read and changed by complex views that are no conjugates, "
             f"got {'a conjugate' if tensor.is_conj() else 'a'} view of {tensor.dtype}. Change a copy: "
             "torch.view_as_real(x).clone(), or x.conj().resolve_conj()."
         )
-
-
-def geometry(tensor: Tensor) -> Geometry:
-    """Return where a tensor lies in its memory: shape, strides and offset."""
-    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
-
-
-def are_apart(place: Geometry, other: Geometry) -> bool:
-    """Return whether two places in memory share no element; False where that takes more than a look at each axis.
-
-    Where every stride divides the next larger one, the position of an element is a number whose digits are its indices
-    along the axes, and a place is a box of digits. Two boxes are apart if they are along one axis.
-    """
-    strides = sorted({
-        step for sizes, steps, _ in (place, other) for n, step in zip(sizes, steps, strict=True) if n > 1
-    })
-    strides = [1, *(step for step in strides if step > 1)]
-    if any(larger % smaller for smaller, larger in pairwise(strides)):
-        return False
-    digits = [_digits(one, strides) for one in (place, other)]
-    if None in digits:
-        return False
-    return any(end <= start or last <= first for (start, last), (first, end) in zip(*digits, strict=True))
-
-
-def _digits(place: Geometry, strides: Sequence[int]) -> list[tuple[int, int]] | None:
-    """Return from which to below which digit a place reaches, of each stride; None where it is no box."""
-    sizes, steps, offset = place
-    counts = dict.fromkeys(strides, 1)
-    for count, step in zip(sizes, steps, strict=True):
-        if count > 1:
-            if step not in counts or counts[step] > 1:
-                return None  # the same elements again
-            counts[step] = count
-    found = []
-    for step, larger in zip(strides, (*strides[1:], None), strict=True):
-        first = offset // step if larger is None else offset % larger // step
-        if larger is not None and first + counts[step] > larger // step:
-            return None  # it goes on in the next row
-        found.append((first, first + counts[step]))
-    return found
-
-
-def overlaps(place: Geometry) -> bool:
-    """Return whether a tensor has elements that lie at one place in memory, as windows do."""
-    size, stride, _ = place
-    if not size.numel():
-        return False
-    reach = 0
-    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
-        if step <= reach:  # it may still fit into gaps
-            places = torch.zeros((), dtype=torch.long)
-            for length, each in zip(size, stride, strict=True):
-                places = places[..., None] + torch.arange(length) * each
-            return bool(places.unique().numel() < size.numel())
-        reach += (count - 1) * step
-    return False
-
-
-def _fills(place: Geometry, length: int) -> bool:
-    """Return whether a tensor is all of its memory, each element once."""
-    size, stride, offset = place
-    if offset or size.numel() != length:
-        return False
-    expected = 1
-    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
-        if step != expected:
-            return False
-        expected *= count
-    return True

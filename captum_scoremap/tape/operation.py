@@ -26,49 +26,7 @@ _UNREAD = frozenset(
 
 
 class Operation:
-    """An ATen overload.
-
-    Args:
-        operation: The ``torch.ops`` overload.
-        rules: The table of rules.
-
-    Attributes:
-        name: Its name in the table of rules: out of place, without the overload.
-        display: What errors call it.
-        functional: Its out-of-place form; itself where it changes nothing, None where there is none.
-        rule: Its rule; None where it has none, or changes what no rule can say.
-        tensors: Positions of arguments that may be tensors.
-        changes: Position of the argument that it changes in place; None if it changes none.
-        changes_shape: Whether it changes an argument's shape in place, but not what its memory holds.
-        outs: Names of the arguments that it is given for what it returns, ``out=``.
-        is_view: Whether it returns memory of its argument.
-        reads_memory: Whether it may read what lies around its argument in memory.
-        reads: Whether it reads the numbers of its arguments.
-        lifts: Whether it makes a tensor of Python's or NumPy's numbers.
-        hides_scales: Whether it multiplies integers that stand for real numbers by scales that it does not know.
-        rounds: Whether it rounds, so that the plain operation and the rounding are recorded apart.
-        is_trusted: Whether its rule is ours.
-        is_plain: Whether it is affine whatever its arguments, so that nothing needs to be asked.
-    """
-
-    __slots__ = (
-        "changes",
-        "changes_shape",
-        "display",
-        "functional",
-        "hides_scales",
-        "is_plain",
-        "is_trusted",
-        "is_view",
-        "lifts",
-        "name",
-        "outs",
-        "reads",
-        "reads_memory",
-        "rounds",
-        "rule",
-        "tensors",
-    )
+    """An ATen overload, and what its schema and the table of rules say of it."""
 
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
@@ -76,23 +34,33 @@ class Operation:
         if is_quantized:  # else they would go by the names of plain ones
             name = f"{operation.namespace}::{name}"
         arguments = operation._schema.arguments
+        # positions of arguments that may be tensors
         self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
+        # names of the arguments that it is given for what it returns, ``out=``
         self.outs = [one.name for one in arguments if one.kwarg_only and _is_written(one)]
         changed = [position for position, one in enumerate(arguments) if not one.kwarg_only and _is_written(one)]
+        # position of the argument that it changes in place; its shape alone, not what its memory holds
         self.changes: int | None = changed[0] if changed else None
         self.changes_shape = torch.Tag.inplace_view in operation.tags
+        # its out-of-place form; itself where it changes nothing, None where there is none
         self.functional = operation
         if changed or self.outs:
             name, self.functional = _out_of_place(operation, name, overload)
+        # its name in the table of rules, without the overload, and what errors call it
         self.name = name
+        self.display: str = name if is_quantized else display_name(self.functional or operation)
+        # whether it returns memory of its argument
         self.is_view = name in _VIEWS or any(
             one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
         )
+        # whether it reads the numbers of its arguments, or what lies around its argument in memory
         self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
         self.reads_memory = name == "as_strided"
+        # whether it makes a tensor of Python's or NumPy's numbers
         self.lifts = name in {"lift", "lift_fresh"}
+        # whether it multiplies integers that stand for real numbers by scales that it does not know
         self.hides_scales = name == "_int_mm"
-        self.display: str = name if is_quantized else display_name(self.functional or operation)
+        # its rule; None where it has none, or changes what no rule can say
         overload = self.functional._overloadname if self.functional is not None else overload
         self.rule: Rule | None = rules.get(f"{name}.{overload}", rules.get(name))
         if self.rule is None:
@@ -100,9 +68,11 @@ class Operation:
             aliases: tuple[str, ...] = (self.display,) if self.display not in DEFAULT else ()
             aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
             self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
+        # whether it rounds, so that the plain operation and the rounding are recorded apart
         self.rounds = isinstance(self.rule, Rounded)
         if ((self.functional is None or len(changed) > 1) and not self.rounds) or (name, overload) == ("view", "dtype"):
             self.rule = None
+        # whether its rule is ours; whether it is affine whatever its arguments, so that nothing needs to be asked
         self.is_trusted = self.rule is DEFAULT.get(f"{name}.{overload}", DEFAULT.get(name))
         self.is_plain = self.is_trusted and isinstance(self.rule, Linear) and not isinstance(self.rule, Copy)
 

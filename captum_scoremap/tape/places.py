@@ -1,15 +1,18 @@
 """Where in the model a run is: which module runs, under which name, and where layers begin and end."""
 
-import functools
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from captum_scoremap.checks import warn
+
+from .listeners import Listeners
 
 __all__ = ["Places", "Site", "StopRun", "root_module"]
 
@@ -26,7 +29,7 @@ class StopRun(BaseException):
 
 def root_module(function: object) -> nn.Module | None:
     """Return the module whose names a run uses, if ``function`` is one, a method of one, or a partial of either."""
-    while isinstance(function, functools.partial):
+    while isinstance(function, partial):
         function = function.func
     if isinstance(function, nn.Module):
         return function
@@ -37,37 +40,27 @@ def root_module(function: object) -> nn.Module | None:
 class Places:
     """Follows a run through the modules, by what is in place only while the model runs.
 
-    Args:
-        forward_func: The model, or a function that calls it.
-
     Attributes:
+        roots: The outermost modules.
         module: The module that is running; None for the outermost function.
         calls: How often each module ran.
     """
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self.calls: Counter[nn.Module] = Counter()
-        self._roots: list[nn.Module] = []
         self._names: dict[nn.Module, str] = {}
         self.module: nn.Module | None = None
         self._thread = 0
         self._dropped = False
         root = root_module(forward_func)
-        if root is not None:
-            self._roots.append(root)
+        self.roots = [] if root is None else [root]
 
     @contextmanager
     def watched(self, sites: Sequence[Site], at_site: Callable[[Site, Any], Any]) -> Iterator[None]:
-        """Follow what runs inside the context.
-
-        Args:
-            sites: Where ``at_site`` is asked.
-            at_site: From a site and what passes it (a pair of positional and keyword arguments for an input) to what
-                goes on from there. It comes after the user's own hooks, so that it sees what they made.
-        """
+        """Follow what runs inside; what passes a site, an input as ``(args, kwargs)``, goes on as ``at_site`` says."""
         self._thread = threading.get_ident()
         with ExitStack() as stack:
-            stack.enter_context(_calls_followed(self))
+            stack.enter_context(_followers.joined_by(self))
             for site in sites:
                 stack.callback(self._watch(site, at_site).remove)
             yield
@@ -104,7 +97,7 @@ class Places:
         if module is None:
             return ""
         if module not in self._names:
-            for root in self._roots:
+            for root in self.roots:
                 for name, inner in root.named_modules():
                     self._names.setdefault(inner, name)
         return self._names.get(module, "")
@@ -118,13 +111,9 @@ class Places:
             return f"{name}:{operation}"
         return name
 
-    def roots(self) -> list[nn.Module]:
-        """Return the outermost modules."""
-        return self._roots
-
     def _enter(self, module: nn.Module) -> None:
-        if self.module is None and module not in self._roots:
-            self._roots.append(module)
+        if self.module is None and module not in self.roots:
+            self.roots.append(module)
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
             self._warn_of_dropout(module)
         if module.training and isinstance(module, _NOT_IN_TRAINING):
@@ -142,16 +131,11 @@ class Places:
     def _warn_of_dropout(self, module: nn.Module) -> None:
         """Warn, once in a run."""
         if not self._dropped:
-            warnings.warn(
+            warn(
                 f"dropout is in training mode at {self.name_of(module) or type(module).__name__!r}: the map is that of "
-                "the units that this run kept, and another run gives another. Call model.eval(), unless this is meant.",
-                stacklevel=2,
+                "the units that this run kept, and another run gives another. Call model.eval(), unless this is meant."
             )
         self._dropped = True
-
-
-_lock = threading.Lock()
-_followers: dict[int, list[Places]] = {}
 
 
 def _plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -160,36 +144,22 @@ def _plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _followed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    followers = _followers.get(threading.get_ident())
-    return _plain_call(module, *args, **kwargs) if not followers else followers[-1].run(module, args, kwargs)
+    followers = _followers.here()
+    return followers[-1].run(module, args, kwargs) if followers else _plain_call(module, *args, **kwargs)
 
 
 def _compiled_in_place(module: nn.Module, call: Any) -> None:
     module.__dict__["_compiled_call_impl"] = call
 
 
-# Where every call of a module looks first for what ``module.compile()`` put there.
-_FOLLOWING: Any = property(functools.partial(MethodType, _followed_call), _compiled_in_place)
-
-
-@contextmanager
-def _calls_followed(places: Places) -> Iterator[None]:
-    """Lead the calls of modules on this thread through ``places``.
+def _lead_calls(through: Any) -> None:
+    """Lead the calls of modules through a function: where each looks first for what ``module.compile()`` put there.
 
     A pair of global hooks takes three times as long for every module, and a new ``nn.Module.__call__``, once, a
     millisecond or more: Python goes through all classes of modules there are.
     """
-    thread = threading.get_ident()
-    with _lock:
-        if not _followers:
-            nn.Module._compiled_call_impl = _FOLLOWING
-        _followers.setdefault(thread, []).append(places)
-    try:
-        yield
-    finally:
-        with _lock:
-            _followers[thread].pop()
-            if not _followers[thread]:
-                del _followers[thread]
-            if not _followers:
-                nn.Module._compiled_call_impl = None
+    nn.Module._compiled_call_impl = through
+
+
+_FOLLOWING: Any = property(partial(MethodType, _followed_call), _compiled_in_place)
+_followers: Listeners[Places] = Listeners(partial(_lead_calls, _FOLLOWING), partial(_lead_calls, None))

@@ -1,14 +1,21 @@
 """What quantized tensors stand for: real numbers, which alone are values of the tape."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import MaxPool, Rule, in_range, substituted, tensors_in, unpacked
+from captum_scoremap.rules import MaxPool, Rounded, Rule, substituted, tensors_in
+from captum_scoremap.rules.quantized import in_range, unpacked
 
-__all__ = ["RealNumbers", "rounding"]
+from .changes import Changes
+from .live import Live
+from .operation import Operation
+from .sight import Sight
+
+__all__ = ["RealNumbers", "Rounding"]
 
 
 class RealNumbers:
@@ -33,17 +40,13 @@ class RealNumbers:
         """Return whether a quantized tensor that depends on the image is among some arguments."""
         return any(self.of(tensor) is not None for tensor in tensors_in(arguments))
 
-    def allow(self, rule: Rule | None, arguments: Any) -> bool:
+    def are_moved(self, rule: Rule | None, arguments: Any) -> bool:
         """Return whether an operation makes of real numbers what it makes of the integers: it moves or chooses them."""
         encoded = [tensor for tensor in tensors_in(arguments) if self.of(tensor) is not None]
         return all(tensor.is_quantized for tensor in encoded) or isinstance(rule, MaxPool) or bool(rule and rule.moves)
 
     def instead(self, arguments: Any) -> tuple[Any, list[Tensor]]:
-        """Return arguments with real numbers in place of quantized tensors and packed parameters.
-
-        Returns:
-            The arguments, and the constants among them that were made here.
-        """
+        """Return arguments with real numbers for what is quantized or packed, and the constants that were made here."""
         made: list[Tensor] = []
 
         def real(tensor: Tensor) -> Tensor:
@@ -69,17 +72,62 @@ class RealNumbers:
         return any(one is not changed and one.untyped_storage()._cdata == address for one in others)
 
 
-def rounding(plain: Tensor, rounded: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return what rounding does to real numbers: keeps some of them, and adds a constant.
+class Rounding:
+    """Runs what computes with quantized tensors, or rounds: the plain operation is recorded, and the rounding apart."""
 
-    Args:
-        plain: The real numbers.
-        rounded: What they were rounded to, quantized or not.
-        mask: Where they are in range; None to find out, if there are ranges.
+    def __init__(
+        self, real: RealNumbers, live: Live, sight: Sight, changes: Changes, recorded: Callable[..., Any]
+    ) -> None:
+        self._real, self._live, self._sight = real, live, sight
+        self._changes, self._recorded = changes, recorded
 
-    Returns:
-        Mask and constant, y = mask · x + constant; None for a mask of ones and a constant of zeros.
-    """
+    def run(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on quantized tensors, or one that rounds, and record the plain one and the rounding."""
+        rule, where = operation.rule, operation.changes
+        body = rule.body if isinstance(rule, Rounded) else operation.functional
+        if not operation.rounds and not self._real.are_moved(rule, args):
+            if not operation.reads:
+                return self._changes.run_constant(func, operation, args, kwargs)
+            raise self._sight.refused(f"quantized {operation.display}")
+        output = self._changes.run_constant(func, operation, args, kwargs)
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+        if not any(isinstance(part, Tensor) for part in parts):
+            return output  # a scale, a type
+        changed = None if where is None or isinstance(rule, Rounded) else args[where]
+        real, named = self._real.instead(args), self._real.instead(kwargs)
+        for tensor in (*real[1], *named[1]):
+            self._sight.made(tensor)
+        try:
+            plain = self._recorded(body, *real[0], **named[0])
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # there is none
+            plain = None
+        plains = list(plain) if isinstance(plain, (tuple, list)) else [plain]
+        if plain is None or (changed is not None and self._real.share_memory(changed)):
+            raise self._sight.refused(operation.display)
+        mask = parts[1] if len(parts) > len(plains) and parts[1].dtype is torch.bool else None
+        for rounded, numbers in zip(parts, plains, strict=False):
+            if not rounded.is_quantized and not rounded.is_floating_point():
+                self._real.stand(rounded, numbers)
+                continue
+            kept, constant = _rounding(numbers, rounded, mask)
+            for tensor in tensors_in((kept, constant)):
+                self._sight.made(tensor)
+            exact = self._recorded(_rounded, numbers, kept, constant)
+            value = self._live.value_of(exact)
+            if rounded.is_quantized:
+                self._real.stand(rounded, exact)
+            elif value is not None:
+                self._live.name(rounded, value)
+        return output
+
+
+def _rounded(numbers: Tensor, kept: Tensor | None, constant: Tensor | None) -> Tensor:
+    exact = numbers if kept is None else numbers * kept
+    return exact if constant is None else exact + constant
+
+
+def _rounding(plain: Tensor, rounded: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return what rounding does to real numbers, y = mask · x + constant; None for a mask of ones, for zeros."""
     numbers = rounded.dequantize() if rounded.is_quantized else rounded
     if mask is None and rounded.is_quantized and rounded.qscheme() is torch.per_tensor_affine:
         mask = in_range(plain, rounded.q_scale(), rounded.q_zero_point(), rounded.int_repr().dtype)

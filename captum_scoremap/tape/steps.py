@@ -17,7 +17,7 @@ from captum_scoremap.checks import is_traced
 from captum_scoremap.rules import Call, Rule, Value, floating, substituted
 from captum_scoremap.speed import Packed
 
-__all__ = ["Kept", "Step", "Tape", "check_finite", "given_or_kept", "told_by_image"]
+__all__ = ["Kept", "Step", "Tape", "check_finite", "given_or_kept", "sites_of", "told_by_image"]
 
 
 class Kept:
@@ -30,14 +30,7 @@ class Kept:
 
 
 class Step(Call):
-    """A call as recorded: its live arguments are values, and what it froze is known.
-
-    Attributes:
-        rule: Its rule.
-        state: What it froze.
-        outputs: The values it makes, one for each floating-point tensor it returns; empty for a constant.
-        module: The module that ran it.
-    """
+    """A call as recorded: its live arguments are values, and what it froze is known."""
 
     __slots__ = ("module", "outputs", "rule", "state")
 
@@ -50,14 +43,12 @@ class Step(Call):
         rule: Rule,
         module: nn.Module | None,
     ) -> None:
-        self.operation = operation
-        self.args = args
-        self.kwargs = kwargs
+        self.operation, self.args, self.kwargs = operation, args, kwargs
         self.live = self.values = values
         self.rule = rule
-        self.state: Any = None
-        self.outputs: tuple[Value, ...] = ()
-        self.module = module
+        self.state: Any = None  # what it froze
+        self.outputs: tuple[Value, ...] = ()  # one for each floating-point tensor it returns; none for a constant
+        self.module = module  # that ran it
 
     def frozen(self) -> Any:
         """Return what it froze, as tensors."""
@@ -86,23 +77,28 @@ Visit = Callable[[Step, Sequence[Tensor | None], Sequence[Tensor | None]], None]
 
 @dataclass
 class Tape:
-    """The steps of one run, in the order in which they ran.
-
-    Attributes:
-        steps: The steps.
-        inputs: Values of the inputs; None for those that cannot be live, such as integers.
-        output: What the model returned.
-        output_values: Values of the live tensors in it, by their identity.
-    """
+    """The steps of one run, in the order in which they ran."""
 
     steps: list[Step] = field(default_factory=list)
-    inputs: tuple[Value | None, ...] = ()
-    output: Any = None
-    output_values: dict[int, Value] = field(default_factory=dict)
+    inputs: tuple[Value | None, ...] = ()  # None for those that cannot be live, such as integers
+    output: Any = None  # what the model returned
+    output_values: dict[int, Value] = field(default_factory=dict)  # of the live tensors in it, by their identity
+
+    def write(self, step: Step, tensors: Sequence[Tensor], *, gate: bool) -> tuple[Value, ...]:
+        """Append a step, and return the values of the tensors that it made."""
+        sites, number = sites_of(step.values), len(self.steps)
+        step.outputs = tuple([Value(tensor, gate, sites, number) for tensor in tensors])
+        self.steps.append(step)
+        return step.outputs
 
     def value_of_output(self) -> Value | None:
         """Return the value of an output that is one tensor; None if it does not depend on the image."""
         return self.output_values.get(id(self.output))
+
+    def seeds(self, coefficients: Tensor) -> dict[Value, Tensor]:
+        """Return where the transposed steps start, given coefficients of an output that is one tensor."""
+        value = self.value_of_output()
+        return {} if value is None else {value: coefficients}
 
     def output_at(self, known: Mapping[Value, Tensor]) -> Any:
         """Return what the frozen model returns for given inputs."""
@@ -156,15 +152,12 @@ class Tape:
         return chosen[::-1]
 
     def retraced(self, known: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
-        """Take every step again as the operation itself and freeze anew, with gradients on.
+        """Take every step again as the operation itself, with gradients on, freezing anew; return all values' tensors.
 
         What is read off the tape afterwards can be differentiated, in the inputs and in the model's parameters.
 
-        Args:
-            known: The inputs.
-
         Returns:
-            Every value's tensor.
+            The tensors.
         """
         values = dict(known)
         with torch.enable_grad():
@@ -219,7 +212,7 @@ class Tape:
                 visit(step, gradients, shares)
             for value, share in zip(step.values, shares, strict=True):
                 if share is not None and value.sites & reach:
-                    _add(coefficients, value, share)
+                    coefficients[value] = coefficients[value] + share if value in coefficients else share
         for value, reduce in wanted.items():
             if value not in found and value in coefficients:
                 found[value] = reduce(coefficients[value])
@@ -241,11 +234,7 @@ def told_by_image() -> Iterator[None]:
 
 
 def check_finite(results: Iterable[Tensor], what: str = "the coefficients of the score") -> None:
-    """Raise if some numbers are infinite or NaN; unless they are of a graph or a batch.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raise if some numbers are infinite or NaN; unless they are of a graph or a batch."""
     if _is_told_by_image.get() or is_traced() or torch._C._functorch.peek_interpreter_stack() is not None:
         return
     for one in results:
@@ -258,6 +247,14 @@ def check_finite(results: Iterable[Tensor], what: str = "the coefficients of the
             )
 
 
+def sites_of(values: Iterable[Value]) -> int:
+    """Return the sites that some values depend on together, a bit for each."""
+    sites = 0
+    for value in values:
+        sites |= value.sites
+    return sites
+
+
 def given_or_kept(value: Value, given: Mapping[Value, Tensor]) -> Tensor:
     """Return a value's tensor as it is given; else as it was kept while recording."""
     found = given.get(value)
@@ -265,8 +262,3 @@ def given_or_kept(value: Value, given: Mapping[Value, Tensor]) -> Tensor:
         kept: Kept = value.kept
         found = kept.tensor
     return found
-
-
-def _add(coefficients: dict[Value, Tensor], value: Value, share: Tensor) -> None:
-    before = coefficients.get(value)
-    coefficients[value] = share if before is None else before + share

@@ -10,19 +10,7 @@ __all__ = ["verify"]
 
 
 def verify(where: str, rule: Rule, call: Call) -> None:
-    """Raise unless a user's rule returns at the image what the operation returns.
-
-    Args:
-        where: The rule and its module, as errors call them.
-        rule: The rule.
-        call: The call, with what it returned.
-
-    Raises:
-        TypeError: If the rule returns no tensor.
-        ValueError: If it returns another shape, type or value.
-        NoDerivativeError: If it is a tangent, and there is no derivative.
-        RuntimeError: As the rule does.
-    """
+    """Raise unless a user's rule returns at the image what the operation returns; ``where`` is what errors call it."""
     try:
         with torch.no_grad():
             expected, frozen = call.output, rule.apply(call, rule.freeze(call))

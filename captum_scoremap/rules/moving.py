@@ -1,0 +1,209 @@
+"""Operations that move elements: parts of a tensor, views by strides, new values for some elements, copies."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .call import Call, Value
+from .coefficients import cast, summed_to
+from .rule import Gradients, Linear
+
+__all__ = ["AsStrided", "AsStridedScatter", "Copy", "Placing", "Split", "View", "reshaped"]
+
+
+class Split(Linear):
+    """One tensor into several: the coefficients of the parts, side by side, with zeros for parts nobody reads.
+
+    Equation:
+        y_i = x[range i]
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keeps_gates=True, homogeneous=True, moves=True)
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
+        """Put the parts together."""
+        given, shape = next(gradient for gradient in gradients if gradient is not None), call.values[0].shape
+        unbinds = call.operation.overloadpacket.__name__.startswith("unbind")  # type: ignore[attr-defined]
+        dim = call.argument("dim")
+        if unbinds:
+            return [torch.stack([torch.zeros_like(given) if g is None else g for g in gradients], dim)]
+        sizes = call.args[1]
+        if isinstance(sizes, int):
+            sizes = [min(sizes, shape[dim] - start) for start in range(0, shape[dim], max(1, sizes))] or [0]
+        zeros = torch.zeros((), dtype=given.dtype, device=given.device)
+        parts = [
+            zeros.expand(*shape[: dim % len(shape)], size, *shape[dim % len(shape) + 1 :])
+            if gradient is None
+            else gradient
+            for size, gradient in zip(sizes, gradients, strict=True)
+        ]
+        return [torch.cat(parts, dim)]
+
+
+def reshaped(call: Call, gradient: Tensor) -> list[Tensor]:
+    """Return the transpose of every change of shape."""
+    return [gradient.reshape(call.values[0].shape)]
+
+
+class View(Linear):
+    """A view of another shape; a copy where the tensor does not lie in memory as at the image.
+
+    Equation:
+        y[i] = x[j(i)], with j given by the shapes
+    """
+
+    def __init__(self) -> None:
+        super().__init__(reshaped, keeps_gates=True, homogeneous=True, moves=True)
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Reshape."""
+        output: Tensor = call.input.reshape(call.args[1])
+        return output
+
+
+class Copy(Linear):
+    """``copy(self, source)``, what ``self.copy_(source)`` leaves: only the source counts.
+
+    Equation:
+        y = source
+
+    Args:
+        transpose: As for :class:`Linear`; not used.
+        keeps_gates: Whether the output is a gate where the source is.
+        homogeneous: As for :class:`Linear`.
+        moves: As for :class:`Linear`.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> freeze(lambda x: torch.zeros(1, 2).copy_(x), torch.ones(1, 2))(torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
+    """
+
+    def is_constant(self, call: Call) -> bool:
+        """Return whether the source is not live."""
+        return not call.is_live(call.args[1])
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Return the source, in the shape and type of what it is copied to."""
+        target, source = call.args[:2]
+        output: Tensor = source.to(target.dtype).expand(target.shape)
+        return output
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
+        """Return the coefficients of the source, summed over what was repeated; it may be the target itself."""
+        target, source = call.args[:2]
+        share = summed_to(gradients[0], source)
+        return [None, share] if isinstance(target, Value) else [share]
+
+
+class Placing(Linear):
+    """New values for some elements of a tensor. Where several go to one place the last of them counts.
+
+    PyTorch's own backward pass counts all of them, so which one it was is found by placing numbers instead.
+
+    Equation:
+        y[j] = source[i], with i the last of those that go to j, else x[j]
+
+    Args:
+        source: Position of the new values among the arguments; the first where they are placed among zeros.
+
+    Example:
+        >>> from captum_scoremap import linear_form
+        >>> place = lambda x: torch.zeros(1, 2).index_copy(1, torch.tensor([1, 1]), x).sum(1)
+        >>> linear_form(place, torch.tensor([[3.0, 5.0]])).coefficients
+        tensor([[0., 1.]])
+    """
+
+    def __init__(self, source: int) -> None:
+        super().__init__()
+        self.source = source
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
+        """Return the coefficients of what was not overwritten, and of each new value that was not."""
+        (gradient,), source = gradients, call.args[self.source]
+        if any(argument is True for argument in (*call.args, *call.kwargs.values())):  # it adds
+            return super().transpose(call, state, gradients)
+        count, args = source.shape.numel() if isinstance(source, (Tensor, Value)) else 1, list(call.args)
+        numbers = torch.arange(1.0, count + 1, dtype=torch.float64, device=gradient.device)
+        args[self.source] = numbers.reshape(source.shape) if isinstance(source, (Tensor, Value)) else 1.0
+        if self.source:
+            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=gradient.device)
+        placed = call.operation(*args, **call.kwargs).long()
+        found: list[Tensor | None] = []
+        if self.source and isinstance(call.args[0], Value):
+            found.append(cast(gradient.masked_fill(placed != 0, 0), call.args[0]))
+        if isinstance(source, Value):
+            row = torch.zeros(count + 1, dtype=gradient.dtype, device=gradient.device)
+            share = row.index_add(0, placed.reshape(-1), gradient.reshape(-1))[1:].reshape(source.shape)
+            found.append(cast(share, source))
+        return found
+
+
+class AsStrided(Linear):
+    """A view by strides of a tensor's memory: a gather.
+
+    Equation:
+        y[i] = x[j(i)], with j given by the strides
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keeps_gates=True, homogeneous=True, moves=True)
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Gather from the elements."""
+        output: Tensor = call.input.reshape(-1).index_select(0, self._elements(call)).reshape(call.args[1])
+        return output
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
+        """Add the coefficients to where they were gathered from."""
+        (gradient,) = gradients
+        shape = call.values[0].shape
+        row = torch.zeros(shape.numel(), dtype=gradient.dtype, device=gradient.device)
+        return [row.index_add(0, self._elements(call), gradient.reshape(-1)).reshape(shape)]
+
+    @staticmethod
+    def _elements(call: Call) -> Tensor:
+        """Return which elements of the tensor lie where the view's do: it may lie in memory in any order."""
+        value = call.values[0]
+        places = _places(value.device, value.shape, value.stride)
+        length = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride, strict=True))
+        memory = torch.zeros(max(length, 0), dtype=places.dtype, device=value.device)
+        memory = memory.index_copy(0, places, torch.arange(value.shape.numel(), device=value.device))
+        return memory.index_select(0, _places(value.device, *call.args[1:]))
+
+
+class AsStridedScatter(Linear):
+    """New values for a view by strides of a row of elements.
+
+    Equation:
+        y[j] = source[i] where j = j(i), else x[j]
+    """
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Put the source where the view lies."""
+        row, source, *geometry = call.args
+        positions = _places(row.device, *geometry)
+        output: Tensor = row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
+        return output
+
+    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
+        """Return the coefficients of the row, zero where it is overwritten, and those of the source."""
+        (gradient,) = gradients
+        row, source, *geometry = call.args
+        positions = _places(gradient.device, *geometry)
+        found: list[Tensor | None] = []
+        if isinstance(row, Value):
+            found.append(gradient.reshape(-1).index_fill(0, positions, 0).reshape(row.shape))
+        if isinstance(source, Value):
+            found.append(gradient.reshape(-1).index_select(0, positions).reshape(source.shape).to(source.dtype))
+        return found
+
+
+def _places(device: torch.device, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:
+    """Return where in memory the elements of a view by strides lie, in their order."""
+    found = torch.full((), offset or 0, device=device)
+    for length, step in zip(size, stride, strict=True):
+        found = found[..., None] + torch.arange(length, device=device) * step
+    return found.reshape(-1)

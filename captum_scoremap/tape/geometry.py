@@ -1,0 +1,81 @@
+"""Where tensors lie in their memory: shape, strides and offset, and what two places have in common."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+__all__ = ["Geometry", "are_apart", "fills", "geometry", "overlaps"]
+
+Geometry = tuple[torch.Size, tuple[int, ...], int]
+
+
+def geometry(tensor: Tensor) -> Geometry:
+    """Return where a tensor lies in its memory: shape, strides and offset."""
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+
+
+def are_apart(place: Geometry, other: Geometry) -> bool:
+    """Return whether two places in memory share no element; False where that takes more than a look at each axis.
+
+    Where every stride divides the next larger one, the position of an element is a number whose digits are its indices
+    along the axes, and a place is a box of digits. Two boxes are apart if they are along one axis.
+    """
+    strides = sorted({
+        step for sizes, steps, _ in (place, other) for n, step in zip(sizes, steps, strict=True) if n > 1
+    })
+    strides = [1, *(step for step in strides if step > 1)]
+    if any(larger % smaller for smaller, larger in pairwise(strides)):
+        return False
+    digits = [_digits(one, strides) for one in (place, other)]
+    if None in digits:
+        return False
+    return any(end <= start or last <= first for (start, last), (first, end) in zip(*digits, strict=True))
+
+
+def _digits(place: Geometry, strides: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Return from which to below which digit a place reaches, of each stride; None where it is no box."""
+    sizes, steps, offset = place
+    counts = dict.fromkeys(strides, 1)
+    for count, step in zip(sizes, steps, strict=True):
+        if count > 1:
+            if step not in counts or counts[step] > 1:
+                return None  # the same elements again
+            counts[step] = count
+    found = []
+    for step, larger in zip(strides, (*strides[1:], None), strict=True):
+        first = offset // step if larger is None else offset % larger // step
+        if larger is not None and first + counts[step] > larger // step:
+            return None  # it goes on in the next row
+        found.append((first, first + counts[step]))
+    return found
+
+
+def overlaps(place: Geometry) -> bool:
+    """Return whether a tensor has elements that lie at one place in memory, as windows do."""
+    size, stride, _ = place
+    if not size.numel():
+        return False
+    reach = 0
+    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
+        if step <= reach:  # it may still fit into gaps
+            places = torch.zeros((), dtype=torch.long)
+            for length, each in zip(size, stride, strict=True):
+                places = places[..., None] + torch.arange(length) * each
+            return bool(places.unique().numel() < size.numel())
+        reach += (count - 1) * step
+    return False
+
+
+def fills(place: Geometry, length: int) -> bool:
+    """Return whether a tensor is all of its memory, each element once."""
+    size, stride, offset = place
+    if offset or size.numel() != length:
+        return False
+    expected = 1
+    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
+        if step != expected:
+            return False
+        expected *= count
+    return True

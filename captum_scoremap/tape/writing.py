@@ -1,0 +1,146 @@
+"""One operation becomes one step: it runs, its rule freezes, and what it made is named."""
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_scoremap.rules import Call, Linear, Rule, floating, substituted, tensors_in
+
+from .geometry import geometry
+from .live import Live
+from .memory import Memory
+from .operation import Operation
+from .sight import Sight
+from .steps import Step, Tape
+
+__all__ = ["Writer"]
+
+# Where a value is frozen that a model may depend on, so that a map below it can be empty.
+_BREAKS = {
+    *("argmax", "argmin", "round", "floor", "ceil", "trunc", "sign", "bucketize", "searchsorted", "nonzero"),
+    "_to_copy",  # to whole numbers
+}
+
+
+class Writer:
+    """Writes the steps of a run; ``inspect`` to write constants too, for their switches."""
+
+    def __init__(
+        self, tape: Tape, live: Live, memory: Memory, sight: Sight, *, inspect: bool, recorded: Callable[..., Any]
+    ) -> None:
+        self._tape, self._live, self._memory, self._sight = tape, live, memory, sight
+        self._inspect, self._recorded = inspect, recorded
+        self.broken: dict[tuple[str, str], None] = {}
+        self.unverified: list[tuple[str, Rule, Call]] = []
+
+    def step(self, operation: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        """Return the step of a call, whose arguments have values for tensors, under its rule; not yet written."""
+        rule: Any = operation.rule  # there is one
+        step = Step(operation.functional, args, kwargs, call.values, rule, self._sight.places.module)
+        if self._inspect and not isinstance(rule, Linear):
+            _leave_constants(step, call, operation.changes)
+        step.rule = rule.variant(step)
+        return step
+
+    def write(self, operation: Operation, call: Call, step: Step, run: Callable[..., Any]) -> Any:
+        """Run an operation and write its step; return its output."""
+        rule, values = step.rule, step.values
+        expansion = rule.expansion(step)
+        if expansion is not None:
+            return self._recorded(expansion, *call.args, **call.kwargs)
+        self._memory.keep_bypass(values, call.live)
+        output = call.output = run(*call.args, **call.kwargs)
+        tensors = self._live_part(operation, rule, output)
+        if not (operation.is_plain and tensors):
+            is_constant = not tensors or rule.is_constant(step)  # whole numbers, as a cast makes them, are constants
+            if is_constant:
+                self._note_constant(operation, output)
+                if not self._inspect:
+                    return output
+            if not operation.is_trusted:
+                self._verify_later(operation.display, rule, call)
+            if is_constant or not rule.is_affine(step):
+                step.state = self._held(rule.held(call, rule.freeze(call)), call)
+            if is_constant:
+                self._tape.steps.append(step)
+                return output
+        if operation.reads_memory:
+            read = self._memory.strided(call.live[0], values[0], output)
+            if read is not None:
+                read.root = values[0].root or (values[0], geometry(call.live[0]))
+                self._live.name(output, read)
+                return output
+        if not isinstance(output, Tensor):
+            for tensor in output[len(tensors) :]:
+                if isinstance(tensor, Tensor) and tensor.numel():
+                    self._sight.made(tensor)
+        for tensor, value in zip(tensors, self._tape.write(step, tensors, gate=rule.makes_gate(step)), strict=True):
+            self._live.name(tensor, value)
+            if operation.is_view:
+                value.root = values[0].root or (values[0], geometry(call.live[0]))
+        return output
+
+    def not_dense(self, operation: Operation, tensor: Tensor) -> TypeError:
+        """Return the error for a nested or sparse tensor."""
+        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+        module = self._sight.places.module_name
+        return TypeError(
+            f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
+            f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
+        )
+
+    def _live_part(self, operation: Operation, rule: Rule, output: Any) -> Sequence[Tensor]:
+        """Return the tensors of an output that depend on the image."""
+        if isinstance(output, Tensor):
+            if output.layout is not torch.strided or output.is_nested:
+                raise self.not_dense(operation, output)
+            holds_numbers = (output.is_floating_point() or output.is_complex()) and not output.is_meta
+            return (output,) if holds_numbers else ()
+        found: Sequence[Tensor] = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
+        return found
+
+    def _note_constant(self, operation: Operation, output: Any) -> None:
+        if operation.name in _BREAKS:
+            self.broken[operation.display, self._sight.places.module_name] = None
+        for tensor in tensors_in(output):
+            self._sight.made(tensor, operation.name)
+        if operation.name == "_local_scalar_dense":
+            self._sight.leave_one()
+
+    def _held(self, state: Any, call: Call) -> Any:
+        """Return the state, with a hold on each tensor in it that shares memory with what the model may change."""
+
+        def held(one: Any) -> Any:
+            if not isinstance(one, Tensor) or one.dtype is torch.bool or one.dtype is torch.uint8:
+                return one
+            address = one.untyped_storage()._cdata
+            shared = any(other.untyped_storage()._cdata == address for other in (*call.live, *tensors_in(call.output)))
+            return self._memory.keep(one) if shared else one
+
+        return tuple(map(held, state)) if type(state) is tuple else held(state)
+
+    def _verify_later(self, name: str, rule: Rule, call: Call) -> None:
+        """Note a call of a user's rule: below autograd, where calls arrive, a rule cannot use autograd."""
+        copy = call.filled([tensor.clone() for tensor in call.live])
+        copy.output = substituted(call.output, torch.clone)
+        where = f"rule for {name!r} ({type(rule).__name__}), in module {self._sight.places.module_name!r},"
+        self.unverified.append((where, rule, copy))
+
+
+def _leave_constants(step: Step, call: Call, changes: int | None) -> None:
+    """Leave to a step and its call, of their live arguments, those that depend on the image, if any do.
+
+    A layer that does not depend on it, such as one that makes another's weight, gives a constant like any other.
+    """
+    depends = [bool(value.sites & 1) for value in step.values]
+    changed = None if changes is None else step.args[changes]
+    if all(depends) or not any(depends) or any(changed is one and not one.sites & 1 for one in step.values):
+        return
+    each: Any = zip(step.values, call.live, depends, strict=True)
+    filled = step.filled([value if is_live else tensor for value, tensor, is_live in each])
+    step.args, step.kwargs = filled.args, filled.kwargs
+    step.live = step.values = call.values = tuple(compress(step.values, depends))
+    call.live = tuple(compress(call.live, depends))
