@@ -383,8 +383,11 @@ def main_modules(
         blocks = rows.get(grid, [])
         has_extra = bool(blocks) and _tokens(blocks[-1].shape, image) > math.prod(grid)
         some = maps.get(grid) or tokens[grid]
+        whole = _last_outermost(some)
+        if blocks and any(call.module is whole.module for call in blocks[-1].outer):
+            blocks = []  # a stage that lays its tokens out as a map
         if not blocks or len(grids) == 1:
-            chosen[_last_outermost(some)] = grid
+            chosen[whole] = grid
         if blocks:
             quarters = (1, 2, 3) if len(grids) == 1 else (3,) if has_extra else (4,)
             last = len(blocks) - (2 if has_extra else 1)

@@ -428,7 +428,8 @@ def test_logits_by_name_as_the_models_of_hugging_face_return_them(model: nn.Sequ
         # the last stage has a class token, on which alone the score depends
         ("Pvt", {}, ["block.0.0", "block.1.0", "block.2.0", "patch_embeddings.3"]),
         ("PvtV2", {}, ["blocks.0", "blocks.0", "blocks.0", "blocks.0"]),
-        ("Segformer", {"decoder_hidden_size": 16}, ["blocks.0", "blocks.0", "blocks.0", "blocks.0"]),
+        # stages that return maps
+        ("Segformer", {"decoder_hidden_size": 16}, ["stages.0", "stages.1", "stages.2", "stages.3"]),
     ],
 )
 def test_one_block_is_a_layer(name: str, options: dict[str, int], expected: list[str]) -> None:

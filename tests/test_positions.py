@@ -223,3 +223,61 @@ def test_maps_behind_a_filter_are_laid_over_the_whole_image() -> None:
     changed[..., 36:] += 1
     difference = (CompleteScoreMap(model).attribute(changed, 1) - complete).abs()[0, 0].sum(0)
     assert difference[36:].sum() > 3 * difference[:28].sum()
+
+
+class Unrolled(nn.Module):
+    """Tokens window by window, a maximum over each window's cells, and shortcuts on the way, as Hiera has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).unflatten(3, (4, 2)).unflatten(2, (4, 2)).permute(0, 3, 5, 2, 4, 1).flatten(1, 4)
+        tokens = tokens + self.first(tokens).relu()
+        tokens = tokens + self.last(tokens).relu()
+        return self.head(tokens.unflatten(1, (4, 16)).amax(1).mean(1))
+
+
+def test_tokens_in_another_order_stand_at_their_places() -> None:
+    model, x = filled(Unrolled()), images(1, 3, 16, 16)
+    before = model.patches(x).movedim(1, -1)
+    before = before + model.first(before).relu()
+    after = before + model.last(before).relu()
+    _, largest = F.max_pool2d(after.movedim(-1, 1), 2, return_indices=True)
+    chosen = (
+        torch.zeros(1, 8, 64, dtype=x.dtype).scatter_(2, largest.flatten(2), 1.0).unflatten(2, (8, 8)).movedim(1, -1)
+    )
+    units = (model.last(before) > 0) * model.last.bias
+    expected = (chosen * units * model.head.weight[1] / 16).sum(-1).detach()
+    assert_close(bias_maps(model, x, 1).maps["last"][:, 0], expected, rtol=1e-10, atol=1e-12)
+
+
+class Stages(nn.Module):
+    """Blocks on tokens, in a stage that returns a map, as TinyViT has them."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.mlp = nn.Conv2d(8, 8, 2, 2), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.down(x)
+            tokens = x.flatten(2).transpose(1, 2)
+            return (tokens + self.mlp(tokens)).transpose(1, 2).view_as(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
+        self.stages = nn.ModuleList(Stages.Stage() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_stages_are_preferred_to_the_blocks_in_them() -> None:
+    assert main_layers(filled(Stages()), images(1, 3, 32, 32)) == ["stem", "stages.0", "stages.1"]

@@ -22,11 +22,12 @@ from .positions import row_sources, values_elsewhere
 
 __all__ = ["Entry", "MixedImagesError", "Placement"]
 
-# What carries numbers back to where they came from as moves do: each region's cells are means of the map's.
-_MOVING = {"roi_align", "index_put"}
+# What carries numbers back to where they came from as moves do: each region's cells are means of the map's, and a
+# maximum is one of the numbers.
+_MOVING = {"roi_align", "index_put", "amax", "amin", "max", "min"}
 
 # The most steps that numbers are carried back: from a window's last product to its partition.
-_FAR = 64
+_FAR = 256
 
 Entry = tuple[Tensor | None, Tensor | None]
 """A map, (N, 1, rows, columns), and what stands beside it without a place, (N,)."""
@@ -57,6 +58,8 @@ class Placement:
             and value not in self._elsewhere
             and map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape)) == 1
         }
+        # windows by cells, (N, rows, side, columns, side, C), and what is made of them, may have tokens in any order
+        self._is_folded = any(value.ndim > 5 for step in tape.steps for value in step.outputs)
         # grids of what is a map for certain: of as many tokens as channels nobody knows
         self._sure = {(image_shape[2], image_shape[3])} | {
             (value.shape[2], value.shape[3])
@@ -87,7 +90,7 @@ class Placement:
         grid = tuple(own.shape[2:])
         if channel_dim == 1 and (grid in self._sure or (is_named and self._is_in_proportion(grid))):
             return [by_shape]
-        through_sums = by_shape[0] is None or channel_dim == 1
+        through_sums = by_shape[0] is None or channel_dim == 1 or (own.dim() == 3 and self._is_folded)
         carried = list(self._carried_back(product, value, through_sums=through_sums)) if far else []
         entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
         if by_shape[0] is not None and all(one is None for one, _ in entries):

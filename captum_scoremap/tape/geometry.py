@@ -52,11 +52,11 @@ def _digits(place: Geometry, strides: Sequence[int]) -> list[tuple[int, int]] | 
     return found
 
 
-def overlaps(tensor: Tensor) -> bool:
+def overlaps(place: Geometry) -> bool:
     """Return whether a tensor has elements that lie at one place in memory, as windows do."""
-    if tensor.is_contiguous():
+    size, stride, _ = place
+    if not size.numel():
         return False
-    size, stride, _ = geometry(tensor)
     reach = 0
     for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
         if step <= reach:  # it may still fit into gaps
@@ -68,11 +68,9 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def fills(tensor: Tensor, length: int) -> bool:
+def fills(place: Geometry, length: int) -> bool:
     """Return whether a tensor is all of its memory, each element once."""
-    if tensor.is_contiguous():
-        return tensor.numel() == length
-    size, stride, offset = geometry(tensor)
+    size, stride, offset = place
     if offset or size.numel() != length:
         return False
     expected = 1
