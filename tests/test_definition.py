@@ -16,7 +16,7 @@ from captum_scoremap.linear import Reduction, definition
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.tape import Recording, Site, Tape
 from tests.layers import called_once
-from tests.zoo import PIECEWISE_LINEAR, SMOOTH, entry, random_entry, spread
+from tests.zoo import IN_THE_CHECK, SMOOTH, entry, random_entry, spread
 
 LABELS = 4
 
@@ -180,7 +180,7 @@ def by_autograd(model: nn.Module, inputs: Tensor, label: int, layers: dict[str, 
     return maps
 
 
-@pytest.mark.parametrize("name", [*PIECEWISE_LINEAR, *SMOOTH])
+@pytest.mark.parametrize("name", [*IN_THE_CHECK, *SMOOTH])
 def test_maps_of_the_zoo_are_gradients_of_frozen_models(name: str) -> None:
     model, inputs = random_entry(entry(name), images=2)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from captum_scoremap.models import load_model, read_image
 from tests import hugging_face
 from tests.state import untouched
 from tests.zoo import (
-    PIECEWISE_LINEAR,
+    IN_THE_CHECK,
     SMOOTH,
     Entry,
     all_of_torchvision,
@@ -44,7 +44,7 @@ def holds(item: Entry, tolerance: float, most: int | None = None) -> None:
     assert row.at_layers <= tolerance, f"residual {row.at_layers:.1e} at {row.worst}"
 
 
-@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+@pytest.mark.parametrize("name", IN_THE_CHECK)
 def test_identity_holds_at_every_layer(name: str) -> None:
     holds(entry(name), 1e-10)
 

@@ -184,6 +184,7 @@ EXTRA = {
 
 PIECEWISE_LINEAR = (
     "alexnet",
+    "vgg11",
     "vgg11_bn",
     "resnet18",
     "densenet121",
@@ -207,6 +208,11 @@ SMOOTH = (
     "swin_v2_t",
     "small vit",
 )
+
+
+# Large ones whose layers another one has, too; the sweep of torchvision has them.
+TWINS = ("vgg11",)
+IN_THE_CHECK = tuple(name for name in PIECEWISE_LINEAR if name not in TWINS)
 
 
 def entry(name: str) -> Entry:
