@@ -1079,3 +1079,20 @@ def test_layers_within_layers_of_one_memory(change: Callable[[Tensor], object]) 
     forms = linear_form(model, images, 1, [model.conv, model.outer, model.inner])
     for one in (*forms, *(linear_form(model, images, 1, layer) for layer in (model.conv, model.outer, model.inner))):
         assert_close(one.sums + one.bias, score[:, 1].detach(), **EXACT)
+
+
+def test_what_new_memory_held_before_it_was_filled_does_not_count(generator: torch.Generator) -> None:
+    convolutions = [nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular").double() for _ in range(2)]
+    model = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.AvgPool2d(6), nn.Flatten()).eval()
+    image = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=generator)
+    expected = linear_form(model, image, 1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills it with NaN
+    try:
+        assert torch.empty(2).isnan().all()
+        form, terms = linear_form(model, image, 1), bias_terms(model, image, 1)
+        frozen = freeze(model, image)(torch.zeros_like(image))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(form.coefficients, expected.coefficients, rtol=1e-12, atol=1e-13)
+    for bias in (form.bias, torch.stack(list(terms.values())).sum(0), frozen[:, 1]):
+        assert_close(bias, expected.bias, rtol=1e-12, atol=1e-13)

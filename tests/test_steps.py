@@ -42,8 +42,8 @@ def check_step(step: Step, generator: torch.Generator) -> None:
 
     def linear(arguments: list[Tensor]) -> list[Tensor]:
         moved = step.forward(arguments)
-        # a mask of -inf is a constant like any other
-        differences = [torch.where(rest.isinf(), 0, one - rest) for one, rest in zip(moved, zero, strict=True)]
+        # a mask of -inf is a constant like any other, and so is memory that nothing filled yet
+        differences = [torch.where(rest.isfinite(), one - rest, 0) for one, rest in zip(moved, zero, strict=True)]
         return differences[: len(step.outputs)]
 
     first, second = ([noise(value, generator) for value in step.values] for _ in range(2))
