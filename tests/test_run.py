@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from captum_scoremap import (
 )
 from captum_scoremap.linear import check_exactness
 from captum_scoremap.rules import with_rules
-from captum_scoremap.tape import Recording
+from captum_scoremap.tape import Recording, Step
 from tests.state import untouched
 
 
@@ -85,6 +86,18 @@ def test_the_model_runs_once(name: str, model: Counted, image: Tensor) -> None:
     with untouched(model, image):
         CALLS[name](model, image)
     assert len(model.runs) == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_of_a_run_waits_for_the_collector(name: str, model: Counted, image: Tensor) -> None:
+    CALLS[name](model, image)
+    gc.collect()
+    gc.disable()
+    try:
+        CALLS[name](model, image)
+        assert not [one for one in gc.get_objects() if type(one) in (Recording, Step)]
+    finally:
+        gc.enable()
 
 
 def test_fused_maps_run_the_model_twice_more_to_find_the_layers(model: Counted, image: Tensor) -> None:
