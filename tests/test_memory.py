@@ -651,7 +651,7 @@ def test_changes_of_elements_that_overlap_are_refused(
 )
 def test_elements_that_overlap(window: Callable[[Tensor], Tensor], is_overlapping: bool) -> None:
     one = window(torch.zeros(4, 4, 4))
-    assert overlaps(geometry(one)) is is_overlapping
+    assert overlaps(one) is is_overlapping
     assert is_overlapping is (len(set(places_of(one))) < one.numel())
 
 

@@ -77,7 +77,7 @@ def check_prepared(model: nn.Module, prepared: nn.Module, inputs: Tensor) -> Non
     [
         ("torchvision:resnet50", 64, 0),
         ("torchvision:mobilenet_v2", 64, 0),
-        ("torchvision:vgg16_bn", 32, 0),
+        ("torchvision:vgg11_bn", 32, 0),
         ("torchvision:densenet121", 64, 62),  # norms before their convolutions, after a concatenation
         ("torchvision:googlenet", 64, 2),  # in the auxiliary branch, which does not run in eval mode
         ("torchvision:regnet_x_400mf", 64, 0),

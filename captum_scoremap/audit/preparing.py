@@ -62,22 +62,21 @@ def compare_prepared(
     if all(type(module) is kinds.get(name) for name, module in prepared.named_modules()):
         return None
     original = copied(model).eval().to(inputs.device)
-    switches = flipped = images = 0
-    score = sub_scores = 0.0
-    unknown = torch.full((1,), -1, device=inputs.device)
-    for image in inputs.split(1):
-        one, other = (explain(network, layers, image, unknown) for network in (original, prepared))
-        if not (one.finite.all() and other.finite.all()):
-            continue
-        images += 1
-        label = one.labels[:, :1]
-        score = max(score, float((one.scores - other.scores).gather(1, label).abs()))
-        if bool((other.labels[:, :1] == label).all()):
-            changes = [(one.sums[layer.name] - other.sums[layer.name])[:, 0].abs() for layer in layers]
-            sub_scores = max(sub_scores, *map(float, changes))
-        mine, others = freeze(original, image).switches, freeze(prepared, image).switches
-        for name in mine.keys() & others.keys():
-            if mine[name].shape == others[name].shape:
-                switches += mine[name].numel()
-                flipped += int((mine[name] != others[name]).sum())
-    return Prepared(images, switches, flipped, score, sub_scores)
+    unknown = torch.full((len(inputs),), -1, device=inputs.device)
+    one, other = (explain(network, layers, inputs, unknown) for network in (original, prepared))
+    usable = one.finite & other.finite
+    images = int(usable.sum())
+    if not images:
+        return Prepared(0, 0, 0, 0.0, 0.0)
+    one, other, inputs = one.take(usable), other.take(usable), inputs[usable]
+    label = one.labels[:, :1]
+    of_scores = (one.scores - other.scores).gather(1, label).abs()
+    agree = other.labels[:, 0] == label[:, 0]
+    changes = [(one.sums[layer.name] - other.sums[layer.name])[agree, 0].abs() for layer in layers]
+    sub_scores = max((float(change.max()) for change in changes if len(change)), default=0.0)
+    mine, others = (freeze(network, inputs).switches for network in (original, prepared))
+    pairs = [(mine[name], others[name]) for name in mine.keys() & others.keys()]
+    pairs = [(first, second) for first, second in pairs if first.shape == second.shape]
+    switches = sum(first.numel() for first, _ in pairs)
+    flipped = sum(int((first != second).sum()) for first, second in pairs)
+    return Prepared(images, switches, flipped, float(of_scores.max()), sub_scores)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_scoremap.rules import Call, Copy, floating, tensors_in
 
-from .geometry import geometry, overlaps
+from .geometry import overlaps
 from .live import Live
 from .memory import Memory
 from .operation import Operation
@@ -41,7 +41,7 @@ class Changes:
             if value is not None:
                 self._live.name(target, value)
             return target
-        if overlaps(geometry(target)):
+        if overlaps(target):
             raise ValueError(
                 f"elements that change in place must lie apart in memory, got a tensor of shape {tuple(target.shape)} "
                 f"and strides {target.stride()} in {operation.display}_. Change a copy of it: x.clone()."

@@ -52,11 +52,11 @@ def _digits(place: Geometry, strides: Sequence[int]) -> list[tuple[int, int]] | 
     return found
 
 
-def overlaps(place: Geometry) -> bool:
+def overlaps(tensor: Tensor) -> bool:
     """Return whether a tensor has elements that lie at one place in memory, as windows do."""
-    size, stride, _ = place
-    if not size.numel():
+    if tensor.is_contiguous():
         return False
+    size, stride, _ = geometry(tensor)
     reach = 0
     for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
         if step <= reach:  # it may still fit into gaps
@@ -68,9 +68,11 @@ def overlaps(place: Geometry) -> bool:
     return False
 
 
-def fills(place: Geometry, length: int) -> bool:
+def fills(tensor: Tensor, length: int) -> bool:
     """Return whether a tensor is all of its memory, each element once."""
-    size, stride, offset = place
+    if tensor.is_contiguous():
+        return tensor.numel() == length
+    size, stride, offset = geometry(tensor)
     if offset or size.numel() != length:
         return False
     expected = 1

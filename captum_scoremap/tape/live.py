@@ -82,8 +82,9 @@ class Live:
         if tensor.layout is not torch.strided:  # has no memory of its own to share
             self._sight.meet(tensor)
             return None
-        if module is not None and any(tensor is buffer for buffer in module._buffers.values()):
-            return None
+        for buffer in () if module is None else module._buffers.values():
+            if tensor is buffer:
+                return None
         address = tensor.untyped_storage()._cdata
         for reference, value, _ in list(self._values.values()):
             known = reference()

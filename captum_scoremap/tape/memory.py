@@ -107,7 +107,7 @@ class Memory:
             _check_read_alike(target, (value.root or (value,))[0].dtype)
         storage = target.untyped_storage()
         length = storage.nbytes() // target.element_size()
-        if fills(geometry(target), length):
+        if fills(target, length):
             return None
         flat = target.detach().as_strided((length,), (1,), 0)
         memory = self.changed.get(storage._cdata)

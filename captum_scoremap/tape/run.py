@@ -7,8 +7,10 @@ tensor is *live* if it depends on the image. Operations on tensors that are not 
 """
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +67,8 @@ class Recording(TorchDispatchMode):
         self.tape, self.places = Tape(), Places(forward_func)
         self._rules, self._operations = rules, OPERATIONS if rules is DEFAULT else {}
         self._sites, self._stop_at, self._differentiable = tuple(sites), stop_at, differentiable
+        # the parts do not hold the run, which would wait, with all its tensors, until the collector comes
+        self._recorded = partial(_recorded, weakref.ref(self))
         self._memory = Memory(self.tape, rules, self.places, bypass=bypass)
         self._sight = Sight(self.places)
         self._live = Live(self._memory, self._sight, self.places)
@@ -126,11 +130,6 @@ class Recording(TorchDispatchMode):
     def value_of(self, tensor: Tensor) -> Value | None:
         """Return the value of a tensor; None if it is not live."""
         return self._live.value_of(tensor)
-
-    def _recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function so that its operations are recorded, from within one of them."""
-        with self:
-            return function(*args, **kwargs)
 
     def _at_site(self, site: Site, passing: Any) -> Any:
         if site in self._sites:
@@ -225,6 +224,12 @@ class Recording(TorchDispatchMode):
                 raise self._writer.not_dense(operation, tensor)
             self._live.name(tensor, Value(tensor, sites=1))
         return output
+
+
+def _recorded(run: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function so that its operations are recorded, from within one of them."""
+    with run():
+        return function(*args, **kwargs)
 
 
 @contextmanager
