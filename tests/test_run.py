@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -58,6 +59,13 @@ def image(generator: torch.Generator) -> Tensor:
     return torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=generator)
 
 
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """Whatever a test does to it, Python's collector is on afterwards."""
+    yield
+    gc.enable()
+
+
 CALLS: dict[str, Callable[[Counted, Tensor], object]] = {
     "linear_form": lambda m, x: linear_form(m, x, 1),
     "linear_form of a layer": lambda m, x: linear_form(m, x, 1, m.late),
@@ -98,6 +106,30 @@ def test_nothing_of_a_run_waits_for_the_collector(name: str, model: Counted, ima
         assert not [one for one in gc.get_objects() if type(one) in (Recording, Step)]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_collector_rests_until_the_last_thread_is_done(
+    was_enabled: bool, model: Counted, image: Tensor, collector: None
+) -> None:
+    in_forward, may_end = threading.Event(), threading.Event()
+    states: list[bool] = []
+
+    def waits(x: Tensor) -> Tensor:
+        in_forward.set()
+        assert may_end.wait(60)
+        states.append(gc.isenabled())
+        return model(x)
+
+    (gc.enable if was_enabled else gc.disable)()
+    thread = threading.Thread(target=ScoreMap(waits).attribute, args=(image, 1))
+    thread.start()
+    assert in_forward.wait(60)
+    ScoreMap(model).attribute(image, 1)
+    states.append(gc.isenabled())
+    may_end.set()
+    thread.join()
+    assert [*states, gc.isenabled()] == [False, False, was_enabled]
 
 
 def test_fused_maps_run_the_model_twice_more_to_find_the_layers(model: Counted, image: Tensor) -> None:

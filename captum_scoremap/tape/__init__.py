@@ -12,6 +12,7 @@ from .exits import exits_refused
 from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
 from .places import Site, root_module
 from .run import Recording
+from .sight import collector_at_rest
 from .steps import Step, Tape, check_finite, sites_of, told_by_image
 from .taps import Tapped
 
@@ -26,6 +27,7 @@ __all__ = [
     "as_tuple_of_arguments",
     "check_finite",
     "check_of_constants",
+    "collector_at_rest",
     "exits_refused",
     "freeze",
     "root_module",

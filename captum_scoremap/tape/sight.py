@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from captum_scoremap.checks import UnsupportedOperationError, unrecorded
 
+from .listeners import Listeners
 from .places import Places
 
 __all__ = ["COPIES", "Sight", "collector_at_rest"]
@@ -144,10 +145,19 @@ class Sight:
 def collector_at_rest() -> Iterator[None]:
     """Make the youngest generation of objects that of the run: what exists now leaves it, and nothing else does."""
     gc.collect(0)
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with _resting.joined_by(None):
         yield
-    finally:
-        if was_enabled:
-            gc.enable()
+
+
+def _rest() -> None:
+    _was_enabled.append(gc.isenabled())
+    gc.disable()
+
+
+def _wake() -> None:
+    if _was_enabled.pop():
+        gc.enable()
+
+
+_was_enabled: list[bool] = []
+_resting: Listeners[None] = Listeners(_rest, _wake)
