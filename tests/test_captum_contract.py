@@ -354,6 +354,24 @@ def test_layer_that_is_not_below_the_neuron_is_named(to_layer: str) -> None:
         NeuronScoreMap(model, model.conv).attribute(X[0], (0, 0, 0), to_layer=model.get_submodule(to_layer))
 
 
+class Parallel(nn.Module):
+    """Two branches, of which the first to run does not lead to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.first(x) + self.second(x)).mean((2, 3)))
+
+
+def test_layer_beside_the_neuron_is_named() -> None:
+    model = built(Parallel)
+    neuron = NeuronScoreMap(model, model.second)
+    with pytest.raises(ValueError, match="got a Conv2d that does not reach this Conv2d"):
+        neuron.attribute(X[0], (0, 0, 0), to_layer=model.first)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("device_ids", [None, [0]])
 def test_data_parallel_on_gpus(device_ids: list[int] | None) -> None:

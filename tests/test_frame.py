@@ -145,3 +145,27 @@ def test_a_layer_s_map_without_its_padding(model: nn.Module, height: int, width:
     assert axes.images[1].get_array().shape == (height, width)
     whole = linear_form(model, image, 0)
     assert whole.on_image(whole.score_map()).equal(whole.score_map())
+
+
+class Unpadded(Centered):
+    """Pads on all sides, and ends with a convolution on the image's own rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (24, 8, 16, 40))
+        seen = F.interpolate(self.features(padded), size=padded.shape[2:])
+        return self.last(seen[..., 16 : 16 + x.shape[2], 24 : 24 + x.shape[3]]).sum((1, 2, 3))[:, None]
+
+
+def test_constants_of_the_image_stand_in_it_on_the_grid_of_a_padded_layer() -> None:
+    model = Unpadded().double().eval()
+    image = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    form = linear_form(model, image, 0, model.features[3])
+    above = form.complete_map() - form.score_map()
+    assert above.shape == (2, 1, 20, 16)
+    expected = torch.zeros_like(above)
+    expected[..., 4:10, 6:14] = 16 * model.last.bias.detach()  # pixels of a cell
+    torch.testing.assert_close(above, expected, **EXACT)

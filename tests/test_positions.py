@@ -139,6 +139,29 @@ def test_constants_of_a_region_stand_in_it() -> None:
         assert not found[:, 0, outside].any()
 
 
+@pytest.mark.parametrize("points", [False, True])
+def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool) -> None:
+    """As a spatial transformer samples, on a grid of about the map's proportions, and as deformable attention does."""
+
+    class Sampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.after = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            whole = F.affine_grid(
+                torch.eye(2, 3).to(x).expand(len(x), -1, -1), [len(x), 4, 16, 16], align_corners=False
+            )
+            grid = whole.reshape(len(x), -1, 1, 2) if points else whole
+            return self.after(F.grid_sample(self.features(x), grid, align_corners=False)).mean((2, 3))
+
+    model, x = filled(Sampled()), images(2, 3, 16, 16)
+    found = bias_maps(model, x, 1)
+    assert ("after" in found.maps) == (not points) == ("after" not in found.placeless)
+    share = (found.placeless if points else found.maps)["after"].reshape(2, -1).sum(1)
+    assert_close(share, model.after.bias[1].detach().expand(2), rtol=1e-12, atol=1e-12)
+
+
 class Patches(nn.Module):
     """A vision transformer whose patches are cut by a reshape: no convolution returns a map."""
 

@@ -12,6 +12,7 @@ import torch
 from captum.attr import LayerActivation, LayerGradientXActivation
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, ScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Linear, Tangent
@@ -149,6 +150,18 @@ class Packed(nn.Module):
 # --- where the images lie -----------------------------------------------------------------------------
 
 
+class Operations(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
 class SequenceFirst(nn.Module):
     """Tokens of shape (tokens, N, C), by a layer with attention or without."""
 
@@ -182,6 +195,20 @@ def test_sums_are_those_of_each_image_alone(name: str, count: int) -> None:
     assert_close(form.residual, torch.zeros_like(form.residual), rtol=0, atol=1e-13)
     _, delta = LayerScoreMap(model, model.layer).attribute(images, 1, return_convergence_delta=True, channel_dim=-1)
     assert_close(delta, torch.zeros_like(delta), rtol=0, atol=1e-13)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
+def test_single_precision_has_a_kernel_of_its_own_for_recurrent_layers(options: dict[str, Any]) -> None:
+    model = seeded(lambda: SequenceFirst(nn.LSTM(8, 4 if "bidirectional" in options else 8, **options))).float()
+    images = some_images(2).float()
+    single = linear_form(model, images, 1)
+    with torch.no_grad(), Operations() as seen:
+        model(images)
+    assert "mkldnn_rnn_layer" in seen.names
+    double = linear_form(model.double(), images.double(), 1)
+    for name in ("score", "bias", "coefficients"):
+        assert_close(getattr(single, name).double(), getattr(double, name), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
