@@ -384,8 +384,9 @@ def main_modules(
         has_extra = bool(blocks) and _tokens(blocks[-1].shape, image) > math.prod(grid)
         some = maps.get(grid) or tokens[grid]
         whole = _last_outermost(some)
-        if blocks and any(call.module is whole.module for call in blocks[-1].outer):
-            blocks = []  # a stage that lays its tokens out as a map
+        around = {call.module for call in blocks[-1].outer} if blocks else set()
+        if any(one.module in around for one in maps.get(grid, ())):
+            blocks = []  # of a stage, or a block, that lays its tokens out as a map
         if not blocks or len(grids) == 1:
             chosen[whole] = grid
         if blocks:

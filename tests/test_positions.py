@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.ops import roi_align
 
-from captum_scoremap import CompleteScoreMap, FusedScoreMap, bias_maps
+from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, bias_maps, linear_form
 from captum_scoremap.linear import main_layers
 
 
@@ -304,3 +304,77 @@ class Stages(nn.Module):
 
 def test_stages_are_preferred_to_the_blocks_in_them() -> None:
     assert main_layers(filled(Stages()), images(1, 3, 32, 32)) == ["stem", "stages.0", "stages.1"]
+
+
+def test_maps_are_preferred_to_tokens_in_what_returns_them() -> None:
+    """As in Swin: a stage deeper in the model than the stem of the same resolution, whose perceptrons see tokens."""
+    model = filled(Stages())
+    model.stages = nn.Sequential(*model.stages)
+    model.stages[0].down = nn.Identity()
+    model.forward = lambda x: model.head(model.stages(model.stem(x)).mean((2, 3)))
+    assert main_layers(model, images(1, 3, 32, 32)) == ["stem", "stages"]
+
+
+class Unfolded(nn.Module):
+    """Patches of 2 x 2 cells in 8 x 8, (N, C, 4, 16) or, of 4 x 4, (N, C, 4, 4), as MobileViT v2 has them."""
+
+    def __init__(self, *, by_columns: bool) -> None:
+        super().__init__()
+        self.stem, self.local, self.by_columns = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, 1, 1), by_columns
+        self.mix, self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU()), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.local(self.stem(x)).relu()
+        rows, columns = (side // 2 for side in x.shape[2:])
+        if self.by_columns:
+            patches = F.unfold(x, 2, stride=2).view(len(x), 8, 4, -1)
+        else:
+            cut = x.view(len(x), 8, rows, 2, columns, 2)
+            patches = cut.permute(0, 1, 3, 5, 2, 4).reshape(len(x), 8, 4, -1)
+        patches = patches + self.mix(patches)
+        whole = patches.view(len(x), 8, 2, 2, rows, columns).permute(0, 1, 4, 2, 5, 3).reshape(x.shape)
+        return self.head(whole.mean((2, 3)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_unfolded_patches_stand_where_they_were_cut(count: int, by_columns: bool) -> None:
+    model, x = filled(Unfolded(by_columns=by_columns)), images(count, 3, 16, 16)
+    assert main_layers(model, x) == ["local"]
+    before = model.local(model.stem(x)).relu()
+    mixed = model.mix[0](before)
+    gates = F.silu(mixed) / mixed
+    expected = (gates * model.mix[0].bias[:, None, None] * model.head.weight[1][:, None, None] / 16).sum(1).detach()
+    assert_close(bias_maps(model, x, 1).maps["mix.0"][:, 0], expected, rtol=1e-10, atol=1e-12)
+    form = linear_form(model, x, 1, model.mix)
+    expected = (F.silu(mixed) * model.head.weight[1][:, None, None] / 16).sum(1).detach()
+    assert_close(form._placed()[0][:, 0], expected, rtol=1e-10, atol=1e-12)
+    with pytest.warns(UserWarning, match=r"'mix', whose tensor is \(., 8, 4, 4\), looks like a picture"):
+        LayerScoreMap(model, model.mix).attribute(x, 1)
+
+
+def test_layers_that_are_no_maps_say_so() -> None:
+    x = images(1, 3, 16, 16)
+    queries, tokens, patches = filled(Queries(is_fused=False)), filled(Unrolled()), filled(Patches())
+    cases = (
+        (queries, queries.decoder[1], None),  # object queries
+        (tokens, tokens.first, (8, 8)),  # tokens window by window
+        (patches, patches.blocks[1].attend.weights, (4, 4)),  # weights of attention, by the queries that they are of
+    )
+    for model, layer, grid in cases:
+        with pytest.warns(UserWarning, match=r"looks like a picture of the image, but is none"):
+            LayerScoreMap(model, layer).attribute(x, 1)
+        with pytest.warns(UserWarning, match=r"looks like a picture of the image, but is none"):
+            LayerScoreMap(model, layer).attribute_targets(x, [1])
+        form = linear_form(model, x, 1, layer)
+        if grid is None:
+            with pytest.raises(ValueError, match=r"got \(1, 16, 8\) at no positions of it"):
+                form.plot()
+            continue
+        placed, _ = form._placed()
+        assert placed.shape[2:] == grid
+        assert_close(placed.sum((1, 2, 3)), form.sums, rtol=1e-10, atol=1e-12)
+        fused = FusedScoreMap(model, layer).attribute(x, 1)
+        assert fused.shape == (1, 1, 16, 16)
+    LayerScoreMap(queries, queries.encoder).attribute(x, 1)  # a map: no warning
+    LayerScoreMap(patches, patches.blocks[1]).attribute(x, 1)

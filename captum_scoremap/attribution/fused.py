@@ -1,6 +1,6 @@
 """FusedScoreMap: one input-sized saliency map from the score maps of several layers."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images
-from captum_scoremap.layout import placed_map
-from captum_scoremap.linear import Frame, frame_of, values_elsewhere
+from captum_scoremap.linear import Frame, Placement
 from captum_scoremap.rules import Rule, Value
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import Site, Tape, Tapped
@@ -111,13 +110,13 @@ class FusedScoreMap(Contract):
             leaf = output.detach().requires_grad_()
             score, odds = select_scores(leaf, label), log_odds(leaf, label)
             of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
-        frame = frame_of(recording.tape, image.shape)
-        elsewhere = values_elsewhere(recording.tape, len(image))
-        taps = [_map_of(recording.tapped[site], site[0], frame, elsewhere) for site in sites]
+        placement = Placement(recording.tape, image.shape)
+        frame = placement.frame
         with torch.no_grad():
-            every = [(recording.tape.inputs[0], image), *taps]
-            fused = fuse(_score_maps(recording.tape, of_odds, every, frame), odds.detach(), frame)
-            for score_map in _score_maps(recording.tape, of_score, taps, frame):
+            taps = [_map_of(recording.tapped[site], site[0], placement) for site in sites]
+            every = [_map_of(recording.tapped[None], None, placement), *taps]
+            fused = fuse(_score_maps(recording.tape, of_odds, every), odds.detach(), frame)
+            for score_map in _score_maps(recording.tape, of_score, taps):
                 fused = fused * frame.enlarged((score_map != 0).to(fused), "nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
@@ -148,33 +147,29 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, frame: Frame) -> Tensor:
     return torch.where(energy > 0, energy * belief, energy)
 
 
-def _map_of(tapped: Tapped, layer: nn.Module, frame: Frame, elsewhere: Collection[Value]) -> tuple[Value, Tensor]:
-    """Return the value and the tensor of a layer that returns one map."""
+_Tap = tuple[Value, Callable[[Tensor], Tensor], Tensor]
+
+
+def _map_of(tapped: Tapped, layer: nn.Module | None, placement: Placement) -> _Tap:
+    """Return a layer's value, the function from coefficients to the score map, (N, 1, h, w), and the map of zeros."""
     activations = tapped.activations
-    is_one = len(activations) == 1 and tapped.values[0] not in elsewhere
-    if not is_one or placed_map(activations[0], frame.shape_for(activations[0].shape))[0] is None:
+    zeros = placement.map_of(torch.zeros_like(activations[0]), tapped.values[0])[0] if len(activations) == 1 else None
+    if zeros is None:
         got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
         raise ValueError(
             f"layers must return maps (N, C, h, w) or tokens (N, tokens, C) of the image's positions, got {got} from a "
             f"{type(layer).__name__}."
         )
-    return tapped.values[0], activations[0]
-
-
-def _map_at(activations: Tensor, frame: Frame) -> Callable[[Tensor], Tensor]:
-    """Return the function from coefficients to the score map, (N, 1, h, w)."""
+    (value,), (y,) = tapped.values, activations
 
     def score_map(coefficients: Tensor) -> Tensor:
-        found, _ = placed_map(coefficients * activations, frame.shape_for(activations.shape))
-        return activations.new_zeros(()) if found is None else found
+        found, _ = placement.map_of(coefficients * y, value)
+        return zeros if found is None else found
 
-    return score_map
+    return value, score_map, zeros
 
 
-def _score_maps(
-    tape: Tape, coefficients: Tensor, layers: Sequence[tuple[Value | None, Tensor]], frame: Frame
-) -> list[Tensor]:
+def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[_Tap]) -> list[Tensor]:
     """Return the score maps of layers, (N, 1, h, w), for given coefficients of the output; zero where it has none."""
-    of_layer = [(value, _map_at(y, frame), y) for value, y in layers]
-    found = tape.transposed(tape.seeds(coefficients), {v: f for v, f, _ in of_layer if v})
-    return [found[v] if v is not None and v in found else function(torch.zeros_like(y)) for v, function, y in of_layer]
+    found = tape.transposed(tape.seeds(coefficients), {value: score_map for value, score_map, _ in layers})
+    return [found.get(value, zeros) for value, _, zeros in layers]

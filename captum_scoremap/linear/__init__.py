@@ -9,7 +9,7 @@ from .form import LinearForm, LinearForms, linear_form
 from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
 from .main_layers import main_layers, main_modules
-from .positions import values_elsewhere
+from .placement import Placement
 from .reduction import Reduction
 from .subject import Subject
 
@@ -21,6 +21,7 @@ __all__ = [
     "Ledger",
     "LinearForm",
     "LinearForms",
+    "Placement",
     "Reduction",
     "Subject",
     "bias_maps",
@@ -34,5 +35,4 @@ __all__ = [
     "linear_form",
     "main_layers",
     "main_modules",
-    "values_elsewhere",
 ]

@@ -14,6 +14,7 @@ from captum_scoremap.tape import Site, Tape, Tapped
 
 from .batching import over_rows, quiet_batching
 from .explanation import image_axis
+from .placement import warn_of_no_maps
 from .reduction import Reduction
 from .subject import Subject
 
@@ -57,6 +58,7 @@ def explain_targets(
         tensors = len(recording.tapped[site].values)
         if tensors != 1:
             raise ValueError(f"attribute_targets needs layers with one output tensor, got {tensors}. Use attribute.")
+    warn_of_no_maps(recording, sites, subject.inputs[0].shape)
     images = max(1, (internal_batch_size or _IMAGES_AT_ONCE) // count)
     layers = {site: _Layer(recording.tapped[site], reduction) for site in sites}
     with torch.no_grad():

@@ -10,6 +10,7 @@ from captum_scoremap.rules import Value
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_at_rest
 
+from .placement import warn_of_no_maps
 from .reduction import Reduction, image_sums
 from .subject import Subject, scores_of
 
@@ -167,6 +168,8 @@ def explain(
     """
     select = scores_of(target, len(subject.inputs[0]), of_layer=stop_at is not None)
     recording, score = subject.record(select, sites, keep=keep, stop_at=stop_at, create_graph=create_graph)
+    if reduction.channel_dim is not None:
+        warn_of_no_maps(recording, [site for site in sites if site], subject.inputs[0].shape)
     found = Explanation(recording, score, sites, reduction)
     if create_graph:
         found.retrace(subject.inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layer
-from captum_scoremap.layout import channels_at, placed_map
+from captum_scoremap.layout import channels_at
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site, check_of_constants
@@ -19,6 +19,7 @@ from .explanation import Explanation, explain
 from .form_table import as_html, as_text
 from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
+from .placement import Entry, Placement
 from .reduction import Reduction
 from .subject import Subject
 
@@ -32,6 +33,17 @@ def _each(function: Callable[[Tensor, Tensor], Tensor], mine: Tensors, others: T
     if isinstance(mine, Tensor) and isinstance(others, Tensor):
         return function(mine, others)
     return tuple(map(function, mine, others))
+
+
+def _no_entry() -> Entry:
+    return None, None
+
+
+def _weighted(first: Callable[[], Entry], weight: float, second: Callable[[], Entry], other: float) -> Entry:
+    """Return the weighted sum of two maps of one layer, and of what stands beside them."""
+    pairs = [(one, two) for one, two in zip(first(), second(), strict=True)]
+    placed, rest = (None if one is None or two is None else weight * one + other * two for one, two in pairs)
+    return placed, rest
 
 
 def _no_ledger() -> Ledger:
@@ -76,6 +88,7 @@ class LinearForm:
     layer: str = ""
     input_shape: tuple[int, ...] = ()
     _frame: Frame | None = None
+    _placed: Callable[[], Entry] = field(default=_no_entry)
 
     def on_image(self, one: Tensor) -> Tensor:
         """Return the part of a map on the layer's grid that is of the image: all of it, unless the model pads images.
@@ -167,13 +180,11 @@ class LinearForm:
 
         if not isinstance(self.coefficients, Tensor) or not isinstance(self.activations, Tensor):
             raise ValueError(f"the layer must give one tensor to be drawn, got {len(self.activations)}.")
-        placed = rest = None
-        if len(self.input_shape) == 4:
-            placed, rest = placed_map(self.coefficients * self.activations, self.input_shape)
+        placed, rest = self._placed()
         if placed is None:
             raise ValueError(
                 "the layer must have a place in the image to be drawn, (N, C, h, w) or (N, tokens, C), got "
-                f"{tuple(self.activations.shape)}."
+                f"{tuple(self.activations.shape)} at no positions of it. Take a layer below."
             )
         if len(self.score) == 1:
             lines = [f"{self.layer or 'layer'}: S = {float(self.score):.2f}"]
@@ -235,7 +246,7 @@ class LinearForm:
             ledger: Callable[[], Ledger] = partial(copy, self._ledger())
         except ValueError:  # there is none
             ledger = _no_ledger
-        return {**vars(self), "_ledger": ledger}
+        return {**vars(self), "_ledger": ledger, "_placed": partial(tuple, self._placed())}
 
     def _tensors(self) -> list[Tensor]:
         return list(tensors_in((self.coefficients, self.activations, self.bias, self.score)))
@@ -260,6 +271,7 @@ class LinearForm:
             score=combined(self.score, other.score),
             sums=combined(self.sums, other.sums),
             _ledger=_no_ledger,
+            _placed=partial(_weighted, self._placed, mine, other._placed, others),
         )
 
 
@@ -380,7 +392,10 @@ def linear_form(
         seeds = found.tape.seeds(torch.ones_like(found.score))
         return dict(zip(sites, ledgers(found.recording, seeds, found.score, sites, shape), strict=True))
 
-    forms = LinearForms(_form(found, site, inputs, shape, None if site is None else frame, books) for site in sites)
+    placement = cache(partial(Placement, found.tape, shape))
+    forms = LinearForms(
+        _form(found, site, inputs, shape, None if site is None else frame, books, placement) for site in sites
+    )
     return forms if several else forms[0]
 
 
@@ -391,6 +406,7 @@ def _form(
     shape: tuple[int, ...],
     frame: Frame | None,
     books: Callable[[], Mapping[Site | None, Ledger]],
+    placement: Callable[[], Placement],
 ) -> LinearForm:
     """Return the form at one of the sites that a run explained."""
     coefficients, activations = found.results[site], found.tapped(site).activations
@@ -399,6 +415,16 @@ def _form(
     def ledger() -> Ledger:
         has_place = len(shape) == 4 and all(y.dim() >= 3 for y in activations)
         return books()[site] if has_place else _no_ledger()
+
+    @cache
+    @torch.no_grad()
+    def placed() -> Entry:
+        is_one = len(shape) == 4 and len(activations) == 1
+        return (
+            placement().map_of(coefficients[0] * activations[0], found.tapped(site).values[0])
+            if is_one
+            else _no_entry()
+        )
 
     name = "input" if site is None else found.recording.places.name_of(site[0]) or type(site[0]).__name__
     return LinearForm(
@@ -411,4 +437,5 @@ def _form(
         name,
         shape if frame is None else frame.shape,
         frame,
+        placed,
     )

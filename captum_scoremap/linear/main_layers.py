@@ -9,7 +9,7 @@ from captum_scoremap import layout
 from captum_scoremap.rules import Rule, with_rules
 from captum_scoremap.tape import Recording, Site
 
-from .positions import values_elsewhere
+from .placement import Placement
 
 __all__ = ["main_layers", "main_modules"]
 
@@ -67,9 +67,13 @@ def _elsewhere(
     sites: list[Site] = [(module, False) for module in modules]
     recording = Recording(forward_func, with_rules(rules), sites)
     recording.record((inputs,), additional)
-    elsewhere = values_elsewhere(recording.tape, len(inputs))
+    placement = Placement(recording.tape, inputs.shape)
     values = {site[0]: recording.tapped[site].values for site in sites if site in recording.tapped}
-    return {module for module, some in values.items() if any(one in elsewhere or not one.sites & 1 for one in some)}
+    return {
+        module
+        for module, some in values.items()
+        if any(not one.sites & 1 or not placement.has_place(one) for one in some)
+    }
 
 
 def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:

@@ -7,24 +7,25 @@ elements are carried back along those steps, which is what their transposes do, 
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from captum_scoremap.checks import is_traced, unrecorded
-from captum_scoremap.layout import map_channel_dim, placed_map
+from captum_scoremap.checks import is_traced, unrecorded, warn
+from captum_scoremap.layout import map_channel_dim, patch_grid, placed_map
 from captum_scoremap.rules import Value, display_name
-from captum_scoremap.tape import Tape
+from captum_scoremap.tape import Recording, Site, Tape
 
 from .frame import frame_of
-from .positions import row_sources, values_elsewhere
+from .positions import may_be_elsewhere, row_sources, values_elsewhere, values_folded
 
-__all__ = ["Entry", "MixedImagesError", "Placement"]
+__all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
 
 # What carries numbers back to where they came from as moves do: each region's cells are means of the map's, and a
 # maximum is one of the numbers.
-_MOVING = {"roi_align", "index_put", "amax", "amin", "max", "min"}
+_MOVING = {"roi_align", "im2col", "index_put", "amax", "amin", "max", "min"}
 
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 256
@@ -60,6 +61,7 @@ class Placement:
         }
         # windows by cells, (N, rows, side, columns, side, C), and what is made of them, may have tokens in any order
         self._is_folded = any(value.ndim > 5 for step in tape.steps for value in step.outputs)
+        self._folded = values_folded(tape)
         # grids of what is a map for certain: of as many tokens as channels nobody knows
         self._sure = {(image_shape[2], image_shape[3])} | {
             (value.shape[2], value.shape[3])
@@ -79,16 +81,79 @@ class Placement:
         entries = self._entries(product.expand(value.shape), value, _FAR, is_named=is_named)
         return entries if self._only is None else [(self._row(one), self._row(rest)) for one, rest in entries]
 
+    def map_of(self, product: Tensor, value: Value) -> Entry:
+        """Sum over channels what stands at the elements of a named layer: one map, None for no place, and the rest."""
+        entries = self(product, value, is_named=True)
+        maps = [one for one, _ in entries if one is not None]
+        rests = [rest for _, rest in entries if rest is not None]
+        grid = max(((one.shape[2], one.shape[3]) for one in maps), key=math.prod, default=(0, 0))
+        placed = torch.stack([self.frame.on_grid(one, grid) for one in maps]).sum(0) if maps else None
+        return placed, torch.stack(rests).sum(0) if rests else None
+
+    def is_in_order(self, value: Value) -> bool:
+        """Return whether the rows and columns of a value, (N, C, h, w), are the image's, one after another.
+
+        Those of an attention are tokens, those of unfolded patches the pixels of each and the patches. Where they came
+        from tells: a row lies below the one before it, a column beside.
+        """
+        with torch.no_grad(), unrecorded():
+            for axis, along, beside in ((2, 0, 1), (3, 1, 0)):
+                if value.shape[axis] == 1:
+                    continue
+                first, second = (self.of_image(0)._center(value, axis, index) for index in range(2))
+                if first[along] > second[along] - 1e-9 or abs(first[beside] - second[beside]) > 1e-6:
+                    return False
+        return True
+
+    def has_place(self, value: Value) -> bool:
+        """Return whether a value's elements stand at positions of the image; as (N, C, h, w), in their order."""
+        return value not in self._elsewhere and (value.ndim != 4 or self.is_map(value))
+
+    def is_map(self, value: Value) -> bool:
+        """Return whether a value's rows and columns, or tokens, are the image's, one after another."""
+        if value in self._elsewhere:
+            return False
+        axis = next((axis for axis, size in enumerate(value.shape[:2]) if size == self._images), None)
+        if axis is None:
+            return False
+        with torch.no_grad(), unrecorded():
+            marks = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            first = marks.select(axis, 0)
+            first.copy_(torch.arange(1, first.numel() + 1).view(first.shape))
+            by_shape, _ = placed_map(marks, self.frame.shape_for(marks.shape), self._grids)
+            placed, _ = self.of_image(0).map_of(marks, value)
+        return by_shape is not None and placed is not None and _are_close(placed, by_shape)
+
+    def _center(self, value: Value, axis: int, index: int) -> tuple[float, float]:
+        """Return the mean place in the image, as fractions of its sides, of one row or column."""
+        marks = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        marks[0].select(axis - 1, index).fill_(1)
+        shares = self._carried_back(marks, value, through_sums=True)
+        placed = [one for share, source in shares for one, _ in self._entries(share, source, _FAR) if one is not None]
+        total = sum(float(one.sum()) for one in placed)
+        if not total:  # of nothing that it was made of is known where it stands
+            return (float(index), 0.0) if axis == 2 else (0.0, float(index))
+        sums = [0.0, 0.0]
+        for one in placed:
+            for side in (0, 1):
+                cells = one.shape[2 + side]
+                at = (torch.arange(cells, dtype=one.dtype, device=one.device) + 0.5) / cells
+                sums[side] += float((one.sum((0, 1, 3 - side)) * at).sum())
+        return sums[0] / total, sums[1] / total
+
     def _entries(self, product: Tensor, value: Value, far: int, *, is_named: bool = False) -> list[Entry]:
         own = product if self._only is None else self._of_only(product, self._only)
         like = self.frame.shape_for(own.shape) if self._only is None else (1, *self.frame.shape_for(own.shape)[1:])
         is_placed = value not in self._elsewhere
         channel_dim = map_channel_dim(tuple(own.shape), like) if is_placed and own.dim() == 4 else None
+        grid = tuple(own.shape[2:])
+        if channel_dim == -1 and grid in self._sure:  # a part of a map, whose channels may be as many as its rows
+            channel_dim, is_placed = None, False
         by_shape: Entry = (None, None)
         if is_placed and (channel_dim != -1 or self._is_in_proportion(own.shape[1:3])):
             by_shape = placed_map(own, like, self._grids)
-        grid = tuple(own.shape[2:])
-        if channel_dim == 1 and (grid in self._sure or (is_named and self._is_in_proportion(grid))):
+        is_sure = channel_dim == 1 and grid in self._sure and value not in self._folded
+        if is_sure or (is_named and channel_dim == 1 and self._is_in_proportion(grid) and self.is_in_order(value)):
             return [by_shape]
         through_sums = by_shape[0] is None or channel_dim == 1 or (own.dim() == 3 and self._is_folded)
         carried = list(self._carried_back(product, value, through_sums=through_sums)) if far else []
@@ -177,6 +242,32 @@ class Placement:
             f"every operation must keep the {self._images} images first, got {tuple(product.shape)}. Explain one "
             "image at a time."
         )
+
+
+def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: Sequence[int]) -> None:
+    """Warn of layers whose score maps look like pictures of the image, but whose rows and columns are none of it."""
+    if len(image_shape) != 4 or is_traced() or not may_be_elsewhere(recording.tape):
+        return
+    placement = None
+    for site in sites:
+        values = recording.tapped[site].values
+        shape = tuple(values[0].shape)
+        channel_dim = map_channel_dim(shape, tuple(image_shape)) if len(values) == 1 else None
+        if channel_dim is None or (len(shape) == 3 and patch_grid(shape[1], image_shape) is None):
+            continue
+        placement = placement or Placement(recording.tape, image_shape)
+        if not placement.is_map(values[0]):
+            name = recording.places.name_of(site[0]) or type(site[0]).__name__
+            warn(
+                f"the score map of {name!r}, whose tensor is {shape}, looks like a picture of the image, but is none: "
+                "rows and columns are object queries, weights of attention or the like, or in another order. "
+                "Do not lay it over the image; linear_form(...).plot() draws what has a place."
+            )
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    """Return whether two maps are one, but for rounding."""
+    return one.shape == other.shape and bool(((one - other).abs() <= 1e-3 * other.abs().amax()).all())
 
 
 def _are_cells_alike(source: Value, product: Tensor) -> bool:

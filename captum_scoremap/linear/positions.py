@@ -7,10 +7,12 @@ of an attention those of its queries, and what is gathered, or pooled from a reg
 
 from collections.abc import Collection, Iterator, Sequence
 
+from torch import Tensor
+
 from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step, Tape
 
-__all__ = ["row_sources", "values_elsewhere"]
+__all__ = ["may_be_elsewhere", "row_sources", "values_elsewhere", "values_folded"]
 
 _SAMPLING = ("grid_sampler_2d", "grid_sampler_3d")
 _ATTENTION = "scaled_dot_product_attention"
@@ -22,6 +24,7 @@ _ROWS = {
 _REGIONS = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
 _CHOOSING = {"index", "_unsafe_index", "unsafe_index", "index_select", "gather"}
 _ORDERING = {"take", "masked_select", "topk", "sort", "kthvalue"}
+_STRAYING = {*_REGIONS, *_CHOOSING, *_ORDERING, *_SAMPLING, _ATTENTION, "matmul", "bmm", "baddbmm", "im2col"}
 
 
 def row_sources(step: Step, output: Value) -> Sequence[Value]:
@@ -76,6 +79,48 @@ def values_elsewhere(tape: Tape, images: int) -> frozenset[Value]:
                 if output.gate:  # the attention itself, and the scores that it is made of
                     elsewhere.update(_asked_by(tape, output, asked))
     return frozenset(elsewhere)
+
+
+def may_be_elsewhere(tape: Tape) -> bool:
+    """Return whether a run has operations after which rows and columns may be no positions in order; at a glance."""
+    return any(
+        display_name(step.operation) in _STRAYING or (step.rule.moves and any(one.ndim > 4 for one in step.outputs))
+        for step in tape.steps
+    )
+
+
+def values_folded(tape: Tape) -> frozenset[Value]:
+    """Return the values whose positions may stand in another order, or in the place of channels.
+
+    Rows and columns that were cut into windows or patches, (N, C, rows, side, columns, side), may come together as
+    (N, C, pixels of a patch, patches), which looks like a map; a convolution or pooling over several cells sees maps.
+
+    Args:
+        tape: The run.
+
+    Returns:
+        The values.
+    """
+    folded: set[Value] = set()
+    for step in tape.steps:
+        if display_name(step.operation) == "im2col":
+            folded.update(step.outputs)
+        elif step.rule.moves:
+            source = step.values[0]
+            is_cut = any(one.ndim > max(source.ndim, 4) and one.shape[-2:] != source.shape[-2:] for one in step.outputs)
+            if is_cut or not folded.isdisjoint(step.values):
+                folded.update(step.outputs)
+        elif folded and not folded.isdisjoint(step.values) and not _sees_neighbors(step):
+            folded.update(output for output in step.outputs if not folded.isdisjoint(row_sources(step, output)))
+    return frozenset(folded)
+
+
+def _sees_neighbors(step: Step) -> bool:
+    """Return whether a step takes several cells of a map for each of its output."""
+    name = display_name(step.operation)
+    if name == "conv" and len(step.args) > 1 and isinstance(step.args[1], (Tensor, Value)):
+        return max(step.args[1].shape[2:], default=1) > 1
+    return "pool" in name or "upsample" in name
 
 
 def _asked_by(tape: Tape, value: Value, asked: Collection[Value]) -> Iterator[Value]:
