@@ -841,7 +841,7 @@ def test_memory_is_watched_only_where_another_tensor_reads_it(is_read: bool) -> 
 
     recording = Recording(model, with_rules(None))
     recording.record((torch.ones(1, 3),))
-    assert bool(recording._memory.changed) is is_read
+    assert bool(recording.memory.changed) is is_read
 
 
 def gates_in_place(x: Tensor) -> Tensor:

@@ -115,9 +115,6 @@ class ScoreMap(Contract):
 
         ``start_point`` must be None or zero, where B is taken; ``end_point`` is the image.
 
-        Returns:
-            The delta.
-
         Raises:
             ValueError: If the sub-scores do not fit the image, or the start point is not zero.
         """

@@ -37,9 +37,6 @@ def explain_targets(
     fewer positions than there are labels, the activation of each position alone is pushed forward through them, one
     pass for each position: M(x, y) is the change of the scores it makes (Eq. (4), read from the other end).
 
-    Returns:
-        The maps of each site.
-
     Raises:
         ValueError: If targets are missing where needed, or out of range, or a layer has several tensors.
     """

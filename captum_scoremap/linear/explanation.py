@@ -122,9 +122,6 @@ def image_axis(
     weighted coefficients. The dimension's size is N, or a multiple, image by image. The seeds are where the transposed
     steps start, given weights (N,).
 
-    Returns:
-        The dimension.
-
     Raises:
         ValueError: If there is none.
     """

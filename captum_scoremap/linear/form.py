@@ -13,7 +13,7 @@ from captum_scoremap.checks import check_callable, check_inputs, check_layer
 from captum_scoremap.layout import channels_at
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target
-from captum_scoremap.tape import Site, check_of_constants
+from captum_scoremap.tape import Site
 
 from .explanation import Explanation, explain
 from .form_table import as_html, as_text
@@ -380,8 +380,8 @@ def linear_form(
     subject = Subject(forward_func, tensors, additional_forward_args, rules)
     found = explain(subject, target, sites, Reduction(multiply=False), keep=True)
     shape = tuple(tensors[0].shape)
-    check_constants = check_of_constants(
-        found.tape, "the linear form", "Ask for the complete map before changing them, or make the form anew."
+    check_constants = found.tape.check_of_constants(
+        "the linear form", "Ask for the complete map before changing them, or make the form anew."
     )
     frame = frame_of(found.tape, shape) if len(shape) == 4 else None
 

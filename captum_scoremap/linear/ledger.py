@@ -83,9 +83,6 @@ def ledgers(
     operation holds the images in an order that is not known, as regions of interest, heads of attention or windows, it
     takes one pass for each image.
 
-    Returns:
-        The ledgers.
-
     Raises:
         MixedImagesError: If even so it cannot be told of which image something is.
     """

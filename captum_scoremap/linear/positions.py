@@ -56,9 +56,6 @@ def values_elsewhere(tape: Tape, images: int) -> frozenset[Value]:
     Args:
         tape: The run.
         images: N.
-
-    Returns:
-        The values.
     """
     elsewhere: set[Value] = set()
     asked: set[Value] = set()  # products with a constant first factor: channels, or scores of constant queries

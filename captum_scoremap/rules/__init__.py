@@ -8,13 +8,12 @@ share the rule of the plain one: ``relu`` stands for ``torch.relu``, ``F.relu``,
 from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear
 from .attention import Attention
 from .call import Call, Value, floating, substituted, tensors_in
-from .composite import Composite
 from .moving import Copy
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool
 from .products import Division, Power, Product
 from .quantized import Rounded
-from .rule import Comparison, Frozen, Linear, Rule
+from .rule import Comparison, Composite, Frozen, Linear, Rule
 from .table import DEFAULT, TANGENT, display_name, with_rules
 from .tangent import FirstLinear, Tangent
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from captum_scoremap.speed import faster
 
-from .call import Call, Value
+from .call import Call
 from .coefficients import conjugate, summed_to
-from .rule import Gradients, Rule, steps_until_equal
+from .rule import Composite, Gradients, Rule, steps_until_equal
 from .tangent import Tangent
 
-__all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "GatedLinearUnit", "PReLU", "PiecewiseLinear"]
+__all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "PReLU", "PiecewiseLinear"]
 
 Number = float | Tensor
 
@@ -121,9 +121,11 @@ class PReLU(PiecewiseLinear):
     def __init__(self) -> None:
         super().__init__(lambda input, weight: Breakpoints(((operator.gt, 0.0),), (weight, 1.0), (0.0, 0.0)))
 
-    def expansion(self, call: Call) -> Callable[..., Any] | None:
+    def variant(self, call: Call) -> Rule:
         """Return the positive part and the weighted rest, where the weight is live."""
-        return (lambda x, weight: x.clamp_min(0) + weight * x.clamp_max(0)) if call.is_live(call.args[1]) else None
+        if call.is_live(call.args[1]):
+            return Composite(lambda x, weight: x.clamp_min(0) + weight * x.clamp_max(0))
+        return super().variant(call)
 
 
 class Clamp(PiecewiseLinear):
@@ -193,11 +195,6 @@ class Choice(Rule):
         first, second = call.args[:2]
         return torch.where(state, first, second)
 
-    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients of each where it was taken."""
-        pairs = zip((state, ~state), call.args[:2], strict=True)
-        return [summed_to(masked(gradients[0], mask), one) for mask, one in pairs if isinstance(one, Value)]
-
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which the two are equal."""
         first, second = call.args[:2]
@@ -245,32 +242,7 @@ class Gate(Rule):
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return gate * coefficients."""
-        return [gradients[0] * conjugate(state)]
-
-
-class GatedLinearUnit(Rule):
-    """``glu``: the first half times the sigmoid of the second, which is a gate.
-
-    Equation:
-        y = ḡ · a, with x = (a, b), ḡ = sigmoid(b̄)
-    """
-
-    kind = "gate"
-    homogeneous = True
-
-    def freeze(self, call: Call) -> Tensor:
-        """Return the sigmoid of the second half."""
-        gate: Tensor = call.input.chunk(2, call.argument("dim"))[1].sigmoid()
-        return gate
-
-    def apply(self, call: Call, state: Tensor) -> Any:
-        """Return the first half times the gate."""
-        return call.input.chunk(2, call.argument("dim"))[0] * state
-
-    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
-        """Return the gate times the coefficients, and zeros for the second half."""
-        share = gradients[0] * state
-        return [torch.cat([share, torch.zeros_like(share)], call.argument("dim"))]
+        return [summed_to(gradients[0] * conjugate(state), call.values[0])]
 
 
 def _is_zero(value: Number) -> bool:

@@ -1,49 +1,14 @@
 """Operations that are made of smaller ones, each under its own rule."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .call import Call
 from .recurrent import RECURRENT
-from .rule import Rule
+from .rule import Composite, Rule
 
-__all__ = ["COMPOSITE", "Composite"]
-
-
-class Composite(Rule):
-    """An operation made of smaller ones, which are recorded in its place.
-
-    Equation:
-        y = f_n(… f_2(f_1(x))), each f_i by its own rule
-
-    Args:
-        body: The same computation, with the operation's signature.
-
-    Example:
-        >>> from captum_scoremap import freeze
-        >>> rules = {"silu": Composite(lambda input: input * input.sigmoid())}
-        >>> freeze(torch.nn.functional.silu, torch.ones(1, 2), rules=rules)(torch.zeros(1, 2))
-        tensor([[0., 0.]])
-    """
-
-    kind = "composite"
-
-    def __init__(self, body: Callable[..., Any]) -> None:
-        self.body = body
-
-    def expansion(self, call: Call) -> Callable[..., Any]:
-        """Return the body."""
-        return self.body
-
-    def freeze(self, call: Call) -> None:
-        """Freeze nothing: the smaller operations do."""
-
-    def apply(self, call: Call, state: None) -> Any:
-        """Run the body."""
-        return self.body(*call.args, **call.kwargs)
+__all__ = ["COMPOSITE"]
 
 
 def _clamp(input: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
@@ -82,6 +47,12 @@ def _rms_norm(
     return (found if weight is None else found * weight), scale
 
 
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    """Multiply the first half by the sigmoid of the second, which is a gate."""
+    first, second = input.chunk(2, dim)
+    return first * second.sigmoid()
+
+
 def _aminmax(input: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     dims = () if dim is None else (dim,)
     return input.amin(dims, keepdim), input.amax(dims, keepdim)
@@ -113,6 +84,7 @@ COMPOSITE: dict[str, Rule] = {
     "sgn": Composite(_sgn),
     "heaviside": Composite(lambda input, values: torch.where(input == 0, values, (input > 0).to(values.dtype))),
     "bincount": Composite(_bincount),
+    "glu": Composite(_glu),
     "aminmax": Composite(_aminmax),
     "clamp.Tensor": Composite(_clamp),
     "clamp_min.Tensor": Composite(_clamp),

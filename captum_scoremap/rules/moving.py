@@ -156,13 +156,6 @@ class AsStrided(Linear):
         output: Tensor = call.input.reshape(-1).index_select(0, self._elements(call)).reshape(call.args[1])
         return output
 
-    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
-        """Add the coefficients to where they were gathered from."""
-        (gradient,) = gradients
-        shape = call.values[0].shape
-        row = torch.zeros(shape.numel(), dtype=gradient.dtype, device=gradient.device)
-        return [row.index_add(0, self._elements(call), gradient.reshape(-1)).reshape(shape)]
-
     @staticmethod
     def _elements(call: Call) -> Tensor:
         """Return which elements of the tensor lie where the view's do: it may lie in memory in any order."""
@@ -187,18 +180,6 @@ class AsStridedScatter(Linear):
         positions = _places(row.device, *geometry)
         output: Tensor = row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
         return output
-
-    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients of the row, zero where it is overwritten, and those of the source."""
-        (gradient,) = gradients
-        row, source, *geometry = call.args
-        positions = _places(gradient.device, *geometry)
-        found: list[Tensor | None] = []
-        if isinstance(row, Value):
-            found.append(gradient.reshape(-1).index_fill(0, positions, 0).reshape(row.shape))
-        if isinstance(source, Value):
-            found.append(gradient.reshape(-1).index_select(0, positions).reshape(source.shape).to(source.dtype))
-        return found
 
 
 def _places(device: torch.device, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:

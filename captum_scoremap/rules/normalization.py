@@ -4,14 +4,14 @@ Norms that PyTorch makes of smaller operations (RMS norm, ``F.normalize``, local
 scale is a gate, or the denominator of a quotient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .call import Call, Value
-from .rule import Gradients, Rule
+from .rule import Composite, Gradients, Rule
 
 __all__ = ["BatchNorm", "GroupNorm", "LayerNorm"]
 
@@ -32,10 +32,10 @@ class Standardize(Rule):
     live_outputs = 1
     weight = 1
 
-    def expansion(self, call: Call) -> Callable[..., Any] | None:
+    def variant(self, call: Call) -> Rule:
         """Return the norm without weight and bias, and these after it, where one of them is live."""
         if not any(call.is_live(one) for one in call.args[self.weight : self.weight + 2]):
-            return None
+            return self
         operation = call.operation
 
         def expanded(*args: Any) -> tuple[Tensor, ...]:
@@ -44,7 +44,7 @@ class Standardize(Rule):
             output, *statistics = operation(*bare)
             return (_weighted(output, weight, bias), *statistics)
 
-        return expanded
+        return Composite(expanded)
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return the argument in the shape in which each of its rows, the last dimension, has statistics of its own."""
@@ -145,10 +145,10 @@ class BatchNorm(Standardize):
         tensor([[0., 8.]])
     """
 
-    def expansion(self, call: Call) -> Callable[..., Any] | None:
+    def variant(self, call: Call) -> Rule:
         """Return the formula, too, where running statistics are live; they must not be updated."""
         if not any(call.is_live(one) for one in call.args[3:5]):
-            return super().expansion(call)
+            return super().variant(call)
         if not self.is_affine(call):
             raise ValueError(
                 "running statistics that a norm updates must be constants, got some that depend on the image. Call "
@@ -161,7 +161,7 @@ class BatchNorm(Standardize):
             output = (x - _shaped(mean, x)) * _shaped((variance + call.argument(*_EPS)).rsqrt(), x)
             return _weighted(output, weight, bias), mean.new_empty(0), mean.new_empty(0)
 
-        return expanded
+        return Composite(expanded)
 
     def is_affine(self, call: Call) -> bool:
         """Return whether it uses running statistics."""

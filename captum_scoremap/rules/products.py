@@ -11,10 +11,10 @@ from captum_scoremap.checks import unrecorded
 
 from .call import Call, Value
 from .coefficients import conjugate, summed_to
-from .rule import Gradients, Rule
+from .rule import Composite, Frozen, Gradients, Rule
 from .tangent import Tangent
 
-__all__ = ["Convolution", "Division", "Power", "Product", "matrix_times", "times", "vector_times"]
+__all__ = ["Convolution", "Division", "Power", "Product", "matrix_times", "times"]
 
 aten = torch.ops.aten
 
@@ -149,12 +149,6 @@ def matrix_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
     return gradient @ transposed if position == 0 else transposed @ gradient
 
 
-def vector_times(gradient: Tensor, other: Tensor, position: int) -> Tensor:
-    """Return the coefficients of the matrix or the vector of their product."""
-    factor: Tensor = conjugate(other)
-    return torch.outer(gradient, factor) if position == 0 else factor.t() @ gradient
-
-
 class Convolution(Product):
     """A convolution, or its transpose, of a batch.
 
@@ -252,45 +246,43 @@ class Power(Rule):
     """
 
     kind = "gate"
-
-    def is_constant(self, call: Call) -> bool:
-        """Return whether the power is zero: then it is one everywhere."""
-        exponent = call.args[1]
-        return not isinstance(exponent, (Tensor, Value)) and exponent == 0
+    homogeneous = True
 
     def variant(self, call: Call) -> Rule:
-        """Return the tangent where the exponent is live."""
-        return Tangent() if call.is_live(call.args[1]) else self
-
-    def freeze(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Return slope and offset; the offset is None for a gate."""
-        x, exponent = call.args
-        gate = torch.where(x == 0, exponent == 1, torch.pow(x.masked_fill(x == 0, 1.0), exponent - 1))
+        """Return the tangent where the exponent is not positive, which is a scale, or live; zero makes a constant."""
+        exponent = call.args[1]
+        if call.is_live(exponent):
+            return Tangent()
         if _everywhere(exponent, operator.gt, 0):
-            return gate, None
-        slope = torch.pow(x, exponent - 1) * exponent
-        if not isinstance(exponent, Tensor):
-            return slope, call.output - slope * x
-        slope = torch.where(exponent > 0, gate, torch.where(exponent == 0, 0, slope))
-        return slope, torch.where(exponent > 0, 0, call.output - slope * x)
+            return self
+        if isinstance(exponent, Tensor) and not _everywhere(exponent, operator.le, 0):
+            return Composite(_power_by_sign)
+        return Tangent(gate=True) if isinstance(exponent, Tensor) or exponent else Frozen()
 
-    def apply(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Return slope * x + offset."""
-        slope, offset = state
-        product: Tensor = call.args[0] * slope
-        return product if offset is None else product + offset
+    def freeze(self, call: Call) -> Tensor:
+        """Return the gate."""
+        x, exponent = call.args
+        return torch.where(x == 0, exponent == 1, torch.pow(x.masked_fill(x == 0, 1.0), exponent - 1))
 
-    def transpose(self, call: Call, state: tuple[Tensor, Tensor | None], gradients: Gradients) -> list[Tensor | None]:
-        """Return slope * coefficients."""
-        return [summed_to(gradients[0] * conjugate(state[0]), call.values[0])]
+    def apply(self, call: Call, state: Tensor) -> Tensor:
+        """Return gate * x."""
+        product: Tensor = call.args[0] * state
+        return product
 
-    def constants(self, call: Call, state: tuple[Tensor, Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the offset."""
-        return state[1:]
+    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
+        """Return gate * coefficients."""
+        return [summed_to(gradients[0] * conjugate(state), call.values[0])]
 
     def makes_gate(self, call: Call) -> bool:
-        """Return whether the power is negative or a root: a scale."""
+        """Return whether it is a root: a scale."""
         return call.only_gates() or _everywhere(call.args[1], operator.lt, 1)
+
+
+def _power_by_sign(x: Tensor, exponent: Tensor) -> Tensor:
+    """Return the power where exponents of both signs stand side by side, each under its own rule."""
+    is_positive = exponent > 0
+    others = exponent.masked_fill(is_positive, 0)
+    return torch.where(is_positive, x ** exponent.masked_fill(~is_positive, 1), x**others)
 
 
 def _everywhere(exponent: Any, compare: Callable[[Any, float], Any], bound: float) -> bool:

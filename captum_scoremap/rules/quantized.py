@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .composite import Composite
+from .rule import Composite
 
 __all__ = ["QUANTIZED", "Rounded", "in_range", "unpacked"]
 

@@ -16,7 +16,7 @@ from captum_scoremap.speed import faster
 from .call import Call, floating
 from .derivative import pulled_back
 
-__all__ = ["Comparison", "Frozen", "Gradients", "Linear", "Rule", "steps_until_equal"]
+__all__ = ["Comparison", "Composite", "Frozen", "Gradients", "Linear", "Rule", "steps_until_equal"]
 
 Gradients = tuple[Any, ...]
 """Coefficients of each output, tensors; None where the score does not depend on it, which it does on one at least."""
@@ -62,13 +62,6 @@ class Rule(ABC):
     def variant(self, call: Call) -> "Rule":
         """Return the rule of this call: itself, the default, or another where its arguments want one."""
         return self
-
-    def expansion(self, call: Call) -> Callable[..., Any] | None:
-        """Return what computes the same by smaller operations, with the operation's signature.
-
-        Those are recorded in its place. None, the default, to record the operation as one.
-        """
-        return None
 
     @abstractmethod
     def freeze(self, call: Call) -> Any:
@@ -208,6 +201,36 @@ class Linear(Rule):
     def is_affine(self, call: Call) -> bool:
         """Return True."""
         return True
+
+
+class Composite(Rule):
+    """An operation made of smaller ones, which are recorded in its place.
+
+    Equation:
+        y = f_n(… f_2(f_1(x))), each f_i by its own rule
+
+    Args:
+        body: The same computation, with the operation's signature.
+
+    Example:
+        >>> import torch
+        >>> from captum_scoremap import freeze
+        >>> rules = {"silu": Composite(lambda input: input * input.sigmoid())}
+        >>> freeze(torch.nn.functional.silu, torch.ones(1, 2), rules=rules)(torch.zeros(1, 2))
+        tensor([[0., 0.]])
+    """
+
+    kind = "composite"
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.body = body
+
+    def freeze(self, call: Call) -> None:
+        """Freeze nothing: the smaller operations do."""
+
+    def apply(self, call: Call, state: None) -> Any:
+        """Run the body."""
+        return self.body(*call.args, **call.kwargs)
 
 
 class Frozen(Rule):

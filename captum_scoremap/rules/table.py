@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Breakpoints, Choice, Clamp, Gate, GatedLinearUnit, PiecewiseLinear, PReLU
+from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, PReLU
 from .attention import Attention
-from .composite import COMPOSITE, Composite
+from .composite import COMPOSITE
 from .moving import Copy
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
-from .products import Convolution, Division, Power, Product, matrix_times, times, vector_times
+from .products import Convolution, Division, Power, Product, matrix_times, times
 from .quantized import QUANTIZED
-from .rule import Comparison, Frozen, Rule
+from .rule import Comparison, Composite, Frozen, Rule
 from .structure import AFFINE, STRUCTURAL
 from .tangent import Backward, FirstLinear, Tangent
 from .written_out import WRITTEN_OUT
@@ -139,7 +139,6 @@ _NONLINEAR: dict[str, Rule] = {
     "mish": Gate(0.6),
     "elu": Gate(_elu_slope),
     "erf": Gate(1.1283791670955126),
-    "glu": GatedLinearUnit(),
     "pow": Power(),
     "pow.Scalar": Tangent(gate=True),
     # gates and weights: a constant factor in a product, the tangent anywhere else
@@ -180,10 +179,8 @@ _NONLINEAR: dict[str, Rule] = {
     "mul": Product((0, 1), times, keeps_gates=True),
     **dict.fromkeys(("mm", "bmm"), Product((0, 1), matrix_times)),
     **dict.fromkeys(("addmm", "_sparse_addmm", "baddbmm"), Product((1, 2), matrix_times, term=0)),
-    "mv": Product((0, 1), vector_times),
-    "addmv": Product((1, 2), vector_times, term=0),
-    **dict.fromkeys(("dot", "vdot", "linalg_cross"), Product()),
-    **dict.fromkeys(("addbmm", "addr"), Product((1, 2), term=0)),
+    **dict.fromkeys(("mv", "dot", "vdot", "linalg_cross"), Product()),
+    **dict.fromkeys(("addmv", "addbmm", "addr"), Product((1, 2), term=0)),
     **dict.fromkeys(("linear", "mkldnn_linear"), Product(term=2)),
     "_trilinear": Product((0, 1, 2)),
     **dict.fromkeys(("convolution", "convolution_overrideable"), Convolution()),
@@ -235,11 +232,28 @@ TANGENT: Mapping[str, Rule] = {
     for name, rule in _NONLINEAR.items()
 }
 
-# What PyTorch's Python functions become, where the name changes.
-_ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
+# Kernels by the name under which users know them, which errors and reports use.
+_KERNELS: Mapping[str, tuple[str, ...]] = {
     "softmax": ("_softmax", "_safe_softmax"),
-    "softmin": ("_softmax",),
+    "log_softmax": ("_log_softmax",),
+    "prelu": ("_prelu_kernel",),
     "logsigmoid": ("log_sigmoid_forward",),
+    "rrelu": ("rrelu_with_noise",),
+    "cdist": ("_cdist_forward", "_euclidean_dist"),
+    "bilinear": ("_trilinear",),
+    "item": ("_local_scalar_dense",),
+    "scaled_dot_product_attention": tuple(_ATTENTION),
+    "lstm": ("mkldnn_rnn_layer", "_cudnn_rnn"),
+    "lstm_cell": ("_thnn_fused_lstm_cell",),
+    "gru_cell": ("_thnn_fused_gru_cell",),
+    "rms_norm": ("_fused_rms_norm",),
+    "conv": ("convolution",),
+}
+
+# What else PyTorch's Python functions become, where the name changes.
+_ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
+    **_KERNELS,
+    "softmin": ("_softmax",),
     "batch_norm": _BATCH_NORMS,
     "instance_norm": _BATCH_NORMS,
     **{f"conv{d}d": ("convolution",) for d in (1, 2, 3)},
@@ -249,8 +263,6 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "einsum": ("bmm", "mul"),
     "max_pool1d": ("max_pool2d_with_indices",),
     "adaptive_max_pool1d": ("adaptive_max_pool2d",),
-    "prelu": ("_prelu_kernel",),
-    "rrelu": ("rrelu_with_noise",),
     "relu6": ("hardtanh",),
     "selu": ("elu",),
     "square": ("pow",),
@@ -258,48 +270,20 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "expit": ("sigmoid",),
     "arctan": ("atan",),
     "arctan2": ("atan2",),
-    "divide": ("div",),
-    "true_divide": ("div",),
-    "truediv": ("div",),
+    **dict.fromkeys(("divide", "true_divide", "truediv", "cosine_similarity", "normalize"), ("div",)),
     "multiply": ("mul",),
     "subtract": ("sub",),
     "negative": ("neg",),
     "getitem": ("index", "select", "slice"),
     "setitem": ("copy", "index_put", "fill"),
-    "cdist": ("_cdist_forward", "_euclidean_dist"),
     "linalg_norm": ("linalg_vector_norm",),
     "interpolate": ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
     "grid_sample": ("grid_sampler_2d", "grid_sampler_3d"),
-    "item": ("_local_scalar_dense",),
-    "scaled_dot_product_attention": tuple(_ATTENTION),
-    "lstm": ("mkldnn_rnn_layer", "_cudnn_rnn"),
     **dict.fromkeys(("gru", "rnn_relu", "rnn_tanh"), ("_cudnn_rnn",)),
-    "lstm_cell": ("_thnn_fused_lstm_cell",),
-    "gru_cell": ("_thnn_fused_gru_cell",),
-    "rms_norm": ("_fused_rms_norm",),
-    "cosine_similarity": ("div",),
-    "normalize": ("div",),
-    "concat": ("cat",),
-    "concatenate": ("cat",),
+    **dict.fromkeys(("concat", "concatenate"), ("cat",)),
 }
 
-_DISPLAY = {
-    "_softmax": "softmax",
-    "_safe_softmax": "softmax",
-    "_log_softmax": "log_softmax",
-    "_prelu_kernel": "prelu",
-    "log_sigmoid_forward": "logsigmoid",
-    "rrelu_with_noise": "rrelu",
-    "_cdist_forward": "cdist",
-    "_trilinear": "bilinear",
-    "_local_scalar_dense": "item",
-    "mkldnn_rnn_layer": "lstm",
-    "_cudnn_rnn": "rnn",
-    "_thnn_fused_lstm_cell": "lstm_cell",
-    "_thnn_fused_gru_cell": "gru_cell",
-    "_fused_rms_norm": "rms_norm",
-    "convolution": "conv",
-}
+_DISPLAY = {kernel: name for name, kernels in _KERNELS.items() for kernel in kernels} | {"_cudnn_rnn": "rnn"}
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 __all__ = ["WRITTEN_OUT"]
 
@@ -43,45 +44,18 @@ def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None
     return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
-def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    gate = x.sigmoid()
-    return gradient * gate * (1 + x * (1 - gate))
-
-
-def _mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    gate = torch.nn.functional.softplus(x).tanh()
-    return gradient * (gate + x * x.sigmoid() * (1 - gate * gate))
-
-
 def _hardsigmoid_backward(gradient: Tensor, x: Tensor) -> Tensor:
     sixth = torch.tensor(1 / 6, dtype=torch.float32).item()  # as the kernel has it, in any type
     return torch.where((x > -3) & (x < 3), gradient * sixth, 0.0 * x)
 
 
-def _group_norm_backward(
-    gradient: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    images: int,
-    channels: int,
-    positions: int,
-    groups: int,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    rows = images, groups, channels // groups, positions
-    mean, scale = mean.reshape(images, groups, 1, 1), scale.reshape(images, groups, 1, 1)
-    given, normed = gradient.reshape(rows), (x.reshape(rows) - mean) * scale
-    weighed = given if weight is None else given * weight.reshape(1, groups, -1, 1)
-    of_mean, of_scale = (one.mean((2, 3), keepdim=True) for one in (weighed, weighed * normed))
-    found = (
-        (scale * (weighed - of_mean - normed * of_scale)).reshape(x.shape),
-        (given * normed).sum((0, 3)).reshape(-1),
-        given.sum((0, 3)).reshape(-1),
-    )
-    return tuple(one if is_wanted else None for one, is_wanted in zip(found, wanted, strict=True))
-
+# Kernels without a second derivative, which PyTorch itself writes out in operations that have one.
+_DERIVED_ONCE = (
+    aten.silu_backward.default,
+    aten.mish_backward.default,
+    aten.log_sigmoid_backward.default,
+    aten.native_group_norm_backward.default,
+)
 
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
@@ -96,10 +70,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.atan2.default: _level(aten.atan2.default, lambda x, y: (x == 0) & (y == 0), 1.0),
     aten.xlogy.Tensor: _level(aten.xlogy.Tensor, lambda x, y: (x == 0) & (y == 0), 1.0, moved=1),
     aten.pow.Tensor_Tensor: _level(aten.pow.Tensor_Tensor, lambda x, n: (x == 0) & (n < 1), 1.0),
-    aten.silu_backward.default: _silu_backward,
-    aten.mish_backward.default: _mish_backward,
+    **{one: decomposition_table[one] for one in _DERIVED_ONCE},
     aten.hardsigmoid_backward.default: _hardsigmoid_backward,
-    aten.log_sigmoid_backward.default: lambda gradient, x, _: gradient * (-x).sigmoid(),
-    aten.native_group_norm_backward.default: _group_norm_backward,
     aten.std.correction: lambda *args, **kwargs: _root(torch.var(*args, **kwargs)),
 }

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from .listeners import Listeners
-from .live import Live
-from .sight import COPIES, Sight
+from .run import Run
+from .sight import COPIES
 
-__all__ = ["Exits", "exits_refused"]
+__all__ = ["exits_refused", "exits_watched"]
 
 _EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", *COPIES)
 # The same of the memory of tensors, and ways for numbers to get there.
@@ -24,41 +24,32 @@ _STORAGE_EXITS = ("clone", "tolist", "data_ptr", "__getitem__", "__iter__")
 _STORAGE_ENTRIES = ("copy_", "fill_", "__setitem__", "byteswap")
 
 
-class Exits:
-    """Tells a run's sight of what leaves its live tensors."""
+def _leave(run: Run, way: str, tensor: Tensor, *_: object) -> None:
+    """Note that the numbers of a tensor leave it."""
+    if _refused.get()(tensor):
+        module = run.places.module_name
+        raise ValueError(
+            f"the map must not read numbers of the image to be compiled, got Tensor.{way}()"
+            f"{f' in {module!r}' if module else ''}. Use method.attribute, or compute this with PyTorch operations."
+        )
+    if run.is_live(tensor):
+        run.sight.exits.append(way)
 
-    def __init__(self, live: Live, sight: Sight) -> None:
-        self._live, self._sight = live, sight
 
-    def leave(self, way: str, tensor: Tensor, *_: object) -> None:
-        """Note that the numbers of a tensor leave it."""
-        if _refused.get()(tensor):
-            module = self._sight.places.module_name
-            raise ValueError(
-                f"the map must not read numbers of the image to be compiled, got Tensor.{way}()"
-                f"{f' in {module!r}' if module else ''}. Use method.attribute, or compute this with PyTorch operations."
-            )
-        if self._live.has(tensor):
-            self._sight.exits.append(way)
+def _pass_storage(run: Run, name: str, *storages: object) -> None:
+    """Note that numbers leave some memory, or get there, past all tensors."""
+    is_live = any(isinstance(one, UntypedStorage) and run.may_lie_in(one) for one in storages)
+    # memory that no tensor has yet, as in a deep copy: a tensor that gets it is met as one made of what left
+    is_new = isinstance(storages[0], UntypedStorage) and torch._C._storage_Use_Count(storages[0]._cdata) <= 1
+    if name in _STORAGE_ENTRIES and (is_live or run.sight.exits) and not is_new:
+        run.sight.hide(f"what UntypedStorage.{name}() wrote to a tensor's memory")
+    elif is_live:
+        run.sight.exits.append(f"untyped_storage().{name}")
 
-    def replace(self, tensor: Tensor, data: Tensor) -> None:
-        """Note that a tensor gets other memory, by its attribute ``data``, of which no operation tells."""
-        if self._live.has(tensor) or self._live.has(data):
-            self._sight.hide("what was assigned to Tensor.data")
 
-    def pass_storage(self, name: str, *storages: object) -> None:
-        """Note that numbers leave some memory, or get there, past all tensors."""
-        is_live = any(isinstance(one, UntypedStorage) and self._live.may_lie_in(one) for one in storages)
-        # memory that no tensor has yet, as in a deep copy: a tensor that gets it is met as one made of what left
-        is_new = isinstance(storages[0], UntypedStorage) and torch._C._storage_Use_Count(storages[0]._cdata) <= 1
-        if name in _STORAGE_ENTRIES and (is_live or self._sight.exits) and not is_new:
-            self._sight.hide(f"what UntypedStorage.{name}() wrote to a tensor's memory")
-        elif is_live:
-            self._sight.exits.append(f"untyped_storage().{name}")
-
-    def watched(self) -> AbstractContextManager[None]:
-        """Notice what leaves tensors on this thread inside the context."""
-        return _watching.joined_by(self)
+def exits_watched(run: Run) -> AbstractContextManager[None]:
+    """Tell a run's sight of what leaves tensors on this thread inside the context."""
+    return _watching.joined_by(run)
 
 
 _refused: ContextVar[Callable[[Tensor], bool]] = ContextVar("refused", default=lambda _: False)
@@ -78,8 +69,9 @@ _DATA: Any = torch.Tensor.data  # the descriptor, read off the class
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
-    for exits in _watching.here():
-        exits.replace(tensor, data)
+    for run in _watching.here():
+        if run.is_live(tensor) or run.is_live(data):
+            run.sight.hide("what was assigned to Tensor.data")  # other memory, of which no operation tells
     _DATA.__set__(tensor, data)
 
 
@@ -87,8 +79,8 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
 _WATCHED: dict[type, tuple[Callable[..., None], dict[str, bool]]] = {
     kind: (tell, {name: name in kind.__dict__ for name in names})
     for kind, tell, names in (
-        (torch.Tensor, Exits.leave, _EXITS),
-        (UntypedStorage, Exits.pass_storage, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
+        (torch.Tensor, _leave, _EXITS),
+        (UntypedStorage, _pass_storage, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
     )
 }
 
@@ -96,8 +88,8 @@ _WATCHED: dict[type, tuple[Callable[..., None], dict[str, bool]]] = {
 def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., None]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def watched(one: Any, *args: Any, **kwargs: Any) -> Any:
-        for exits in _watching.here():
-            tell(exits, name, one, *args[:1], *list(kwargs.values())[:1])
+        for run in _watching.here():
+            tell(run, name, one, *args[:1], *list(kwargs.values())[:1])
         return plain(one, *args, **kwargs)
 
     watched.plain = plain  # type: ignore[attr-defined]
@@ -121,4 +113,4 @@ def _watch_no_more() -> None:
                 delattr(kind, name)
 
 
-_watching: Listeners[Exits] = Listeners(_watch, _watch_no_more)
+_watching: Listeners[Run] = Listeners(_watch, _watch_no_more)

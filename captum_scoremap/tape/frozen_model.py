@@ -11,9 +11,8 @@ from captum_scoremap.checks import as_tuple, check_callable, check_inputs, unwra
 from captum_scoremap.rules import Rule, Value, display_name, with_rules
 
 from .boundary import Boundary, nearest_boundary
-from .constants import check_of_constants
 from .places import root_module
-from .run import Recording
+from .recording import Recording
 from .steps import Step, Tape
 
 __all__ = ["FrozenModel", "as_tuple_of_arguments", "freeze"]
@@ -42,7 +41,7 @@ class FrozenModel:
 
     def __init__(self, recording: Recording, inputs: tuple[Tensor, ...]) -> None:
         self._tape: Tape = recording.tape
-        self._check_constants = check_of_constants(recording.tape, "the frozen model", "Freeze the model again.")
+        self._check_constants = recording.tape.check_of_constants("the frozen model", "Freeze the model again.")
         self._inputs = inputs
         self._ran = frozenset(recording.places.calls)
         self._layers = {site[0]: tapped for site, tapped in recording.tapped.items() if site is not None}

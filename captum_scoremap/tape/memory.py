@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from captum_scoremap.rules import Rule, Value
+from captum_scoremap.rules import Copy, Rule, Value, tensors_in
 
 from .geometry import Geometry, are_apart, fills, geometry
 from .places import Places
@@ -78,6 +78,8 @@ class Memory:
         self.changed: dict[int, _Changed] = {}
         self._tape, self._rules, self._places, self._bypass = tape, rules, places, bypass
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
+        self._readers: dict[int, list[Step]] = {}  # steps by the memory of constants among their arguments
+        self._indexed = 0  # how many of the steps are in there
 
     def keep(self, tensor: Tensor) -> Kept:
         """Hold on to a tensor as it is now, for as long as somebody holds on to what is returned."""
@@ -100,6 +102,19 @@ class Memory:
                 kept = reference()
                 if kept is not None:
                     kept.tensor = kept.tensor.clone()
+
+    def release_constants(self, target: Tensor, changing: Step | None = None) -> None:
+        """Copy a constant that steps refer to, and the one that is about to change it."""
+        address = target.untyped_storage()._cdata
+        for step in self._tape.steps[self._indexed :]:
+            for tensor in tensors_in((step.args, step.kwargs)):
+                if tensor.layout is torch.strided:
+                    self._readers.setdefault(tensor.untyped_storage()._cdata, []).append(step)
+        self._indexed = len(self._tape.steps)
+        changing_too = [changing] if changing is not None and not isinstance(changing.rule, Copy) else []
+        for step in (*self._readers.pop(address, ()), *changing_too):
+            step.args = tuple(_copied(argument, address) for argument in step.args)
+            step.kwargs = {name: _copied(argument, address) for name, argument in step.kwargs.items()}
 
     def whole_before(self, target: Tensor, value: Value | None) -> Before | None:
         """Return what the memory of a view holds before the view is changed; None where that is all of its memory."""
@@ -228,9 +243,18 @@ class Memory:
         if self._bypass:
             self.keep_bypass(values, [tensor.clone() for _, tensor in pairs])
         rule = self._rules[operation.overloadpacket.__name__]
-        step = Step(operation, args, {}, values, rule, self._places.module)
+        step = Step(operation, args, {}, values, values, rule=rule, module=self._places.module)
         (made,) = self._tape.write(step, [like], gate=all(value.gate for value in values))
         return made
+
+
+def _copied(argument: Any, address: int) -> Any:
+    """Return an argument with copies of its tensors that lie in some memory."""
+    if isinstance(argument, Tensor) and argument.layout is torch.strided:
+        return argument.clone() if argument.untyped_storage()._cdata == address else argument
+    if type(argument) is list or type(argument) is tuple:
+        return type(argument)(_copied(item, address) for item in argument)
+    return argument
 
 
 def _beneath(value: Value) -> list[tuple[Value, Geometry]]:

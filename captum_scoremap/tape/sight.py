@@ -6,7 +6,6 @@ operation that made it, or one that holds something though nothing was written t
 """
 
 import gc
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,13 +27,12 @@ _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
 
 class Sight:
-    """Which tensors of a run are accounted for, and which of its operations have no rule."""
+    """Whether the constants of a run are what its operations made, and which of its operations have no rule."""
 
     def __init__(self, places: Places) -> None:
         self.places = places
         self.exits: list[str] = []
         self._single_exits = 0
-        self._known: dict[int, weakref.ref[Tensor]] = {}
         self.bare: dict[int, tuple[StorageWeakRef, bool]] = {}  # new memory, which something unseen may fill
         self._hidden: dict[tuple[str, str], None] = {}
         self.unsupported: dict[tuple[str, str], None] = {}
@@ -62,22 +60,20 @@ class Sight:
     def _error(self) -> UnsupportedOperationError:
         return UnsupportedOperationError(list(self.unsupported), list(self._hidden))
 
-    # -- which constants are accounted for
+    # -- whether constants are what they seem
 
     def leave_one(self) -> None:
         """Note that a single number of a live tensor leaves it, as ``item()`` and ``float()`` have it."""
         self._single_exits += 1
 
-    def made(self, tensor: Tensor, operation: str = "") -> None:
-        """Account for a constant that an operation made."""
-        self._known[id(tensor)] = weakref.ref(tensor)
+    def made(self, tensor: Tensor, operation: str) -> None:
+        """Note that an operation made a constant, and may have left its memory for something unseen to fill."""
         if (operation in _UNFILLED or operation in _ZEROS) and tensor.numel() and tensor.is_floating_point():
             storage = tensor.untyped_storage()
             self.bare[storage._cdata] = StorageWeakRef(storage), operation in _ZEROS
 
     def placed(self, tensor: Tensor) -> None:
         """Note that a tensor was given other memory, as copies and pickles of tensors are."""
-        self._known.pop(id(tensor), None)  # what it holds now may be live
         if tensor.is_floating_point() and any(way in COPIES or "storage" in way for way in self.exits):
             storage = tensor.untyped_storage()
             self.bare[storage._cdata] = StorageWeakRef(storage), False
@@ -86,11 +82,6 @@ class Sight:
         """Note that an operation wrote to a tensor's memory."""
         if self.bare:
             self.bare.pop(tensor.untyped_storage()._cdata, None)
-
-    def knows(self, tensor: Tensor) -> bool:
-        """Return whether a constant is accounted for."""
-        known = self._known.get(id(tensor))
-        return known is not None and known() is tensor
 
     def lift(self, tensor: Tensor) -> None:
         """Meet a tensor made of Python's or NumPy's numbers: a constant, unless numbers of live tensors went there.
@@ -102,11 +93,9 @@ class Sight:
         if self.exits and tensor.numel() > 1 and tensor.is_floating_point():
             exits = " and ".join(f"Tensor.{name}()" for name in dict.fromkeys(self.exits))
             self.hide(f"what became of the numbers that left through {exits}")
-        self._known[id(tensor)] = weakref.ref(tensor)
 
     def meet(self, tensor: Tensor) -> None:
         """Meet a constant that no operation made: it was there before, or something unseen made it."""
-        self._known[id(tensor)] = weakref.ref(tensor)
         if not tensor.is_floating_point() or not tensor.numel() or tensor._is_zerotensor():  # which has no memory
             return
         if not any(one is tensor for one in gc.get_objects(generation=0)):
@@ -114,17 +103,11 @@ class Sight:
         if tensor.layout is not torch.strided:
             self.hide("what made a tensor during the run (another thread, or a compiled kernel)")
             return
-        if not self._is_state(tensor.untyped_storage()._cdata):
+        if not self.is_state(tensor.untyped_storage()._cdata):
             exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self.exits))
             self.hide(f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
 
-    def owns(self, address: int) -> bool:
-        """Return whether memory belongs to a constant that is accounted for."""
-        known = [one for reference in list(self._known.values()) if (one := reference()) is not None]
-        memory = [one.untyped_storage()._cdata for one in known if one.layout is torch.strided]
-        return address in memory or self._is_state(address)
-
-    def _is_state(self, address: int) -> bool:
+    def is_state(self, address: int) -> bool:
         """Return whether memory belongs to the modules that run."""
         state = [one for root in self.places.roots for one in (*root.parameters(), *root.buffers())]
         state += [one.grad for one in state if one.grad is not None]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import is_traced
-from captum_scoremap.rules import Call, Rule, Value, floating, substituted
+from captum_scoremap.rules import Call, Rule, Value, floating, substituted, tensors_in
 from captum_scoremap.speed import Packed
 
-__all__ = ["Kept", "Step", "Tape", "check_finite", "given_or_kept", "sites_of", "told_by_image"]
+__all__ = ["Kept", "Step", "Tape", "Tapped", "check_finite", "given_or_kept", "sites_of", "told_by_image"]
 
 
 class Kept:
@@ -29,26 +29,14 @@ class Kept:
         self.tensor = tensor
 
 
+@dataclass(slots=True, eq=False)
 class Step(Call):
     """A call as recorded: its live arguments are values, and what it froze is known."""
 
-    __slots__ = ("module", "outputs", "rule", "state")
-
-    def __init__(
-        self,
-        operation: Any,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        values: tuple[Value, ...],
-        rule: Rule,
-        module: nn.Module | None,
-    ) -> None:
-        self.operation, self.args, self.kwargs = operation, args, kwargs
-        self.live = self.values = values
-        self.rule = rule
-        self.state: Any = None  # what it froze
-        self.outputs: tuple[Value, ...] = ()  # one for each floating-point tensor it returns; none for a constant
-        self.module = module  # that ran it
+    rule: Rule = field(kw_only=True)
+    module: nn.Module | None = field(kw_only=True)  # that ran it
+    state: Any = None  # what it froze
+    outputs: tuple[Value, ...] = ()  # one for each floating-point tensor it returns; none for a constant
 
     def frozen(self) -> Any:
         """Return what it froze, as tensors."""
@@ -72,6 +60,25 @@ class Step(Call):
         return floating(self.rule.apply(self.filled(tensors), self.frozen()))
 
 
+@dataclass
+class Tapped:
+    """What passed a site: its floating-point tensors, Y, as values."""
+
+    values: tuple[Value, ...]
+    is_tuple: bool  # whether the site has several
+    bit: int  # set in ``Value.sites`` of all that depends on it
+    _kept: tuple[Kept, ...]
+
+    @property
+    def activations(self) -> tuple[Tensor, ...]:
+        """Y, as it was when it passed."""
+        return tuple(kept.tensor for kept in self._kept)
+
+    def release(self) -> None:
+        """Hold on to Y no longer; what still needs it has it."""
+        self._kept = ()
+
+
 Visit = Callable[[Step, Sequence[Tensor | None], Sequence[Tensor | None]], None]
 
 
@@ -90,6 +97,30 @@ class Tape:
         step.outputs = tuple([Value(tensor, gate, sites, number) for tensor in tensors])
         self.steps.append(step)
         return step.outputs
+
+    def check_of_constants(self, what: str, advice: str) -> Callable[[], None]:
+        """Return a check that raises if a tensor that the steps read besides values, a weight, changed in place since.
+
+        What is computed of the tape after that, as after a step of training, would be neither of the model as it was
+        nor of the one that is.
+        """
+        read = {
+            id(tensor): tensor
+            for step in self.steps
+            for tensor in tensors_in((step.args, step.kwargs, step.held()))
+            if not tensor.is_inference()  # these count no changes
+        }
+        versions = [(tensor, tensor._version) for tensor in read.values()]
+
+        def check() -> None:
+            changed = [tuple(tensor.shape) for tensor, version in versions if tensor._version != version]
+            if changed:
+                raise RuntimeError(
+                    f"the model's weights must be as they were when {what} was made, got {len(changed)} tensors "
+                    f"changed since, the first of shape {changed[0]}. {advice}"
+                )
+
+        return check
 
     def value_of_output(self) -> Value | None:
         """Return the value of an output that is one tensor; None if it does not depend on the image."""
@@ -152,12 +183,9 @@ class Tape:
         return chosen[::-1]
 
     def retraced(self, known: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
-        """Take every step again as the operation itself, with gradients on, freezing anew; return all values' tensors.
+        """Return all values' tensors, every step taken again as the operation itself, with gradients on, freezing anew.
 
         What is read off the tape afterwards can be differentiated, in the inputs and in the model's parameters.
-
-        Returns:
-            The tensors.
         """
         values = dict(known)
         with torch.enable_grad():

@@ -4,9 +4,16 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.checks import NoDerivativeError
-from captum_scoremap.rules import Call, Rule, Tangent, tensors_in
+from captum_scoremap.rules import Call, Rule, Tangent, substituted, tensors_in
 
-__all__ = ["verify"]
+__all__ = ["to_verify", "verify"]
+
+
+def to_verify(call: Call) -> Call:
+    """Return a copy of a call, to be verified later: below autograd, where calls arrive, a rule cannot use autograd."""
+    copy = call.filled([tensor.clone() for tensor in call.live])
+    copy.output = substituted(call.output, torch.clone)
+    return copy
 
 
 def verify(where: str, rule: Rule, call: Call) -> None:

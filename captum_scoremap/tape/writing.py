@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import Call, Linear, Rule, floating, substituted, tensors_in
+from captum_scoremap.rules import Call, Composite, Linear, Rule, floating, tensors_in
 
 from .geometry import geometry
-from .live import Live
-from .memory import Memory
 from .operation import Operation
-from .sight import Sight
-from .steps import Step, Tape
+from .run import Run
+from .steps import Step
+from .verification import to_verify
 
-__all__ = ["Writer"]
+__all__ = ["not_dense", "step_of", "write"]
 
 # Where a value is frozen that a model may depend on, so that a map below it can be empty.
 _BREAKS = {
@@ -25,109 +24,96 @@ _BREAKS = {
 }
 
 
-class Writer:
-    """Writes the steps of a run; ``inspect`` to write constants too, for their switches."""
+def step_of(run: Run, operation: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+    """Return the step of a call, whose arguments have values for tensors, under its rule; not yet written."""
+    rule: Any = operation.rule  # there is one
+    step = Step(operation.functional, args, kwargs, call.values, call.values, rule=rule, module=run.places.module)
+    if run.inspect and not isinstance(rule, Linear):
+        _leave_constants(step, call, operation.changes)
+    step.rule = rule.variant(step)
+    return step
 
-    def __init__(
-        self, tape: Tape, live: Live, memory: Memory, sight: Sight, *, inspect: bool, recorded: Callable[..., Any]
-    ) -> None:
-        self._tape, self._live, self._memory, self._sight = tape, live, memory, sight
-        self._inspect, self._recorded = inspect, recorded
-        self.broken: dict[tuple[str, str], None] = {}
-        self.unverified: list[tuple[str, Rule, Call]] = []
 
-    def step(self, operation: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        """Return the step of a call, whose arguments have values for tensors, under its rule; not yet written."""
-        rule: Any = operation.rule  # there is one
-        step = Step(operation.functional, args, kwargs, call.values, rule, self._sight.places.module)
-        if self._inspect and not isinstance(rule, Linear):
-            _leave_constants(step, call, operation.changes)
-        step.rule = rule.variant(step)
-        return step
-
-    def write(self, operation: Operation, call: Call, step: Step, run: Callable[..., Any]) -> Any:
-        """Run an operation and write its step; return its output."""
-        rule, values = step.rule, step.values
-        expansion = rule.expansion(step)
-        if expansion is not None:
-            return self._recorded(expansion, *call.args, **call.kwargs)
-        self._memory.keep_bypass(values, call.live)
-        output = call.output = run(*call.args, **call.kwargs)
-        tensors = self._live_part(operation, rule, output)
-        if not (operation.is_plain and tensors):
-            is_constant = not tensors or rule.is_constant(step)  # whole numbers, as a cast makes them, are constants
-            if is_constant:
-                self._note_constant(operation, output)
-                if not self._inspect:
-                    return output
-            if not operation.is_trusted:
-                self._verify_later(operation.display, rule, call)
-            if is_constant or not rule.is_affine(step):
-                step.state = self._held(rule.held(call, rule.freeze(call)), call)
-            if is_constant:
-                self._tape.steps.append(step)
+def write(run: Run, operation: Operation, call: Call, step: Step, function: Callable[..., Any]) -> Any:
+    """Run an operation and write its step; return its output."""
+    rule, values = step.rule, step.values
+    if isinstance(rule, Composite):
+        return run.recorded(rule.body, *call.args, **call.kwargs)
+    run.memory.keep_bypass(values, call.live)
+    output = call.output = function(*call.args, **call.kwargs)
+    tensors = _live_part(run, operation, rule, output)
+    if not (operation.is_plain and tensors):
+        is_constant = not tensors or rule.is_constant(step)  # whole numbers, as a cast makes them, are constants
+        if is_constant:
+            _note_constant(run, operation, output)
+            if not run.inspect:
                 return output
-        if operation.reads_memory:
-            read = self._memory.strided(call.live[0], values[0], output)
-            if read is not None:
-                read.root = values[0].root or (values[0], geometry(call.live[0]))
-                self._live.name(output, read)
-                return output
-        if not isinstance(output, Tensor):
-            for tensor in output[len(tensors) :]:
-                if isinstance(tensor, Tensor) and tensor.numel():
-                    self._sight.made(tensor)
-        for tensor, value in zip(tensors, self._tape.write(step, tensors, gate=rule.makes_gate(step)), strict=True):
-            self._live.name(tensor, value)
-            if operation.is_view:
-                value.root = values[0].root or (values[0], geometry(call.live[0]))
-        return output
+        if not operation.is_trusted:
+            where = f"rule for {operation.display!r} ({type(rule).__name__}), in module {run.places.module_name!r},"
+            run.unverified.append((where, rule, to_verify(call)))
+        if is_constant or not rule.is_affine(step):
+            step.state = _held(run, rule.held(call, rule.freeze(call)), call)
+        if is_constant:
+            run.tape.steps.append(step)
+            return output
+    if operation.reads_memory:
+        read = run.memory.strided(call.live[0], values[0], output)
+        if read is not None:
+            read.root = values[0].root or (values[0], geometry(call.live[0]))
+            run.name(output, read)
+            return output
+    if not isinstance(output, Tensor):
+        for tensor in output[len(tensors) :]:
+            if isinstance(tensor, Tensor) and tensor.numel():
+                run.made(tensor)
+    for tensor, value in zip(tensors, run.tape.write(step, tensors, gate=rule.makes_gate(step)), strict=True):
+        run.name(tensor, value)
+        if operation.is_view:
+            value.root = values[0].root or (values[0], geometry(call.live[0]))
+    return output
 
-    def not_dense(self, operation: Operation, tensor: Tensor) -> TypeError:
-        """Return the error for a nested or sparse tensor."""
-        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
-        module = self._sight.places.module_name
-        return TypeError(
-            f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
-            f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
-        )
 
-    def _live_part(self, operation: Operation, rule: Rule, output: Any) -> Sequence[Tensor]:
-        """Return the tensors of an output that depend on the image."""
-        if isinstance(output, Tensor):
-            if output.layout is not torch.strided or output.is_nested:
-                raise self.not_dense(operation, output)
-            holds_numbers = (output.is_floating_point() or output.is_complex()) and not output.is_meta
-            return (output,) if holds_numbers else ()
-        found: Sequence[Tensor] = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
-        return found
+def not_dense(run: Run, operation: Operation, tensor: Tensor) -> TypeError:
+    """Return the error for a nested or sparse tensor."""
+    kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+    module = run.places.module_name
+    return TypeError(
+        f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
+        f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
+    )
 
-    def _note_constant(self, operation: Operation, output: Any) -> None:
-        if operation.name in _BREAKS:
-            self.broken[operation.display, self._sight.places.module_name] = None
-        for tensor in tensors_in(output):
-            self._sight.made(tensor, operation.name)
-        if operation.name == "_local_scalar_dense":
-            self._sight.leave_one()
 
-    def _held(self, state: Any, call: Call) -> Any:
-        """Return the state, with a hold on each tensor in it that shares memory with what the model may change."""
+def _live_part(run: Run, operation: Operation, rule: Rule, output: Any) -> Sequence[Tensor]:
+    """Return the tensors of an output that depend on the image."""
+    if isinstance(output, Tensor):
+        if output.layout is not torch.strided or output.is_nested:
+            raise not_dense(run, operation, output)
+        holds_numbers = (output.is_floating_point() or output.is_complex()) and not output.is_meta
+        return (output,) if holds_numbers else ()
+    found: Sequence[Tensor] = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
+    return found
 
-        def held(one: Any) -> Any:
-            if not isinstance(one, Tensor) or one.dtype is torch.bool or one.dtype is torch.uint8:
-                return one
-            address = one.untyped_storage()._cdata
-            shared = any(other.untyped_storage()._cdata == address for other in (*call.live, *tensors_in(call.output)))
-            return self._memory.keep(one) if shared else one
 
-        return tuple(map(held, state)) if type(state) is tuple else held(state)
+def _note_constant(run: Run, operation: Operation, output: Any) -> None:
+    if operation.name in _BREAKS:
+        run.broken[operation.display, run.places.module_name] = None
+    for tensor in tensors_in(output):
+        run.made(tensor, operation.name)
+    if operation.name == "_local_scalar_dense":
+        run.sight.leave_one()
 
-    def _verify_later(self, name: str, rule: Rule, call: Call) -> None:
-        """Note a call of a user's rule: below autograd, where calls arrive, a rule cannot use autograd."""
-        copy = call.filled([tensor.clone() for tensor in call.live])
-        copy.output = substituted(call.output, torch.clone)
-        where = f"rule for {name!r} ({type(rule).__name__}), in module {self._sight.places.module_name!r},"
-        self.unverified.append((where, rule, copy))
+
+def _held(run: Run, state: Any, call: Call) -> Any:
+    """Return the state, with a hold on each tensor in it that shares memory with what the model may change."""
+
+    def held(one: Any) -> Any:
+        if not isinstance(one, Tensor) or one.dtype is torch.bool or one.dtype is torch.uint8:
+            return one
+        address = one.untyped_storage()._cdata
+        shared = any(other.untyped_storage()._cdata == address for other in (*call.live, *tensors_in(call.output)))
+        return run.memory.keep(one) if shared else one
+
+    return tuple(map(held, state)) if type(state) is tuple else held(state)
 
 
 def _leave_constants(step: Step, call: Call, changes: int | None) -> None:

@@ -1,0 +1,215 @@
+"""One run of a model, recorded: every ATen operation that a live tensor passes becomes a step of the tape.
+
+A ``TorchDispatchMode`` sits below autograd, where PyTorch has come down to a few hundred operations; scripted
+functions, ``vmap``, custom autograd functions and gradients taken in the forward all arrive there as plain ones. A
+tensor is *live* if it depends on the image. Operations on tensors that are not live (on parameters, position tables,
+...) run as they are. The user's code runs once; everything else is algebra on the tape.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_scoremap.checks import module_by_module, unrecorded
+from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_in
+
+from .changes import change, read_constants, run_constant
+from .exits import exits_watched
+from .operation import OPERATIONS, Operation
+from .places import Site, StopRun
+from .quantized import run_rounding
+from .run import Run
+from .sight import collector_at_rest
+from .taps import begin, tap
+from .verification import verify
+from .writing import not_dense, step_of, write
+
+__all__ = ["Recording"]
+
+
+class Recording(Run):
+    """Runs a model at the image and writes the tape.
+
+    Args:
+        forward_func: The model, or a function that calls it.
+        rules: The table of rules, by name of the ATen operation.
+        sites: Places in the model to tap.
+        bypass: As for :class:`Run`.
+        inspect: As for :class:`Run`.
+        stop_at: A site after which the run ends; what passes it is the output.
+        differentiable: Whether constants keep their autograd graphs.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        rules: Mapping[str, Rule],
+        sites: Sequence[Site] = (),
+        *,
+        bypass: bool = False,
+        inspect: bool = False,
+        stop_at: Site | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        super().__init__(forward_func, rules, bypass=bypass, inspect=inspect)
+        self.forward_func = forward_func
+        self._operations = OPERATIONS if rules is DEFAULT else {}
+        self._sites, self._stop_at, self._differentiable = tuple(sites), stop_at, differentiable
+
+    def record(
+        self,
+        inputs: tuple[Tensor, ...],
+        additional: tuple[Any, ...] = (),
+        select: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Run the model once, at the image, with additional arguments, which are constants.
+
+        ``select`` is applied to the model's output as part of the run: its operations become steps, too.
+
+        Returns:
+            The model's output, or what passed ``stop_at``, or what ``select`` made of it.
+
+        Raises:
+            UnsupportedOperationError: If operations have no rule.
+        """
+        # copies, because the model may change its input in place
+        copies = tuple(tensor.detach().clone() for tensor in inputs)
+        self.tape.inputs = begin(self, copies)
+        sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
+        for tensor in tensors_in(additional):
+            self.made(tensor)
+        with (
+            _everything_in_sight(),
+            exits_watched(self),
+            collector_at_rest(),
+            torch.set_grad_enabled(self._differentiable),
+            self.places.watched([site for site in sites if site is not None], self._at_site),
+        ):
+            with self:
+                try:
+                    output = self.forward_func(*copies, *additional)
+                except StopRun as stop:
+                    (output,) = stop.args
+                if select is not None and not self.sight.unsupported:
+                    output = select(output)
+            # while what the run made can still be told from what was there before
+            values = {id(tensor): self.value_of(tensor) for tensor in tensors_in(output)}
+        self.sight.raise_refused()
+        with unrecorded():
+            for one in self.unverified:
+                verify(*one)
+        self.tape.output = output
+        self.tape.output_values = {key: value for key, value in values.items() if value is not None}
+        return output
+
+    def _at_site(self, site: Site, passing: Any) -> Any:
+        if site in self._sites:
+            passing = tap(self, site, passing)
+        if self._stop_at == site:
+            raise StopRun(passing)
+        return passing
+
+    # -- the mode
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled while a run records, so that its calls need no guard against it."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.is_inference_mode_enabled():  # whose tensors no derivative is taken at
+            with torch.inference_mode(False), torch.no_grad():
+                return self.__torch_dispatch__(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._run_higher_order(func, args, kwargs)
+        operation = self._operations.get(func)
+        if operation is None:
+            operation = self._operations[func] = Operation(func, self.rules)
+        if operation.outs:
+            return self._into(func, operation, args, kwargs)
+        if operation.lifts:
+            self.made(args[0])
+            self.sight.lift(args[0])
+        live: list[Tensor] = []
+        values: list[Value] = []
+        symbols = list(args)
+        for position in operation.tensors:
+            if position >= len(args):
+                break
+            symbols[position] = self.symbol(args[position], live, values)
+        named = {name: self.symbol(argument, live, values) for name, argument in kwargs.items()} if kwargs else {}
+        if operation.rounds if values else self.real and self.real.are_in((args, kwargs)):
+            return run_rounding(self, func, operation, args, kwargs)
+        if not values:
+            return run_constant(self, func, operation, args, kwargs)
+        if self.sight.bare:
+            read_constants(self, operation, args)
+        if operation.changes is not None and not operation.reads:
+            return run_constant(self, func, operation, args, kwargs)
+        if operation.rule is None:
+            return self._without_rule(func, operation, args, kwargs)
+        call = Call(operation.functional, args, kwargs, tuple(live), tuple(values))
+        step = step_of(self, operation, call, tuple(symbols), named)
+        if operation.changes is None:
+            return write(self, operation, call, step, func)
+        return change(self, func, operation, call, step)
+
+    def _run_higher_order(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run control flow and the like as the operations that it is made of; what has none cannot be seen."""
+        if func is torch.ops.higher_order.cond:
+            predicate, *branches, operands = args
+            return self.recorded(branches[0 if predicate else 1], *operands)
+        kernel = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if kernel is None:
+            raise self.sight.refused(func.name())
+        return self.recorded(kernel, *args, **kwargs)
+
+    def _into(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that is given tensors for what it returns: what it would return is copied there."""
+        arguments = tensors_in((args, kwargs))
+        if not self.real.are_in(arguments) and all(self.value_of(tensor) is None for tensor in arguments):
+            return run_constant(self, func, operation, args, kwargs)
+        if operation.functional is None:
+            raise self.sight.refused(operation.display)
+        given = tensors_in([kwargs[name] for name in operation.outs])
+        rest = {name: argument for name, argument in kwargs.items() if name not in operation.outs}
+        with self:
+            made = tensors_in(operation.functional(*args, **rest))
+            for target, output in zip(given, made, strict=True):
+                if target.shape != output.shape:
+                    target.resize_(output.shape)
+                target.copy_(output)
+        return given[0] if len(given) == 1 else tuple(given)
+
+    def _without_rule(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
+        made = self.recorded(func.decompose, *args, **kwargs)
+        if made is not NotImplemented:
+            return made
+        self.sight.lack_rule(operation.display)
+        output = func(*args, **kwargs)
+        for tensor in floating(output):
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                raise not_dense(self, operation, tensor)
+            self.name(tensor, Value(tensor, sites=1))
+        return output
+
+
+@contextmanager
+def _everything_in_sight() -> Any:
+    """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(module_by_module())
+        torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
