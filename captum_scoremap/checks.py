@@ -19,6 +19,7 @@ __all__ = [
     "NoDerivativeError",
     "UnsupportedOperationError",
     "as_tuple",
+    "as_tuple_of_arguments",
     "check_callable",
     "check_grad_kwargs",
     "check_images",
@@ -120,6 +121,13 @@ def as_tuple(value: object) -> tuple[object, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def as_tuple_of_arguments(additional_forward_args: object) -> tuple[object, ...]:
+    """Return additional arguments as Captum takes them: a tuple as it is, anything else alone, None as none."""
+    if additional_forward_args is None:
+        return ()
+    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

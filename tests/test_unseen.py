@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -428,3 +429,22 @@ def test_memory_that_numpy_filled_is_found_in_lists(beside: bool) -> None:
         return torch.cat([x[:, :2], memory], 1) if beside else x * torch.cat([memory, memory], 1)
 
     assert_refused(filled, "what filled a new tensor's memory")
+
+
+def by_numpy(x: Tensor) -> Tensor:
+    memory = torch.zeros_like(x)
+    memory.numpy()[:] = x.detach().numpy() ** 2
+    return memory
+
+
+@pytest.mark.parametrize("function", [copy.deepcopy, by_numpy])
+@pytest.mark.parametrize("target", [1, lambda scores: scores[:, 1]], ids=["label", "function"])
+def test_scores_that_something_unseen_filled_are_refused(function: Function, target: Any) -> None:
+    for scores in (lambda x: function(x * 2), lambda x: function(x * 2)[:, :3]):  # of which no operation reads a number
+        with pytest.raises(UnsupportedOperationError, match="what filled a new tensor's memory"):
+            linear_form(scores, torch.rand(1, 4, dtype=torch.float64), target)
+
+
+@pytest.mark.parametrize("lift", [torch.ops.aten.lift, torch.ops.aten.lift_fresh])
+def test_a_live_tensor_that_is_lifted_stays_live(lift: Function) -> None:
+    assert_as_plain(lambda x: lift(2 * x) + x, lambda x: 3 * x)

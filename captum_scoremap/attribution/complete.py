@@ -65,7 +65,7 @@ class CompleteScoreMap(Contract):
             check_layer(forward_func, layers)
         self._modules = [] if isinstance(layers, str) else named_layers(forward_func, layers)
         self._has_own_grid = isinstance(layers, nn.Module)
-        self._main_layers = MainLayers(rules)
+        self._main_layers = MainLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -94,11 +94,12 @@ class CompleteScoreMap(Contract):
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
         image, modules = check_images(inputs), self._modules
+        subject = self._subject((image,), additional_forward_args)
         if modules is None:
-            found = self._main_layers(self.forward_func, image, additional_forward_args)
+            found = self._main_layers(subject)
             modules = list({grid: module for module, grid in found.items()}.values())[-2:]
         sites: list[Site | None] = [(module, False) for module in modules] or [None]
-        books, score = explain_completely(self._subject((image,), additional_forward_args), target, sites)
+        books, score = explain_completely(subject, target, sites)
         size = None if self._has_own_grid else (image.shape[2], image.shape[3])
         with torch.no_grad():
             rows = [book.maps[""].shape[2] if self._modules is None and "" in book.maps else 1 for book in books]

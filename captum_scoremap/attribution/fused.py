@@ -69,7 +69,7 @@ class FusedScoreMap(Contract):
     ) -> None:
         super().__init__(forward_func, rules)
         self._layers = named_layers(forward_func, layers)
-        self._main_layers = MainLayers(rules)
+        self._main_layers = MainLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -95,7 +95,8 @@ class FusedScoreMap(Contract):
             UnsupportedOperationError: If operations have no rule; all are listed.
         """
         image = check_images(inputs)
-        layers = self._layers or list(self._main_layers(self.forward_func, image, additional_forward_args))
+        subject = self._subject((image,), additional_forward_args)
+        layers = self._layers or list(self._main_layers(subject))
         if not layers:
             raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
         sites: list[Site] = [(layer, False) for layer in layers]
@@ -104,7 +105,7 @@ class FusedScoreMap(Contract):
             scores = select_scores(output, target, len(image))
             return scores if is_function(target) else logits_in(output)
 
-        recording, output = self._subject((image,), additional_forward_args).record(select, sites)
+        recording, output = subject.record(select, sites)
         label = None if is_function(target) else target
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()

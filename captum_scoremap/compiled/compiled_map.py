@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
-from captum_scoremap.checks import check_inputs, unwrap_parallel
+from captum_scoremap.checks import as_tuple_of_arguments, check_inputs, unwrap_parallel
 from captum_scoremap.scores import Positions, Target, is_function, logits_in, select_scores
-from captum_scoremap.tape import as_tuple_of_arguments, root_module
+from captum_scoremap.tape import root_module
 
 from .backends import Backend, Mode
 from .batches import COMPILED, Batches, tolerance

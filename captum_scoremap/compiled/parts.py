@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
-from captum_scoremap.checks import unwrap_parallel
+from captum_scoremap.checks import as_tuple_of_arguments, unwrap_parallel
 from captum_scoremap.layout import channels_at
 from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.scores import Target, logits_in, select_scores
-from captum_scoremap.tape import Site, as_tuple_of_arguments, root_module
+from captum_scoremap.tape import Site, root_module
 
 __all__ = ["Method", "parts"]
 

@@ -28,15 +28,10 @@ _STRAYING = {*_REGIONS, *_CHOOSING, *_ORDERING, *_SAMPLING, _ATTENTION, "matmul"
 
 
 def row_sources(step: Step, output: Value) -> Sequence[Value]:
-    """Return the live arguments of a step whose rows those of its output are.
+    """Return the live arguments of a step whose rows those of one of its outputs are.
 
-    Args:
-        step: The step.
-        output: One of its outputs.
-
-    Returns:
-        The first factor of a product, the queries of an attention; of other steps the arguments of the output's shape,
-        or all where there are none. Empty where the rows are those of a constant.
+    They are the first factor of a product, the queries of an attention; of other steps the arguments of the output's
+    shape, or all where there are none. Where the rows are those of a constant there are none.
     """
     name = display_name(step.operation)
     alike = [value for value in step.values if value.shape == output.shape]
@@ -51,12 +46,7 @@ def row_sources(step: Step, output: Value) -> Sequence[Value]:
 
 
 def values_elsewhere(tape: Tape, images: int) -> frozenset[Value]:
-    """Return the values whose rows, or rows and columns, are no positions in the order of the image's.
-
-    Args:
-        tape: The run.
-        images: N.
-    """
+    """Return the values of a run on N images whose rows, or rows and columns, are no positions in the image's order."""
     elsewhere: set[Value] = set()
     asked: set[Value] = set()  # products with a constant first factor: channels, or scores of constant queries
     for step in tape.steps:

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.rules import Value
+from captum_scoremap.speed import faster
 
 __all__ = ["Reduction", "image_sums"]
-
-# Bytes from which products are taken image by image: fresh memory of that size costs more than the arithmetic.
-_LARGE = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -23,37 +21,36 @@ class Reduction:
     channel_dim: int | Callable[[Sequence[int]], int] | None = None
 
     def channels(self, activations: Tensor | Value) -> int | None:
-        """Return the dimension to sum over; None to sum over none."""
-        return self.channel_dim(activations.shape) if callable(self.channel_dim) else self.channel_dim
+        """Return the dimension to sum over, counted from the end, where a batch of labels in front does no harm."""
+        dims = activations.ndim
+        channels = self.channel_dim(activations.shape) if callable(self.channel_dim) else self.channel_dim
+        return None if channels is None or not -dims <= channels < dims else channels % dims - dims
 
     def shape(self, activations: Tensor | Value) -> torch.Size:
-        """Shape of the result."""
-        shape, channels = list(activations.shape), self._channels(activations)
+        """Return the shape of the result."""
+        shape, channels = list(activations.shape), self.channels(activations)
         if channels is not None:
             shape[channels] = 1
         return torch.Size(shape)
 
     def __call__(self, coefficients: Tensor, activations: Tensor) -> Tensor:
         """Return the result, shaped as ``shape`` says."""
-        channels = self._channels(activations)
+        channels = self.channels(activations)
         if channels is None:
             return coefficients * activations if self.multiply else coefficients
         if not self.multiply:
             return coefficients.sum(channels, keepdim=True)
-        size = activations.numel() * activations.element_size()
-        if size < _LARGE or len(activations) == 1 or channels == -activations.dim() or torch.is_grad_enabled():
-            return (coefficients * activations).sum(channels, keepdim=True)
-        pairs = zip(coefficients, activations, strict=True)
-        return torch.stack([(a * y).sum(channels, keepdim=True) for a, y in pairs])
+        return summed_products(coefficients, activations, channels)
 
     def at(self, activations: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function from coefficients A to the result, for given activations Y."""
         return lambda coefficients: self(coefficients, activations)
 
-    def _channels(self, activations: Tensor | Value) -> int | None:
-        """Return the dimension to sum over, counted from the end, so that a batch of labels in front does no harm."""
-        dims, channels = activations.ndim, self.channels(activations)
-        return None if channels is None or not -dims <= channels < dims else channels % dims - dims
+
+@faster
+def summed_products(coefficients: Tensor, activations: Tensor, dim: int) -> Tensor:
+    """Return A·Y summed over a dimension, counted from the end, which is kept with size 1."""
+    return (coefficients * activations).sum(dim, keepdim=True)
 
 
 def image_sums(products: Sequence[Tensor], axes: Sequence[int | None], score: Tensor) -> Tensor:

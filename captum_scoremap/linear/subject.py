@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_scoremap.checks import InvalidValueError, unwrap_parallel, warn
+from captum_scoremap.checks import InvalidValueError, as_tuple_of_arguments, unwrap_parallel, warn
 from captum_scoremap.rules import Rule, display_name, with_rules
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
-from captum_scoremap.tape import Recording, Site, as_tuple_of_arguments
+from captum_scoremap.tape import Recording, Site
 
 __all__ = ["Subject", "scores_of", "warn_of_probabilities"]
 

@@ -8,7 +8,7 @@ stand what changes memory (``changes``, on ``memory``), what rounds (``quantized
 
 from .boundary import Boundary
 from .exits import exits_refused
-from .frozen_model import FrozenModel, as_tuple_of_arguments, freeze
+from .frozen_model import FrozenModel, freeze
 from .places import Site, root_module
 from .recording import Recording
 from .sight import collector_at_rest
@@ -22,7 +22,6 @@ __all__ = [
     "Step",
     "Tape",
     "Tapped",
-    "as_tuple_of_arguments",
     "check_finite",
     "collector_at_rest",
     "exits_refused",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import as_tuple, check_callable, check_inputs, unwrap_parallel
+from captum_scoremap.checks import as_tuple, as_tuple_of_arguments, check_callable, check_inputs, unwrap_parallel
 from captum_scoremap.rules import Rule, Value, display_name, with_rules
 
 from .boundary import Boundary, nearest_boundary
@@ -15,7 +15,7 @@ from .places import root_module
 from .recording import Recording
 from .steps import Step, Tape
 
-__all__ = ["FrozenModel", "as_tuple_of_arguments", "freeze"]
+__all__ = ["FrozenModel", "freeze"]
 
 
 class FrozenModel:
@@ -210,10 +210,3 @@ def freeze(
     recording = Recording(forward_func, with_rules(rules), layers, inspect=True)
     recording.record(tensors, as_tuple_of_arguments(additional_forward_args))
     return FrozenModel(recording, tuple(tensor.detach().clone() for tensor in tensors))
-
-
-def as_tuple_of_arguments(additional_forward_args: object) -> tuple[Any, ...]:
-    """Return additional arguments as Captum takes them: a tuple as it is, anything else alone, None as none."""
-    if additional_forward_args is None:
-        return ()
-    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)

@@ -100,6 +100,9 @@ class Recording(Run):
                     output = select(output)
             # while what the run made can still be told from what was there before
             values = {id(tensor): self.value_of(tensor) for tensor in tensors_in(output)}
+            for tensor in tensors_in(output):
+                if values[id(tensor)] is None:
+                    self.sight.read(tensor)
         self.sight.raise_refused()
         with unrecorded():
             for one in self.unverified:
@@ -137,8 +140,7 @@ class Recording(Run):
         if operation.outs:
             return self._into(func, operation, args, kwargs)
         if operation.lifts:
-            self.made(args[0])
-            self.sight.lift(args[0])
+            self.lift(args[0])
         live: list[Tensor] = []
         values: list[Value] = []
         symbols = list(args)

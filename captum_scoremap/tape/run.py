@@ -65,6 +65,13 @@ class Run(TorchDispatchMode):
         self._known[id(tensor)] = weakref.ref(tensor), None, 0
         self.sight.made(tensor, operation)
 
+    def lift(self, tensor: Tensor) -> None:
+        """Note that a tensor is made of Python's or NumPy's numbers, unless it is a live one, which stays so."""
+        self.sight.lift(tensor)
+        reference, value, _ = self._known.get(id(tensor), (None, None, 0))
+        if value is None or reference is None or reference() is not tensor:
+            self.made(tensor)
+
     def forget(self, tensor: Tensor) -> None:
         """Note that it is not known what a tensor is."""
         self._known.pop(id(tensor), None)
