@@ -286,6 +286,14 @@ def test_an_outer_product_beside_a_matrix() -> None:
     assert_close(form.bias, 2.0 * matrix[2:, 1], **EXACT)
 
 
+def test_each_of_several_exponents_goes_by_its_own_rule() -> None:
+    exponents, x = torch.tensor([2.0, -1.0, 0.0, 0.5]).double(), torch.full((1, 4), 4.0).double()
+    form = linear_form(lambda x: x**exponents, x, lambda powers: powers.sum(1))
+    # gates x and 1/√x, the tangent's slope -1/x², a constant
+    assert_close(form.coefficients, torch.tensor([[4.0, -1 / 16, 0.0, 0.5]]).double(), **EXACT)
+    assert_close(form.bias, torch.tensor([0.5 + 1.0]).double(), **EXACT)
+
+
 def test_the_first_power_is_the_identity_at_zero_too() -> None:
     x = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     assert_close(linear_form(lambda x: x.pow(1.0), x, 0).coefficients, torch.tensor([[1.0, 0.0]]).double(), **EXACT)

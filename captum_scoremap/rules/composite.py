@@ -8,7 +8,7 @@ from torch import Tensor
 from .recurrent import RECURRENT
 from .rule import Composite, Rule
 
-__all__ = ["COMPOSITE"]
+__all__ = ["COMPOSITE", "gated_half"]
 
 
 def _clamp(input: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
@@ -47,7 +47,7 @@ def _rms_norm(
     return (found if weight is None else found * weight), scale
 
 
-def _glu(input: Tensor, dim: int = -1) -> Tensor:
+def gated_half(input: Tensor, dim: int = -1) -> Tensor:
     """Multiply the first half by the sigmoid of the second, which is a gate."""
     first, second = input.chunk(2, dim)
     return first * second.sigmoid()
@@ -84,7 +84,6 @@ COMPOSITE: dict[str, Rule] = {
     "sgn": Composite(_sgn),
     "heaviside": Composite(lambda input, values: torch.where(input == 0, values, (input > 0).to(values.dtype))),
     "bincount": Composite(_bincount),
-    "glu": Composite(_glu),
     "aminmax": Composite(_aminmax),
     "clamp.Tensor": Composite(_clamp),
     "clamp_min.Tensor": Composite(_clamp),

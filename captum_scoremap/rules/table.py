@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, PReLU
 from .attention import Attention
-from .composite import COMPOSITE
+from .composite import COMPOSITE, gated_half
 from .moving import Copy
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
@@ -139,6 +139,7 @@ _NONLINEAR: dict[str, Rule] = {
     "mish": Gate(0.6),
     "elu": Gate(_elu_slope),
     "erf": Gate(1.1283791670955126),
+    "glu": Composite(gated_half),
     "pow": Power(),
     "pow.Scalar": Tangent(gate=True),
     # gates and weights: a constant factor in a product, the tangent anywhere else
@@ -228,7 +229,9 @@ _CONSTANT: dict[str, Rule] = {
 DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT, **QUANTIZED}
 
 TANGENT: Mapping[str, Rule] = {
-    name: rule if isinstance(rule, (PiecewiseLinear, MaxPool, Extremum, Choice, Ordered, Composite)) else Tangent()
+    name: rule
+    if name in COMPOSITE or isinstance(rule, (PiecewiseLinear, MaxPool, Extremum, Choice, Ordered))
+    else Tangent()
     for name, rule in _NONLINEAR.items()
 }
 
