@@ -142,9 +142,9 @@ def is_traced() -> bool:
 
 
 def warn(message: str) -> None:
-    """Warn of a user's call, at the line that stands in neither this package, Captum nor PyTorch."""
+    """Warn of a user's call, at the line that stands in neither this package, Captum, PyTorch nor a decorator."""
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("captum", "torch")):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("captum", "torch", "contextlib")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -451,6 +451,7 @@ def _run(
             call.given = tuple(arguments[0].shape)
         call.returned = () if tensor is None else tuple(tensor.shape)
         is_member = not enclosing or module in members(enclosing[0].module)
+        is_member = is_member and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         if module is not forward_func and tensor is not None and is_member:
             outputs.append(_Output(module, call.returned, tuple(enclosing)))
 

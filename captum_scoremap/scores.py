@@ -77,7 +77,7 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
         got = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
         raise InvalidTypeError(
             f"the model must return a floating-point tensor of scores, (N, ...), got {got}. Name one by a function as "
-            "target: lambda output: output['out'][:, label]."
+            f"target: lambda output: output{_way_to_scores(output)}[:, label]."
         )
     if output.dim() == 0 and images == 1:
         return select_scores(output[None], target, images)
@@ -129,11 +129,29 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
     return scores
 
 
+def _way_to_scores(output: Any) -> str:
+    """Return how to get at the first floating-point tensor in what a model returns, as one would write it."""
+    if isinstance(output, Mapping):
+        parts = [(f"[{name!r}]", one) for name, one in output.items()]
+    elif isinstance(output, (tuple, list)):
+        parts = [(f"[{number}]", one) for number, one in enumerate(output)]
+    elif hasattr(output, "__dataclass_fields__"):
+        parts = [(f".{name}", getattr(output, name)) for name in output.__dataclass_fields__]
+    else:
+        return ""
+    for way, one in parts:
+        if isinstance(one, Tensor) and one.is_floating_point():
+            return way
+        if inner := _way_to_scores(one):
+            return way + inner
+    return ""
+
+
 def logits_in(output: Any) -> Any:
     """Return the scores in a model's output: its logits, as the models of Hugging Face return them by name.
 
     Args:
-        output: A tensor; or a mapping or dataclass with ``logits``, ``logits_per_image`` as CLIP's, or a
+        output: A tensor; or a mapping, dataclass or named tuple with ``logits``, ``logits_per_image`` as CLIP's, or a
             ``last_hidden_state`` (N, K) as PP-LCNet's; or anything.
 
     Returns:
@@ -143,7 +161,7 @@ def logits_in(output: Any) -> Any:
         >>> logits_in({"loss": None, "logits": torch.tensor([[1.0, 2.0]])})
         tensor([[1., 2.]])
     """
-    if isinstance(output, (Tensor, tuple, list)):
+    if isinstance(output, (Tensor, list)) or (isinstance(output, tuple) and not hasattr(output, "_fields")):
         return output
     for name in ("logits", "logits_per_image", "last_hidden_state"):
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

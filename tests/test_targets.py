@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -23,7 +25,7 @@ from captum_scoremap import (
     metrics,
     semantic_patches,
 )
-from captum_scoremap.scores import detection, logits_in, region_mean, similarity
+from captum_scoremap.scores import detection, logits_in, region_mean, select_scores, similarity
 from captum_scoremap.tape import Tape
 
 LABELS = 12
@@ -337,3 +339,32 @@ def test_one_image_may_have_its_score_as_a_single_number() -> None:
     torch.testing.assert_close(ScoreMap(lambda x: model(x).squeeze()).attribute(image), expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="got a single number"):
         ScoreMap(lambda x: model(x).mean()).attribute(image.repeat(2, 1, 1, 1))
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+@dataclass
+class Held:
+    found: dict[str, Tensor]
+
+
+def test_named_tuples_give_their_logits() -> None:
+    scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert select_scores(Named(scores, scores[:, None]), 1).tolist() == [2.0, 4.0]
+
+
+def test_what_holds_the_scores_is_named() -> None:
+    scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for output, way in (
+        ({"mask": scores > 1, "out": scores}, "output['out'][:, label]"),
+        ((torch.tensor([1]), [scores]), "output[1][0][:, label]"),
+        (Held({"boxes": scores}), "output.found['boxes'][:, label]"),
+        ({"parts": {"a": scores}}, "output['parts']['a'][:, label]"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"target: lambda output: {way}.")) as caught:
+            select_scores(output, 1)
+        target = eval(re.search(r"lambda output: \S+ label\]", str(caught.value))[0], {"label": 1})
+        assert select_scores(output, target).tolist() == [2.0, 4.0]

@@ -64,6 +64,36 @@ def _bincount(input: Tensor, weights: Tensor, minlength: int = 0) -> Tensor:
     return weights.new_zeros(length).index_add(0, input, weights)
 
 
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the sum, mean or maximum of each bag's rows, weighed; and of which bag each row is."""
+    starts = offsets[:-1] if include_last_offset else offsets
+    places = torch.arange(len(indices), device=indices.device, dtype=starts.dtype)
+    bags = torch.bucketize(places, starts, right=True) - 1
+    kept = indices != padding_idx
+    rows = weight[indices[kept]]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[kept, None]
+    empty, into = rows.new_zeros(len(starts), weight.shape[1]), bags[kept]
+    counts = torch.bincount(into, minlength=len(starts))
+    if mode == 2:
+        found = empty.scatter_reduce(0, into[:, None].expand(rows.shape), rows, "amax", include_self=False)
+    else:
+        found = empty.index_add(0, into, rows)
+    if mode == 1:
+        found = found / counts.clamp(min=1)[:, None].to(found.dtype)
+    return found, bags, counts, counts
+
+
 def _nan_to_num(
     input: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
 ) -> Tensor:
@@ -85,6 +115,7 @@ COMPOSITE: dict[str, Rule] = {
     "heaviside": Composite(lambda input, values: torch.where(input == 0, values, (input > 0).to(values.dtype))),
     "bincount": Composite(_bincount),
     "aminmax": Composite(_aminmax),
+    **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), Composite(_embedding_bag)),
     "clamp.Tensor": Composite(_clamp),
     "clamp_min.Tensor": Composite(_clamp),
     "clamp_max.Tensor": Composite(torch.minimum),

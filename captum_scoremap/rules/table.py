@@ -18,7 +18,7 @@ from .products import Convolution, Division, Power, Product, matrix_times, times
 from .quantized import QUANTIZED
 from .rule import Comparison, Composite, Frozen, Rule
 from .structure import AFFINE, STRUCTURAL
-from .tangent import Backward, FirstLinear, Tangent
+from .tangent import Backward, FirstLinear, Sample, Tangent
 from .written_out import WRITTEN_OUT
 
 __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
@@ -80,6 +80,11 @@ def _clamp(input: Any, min: Any = None, max: Any = None) -> Breakpoints:
     if min > max:  # all of it is at the upper one
         return Breakpoints(((operator.gt, max),), (0.0, 0.0), (max, max))
     return Breakpoints(((operator.ge, min), (operator.gt, max)), (0.0, 1.0, 0.0), (min, 0.0, max))
+
+
+def _dirichlet_slopes(drawn: Tensor, concentration: Tensor) -> Tensor:
+    total = concentration.sum(-1, keepdim=True).expand_as(concentration)
+    return torch._dirichlet_grad(drawn, concentration, total)
 
 
 def _elu_slope(input: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> float:
@@ -218,6 +223,8 @@ _LINEAR: dict[str, Rule] = {
         FirstLinear(),
     ),
     **dict.fromkeys(_BACKWARD.split(), Backward()),
+    "_standard_gamma": Sample(lambda drawn, shape: torch._standard_gamma_grad(shape, drawn)),
+    "_sample_dirichlet": Sample(_dirichlet_slopes, sums_to_one=True),
 }
 
 _CONSTANT: dict[str, Rule] = {

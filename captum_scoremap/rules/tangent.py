@@ -1,6 +1,6 @@
 """Tangents, and operations that are linear in their first argument: what goes by derivatives at the image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from .call import Call, floating, substituted
 from .derivative import named, pulled_back, pushed
 from .rule import Gradients, Rule
 
-__all__ = ["Backward", "FirstLinear", "Tangent"]
+__all__ = ["Backward", "FirstLinear", "Sample", "Tangent"]
 
 
 class Tangent(Rule):
@@ -117,3 +117,47 @@ class Backward(FirstLinear):
     def variant(self, call: Call) -> Rule:
         """Return the tangent where the gradient that it is given is a constant."""
         return self if call.is_live(call.input) else Tangent()
+
+
+class Sample(Rule):
+    """Random numbers of a distribution that depends on the image: the run's, and how they follow the distribution.
+
+    Drawing again would give others. The derivative of those that were drawn is that of implicit reparametrization
+    (Figurnov et al. 2018), which is what PyTorch's ``rsample`` has.
+
+    Equation:
+        y = ȳ + J (x − x̄), with J = diag(g) for a gamma distribution and (I − ȳ 1ᵀ) diag(g) for Dirichlet's
+
+    Args:
+        slopes: From the numbers drawn and the parameters to g.
+        sums_to_one: Whether the numbers of the last axis add up to 1, as Dirichlet's do.
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> _ = torch.manual_seed(0)
+        >>> draw = lambda x: torch.distributions.Gamma(x, 1.0).rsample()
+        >>> frozen = freeze(draw, torch.ones(1, 2))
+        >>> bool((frozen(torch.ones(1, 2)) == frozen(torch.ones(1, 2))).all())
+        True
+    """
+
+    kind = "sample"
+
+    def __init__(self, slopes: Callable[[Tensor, Tensor], Tensor], *, sums_to_one: bool = False) -> None:
+        self._slopes, self._sums_to_one = slopes, sums_to_one
+
+    def freeze(self, call: Call) -> tuple[Tensor, ...]:
+        """Return the numbers drawn, the parameters, and the slopes."""
+        drawn, parameters = call.output, call.input
+        return drawn, parameters, self._slopes(drawn, parameters)
+
+    def apply(self, call: Call, state: tuple[Tensor, ...]) -> Tensor:
+        """Return the numbers drawn, moved along with the parameters."""
+        drawn, parameters, slopes = state
+        moved: Tensor = slopes * (call.input - parameters)
+        return drawn + moved - drawn * moved.sum(-1, keepdim=True) if self._sums_to_one else drawn + moved
+
+    def transpose(self, call: Call, state: tuple[Tensor, ...], gradients: Gradients) -> list[Tensor | None]:
+        """Return the slopes times the coefficients."""
+        (gradient,), (drawn, _, slopes) = gradients, state
+        return [slopes * (gradient - (drawn * gradient).sum(-1, keepdim=True) if self._sums_to_one else gradient)]

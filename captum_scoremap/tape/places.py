@@ -114,9 +114,9 @@ class Places:
     def _enter(self, module: nn.Module) -> None:
         if self.module is None and module not in self.roots:
             self.roots.append(module)
-        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
             self._warn_of_dropout(module)
-        if module.training and isinstance(module, _NOT_IN_TRAINING):
+        if isinstance(module, _NOT_IN_TRAINING) and module.training:  # scripted ones may not know
             raise ValueError(
                 f"the model must be in evaluation mode, got {self.name_of(module) or type(module).__name__!r} "
                 f"({type(module).__name__}) in training mode. Call model.eval()."

@@ -111,6 +111,10 @@ class Sight:
         """Return whether memory belongs to the modules that run."""
         state = [one for root in self.places.roots for one in (*root.parameters(), *root.buffers())]
         state += [one.grad for one in state if one.grad is not None]
+        scripted = [
+            one for root in self.places.roots for one in root.modules() if isinstance(one, torch.jit.ScriptModule)
+        ]
+        state += [one for module in scripted for one in _constants_in(module)]
         return any(one.untyped_storage()._cdata == address for one in state)
 
     def read(self, tensor: Tensor) -> None:
@@ -122,6 +126,16 @@ class Sight:
             is_filled = bare is not None and (not bare[1] or bool(tensor.any()))
         if is_filled:
             self.hide("what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
+
+
+def _constants_in(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
+    """Yield the tensors in the code of a scripted module: what were its weights, if it is frozen."""
+    graph = getattr(module, "inlined_graph", None)  # none, of a module without a forward
+    for node in () if graph is None else graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") == "t":
+            value: Tensor = node.t("value")
+            if value.layout is torch.strided:
+                yield value
 
 
 @contextmanager

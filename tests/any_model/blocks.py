@@ -436,6 +436,26 @@ def masked(x: Tensor) -> Tensor:
     return torch.einsum("nhwk,nck->nchw", scores.clamp(max=limit).softmax(-1), x.flatten(2))
 
 
+class Bags(nn.Module):
+    """Words of a vocabulary, weighed by what the image says of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(10, 8, mode="sum")
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.tensor([[1, 2, 9, 4, 5, 6, 7, 0]] * len(x))
+        return x * self.words(words, per_sample_weights=x.mean((2, 3)).softmax(1))[:, :, None, None]
+
+
+def bagged(x: Tensor, mode: str) -> Tensor:
+    """Some positions of each image in bags, one of them empty; the last one counts as padding."""
+    chosen, starts = torch.tensor([0, 3, 5, 1, 2, 2, 35]), torch.tensor([0, 3, 3, 5, 7])
+    options = {"mode": mode, "include_last_offset": True, "padding_idx": 35}
+    bags = [F.embedding_bag(chosen, one, starts, **options) for one in x.flatten(2).transpose(1, 2)]
+    return torch.stack(bags).sum(1)[:, :, None, None]
+
+
 def multiplied(x: Tensor) -> Tensor:
     return x + torch.scatter(x, 1, torch.zeros_like(x[:, :2], dtype=torch.int64), x[:, :2], reduce="multiply")
 
@@ -524,6 +544,16 @@ CASES = {
     "scripted block": around(
         lambda: quietly(torch.jit.script, CrossStage().double().eval()), random=False, layers=("conv",)
     ),
+    "scripted block, frozen": around(
+        lambda: quietly(torch.jit.freeze, quietly(torch.jit.script, CrossStage().double().eval())),
+        random=False,
+        layers=("conv",),
+    ),
+    "bags of rows, weighed by the image": around(Bags),
+    **{
+        f"bags of live rows, {mode}": block(lambda x, mode=mode: x + bagged(x, mode), layers=("conv",))
+        for mode in ("sum", "mean", "max")
+    },
     "scripted model": Case(
         lambda: (quietly(torch.jit.script, small()), image()), refused="got a scripted one", random=False
     ),
