@@ -43,6 +43,18 @@ def test_models_that_switch_gradients(
     assert_close(freeze(model, images)(images), freeze(plain, images)(images), **EXACT)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_are_one_operation_under_inference_mode(bias: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(4, 6, bias=bias), nn.ReLU(), nn.Linear(6, 3, bias=bias)).double()
+    inputs = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
+    found, expected = bias_terms(Under(plain, torch.inference_mode), inputs, 1), bias_terms(plain, inputs, 1)
+    assert len(found) == 2 * bias
+    for name, share in expected.items():
+        assert_close(found[f"model.{name}"], share, **EXACT)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_around_the_call_and_what_it_remembers(dtype: torch.dtype) -> None:
     """Parameters that an earlier call cast are taken from a store that no operation reads."""
