@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
     "check_images",
     "check_inputs",
     "check_layer",
+    "check_layers",
     "is_traced",
     "is_tuple_of_one",
     "module_by_module",
@@ -335,3 +337,11 @@ def check_layer(forward_func: Callable[..., object], layer: object) -> None:
             f"layer must be part of the model, got a {type(layer).__name__} that {type(forward_func).__name__} does "
             "not contain. Take it from the very model that is explained."
         )
+
+
+def check_layers(forward_func: Callable[..., object], layers: object) -> list[nn.Module]:
+    """Return one layer, or those in a list or tuple, as a list, each one checked as :func:`check_layer` does."""
+    named: list[Any] = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    for layer in named:
+        check_layer(forward_func, layer)
+    return named

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,6 +243,14 @@ def test_inputs_must_be_images(model: nn.Sequential, inputs: Tensor) -> None:
 def test_layers_must_not_be_empty(model: nn.Sequential) -> None:
     with pytest.raises(ValueError, match=r"layers must name at least one module, got none\. Leave it out"):
         FusedScoreMap(model, [])
+
+
+@pytest.mark.parametrize("method", [FusedScoreMap, CompleteScoreMap])
+def test_layers_must_be_modules(method: Any, model: nn.Sequential) -> None:
+    with pytest.raises(TypeError, match=r"layer must be a module, got the name 'relu'"):
+        method(model, "relu")
+    with pytest.raises(TypeError, match=r"layer must be a module, got int"):
+        method(model, 5)
 
 
 def test_a_layer_must_return_a_map(model: nn.Sequential, inputs: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_images, check_layer
+from captum_scoremap.checks import check_images
 from captum_scoremap.linear import explain_completely
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
@@ -61,9 +61,7 @@ class CompleteScoreMap(Contract):
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
         super().__init__(forward_func, rules)
-        if isinstance(layers, str) and str(layers) != "image":
-            check_layer(forward_func, layers)
-        self._modules = [] if isinstance(layers, str) else named_layers(forward_func, layers)
+        self._modules = [] if layers == "image" else named_layers(forward_func, layers)
         self._has_own_grid = isinstance(layers, nn.Module)
         self._main_layers = MainLayers()
 

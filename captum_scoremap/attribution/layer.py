@@ -8,7 +8,7 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_grad_kwargs, check_inputs, check_layer, is_tuple_of_one
+from captum_scoremap.checks import check_grad_kwargs, check_inputs, check_layers, is_tuple_of_one
 from captum_scoremap.layout import as_images, channels_at
 from captum_scoremap.linear import Reduction, explain, explain_targets
 from captum_scoremap.rules import Rule
@@ -70,7 +70,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         LayerAttribution.__init__(self, forward_func, layer, device_ids)  # type: ignore[type-var]
         Contract.__init__(self, forward_func, rules, multiply_by_inputs)
         if layer is not None:
-            _check_layers(forward_func, layer)
+            check_layers(forward_func, layer)
         self._made_for = layer
 
     @log_usage()  # type: ignore[untyped-decorator]
@@ -254,17 +254,9 @@ class LayerScoreMap(LayerAttribution, Contract):
         return deltas if isinstance(self.layer, (list, tuple)) else deltas[0]
 
     def _sites(self, at_input: bool) -> list[Site]:
-        return [(layer, at_input) for layer in _check_layers(self.forward_func, self.layer)]
+        return [(layer, at_input) for layer in check_layers(self.forward_func, self.layer)]
 
     def _formatted(self, maps: list[Any], deltas: list[Tensor] | None) -> Any:
         if isinstance(self.layer, (list, tuple)):
             return maps if deltas is None else (maps, deltas)
         return maps[0] if deltas is None else (maps[0], deltas[0])
-
-
-def _check_layers(forward_func: Callable[..., Any], layer: object) -> list[nn.Module]:
-    """Return one layer or several as a list, checked."""
-    layers: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
-    for one in layers:
-        check_layer(forward_func, one)
-    return layers

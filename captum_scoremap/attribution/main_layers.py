@@ -1,13 +1,13 @@
 """The layers that maps of the image's size are made of, where the user names none."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from captum_scoremap.checks import check_layer, unwrap_parallel
+from captum_scoremap.checks import check_layers, unwrap_parallel
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.multiview import MultiView
 
@@ -18,12 +18,13 @@ def named_layers(
     forward_func: Callable[..., Any], layers: nn.Module | Sequence[nn.Module] | None
 ) -> list[nn.Module] | None:
     """Return the layers that a user names, one or several, checked; None for none."""
-    named = [layers] if isinstance(layers, nn.Module) else layers
-    for layer in named or ():
-        check_layer(forward_func, layer)
-    if named is not None and not named:
+    if layers is None:
+        return None
+    several = isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module))
+    named = check_layers(forward_func, list(layers) if several else layers)  # type: ignore[arg-type]
+    if not named:
         raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
-    return None if named is None else list(named)
+    return named
 
 
 class MainLayers:

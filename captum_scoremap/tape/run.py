@@ -63,7 +63,8 @@ class Run(TorchDispatchMode):
     def made(self, tensor: Tensor, operation: str = "") -> None:
         """Note that a tensor is a constant, from now on, that an operation made."""
         self._known[id(tensor)] = weakref.ref(tensor), None, 0
-        self.sight.made(tensor, operation)
+        if operation:
+            self.sight.made(tensor, operation)
 
     def lift(self, tensor: Tensor) -> None:
         """Note that a tensor is made of Python's or NumPy's numbers, unless it is a live one, which stays so."""
