@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.testing import assert_close
 
 from captum_scoremap import linear_form
+from captum_scoremap.rules import DEFAULT
 
 aten = torch.ops.aten
 MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
@@ -159,3 +160,13 @@ def test_fused_cells_and_norms(plain: Any, fused: Any, eps: float | None) -> Non
     assert_close(found.score, model(inputs)[:, 1], rtol=1e-12, atol=1e-14)
     assert_close(found.coefficients, expected.coefficients, rtol=1e-10, atol=1e-13)
     assert_close(found.bias, expected.bias, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("eps", [None, 0.1])
+@pytest.mark.parametrize("is_weighted", [True, False])
+def test_fused_norms_are_those_of_the_layer(eps: float | None, is_weighted: bool) -> None:
+    """On a CPU PyTorch itself takes this operation apart before anything can record it."""
+    x, weight = torch.randn(2, 3, 4, 5), torch.randn(4, 5) if is_weighted else None
+    found, scale = DEFAULT["_fused_rms_norm"].body(x, [4, 5], weight, eps)
+    assert_close(found, nn.functional.rms_norm(x, [4, 5], weight, eps))
+    assert scale.shape == (2, 3, 1, 1)
