@@ -1,6 +1,6 @@
 """By what rule should a region be chosen from a score map?
 
-    python -m tests.benchmarks.crop_rules --images DIR
+    python -m tests.benchmarks crop_rules --images DIR
 
 DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``; those count that
 EfficientNet-Lite0 classifies with more than 0.8. Every rule chooses one region of each image, from the score map of

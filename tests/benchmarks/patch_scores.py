@@ -1,6 +1,6 @@
 """How much of the label do the regions carry that score maps, gradients or activations choose?
 
-    python -m tests.benchmarks.patch_scores --images DIR
+    python -m tests.benchmarks patch_scores --images DIR
 
 DIR holds photographs and a ``labels.csv`` with the columns ``file`` and ``imagenet_index``; those count that
 EfficientNet-Lite0 classifies with more than 0.8. With ``--network vgg16`` the network is a VGG-16 with fully connected
