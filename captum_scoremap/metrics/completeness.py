@@ -22,17 +22,17 @@ def completeness(
     *Axiomatic Attribution for Deep Networks*).
 
     Args:
-        forward_func: the model; returns scores ``(N, K)``.
+        forward_func: The model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C, h, w)``; summed as it is, never resized.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         offset: ``(N,)`` or one number, logits.
 
     Returns:
         ``(N,)``, logits.
 
     Raises:
-        ValueError: if inputs or target have the wrong shape.
+        ValueError: If inputs or target have the wrong shape.
 
     Example:
         >>> import torch

@@ -52,21 +52,21 @@ def arcc(
     Activation Mapping for Explainability*), whose average drop it replaces by ROAD.
 
     Args:
-        forward_func: the model; returns scores ``(N, K)``.
+        forward_func: The model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``; called for the images, and for the images times
             their maps.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
-        fractions: as in :func:`road`.
-        noise: as in :func:`road`.
-        generator: as in :func:`road`.
-        batch_size: as in :func:`road`.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        fractions: As in :func:`road`.
+        noise: As in :func:`road`.
+        generator: As in :func:`road`.
+        batch_size: As in :func:`road`.
 
     Returns:
         The three parts, and their harmonic mean as ``score``.
 
     Raises:
-        ValueError: if inputs, target, fractions or batch_size are none of the above.
+        ValueError: If inputs, target, fractions or batch_size are none of the above.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())

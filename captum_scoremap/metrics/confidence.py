@@ -48,16 +48,16 @@ def masked_confidence(
     nothing: read drop and increase beside a metric that punishes maps of everything, as :func:`arcc` does.
 
     Args:
-        forward_func: the model; returns scores ``(N, K)``.
+        forward_func: The model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
-        inputs: images ``(N, C, H, W)``; zero is where the mask is zero.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        inputs: Images ``(N, C, H, W)``; zero is where the mask is zero.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
 
     Returns:
         The probabilities of each image.
 
     Raises:
-        ValueError: if inputs or target have the wrong shape.
+        ValueError: If inputs or target have the wrong shape.
 
     Example:
         >>> import torch

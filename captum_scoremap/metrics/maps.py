@@ -25,14 +25,14 @@ def input_sized(attributions: Tensor, height: int, width: int) -> Tensor:
 
     Args:
         attributions: ``(N, C, h, w)``; channels are summed.
-        height: rows of the image.
-        width: columns of the image.
+        height: Rows of the image.
+        width: Columns of the image.
 
     Returns:
         Maps ``(N, H, W)``, bilinearly enlarged (or reduced) where the sizes differ.
 
     Raises:
-        ValueError: if the attributions have not four dimensions, or are not finite.
+        ValueError: If the attributions have not four dimensions, or are not finite.
 
     Example:
         >>> input_sized(torch.ones(1, 3, 2, 2), 4, 4).shape
@@ -60,8 +60,8 @@ def attributed(attribute: Attribution, inputs: Tensor, target: CheckedScore) -> 
     """Return ``attribute(inputs, target)``.
 
     Raises:
-        TypeError: if attribute is no function, or returns no tensor.
-        ValueError: if it does not return one attribution for each image.
+        TypeError: If attribute is no function, or returns no tensor.
+        ValueError: If it does not return one attribution for each image.
     """
     if not callable(attribute) or isinstance(attribute, Tensor):
         raise TypeError(
@@ -98,15 +98,15 @@ def checked_target(inputs: Tensor, target: Score) -> CheckedScore:
     """Return the label of each image of a batch, ``(N,)``, or the function.
 
     Args:
-        inputs: images ``(N, C, H, W)``.
-        target: an int, or a tensor of one, for all images; a list, tensor or array of N ints; or a function.
+        inputs: Images ``(N, C, H, W)``.
+        target: An int, or a tensor of one, for all images; a list, tensor or array of N ints; or a function.
 
     Returns:
         The labels or the function.
 
     Raises:
-        TypeError: if target is something else.
-        ValueError: if inputs are no ``(N, C, H, W)``, or target is not one label for each.
+        TypeError: If target is something else.
+        ValueError: If inputs are no ``(N, C, H, W)``, or target is not one label for each.
 
     Example:
         >>> checked_target(torch.zeros(3, 1, 2, 2), 7)
@@ -138,7 +138,7 @@ def check_batch_size(batch_size: int) -> None:
     """Check that the model sees at least one image at once.
 
     Raises:
-        ValueError: if it is not positive.
+        ValueError: If it is not positive.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -157,12 +157,12 @@ def in_batches(
 
     Args:
         value: :func:`label_scores` or :func:`label_probabilities`.
-        forward_func: the model; returns scores ``(N, K)``.
-        images: from indices ``(n,)`` of the changed images to these images ``(n, C, H, W)``.
-        inputs: the images as they were, ``(N, C, H, W)``.
-        target: labels ``(N,)``, or a function.
-        copies: how many changed images there are of each.
-        batch_size: images that the model sees at once.
+        forward_func: The model; returns scores ``(N, K)``.
+        images: From indices ``(n,)`` of the changed images to these images ``(n, C, H, W)``.
+        inputs: The images as they were, ``(N, C, H, W)``.
+        target: Labels ``(N,)``, or a function.
+        copies: How many changed images there are of each.
+        batch_size: Images that the model sees at once.
 
     Returns:
         ``(N * copies,)``.
@@ -182,7 +182,7 @@ def label_probabilities(forward_func: Callable[..., Any], inputs: Tensor, target
     """Return the probability (softmax of the scores) of each image's label, ``(N,)``; of a function its value.
 
     Raises:
-        ValueError: if the model returns fewer than two scores for each image, of which a softmax is always 1.
+        ValueError: If the model returns fewer than two scores for each image, of which a softmax is always 1.
     """
     with torch.no_grad():
         scores = forward_func(inputs)

@@ -23,19 +23,19 @@ def patch_score(
     background is not.
 
     Args:
-        forward_func: the model; returns scores ``(N, K)``.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
-        boxes: pixel ``x0, y0, x1, y1`` (end exclusive), integers; ``(N, 4)``, or ``(N, k, 4)`` for k patches
+        forward_func: The model; returns scores ``(N, K)``.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        boxes: Pixel ``x0, y0, x1, y1`` (end exclusive), integers; ``(N, 4)``, or ``(N, k, 4)`` for k patches
             of each image.
-        view: rows and columns to which a patch is enlarged (bicubic, antialiased); the size of the images if
+        view: Rows and columns to which a patch is enlarged (bicubic, antialiased); the size of the images if
             None.
 
     Returns:
         Probabilities, ``(N,)`` or ``(N, k)`` as the boxes are given.
 
     Raises:
-        ValueError: if the boxes have another shape, or one is empty or not inside its image.
+        ValueError: If the boxes have another shape, or one is empty or not inside its image.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
@@ -76,15 +76,15 @@ def strongest_window(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Return the window of a given size with the largest sum of a map.
 
     Args:
-        maps: input-sized maps ``(N, H, W)``.
-        size: rows and columns of the window, pixels.
+        maps: Input-sized maps ``(N, H, W)``.
+        size: Rows and columns of the window, pixels.
 
     Returns:
         Boxes ``(N, 4)``, integer pixel ``x0, y0, x1, y1`` (end exclusive); of equal windows the first in
         row-major order.
 
     Raises:
-        ValueError: if the window is larger than the map.
+        ValueError: If the window is larger than the map.
 
     Example:
         >>> maps = torch.zeros(1, 6, 6)

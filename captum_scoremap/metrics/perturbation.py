@@ -56,20 +56,20 @@ def insertion(
     Petsiuk et al. 2018, *RISE: Randomized Input Sampling for Explanation of Black-box Models*, Section 4.2.
 
     Args:
-        forward_func: the model; returns scores ``(N, K)``.
+        forward_func: The model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
         baseline: ``"blur"`` (Gaussian of 11 pixels, sigma 5, as in RISE), ``"mean"`` (the mean color of each
             image), ``"zero"``, or a tensor that broadcasts to the inputs.
-        steps: number of equal shares in which the pixels are exchanged.
-        batch_size: images that the model sees at once.
+        steps: Number of equal shares in which the pixels are exchanged.
+        batch_size: Images that the model sees at once.
 
     Returns:
         The curve of each image.
 
     Raises:
-        ValueError: if inputs, target, baseline, steps or batch_size are none of the above.
+        ValueError: If inputs, target, baseline, steps or batch_size are none of the above.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
@@ -99,19 +99,19 @@ def deletion(
     by it.
 
     Args:
-        forward_func: the model; returns scores ``(N, K)``.
+        forward_func: The model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
-        baseline: as in :func:`insertion`.
-        steps: number of equal shares in which the pixels are exchanged.
-        batch_size: images that the model sees at once.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        baseline: As in :func:`insertion`.
+        steps: Number of equal shares in which the pixels are exchanged.
+        batch_size: Images that the model sees at once.
 
     Returns:
         The curve of each image.
 
     Raises:
-        ValueError: if inputs, target, baseline, steps or batch_size are none of the above.
+        ValueError: If inputs, target, baseline, steps or batch_size are none of the above.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())

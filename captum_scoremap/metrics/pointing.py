@@ -13,18 +13,18 @@ def mosaics(
     """Draw mosaics of n x n images with n * n different labels.
 
     Args:
-        inputs: images ``(N, C, H, W)``, best those that the model classifies with confidence.
-        target: their labels ``(N,)``.
-        n: rows and columns of cells.
-        count: number of mosaics.
-        generator: source of chance; torch's default if None.
+        inputs: Images ``(N, C, H, W)``, best those that the model classifies with confidence.
+        target: Their labels ``(N,)``.
+        n: Rows and columns of cells.
+        count: Number of mosaics.
+        generator: Source of chance; torch's default if None.
 
     Returns:
         Mosaics ``(count, C, n * H, n * W)`` and the labels of their cells, row-major, ``(count, n * n)``.
 
     Raises:
-        TypeError: if target is a function.
-        ValueError: if there are not n * n different labels.
+        TypeError: If target is a function.
+        ValueError: If there are not n * n different labels.
 
     Example:
         >>> images, labels = mosaics(torch.rand(4, 3, 8, 8), torch.arange(4), n=2, count=5)
@@ -62,14 +62,14 @@ def grid_pointing_game(attribute: Attribution, images: Tensor, labels: Tensor) -
 
     Args:
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``; called once for each mosaic and label.
-        images: mosaics ``(N, C, n * H, n * W)``, for example from :func:`mosaics`.
-        labels: labels of the cells, row-major, ``(N, n * n)``.
+        images: Mosaics ``(N, C, n * H, n * W)``, for example from :func:`mosaics`.
+        labels: Labels of the cells, row-major, ``(N, n * n)``.
 
     Returns:
         ``(N, n * n)``, share of the positive attribution.
 
     Raises:
-        ValueError: if the labels are no ``(N, n * n)`` or the image does not divide into the cells.
+        ValueError: If the labels are no ``(N, n * n)`` or the image does not divide into the cells.
 
     Example:
         >>> images = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]]]])
@@ -103,16 +103,16 @@ def pointing_game(attribute: Attribution, inputs: Tensor, target: Score, masks: 
 
     Args:
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
-        masks: where the object is, boolean ``(N, H, W)``.
-        tolerance: pixels by which the highest value may lie beside the object (distance in both axes).
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        masks: Where the object is, boolean ``(N, H, W)``.
+        tolerance: Pixels by which the highest value may lie beside the object (distance in both axes).
 
     Returns:
         Hits, boolean ``(N,)``.
 
     Raises:
-        ValueError: if inputs, target or masks have the wrong shape.
+        ValueError: If inputs, target or masks have the wrong shape.
 
     Example:
         >>> inputs = torch.zeros(1, 1, 8, 8)
@@ -140,15 +140,15 @@ def energy_pointing_game(attribute: Attribution, inputs: Tensor, target: Score, 
 
     Args:
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
-        masks: where the object is, boolean ``(N, H, W)``.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        masks: Where the object is, boolean ``(N, H, W)``.
 
     Returns:
         ``(N,)``, share of the positive attribution; 0 where nothing is positive.
 
     Raises:
-        ValueError: if inputs, target or masks have the wrong shape.
+        ValueError: If inputs, target or masks have the wrong shape.
 
     Example:
         >>> inputs = torch.ones(1, 1, 4, 4)

@@ -26,13 +26,13 @@ def parameter_randomization(
     in reverse order of registration.
 
     Args:
-        model: the trained network; left as it is (a copy is randomized).
+        model: The trained network; left as it is (a copy is randomized).
         attribute: ``attribute(model, inputs, target) -> (N, C or 1, h, w)``: the method, built on the model
             it is given.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
-        seed: of the new parameters; torch's own generator is left as it is.
-        layers: names of the layers after which to compare; after every one if None. All are randomized.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        seed: Of the new parameters; torch's own generator is left as it is.
+        layers: Names of the layers after which to compare; after every one if None. All are randomized.
 
     Returns:
         For each layer, by name, from the top to the bottom: Spearman's rank correlation ``(N,)`` of each map
@@ -40,7 +40,7 @@ def parameter_randomization(
         constant.
 
     Raises:
-        ValueError: if inputs or target have the wrong shape, or a name is that of no layer.
+        ValueError: If inputs or target have the wrong shape, or a name is that of no layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(32, 3))
@@ -70,7 +70,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
 
     Args:
         one: ``(N, C, h, w)``; channels are summed.
-        other: of the same shape.
+        other: Of the same shape.
 
     Returns:
         ``(N,)`` between -1 and 1; 0 where a map is constant.

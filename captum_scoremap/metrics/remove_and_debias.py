@@ -66,20 +66,20 @@ def road(
     little noise. So the shape of the hole, which a constant color would show, tells the network nothing.
 
     Args:
-        forward_func: the model; returns scores ``(N, K)``.
+        forward_func: The model; returns scores ``(N, K)``.
         attribute: ``attribute(inputs, target) -> (N, C or 1, h, w)``.
-        inputs: images ``(N, C, H, W)``.
-        target: labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
-        fractions: shares of the pixels to remove.
-        noise: standard deviation of the noise, in units of the inputs.
-        generator: source of the noise; torch's default if None.
-        batch_size: images that the model sees at once.
+        inputs: Images ``(N, C, H, W)``.
+        target: Labels ``(N,)`` in any of Captum's forms, or a function from the model's output to ``(N,)``.
+        fractions: Shares of the pixels to remove.
+        noise: Standard deviation of the noise, in units of the inputs.
+        generator: Source of the noise; torch's default if None.
+        batch_size: Images that the model sees at once.
 
     Returns:
         The probabilities of each image.
 
     Raises:
-        ValueError: if inputs or target have the wrong shape, a fraction is not between 0 and 1 or leaves no pixel, or
+        ValueError: If inputs or target have the wrong shape, a fraction is not between 0 and 1 or leaves no pixel, or
             ``batch_size`` is not positive.
 
     Example:
@@ -119,7 +119,7 @@ def impute(image: Tensor, hole: Tensor) -> Tensor:
 
     Args:
         image: ``(C, H, W)``.
-        hole: boolean ``(H, W)``, not all of it.
+        hole: Boolean ``(H, W)``, not all of it.
 
     Returns:
         ``(C, H, W)``.

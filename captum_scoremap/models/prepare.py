@@ -61,7 +61,7 @@ def prepare(model: nn.Module, inputs: Inputs = None) -> nn.Module:
         TypeError: ``model`` is not a module, or compiled or scripted; or it does not take ``inputs``.
 
     Warns:
-        UserWarning: torch.fx cannot trace the model, and norms were left as they are; says which.
+        UserWarning: If torch.fx cannot trace the model, and norms were left as they are; says which.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
