@@ -13,6 +13,7 @@ from captum.attr import LayerActivation, LayerGradientXActivation
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import roi_align
 
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, ScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Linear, Tangent
@@ -399,10 +400,37 @@ class WithRows(nn.Module):
 
 def test_as_many_rows_as_images_are_not_taken_for_images() -> None:
     model = WithRows().double()
-    with pytest.raises(ValueError, match=r"must hold the 2 images along one dimension, got \(2, 3\)"):
-        linear_form(model, torch.ones(2, 4, dtype=torch.float64), 1, model.table)
-    form = linear_form(model, torch.ones(1, 4, dtype=torch.float64), 1, model.table)
+    for count in (1, 2):
+        form = linear_form(model, torch.ones(count, 4, dtype=torch.float64), 1, model.table)
+        assert_close(form.sums + form.bias, form.score, **EXACT)
+        assert_close(form.sums, form.activations[:, 1].sum().expand(count), **EXACT)
+
+
+class Regions(nn.Module):
+    """One region of the first image, two of the second: (3, 8), which hold the images along no dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.scores = nn.Conv2d(3, 4, 3), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = torch.tensor([[0.0, 1, 1, 4, 4], [1, 0, 0, 3, 4], [1, 2, 2, 5, 5]], dtype=x.dtype)
+        regions = self.head(roi_align(self.conv(x), boxes, 2).flatten(1)).relu()
+        scores = self.scores(regions)
+        return torch.stack([scores[0], scores[1:].amax(0)])
+
+
+def test_regions_of_several_images_are_summed_image_by_image() -> None:
+    model = seeded(Regions)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    form = linear_form(model, x, 1, model.head)
     assert_close(form.sums + form.bias, form.score, **EXACT)
+    assert_close(form.sums[0], form.sub_scores[0].sum(), **EXACT)
+    _, delta = LayerScoreMap(model, model.head).attribute(x, 1, return_convergence_delta=True)
+    assert delta.shape == (2,)
+    assert delta.abs().max() < 1e-12
+    with pytest.raises(ValueError, match=r"must hold the 2 images along one dimension, got \(3, 8\)"):
+        LayerScoreMap(model, model.head).compute_convergence_delta(form.sub_scores, None, x, 1)
 
 
 def test_as_many_tokens_as_images_are_not_taken_for_images() -> None:

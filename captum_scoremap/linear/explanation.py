@@ -10,7 +10,7 @@ from captum_scoremap.rules import Value
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_at_rest
 
-from .placement import warn_of_no_maps
+from .placement import MixedImagesError, warn_of_no_maps
 from .reduction import Reduction, image_sums
 from .subject import Subject, scores_of
 
@@ -87,10 +87,20 @@ class Explanation:
     @torch.no_grad()
     def sums(self, site: Site | None) -> Tensor:
         """Return the sum of A·Y for each image, (N,)."""
-        results = self.results[site]
-        if self._reduction.multiply:
-            return self.sums_of(results, site)
-        return self.sums_of([a * y for a, y in zip(results, self.tapped(site).activations, strict=True)], site)
+        products: Sequence[Tensor] = self.results[site]
+        if not self._reduction.multiply:
+            products = [a * y for a, y in zip(products, self.tapped(site).activations, strict=True)]
+        try:
+            return self.sums_of(products, site)
+        except MixedImagesError:  # a layer of regions, or in whose tensor images mix: one pass for each image's score
+            return torch.stack([self._sum_of_image(row, site) for row in torch.eye(len(self.score)).to(self.score)])
+
+    def _sum_of_image(self, row: Tensor, site: Site | None) -> Tensor:
+        """Return the sum of A·Y of one image's score, which has a 1 in the row."""
+        tapped = self.tapped(site)
+        pairs = zip(tapped.values, tapped.activations, strict=True)
+        found = self.tape.transposed(self.tape.seeds(row), {value: y.mul for value, y in pairs})
+        return sum((product.sum() for product in found.values()), torch.zeros_like(self.score[0]))
 
     def residual(self, site: Site | None) -> Tensor:
         """Return S - (A·Y + B), (N,): the delta."""
@@ -123,7 +133,7 @@ def image_axis(
     steps start, given weights (N,).
 
     Raises:
-        ValueError: If there is none.
+        MixedImagesError: If there is none.
     """
     weights = torch.linspace(1, 2, count, dtype=activations.dtype, device=activations.device)
     same = {value: lambda a: a}
@@ -138,7 +148,7 @@ def image_axis(
         along = weights.repeat_interleave(size // count).reshape(-1, *[1] * (plain.dim() - axis - 1))
         if float((plain * along - weighed).abs().max()) <= tolerance:
             return axis
-    raise ValueError(
+    raise MixedImagesError(
         f"a layer's tensor must hold the {count} images along one dimension, got {tuple(plain.shape)}, where they "
         "mix. Explain one image at a time."
     )
