@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from captum_scoremap.checks import module_by_module
 
 __all__ = [
+    "Outputs",
     "as_images",
     "channel_dim_of",
     "channels_at",
@@ -331,12 +332,7 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[int, ...]]
     return {name: shape for name, shape in shapes.items() if calls[name] == 1}
 
 
-def main_modules(
-    forward_func: Callable[..., Any],
-    inputs: Tensor,
-    additional: tuple[Any, ...] = (),
-    without: Collection[nn.Module] = (),
-) -> dict[nn.Module, Grid]:
+def main_modules(forward_func: Callable[..., Any], inputs: Tensor) -> dict[nn.Module, Grid]:
     """Return the last module of each resolution on the main path, in the order in which they run.
 
     Of all modules that run once and return maps of one size, those count that the fewest modules enclose, and of them
@@ -349,8 +345,6 @@ def main_modules(
     Args:
         forward_func: The model, or a function that calls it; it runs once.
         inputs: Images, (N, C, H, W).
-        additional: Additional arguments.
-        without: Modules that do not count.
 
     Returns:
         Modules whose outputs are maps of more than one cell, to their rows and columns; empty if there are none.
@@ -360,8 +354,16 @@ def main_modules(
         >>> main_modules(network, torch.randn(1, 3, 10, 10)) == {network[1]: (8, 8), network[2]: (4, 4)}
         True
     """
-    outputs, image = _run(forward_func, inputs, additional)
-    outputs = [output for output in outputs if output.module not in without]
+
+    def run() -> None:
+        with torch.no_grad(), module_by_module():
+            forward_func(inputs.clone())
+
+    return Outputs.of(run, forward_func, inputs.shape).main_modules()
+
+
+def _chosen(outputs: Sequence["_Output"], image: tuple[int, ...]) -> dict[nn.Module, Grid]:
+    """Return the main modules among those that returned something."""
     maps: dict[Grid, list[_Output]] = {}
     for output in outputs:
         grid = _map_grid(output.module, output.shape, image, output.parent)
@@ -424,44 +426,67 @@ class _Output:
         return len(self.outer)
 
 
-def _run(
-    forward_func: Callable[..., Any], inputs: Tensor, additional: tuple[Any, ...]
-) -> tuple[list[_Output], tuple[int, ...]]:
-    """Return the outputs of the modules that run once and return one tensor, in the order in which they end.
+@dataclass(frozen=True)
+class Outputs:
+    """What the modules that run once and return one tensor returned in a run, in the order in which they end."""
 
-    And the shape of the images as the first convolution sees them: detectors resize and pad them before.
-    """
-    seen: list[tuple[int, ...]] = []
-    calls: Counter[nn.Module] = Counter()
-    enclosing: list[_Call] = []
-    outputs: list[_Output] = []
-    # a module that the forward makes is none that could be named, or that runs again
-    members = functools.cache(lambda root: frozenset(root.modules()))
+    _outputs: Sequence[_Output]
+    _image: tuple[int, ...]  # shape of the images as the first convolution sees them: detectors resize and pad before
 
-    def enter(module: nn.Module, arguments: Any) -> None:
-        calls[module] += 1
-        enclosing.append(_Call(module))
-        if not seen and isinstance(module, nn.Conv2d) and arguments and isinstance(arguments[0], Tensor):
-            own = arguments[0].shape
-            seen.append(tuple(own if own[:2] == inputs.shape[:2] and len(own) == 4 else inputs.shape))
+    @classmethod
+    def of(
+        cls,
+        run: Callable[[], Any],
+        forward_func: Callable[..., Any],
+        image_shape: Sequence[int],
+        note: Callable[[nn.Module, Tensor], None] = lambda *_: None,
+    ) -> "Outputs":
+        """Run, and look at what modules return; each module and its tensor are told as it ends.
 
-    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        call, tensor = enclosing.pop(), _only_tensor(output)
-        if arguments and isinstance(arguments[0], Tensor):
-            call.given = tuple(arguments[0].shape)
-        call.returned = () if tensor is None else tuple(tensor.shape)
-        is_member = not enclosing or module in members(enclosing[0].module)
-        is_member = is_member and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
-        if module is not forward_func and tensor is not None and is_member:
-            outputs.append(_Output(module, call.returned, tuple(enclosing)))
+        Args:
+            run: Runs the model.
+            forward_func: The model, which does not count, or a function that calls it.
+            image_shape: Shape of the images, (N, C, H, W).
+            note: Called for each module that returns one tensor.
 
-    with ExitStack() as stack:
-        # hooks on all modules: those inside a plain function cannot be named beforehand
-        stack.callback(register_module_forward_pre_hook(enter).remove)
-        stack.callback(register_module_forward_hook(leave).remove)
-        with torch.no_grad(), module_by_module():
-            forward_func(inputs.clone(), *additional)
-    return [output for output in outputs if calls[output.module] == 1], (seen or [tuple(inputs.shape)])[0]
+        Returns:
+            What they returned.
+        """
+        seen: list[tuple[int, ...]] = []
+        calls: Counter[nn.Module] = Counter()
+        enclosing: list[_Call] = []
+        outputs: list[_Output] = []
+        # a module that the forward makes is none that could be named, or that runs again
+        members = functools.cache(lambda root: frozenset(root.modules()))
+
+        def enter(module: nn.Module, arguments: Any) -> None:
+            calls[module] += 1
+            enclosing.append(_Call(module))
+            if not seen and isinstance(module, nn.Conv2d) and arguments and isinstance(arguments[0], Tensor):
+                own = arguments[0].shape
+                seen.append(tuple(own if own[:2] == image_shape[:2] and len(own) == 4 else image_shape))
+
+        def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            call, tensor = enclosing.pop(), _only_tensor(output)
+            if arguments and isinstance(arguments[0], Tensor):
+                call.given = tuple(arguments[0].shape)
+            call.returned = () if tensor is None else tuple(tensor.shape)
+            is_member = not enclosing or module in members(enclosing[0].module)
+            is_member = is_member and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+            if module is not forward_func and tensor is not None and is_member:
+                outputs.append(_Output(module, call.returned, tuple(enclosing)))
+                note(module, tensor)
+
+        with ExitStack() as stack:
+            # hooks on all modules: those inside a plain function cannot be named beforehand
+            stack.callback(register_module_forward_pre_hook(enter).remove)
+            stack.callback(register_module_forward_hook(leave).remove)
+            run()
+        return cls([output for output in outputs if calls[output.module] == 1], (seen or [tuple(image_shape)])[0])
+
+    def main_modules(self, without: Collection[nn.Module] = ()) -> dict[nn.Module, Grid]:
+        """Return the modules that :func:`main_modules` does, of all but some."""
+        return _chosen([output for output in self._outputs if output.module not in without], self._image)
 
 
 def _map_grid(

@@ -1,13 +1,13 @@
 """The main layers of a model: those whose outputs are maps of the image, as a run of the model tells."""
 
-from collections.abc import Iterable
+from functools import cache
 
 from torch import Tensor, nn
 
 from captum_scoremap import layout
-from captum_scoremap.checks import as_tuple_of_arguments
-from captum_scoremap.rules import with_rules
-from captum_scoremap.tape import Recording, Site
+from captum_scoremap.checks import as_tuple_of_arguments, unrecorded
+from captum_scoremap.rules import Value, with_rules
+from captum_scoremap.tape import Recording
 
 from .placement import Placement
 from .subject import Subject
@@ -19,7 +19,7 @@ def main_modules(subject: Subject) -> dict[nn.Module, tuple[int, int]]:
     """Return the last module of each resolution on the main path, to its rows and columns, in the order they run.
 
     As :func:`captum_scoremap.layout.main_modules`, without those that only look like it: object queries may be as many
-    as the cells of a map. The model runs twice, and more often where some look like it.
+    as the cells of a map. The model runs once.
 
     Example:
         >>> import torch
@@ -29,30 +29,29 @@ def main_modules(subject: Subject) -> dict[nn.Module, tuple[int, int]]:
         True
     """
     (image,), model = subject.inputs, subject.forward_func
+    recording = Recording(model, with_rules(subject.rules))
+    values: dict[nn.Module, Value | None] = {}
+
+    def note(module: nn.Module, tensor: Tensor) -> None:
+        with unrecorded():  # to read changed memory takes operations
+            values[module] = recording.value_of(tensor)
+
     additional = as_tuple_of_arguments(subject.additional_forward_args)
+    outputs = layout.Outputs.of(lambda: recording.record((image,), additional), model, image.shape, note)
+    placement = Placement(recording.tape, image.shape)
+
+    @cache
+    def is_elsewhere(module: nn.Module) -> bool:
+        value = values[module]
+        return value is None or not value.sites & 1 or not placement.has_place(value)
+
     without: set[nn.Module] = set()
     while True:
-        found = layout.main_modules(model, image, additional, without)
-        strays = _elsewhere(subject, found)
-        if not strays:
+        found = outputs.main_modules(without)
+        kinds = {type(module) for module in found if is_elsewhere(module)}
+        if not kinds:
             return found
-        kinds = {type(stray) for stray in strays}
-        members = model.modules() if isinstance(model, nn.Module) else ()
-        without |= strays | _elsewhere(subject, [module for module in members if type(module) in kinds])
-
-
-def _elsewhere(subject: Subject, modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Return which modules return what depends on no image, or stands at no positions of one."""
-    sites: list[Site] = [(module, False) for module in modules]
-    recording = Recording(subject.forward_func, with_rules(subject.rules), sites)
-    recording.record(subject.inputs, as_tuple_of_arguments(subject.additional_forward_args))
-    placement = Placement(recording.tape, subject.inputs[0].shape)
-    values = {site[0]: recording.tapped[site].values for site in sites if site in recording.tapped}
-    return {
-        module
-        for module, some in values.items()
-        if any(not one.sites & 1 or not placement.has_place(one) for one in some)
-    }
+        without |= {module for module in values if type(module) in kinds and is_elsewhere(module)}
 
 
 def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
