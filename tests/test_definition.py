@@ -180,6 +180,7 @@ def by_autograd(model: nn.Module, inputs: Tensor, label: int, layers: dict[str, 
     return maps
 
 
+@pytest.mark.filterwarnings("ignore:the score map of:UserWarning")  # of layers inside a window's attention
 @pytest.mark.parametrize("name", [*IN_THE_CHECK, *SMOOTH])
 def test_maps_of_the_zoo_are_gradients_of_frozen_models(name: str) -> None:
     model, inputs = random_entry(entry(name), images=2)

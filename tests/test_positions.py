@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, bias_maps, linear_form
-from captum_scoremap.linear import main_layers
+from captum_scoremap.linear import main_layers, placement
 
 
 def images(*shape: int) -> Tensor:
@@ -351,6 +351,16 @@ def test_unfolded_patches_stand_where_they_were_cut(count: int, by_columns: bool
     assert_close(form._placed()[0][:, 0], expected, rtol=1e-10, atol=1e-12)
     with pytest.warns(UserWarning, match=r"'mix', whose tensor is \(., 8, 4, 4\), looks like a picture"):
         LayerScoreMap(model, model.mix).attribute(x, 1)
+
+
+def test_a_layer_that_gives_maps_is_asked_about_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = filled(Patches()), []
+    plain = placement.Placement.is_map
+    monkeypatch.setattr(placement.Placement, "is_map", lambda self, value: asked.append(value) or plain(self, value))
+    method = LayerScoreMap(model, model.blocks[0])
+    for count, times in ((1, 1), (1, 1), (2, 2), (2, 2)):
+        method.attribute(images(count, 3, 16, 16), 1)
+        assert len(asked) == times
 
 
 def test_layers_that_are_no_maps_say_so() -> None:

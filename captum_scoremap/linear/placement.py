@@ -9,9 +9,10 @@ elements are carried back along those steps, which is what their transposes do, 
 import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_scoremap.checks import is_traced, unrecorded, warn
 from captum_scoremap.layout import map_channel_dim, patch_grid, placed_map
@@ -29,6 +30,9 @@ _MOVING = {"roi_align", "im2col", "index_put", "amax", "amin", "max", "min"}
 
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 256
+
+# Layers that nothing needs to be said of: of their input or output, at images of which shape.
+_SETTLED: WeakKeyDictionary[nn.Module, set[tuple[bool, tuple[int, ...]]]] = WeakKeyDictionary()
 
 Entry = tuple[Tensor | None, Tensor | None]
 """A map, (N, 1, rows, columns), and what stands beside it without a place, (N,)."""
@@ -245,24 +249,30 @@ class Placement:
 
 
 def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: Sequence[int]) -> None:
-    """Warn of layers whose score maps look like pictures of the image, but whose rows and columns are none of it."""
-    if len(image_shape) != 4 or is_traced() or not may_be_elsewhere(recording.tape):
+    """Warn of layers whose score maps look like pictures of the image, but whose rows and columns are none of it.
+
+    It is a question of shapes and of what ran, not of numbers: a layer that gives maps of images of a size gives them
+    again, and to ask each time would take a tenth of the time of a transformer's map.
+    """
+    size = tuple(image_shape)
+    unknown = [site for site in sites if (site[1], size) not in _SETTLED.get(site[0], ())]
+    if not unknown or len(size) != 4 or is_traced():
         return
-    placement = None
-    for site in sites:
+    placement = Placement(recording.tape, size) if may_be_elsewhere(recording.tape) else None
+    for site in unknown:
         values = recording.tapped[site].values
         shape = tuple(values[0].shape)
-        channel_dim = map_channel_dim(shape, tuple(image_shape)) if len(values) == 1 else None
-        if channel_dim is None or (len(shape) == 3 and patch_grid(shape[1], image_shape) is None):
+        channel_dim = map_channel_dim(shape, size) if len(values) == 1 else None
+        looks_like_map = channel_dim is not None and (len(shape) != 3 or patch_grid(shape[1], size) is not None)
+        if placement is None or not looks_like_map or placement.is_map(values[0]):
+            _SETTLED.setdefault(site[0], set()).add((site[1], size))
             continue
-        placement = placement or Placement(recording.tape, image_shape)
-        if not placement.is_map(values[0]):
-            name = recording.places.name_of(site[0]) or type(site[0]).__name__
-            warn(
-                f"the score map of {name!r}, whose tensor is {shape}, looks like a picture of the image, but is none: "
-                "rows and columns are object queries, weights of attention or the like, or in another order. "
-                "Do not lay it over the image; linear_form(...).plot() draws what has a place."
-            )
+        name = recording.places.name_of(site[0]) or type(site[0]).__name__
+        warn(
+            f"the score map of {name!r}, whose tensor is {shape}, looks like a picture of the image, but is none: "
+            "rows and columns are object queries, weights of attention or the like, or in another order. "
+            "Do not lay it over the image; linear_form(...).plot() draws what has a place."
+        )
 
 
 def _are_close(one: Tensor, other: Tensor) -> bool:
