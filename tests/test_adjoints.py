@@ -294,6 +294,14 @@ def test_each_of_several_exponents_goes_by_its_own_rule() -> None:
     assert_close(form.bias, torch.tensor([0.5 + 1.0]).double(), **EXACT)
 
 
+@pytest.mark.parametrize("exponent", [-0.5, torch.tensor(-0.5).double()], ids=["number", "tensor"])
+def test_a_negative_power_is_a_scale(exponent: float | Tensor) -> None:
+    x = torch.tensor([[2.0, -1.0]]).double()
+    form = linear_form(lambda x: x * (x * x + 1).pow(exponent), x, 0)
+    assert_close(form.coefficients, torch.tensor([[5.0**-0.5, 0.0]], dtype=torch.float64), **EXACT)
+    assert_close(form.bias, torch.zeros(1).double(), **EXACT)
+
+
 def test_the_first_power_is_the_identity_at_zero_too() -> None:
     x = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     assert_close(linear_form(lambda x: x.pow(1.0), x, 0).coefficients, torch.tensor([[1.0, 0.0]]).double(), **EXACT)
