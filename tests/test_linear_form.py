@@ -331,7 +331,7 @@ def test_forms_draw_themselves(small: tuple[nn.Sequential, Tensor]) -> None:
     form = linear_form(model, x[:1], 1, model[1])
     _, axes = form.plot(x[0].sigmoid())
     assert axes.get_title() == (
-        f"1: S = {float(form.score):.2f}\nΣ A·Y = {float(form.sums):.2f}, B = {float(form.bias):.2f}"
+        f"1\nS = Σ A·Y + B\n{float(form.score):.2f} = {float(form.sums):.2f} + {float(form.bias):.2f}"
     )
     assert (2 * form).plot(title="twice")[1].get_title() == "twice"
     with pytest.raises(ValueError, match=r"the layer must have a place in the image to be drawn.* got \(1, 5\)"):

@@ -27,6 +27,9 @@ __all__ = ["LinearForm", "LinearForms", "linear_form"]
 
 Tensors = Tensor | tuple[Tensor, ...]
 
+# The most characters of a layer's name that fit over a picture.
+_LONG = 24
+
 
 def _each(function: Callable[[Tensor, Tensor], Tensor], mine: Tensors, others: Tensors) -> Tensors:
     """Return what a function makes of two tensors, or of each pair in two tuples."""
@@ -187,10 +190,11 @@ class LinearForm:
                 f"{tuple(self.activations.shape)} at no positions of it. Take a layer below."
             )
         if len(self.score) == 1:
-            lines = [f"{self.layer or 'layer'}: S = {float(self.score):.2f}"]
-            lines.append(f"Σ A·Y = {float(placed.sum()):.2f}, B = {float(self.bias):.2f}")
+            name = self.layer or "layer"
+            lines = [name if len(name) <= _LONG else f"…{name[1 - _LONG :]}", "S = Σ A·Y + B"]
+            lines.append(f"{float(self.score):.2f} = {float(self.sums):.2f} + {float(self.bias):.2f}")
             if rest is not None:
-                lines.append(f"class tokens: {float(rest):.2f}")
+                lines.append(f"{float(rest):.2f} without a place")
             options = {"title": "\n".join(lines), **options}
         return visualize_score_map(self.on_image(placed), image, **options)
 

@@ -518,6 +518,12 @@ CASES = {
     "temporal classification": block(labelled),
     "masked attention": block(masked),
     **{f"a copy of {name}": block(function) for name, function in COPIES.items()},
+    "pixels and channels shuffled": block(
+        lambda x: F.pixel_unshuffle(F.channel_shuffle(F.pixel_shuffle(x, 2).repeat(1, 2, 1, 1).relu(), 2), 2)[:, ::2]
+    ),
+    "tokens mixed by Fourier's transform": block(
+        lambda x: x + torch.fft.fft2(x.flatten(2).transpose(1, 2)).real.transpose(1, 2).view_as(x)
+    ),
     "parametrized weight": around(parametrized),
     "weight norm": around(lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))),
     "weight norm, the old one": around(old_weight_norm),

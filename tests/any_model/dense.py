@@ -289,6 +289,17 @@ CASES = {
         (3, 0),
         tolerance=SINGLE,
     ),
+    "OWLv2": Case(
+        with_words(
+            "Owlv2ForObjectDetection",
+            [1, 2, 3],
+            lambda text, vision: transformers.Owlv2Config(
+                text_config={**text, "bos_token_id": 1}, vision_config=vision, projection_dim=16
+            ),
+        ),
+        (3, 0),
+        tolerance=SINGLE,
+    ),
     "Grounding DINO": Case(grounding, BOX, gradient="differences"),
     "MaskFormer, a label": Case(
         of(

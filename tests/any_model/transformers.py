@@ -55,6 +55,22 @@ def images_with_text(kind: str) -> tuple[nn.Module, Tensor]:
     return Called(built, input_ids=texts), torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
 
+class Patched(nn.Module):
+    """SigLIP 2, which is given patches, and how many rows and columns of them are the image's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        text = {**TINY, "vocab_size": 50, "max_position_embeddings": 8, "projection_size": 16}
+        vision = {**TINY, "patch_size": 8, "num_patches": 16}
+        self.model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision))
+
+    def forward(self, x: Tensor) -> Any:
+        patches = torch.nn.functional.unfold(x, 8, stride=8).transpose(1, 2)
+        words = torch.tensor([[1, 2, 3, 5], [4, 3, 2, 5]])
+        mask = torch.ones(patches.shape[:2], dtype=torch.int32)
+        return self.model(words, patches, mask, torch.tensor([[4, 4]] * len(x)))
+
+
 def answers() -> tuple[nn.Module, Tensor]:
     config = transformers.ViltConfig(vocab_size=50, max_position_embeddings=8, num_labels=3, **PATCHES)
     question = torch.tensor([[1, 2, 5]])
@@ -150,6 +166,7 @@ CASES = {
     ),
     "CLIP": Case(lambda: images_with_text("CLIP")),
     "SigLIP": Case(lambda: images_with_text("Siglip")),
+    "SigLIP 2": Case(lambda: (Patched(), torch.randn(2, 3, 32, 32, dtype=torch.float64))),
     "CLIP, similarity with an embedding": Case(
         of("CLIPVisionModelWithProjection", projection_dim=16, **PATCHES),
         similarity(torch.linspace(-1, 1, 16, dtype=torch.float64)),
