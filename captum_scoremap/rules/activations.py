@@ -92,9 +92,7 @@ class PiecewiseLinear(Rule):
 
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return slope * coefficients."""
-        product = times(gradients[0], _chosen(self._breakpoints(call).slopes, state, gradients[0].dtype))
-        # a live bound of clamp stays as it was at the image
-        return [summed_to(product, call.values[0]), *[None] * (len(call.values) - 1)]
+        return [times(gradients[0], _chosen(self._breakpoints(call).slopes, state, gradients[0].dtype))]
 
     def constants(self, call: Call, state: Tensor) -> Sequence[Tensor | None]:
         """Return the offset of each element's piece."""
