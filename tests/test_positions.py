@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,30 @@ def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool)
     assert ("after" in found.maps) == (not points) == ("after" not in found.placeless)
     share = (found.placeless if points else found.maps)["after"].reshape(2, -1).sum(1)
     assert_close(share, model.after.bias[1].detach().expand(2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("choose", "keeps"),
+    [
+        (lambda x: x[:, [2, 0, 1, 3]], True),
+        (lambda x: x[torch.arange(len(x))], True),
+        (lambda x: x.index_select(1, torch.tensor([3, 2, 1, 0])), True),
+        (lambda x: x[:, :, torch.arange(15, -1, -1)], False),
+    ],
+    ids=["channels", "images", "channels, selected", "rows"],
+)
+def test_chosen_channels_and_images_keep_positions(choose: Callable[[Tensor], Tensor], keeps: bool) -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.after = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(choose(self.features(x))).mean((2, 3))
+
+    model, x = filled(Chosen()), images(2, 3, 16, 16)
+    assert main_layers(model, x) == ["after" if keeps else "features"]
+    assert_close(bias_maps(model, x, 1).maps["after"].sum((1, 2, 3)), model.after.bias[1].detach().expand(2))
 
 
 class Patches(nn.Module):

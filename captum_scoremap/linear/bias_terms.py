@@ -84,7 +84,7 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     }
     # one row for each image: to whom a step's coefficients belong is known only that way
     rows = torch.eye(len(score), dtype=score.dtype, device=score.device)
-    found = over_rows(lambda row: tape.transposed(tape.seeds(row), wanted, everywhere=True), rows)
+    found = over_rows(lambda row: tape.transposed(tape.seeds(row), wanted), rows)
     name_of = names_of_steps(recording)
     shares: dict[str, Tensor] = {}
     for value in constants:

@@ -106,7 +106,7 @@ def frame_of(tape: Tape, image_shape: Sequence[int]) -> Frame:
         zero = place.zeros()
         one, none = (tape.forward({place: given}, [first], bypass=False)[first] for given in (zero + 1, zero))
         rows, columns = _extent(one != none)
-        read = tape.transposed({first: one.new_ones(seen)}, {place: lambda share: share}, everywhere=True)
+        read = tape.transposed({first: one.new_ones(seen)}, {place: lambda share: share})
         spans = [end - start for start, end in _extent(read[place] != 0)] if place in read else [0, 0]
     if min(span / side for span, side in zip(spans, whole.image, strict=True)) < _WHOLE:
         return whole  # a part of the image, such as a crop

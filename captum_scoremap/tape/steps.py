@@ -205,7 +205,6 @@ class Tape:
         wanted: dict[Value, Callable[[Tensor], Tensor]],
         *,
         consume: bool = False,
-        everywhere: bool = False,
         visit: Visit | None = None,
     ) -> dict[Value, Tensor]:
         """Run the transposed steps from the score down: the coefficients A of Eq. (3).
@@ -214,7 +213,6 @@ class Tape:
             seeds: Coefficients of the score in the values it is read from.
             wanted: Values whose coefficients are asked for, each with what to make of them.
             consume: Whether to empty the list of steps and ``wanted`` on the way, so that what is used is freed.
-            everywhere: Whether to go down to the inputs, even where nothing wanted depends on them.
             visit: Called for each step on the way with the coefficients of its outputs and of its live arguments.
 
         Returns:
@@ -223,10 +221,8 @@ class Tape:
         coefficients = dict(seeds)
         found: dict[Value, Tensor] = {}
         steps = self.steps
-        reach = -1 if everywhere else 0
-        for value in wanted:
-            reach |= value.sites
-        lowest = 0 if everywhere else max(0, min((value.step for value in wanted), default=0))
+        reach = sites_of(wanted)
+        lowest = max(0, min((value.step for value in wanted), default=0))
         for index in range(len(steps) - 1, lowest - 1, -1):
             step = steps.pop() if consume else steps[index]
             gradients = tuple(coefficients.pop(value, None) for value in step.outputs)
