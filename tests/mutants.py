@@ -34,8 +34,8 @@ ROOMS = ("rules", "tape", "linear", "attribution")
 TESTS = """
     adjoints advice bad_input boundary captum_contract captum_tools complete definition edges exactness frame
     functions fused handwritten kernels_of_devices linear_form memory modes multiview noise numbers
-    own_operations paper positions precision quantized random_networks reference relations run steps structures
-    table targets unseen
+    own_operations paper positions precision quantized random_networks reference relations run speed steps
+    structures table targets unseen
 """.split()
 START = 60  # seconds in which pytest starts at the latest
 SLOWER = 5  # times as long as measured: an endless loop, not a busy machine
