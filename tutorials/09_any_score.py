@@ -207,7 +207,7 @@ for quarter in circles:
     target = detection(1, boxes[quarter].tolist())
     complete = CompleteScoreMap(detector).attribute(image, target)
     pairs.append((complete, image[0]))
-    titles.append(f"this circle's box\nlogit {target(detector(list(image))).item():.1f}")
+    titles.append(f"this circle's box\nlogit {target(detector(list(image))).item():.2f}")
 show(pairs, titles)
 
 # %% [markdown]
@@ -341,7 +341,7 @@ for quarter in truth["present"][one].nonzero().flatten().tolist():
     complete = CompleteScoreMap(clip_like.image).attribute(image, target)
     pairs.append((complete, image[0]))
     titles.append(f'"{COLORS[color]} {SHAPES[kind]}"\nsimilarity {target(clip_like.image(image)).item():.2f}')
-show(pairs, titles)
+show(pairs, titles, unit="similarity per cell")
 
 # %% [markdown]
 # One image, two sentences: each finds its own shape, and the other one speaks against it. It never saw two shapes at
