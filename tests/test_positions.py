@@ -188,6 +188,15 @@ def test_chosen_channels_and_images_keep_positions(choose: Callable[[Tensor], Te
     assert_close(bias_maps(model, x, 1).maps["after"].sum((1, 2, 3)), model.after.bias[1].detach().expand(2))
 
 
+def test_channels_are_no_rows_where_pooling_brings_a_map_to_other_proportions() -> None:
+    """(N, 8, 5, 5) of 24 x 16 pixels: as (N, h, w, C) that would be 8 rows of 5, in proportion."""
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.AdaptiveMaxPool2d(5), nn.Flatten(), nn.Linear(200, 3)))
+    x = images(2, 3, 24, 16)
+    assert main_layers(model, x) == ["0"]
+    with pytest.raises(ValueError, match="the layer must have a place in the image"):
+        CompleteScoreMap(model, model[1]).attribute(x, 1)
+
+
 class Patches(nn.Module):
     """A vision transformer whose patches are cut by a reshape: no convolution returns a map."""
 

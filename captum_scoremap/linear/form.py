@@ -44,7 +44,7 @@ def _no_entry() -> Entry:
 
 def _weighted(first: Callable[[], Entry], weight: float, second: Callable[[], Entry], other: float) -> Entry:
     """Return the weighted sum of two maps of one layer, and of what stands beside them."""
-    pairs = [(one, two) for one, two in zip(first(), second(), strict=True)]
+    pairs = zip(first(), second(), strict=True)
     placed, rest = (None if one is None or two is None else weight * one + other * two for one, two in pairs)
     return placed, rest
 
@@ -423,12 +423,9 @@ def _form(
     @cache
     @torch.no_grad()
     def placed() -> Entry:
-        is_one = len(shape) == 4 and len(activations) == 1
-        return (
-            placement().map_of(coefficients[0] * activations[0], found.tapped(site).values[0])
-            if is_one
-            else _no_entry()
-        )
+        if len(shape) != 4 or len(activations) != 1:
+            return _no_entry()
+        return placement().map_of(coefficients[0] * activations[0], found.tapped(site).values[0])
 
     name = "input" if site is None else found.recording.places.name_of(site[0]) or type(site[0]).__name__
     return LinearForm(
