@@ -106,8 +106,9 @@ class UnsupportedOperationError(NotImplementedError):
                 "every operation on the way from the image to the score must be PyTorch's and run on the thread of the "
                 "call; these could not be seen:\n"
                 + _listed(self.hidden)
-                + "\nCompute this with PyTorch operations, on one thread; or, if it is a constant, make it before the "
-                "model runs."
+                + "\nCompute this with PyTorch operations, on one thread (TorchScript within "
+                "`torch.jit.optimized_execution(False)`, from its first run on); or, if it is a constant, make it "
+                "before the model runs."
             )
         super().__init__("\n".join(parts))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ DEVICE = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CLOSE = 1e-9  # of the largest coefficient: other kernels round otherwise
+IN_SINGLE = {"mobilenet_v3_small": 1e-5}  # there a hard swish multiplies by a sixth in single precision
 CASES = [(table, name) for table, cases in TABLES.items() for name, case in cases.items() if not case.refused]
 
 
@@ -41,10 +43,10 @@ def there(model: nn.Module) -> Any:
     return copy.deepcopy(model).to(DEVICE)
 
 
-def assert_same(on_device: Any, on_cpu: Any) -> None:
+def assert_same(on_device: Any, on_cpu: Any, close: float = CLOSE) -> None:
     assert on_device.device.type == DEVICE.type
     size = float(on_cpu.abs().max())
-    assert_close(on_device.cpu(), on_cpu, rtol=0, atol=CLOSE * max(size, 1e-300))
+    assert_close(on_device.cpu(), on_cpu, rtol=0, atol=close * max(size, 1e-300))
 
 
 @needs_cuda
@@ -52,18 +54,18 @@ def assert_same(on_device: Any, on_cpu: Any) -> None:
 def test_maps_are_those_of_the_cpu(name: str) -> None:
     model, inputs = random_entry(entry(name))
     label = int(model(inputs)[0].argmax())
-    names = spread(list(called_once(model, inputs)), 3)
+    names, close = spread(list(called_once(model, inputs)), 3), IN_SINGLE.get(name, CLOSE)
     twin, images = there(model), inputs.to(DEVICE)
     for layer in (None, *names):
         here, elsewhere = (
             linear_form(one, x, label, None if layer is None else one.get_submodule(layer))
             for one, x in ((model, inputs), (twin, images))
         )
-        assert_same(elsewhere.sub_scores, here.sub_scores)
+        assert_same(elsewhere.sub_scores, here.sub_scores, close)
         assert relative_residual(elsewhere.score, elsewhere.sums, elsewhere.bias) <= 1e-12
     if inputs.dim() == 4:
         for method in (CompleteScoreMap, FusedScoreMap):
-            assert_same(method(twin).attribute(images, label), method(model).attribute(inputs, label))
+            assert_same(method(twin).attribute(images, label), method(model).attribute(inputs, label), close)
 
 
 def check_network(network: RandomNetwork) -> None:
@@ -97,23 +99,30 @@ def test_what_people_hand_over(table: str, name: str) -> None:
             randomize(model, inputs, torch.Generator().manual_seed(0))
         names = layers_of_images(model, inputs) if case.layers is None else case.layers
         here = [form_at(model, inputs, case, layer) for layer in (None, *names)]
-        try:
-            twin, images = there(model), inputs.to(DEVICE)
-            with torch.no_grad():
-                score = select_scores(twin(images.clone()), case.target, len(images))
-        except Exception as error:  # makes tensors of its own on the CPU, or has operations for the CPU alone
-            pytest.skip(f"the model itself does not run there: {type(error).__name__}")
+        reason = ""
+        for made in (nullcontext(), DEVICE):  # as it is, or with the tensors that it makes there
+            try:
+                twin, images = there(model), inputs.to(DEVICE)
+                with made, torch.no_grad(), torch.jit.optimized_execution(False):  # what TorchScript fuses is refused
+                    score = select_scores(twin(images.clone()), case.target, len(images))
+                break
+            except Exception as error:  # holds tensors on the CPU, or has operations for the CPU alone
+                reason = f"the model itself does not run there: {type(error).__name__}"
+        else:
+            pytest.skip(reason)
         if (score.cpu() - here[0].score).abs().max() > 1e-9 * here[0].score.abs().max():
             pytest.skip("the model itself gives another score there")
         for layer, expected in zip((None, *names), here, strict=True):
-            form = form_at(twin, images, case, layer)
+            with made:
+                form = form_at(twin, images, case, layer)
             assert relative_residual(form.score, form.sums, form.bias) <= case.tolerance
             if case.tolerance <= 1e-9:
                 assert_close(form.bias.cpu(), expected.bias, rtol=1e-7, atol=1e-7 * float(expected.score.abs().max()))
 
 
 def form_at(model: nn.Module, inputs: Tensor, case: Case, layer: str | None) -> Any:
-    return linear_form(model, inputs, case.target, None if layer is None else model.get_submodule(layer))
+    with torch.jit.optimized_execution(False):
+        return linear_form(model, inputs, case.target, None if layer is None else model.get_submodule(layer))
 
 
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
@@ -187,7 +196,8 @@ def test_autocast_and_low_precision(dtype: torch.dtype) -> None:
             score = twin(images)[:, 3]
         form = linear_form(twin, images, 3)
     assert_close(form.score.float(), score.float(), rtol=0, atol=0)
-    assert relative_residual(form.score.double(), form.sums.double(), form.bias.double()) <= 10 * torch.finfo(dtype).eps
+    residual = relative_residual(form.score.double(), form.sums.double(), form.bias.double())
+    assert residual <= 21 * torch.finfo(dtype).eps  # each of 21 layers with weights rounds its output
 
 
 @needs_cuda

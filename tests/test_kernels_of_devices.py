@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.testing import assert_close
 
 from captum_scoremap import linear_form
-from captum_scoremap.rules import DEFAULT
+from captum_scoremap.rules import DEFAULT, Tangent
 
 aten = torch.ops.aten
 MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
@@ -170,3 +170,50 @@ def test_fused_norms_are_those_of_the_layer(eps: float | None, is_weighted: bool
     found, scale = DEFAULT["_fused_rms_norm"].body(x, [4, 5], weight, eps)
     assert_close(found, nn.functional.rms_norm(x, [4, 5], weight, eps))
     assert scale.shape == (2, 3, 1, 1)
+
+
+class Warp(nn.Module):
+    """An image read at moved places, by one kernel or another."""
+
+    def __init__(self, sample: Any) -> None:
+        super().__init__()
+        self.sample = sample
+        self.conv, self.flow, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 3, padding=1), nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x).relu()
+        moved = self.sample(features, self.flow(features).permute(0, 2, 3, 1).tanh())
+        scores: Tensor = self.head(moved.relu().flatten(1))
+        return scores
+
+
+@pytest.mark.parametrize("rules", [None, {"grid_sample": Tangent()}, {"cudnn_grid_sampler": Tangent()}])
+def test_warps_by_cudnn(rules: Any) -> None:
+    """The grid is frozen, or a tangent taken at it, whichever kernel reads the image."""
+    bilinear_with_zeros_around = 0, 0, True
+    torch.manual_seed(0)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(
+            "cudnn_grid_sampler", lambda x, grid: aten.grid_sampler_2d(x, grid, *bilinear_with_zeros_around), "CPU"
+        )
+        library.impl(
+            "cudnn_grid_sampler_backward",
+            lambda x, grid, slopes: aten.grid_sampler_2d_backward(
+                slopes, x, grid, *bilinear_with_zeros_around, [True, True]
+            ),
+            "CPU",
+        )
+        model = Warp(lambda x, grid: aten.grid_sampler_2d(x, grid, *bilinear_with_zeros_around)).double().eval()
+        inputs = torch.randn(2, 2, 7, 7, dtype=torch.float64)
+        model(inputs)
+        twin = Warp(aten.cudnn_grid_sampler).double().eval()
+        twin(inputs)
+        twin.load_state_dict(model.state_dict())
+        for layer in ("", "conv", "flow"):
+            expected, found = (
+                linear_form(one, inputs, 1, one.get_submodule(layer) if layer else None, rules=own)
+                for one, own in ((model, rules and {"grid_sample": Tangent()}), (twin, rules))
+            )
+            assert_close(found.score, model(inputs)[:, 1], rtol=1e-12, atol=1e-14)
+            assert_close(found.coefficients, expected.coefficients, rtol=1e-10, atol=1e-13)
+            assert_close(found.bias, expected.bias, rtol=1e-10, atol=1e-13)

@@ -63,7 +63,7 @@ def randomize(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> n
 
     def noise(tensor: Tensor) -> Tensor:
         few = torch.randn(min(tensor.numel(), MANY), generator=generator, dtype=tensor.dtype)
-        return few.repeat(tensor.numel() // len(few) + 1)[: tensor.numel()].view(tensor.shape)
+        return few.repeat(tensor.numel() // len(few) + 1)[: tensor.numel()].view(tensor.shape).to(tensor.device)
 
     def statistics(module: _BatchNorm, arguments: tuple[Tensor, ...]) -> None:
         channels = arguments[0].transpose(0, 1).flatten(1)

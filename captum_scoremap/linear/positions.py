@@ -14,17 +14,17 @@ from captum_scoremap.tape import Step, Tape
 
 __all__ = ["may_be_elsewhere", "row_sources", "values_elsewhere", "values_folded"]
 
-_SAMPLING = ("grid_sampler_2d", "grid_sampler_3d")
+_SAMPLING = "grid_sample"
 _ATTENTION = "scaled_dot_product_attention"
 # Where the argument is that says which row of the output is which.
 _ROWS = {
     **dict.fromkeys(("mm", "bmm", "matmul", _ATTENTION), 0),
-    **dict.fromkeys(("addmm", "baddbmm", "addbmm", *_SAMPLING), 1),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm", _SAMPLING), 1),
 }
 _REGIONS = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
 _CHOOSING = {"index", "_unsafe_index", "unsafe_index", "index_select", "gather"}
 _ORDERING = {"take", "masked_select", "topk", "sort", "kthvalue"}
-_STRAYING = {*_REGIONS, *_CHOOSING, *_ORDERING, *_SAMPLING, _ATTENTION, "matmul", "bmm", "baddbmm", "im2col"}
+_STRAYING = {*_REGIONS, *_CHOOSING, *_ORDERING, _SAMPLING, _ATTENTION, "matmul", "bmm", "baddbmm", "im2col"}
 
 
 def row_sources(step: Step, output: Value) -> Sequence[Value]:
@@ -40,7 +40,7 @@ def row_sources(step: Step, output: Value) -> Sequence[Value]:
     rows = step.args[_ROWS[name]]
     if isinstance(rows, Value):
         return [rows]
-    if name in _SAMPLING:  # the image turned or warped, or some points of it
+    if name == _SAMPLING:  # the image turned or warped, or some points of it
         return step.values if _are_alike(step.values[0].shape[2:], output.shape[2:]) else []
     return [] if name == _ATTENTION else alike  # a constant matrix may mix positions
 
@@ -55,7 +55,7 @@ def values_elsewhere(tape: Tape, images: int) -> frozenset[Value]:
         is_chosen = name in _REGIONS or name in _ORDERING or (name in _CHOOSING and _chooses_positions(step, images))
         for output in step.outputs:
             sources = row_sources(step, output)
-            if is_chosen or (not sources and (name == _ATTENTION or name in _SAMPLING)):
+            if is_chosen or (not sources and name in {_ATTENTION, _SAMPLING}):
                 elsewhere.add(output)
             elif not sources:
                 asked.add(output)

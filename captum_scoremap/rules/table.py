@@ -213,15 +213,14 @@ _BACKWARD = """
     _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward
 """
 
+_GRID_SAMPLERS = ("grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler", "_grid_sampler_2d_cpu_fallback")
+
 _LINEAR: dict[str, Rule] = {
     **STRUCTURAL,
     **AFFINE,
     "copy": Copy(keeps_gates=True),
     "fill": Copy(),
-    **dict.fromkeys(
-        "grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback roi_align ps_roi_align deform_conv2d".split(),
-        FirstLinear(),
-    ),
+    **dict.fromkeys((*_GRID_SAMPLERS, "roi_align", "ps_roi_align", "deform_conv2d"), FirstLinear()),
     **dict.fromkeys(_BACKWARD.split(), Backward()),
     "_standard_gamma": Sample(lambda drawn, shape: torch._standard_gamma_grad(shape, drawn)),
     "_sample_dirichlet": Sample(_dirichlet_slopes, sums_to_one=True),
@@ -258,6 +257,7 @@ _KERNELS: Mapping[str, tuple[str, ...]] = {
     "gru_cell": ("_thnn_fused_gru_cell",),
     "rms_norm": ("_fused_rms_norm",),
     "conv": ("convolution",),
+    "grid_sample": _GRID_SAMPLERS,
 }
 
 # What else PyTorch's Python functions become, where the name changes.
@@ -288,7 +288,6 @@ _ATEN_NAMES: Mapping[str, tuple[str, ...]] = {
     "setitem": ("copy", "index_put", "fill"),
     "linalg_norm": ("linalg_vector_norm",),
     "interpolate": ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
-    "grid_sample": ("grid_sampler_2d", "grid_sampler_3d"),
     **dict.fromkeys(("gru", "rnn_relu", "rnn_tanh"), ("_cudnn_rnn",)),
     **dict.fromkeys(("concat", "concatenate"), ("cat",)),
 }

@@ -24,7 +24,7 @@ from tests.zoo import randomize, relative_residual, spread
 Model = Callable[..., Any]
 REFUSALS = (UnsupportedOperationError, TypeError, ValueError)
 # Everything by its derivative: then A is the gradient, which is known by a route of its own.
-GRADIENT = {**TANGENT, "grid_sampler_2d": Tangent(), "grid_sampler_3d": Tangent(), "roi_align": FirstLinear()}
+GRADIENT = {**TANGENT, "grid_sample": Tangent(), "roi_align": FirstLinear()}
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ class Wave(nn.Module):
         self.flow = nn.Conv2d(8, 2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = F.affine_grid(torch.eye(2, 3, dtype=x.dtype).expand(len(x), 2, 3), x.shape, align_corners=False)
+        grid = F.affine_grid(torch.eye(2, 3).to(x).expand(len(x), 2, 3), x.shape, align_corners=False)
         warped = F.grid_sample(x, grid + 0.05 * self.flow(x).permute(0, 2, 3, 1), align_corners=False)
         volume = torch.einsum("nchw,ncij->nhwij", x, warped).flatten(3).softmax(-1)
         return torch.einsum("nhwk,nck->nchw", volume, warped.flatten(2))
@@ -411,7 +411,7 @@ def labelled(x: Tensor) -> Tensor:
     """Scores by connectionist temporal classification of columns of positions."""
     steps = x.flatten(2).permute(2, 0, 1)[:5].log_softmax(2)
     words = torch.tensor([[1, 2], [2, 1]])
-    losses = F.ctc_loss(steps, words, torch.tensor([5, 5]), torch.tensor([2, 2]), reduction="none")
+    losses = F.ctc_loss(steps, words, *x.new_tensor([[5, 5], [2, 2]], dtype=torch.long), reduction="none")
     return losses.view(-1, 1, 1, 1).expand_as(x)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ def functional_convolution(context: Context, x: Tensor) -> Step | None:
     weight = context.noise(3, x.shape[1], 2, 2) / math.sqrt(4 * x.shape[1])
     bias = context.noise(3) if context.flag() else None
     stride = context.number(1, 2)
-    return Function("conv2d", lambda x: F.conv2d(x, weight, bias, stride))
+    return Function("conv2d", lambda x, weight, bias: F.conv2d(x, weight, bias, stride), weight, bias)
 
 
 @piecewise
@@ -71,11 +73,10 @@ def linear(context: Context, x: Tensor) -> Step | None:
         return context.random(nn.Linear(inputs, outputs, bias=context.flag()))
     weight = context.noise(outputs, inputs) / math.sqrt(inputs)
     if form == "F.linear":
-        bias = context.noise(outputs)
-        return Function("F.linear", lambda x: F.linear(x, weight, bias))
+        return Function("F.linear", F.linear, weight, context.noise(outputs))
     if form == "matmul":
-        return Function("x @ w", lambda x: x @ weight.t())
-    return Function("einsum with weights", lambda x: torch.einsum("...i,oi->...o", x, weight))
+        return Function("x @ w", lambda x, weight: x @ weight.t(), weight)
+    return Function("einsum with weights", partial(torch.einsum, "...i,oi->...o"), weight)
 
 
 @piecewise
@@ -143,26 +144,22 @@ def average_pooling(context: Context, x: Tensor) -> Step | None:
 def arithmetic(context: Context, x: Tensor) -> Step | None:
     constant = context.noise(*x.shape[1:])
 
-    def sub_(x: Tensor) -> Tensor:
-        x -= constant
-        return x
-
     def scaled(x: Tensor) -> Tensor:
         x *= 0.8
         return x.div_(1.2)
 
     return context.pick(
-        Function("x + c", lambda x: x + constant),
-        Function("c - x", lambda x: constant - x),
-        Function("x * c", lambda x: x * constant),
+        Function("x + c", operator.add, constant),
+        Function("c - x", lambda x, constant: constant - x, constant),
+        Function("x * c", operator.mul, constant),
         Function("x / 1.5", lambda x: x / 1.5),
         Function("-x", lambda x: -x),
-        Function("add alpha", lambda x: torch.add(x, constant, alpha=0.3)),
-        Function("x -= c", sub_),
+        Function("add alpha", partial(torch.add, alpha=0.3), constant),
+        Function("x -= c", operator.isub, constant),
         Function("x *= 0.8", scaled),
-        Function("x.add_(c)", lambda x: x.add_(constant)),
-        Function("x.mul_(c)", lambda x: x.mul_(constant)),
-        Function("lerp", lambda x: torch.lerp(x, constant, 0.25)),
+        Function("x.add_(c)", Tensor.add_, constant),
+        Function("x.mul_(c)", Tensor.mul_, constant),
+        Function("lerp", lambda x, constant: torch.lerp(x, constant, 0.25), constant),
     )
 
 
@@ -191,8 +188,8 @@ def views(context: Context, x: Tensor) -> Step | None:
         Function("unbind and stack", lambda x: torch.stack(x.unbind(1)[::-1], 1)),
         Function("expand", lambda x: x[:, :1].expand_as(x) + x),
         Function("write", overwrite),
-        Function("masked_fill", lambda x: x.masked_fill(torch.arange(x.shape[-1]) == 0, 0.3)),
-        Function("where", lambda x: torch.where(torch.arange(x.shape[-1]) % 2 == 0, x, -x)),
+        Function("masked_fill", lambda x: x.masked_fill(torch.arange(x.shape[-1], device=x.device) == 0, 0.3)),
+        Function("where", lambda x: torch.where(torch.arange(x.shape[-1], device=x.device) % 2 == 0, x, -x)),
         nn.Flatten(1),
     ]
     if axes(x) >= 1 and x.shape[1] % 2 == 0:

@@ -62,7 +62,7 @@ def scale(context: Context, x: Tensor) -> Step | None:
         options += [
             context.random(nn.LayerNorm(size, eps=1e-3)),
             context.random(nn.LayerNorm(list(x.shape[1:]), eps=1e-3)),
-            Function("F.layer_norm", lambda x: F.layer_norm(x, (size,), weight, eps=1e-3)),
+            Function("F.layer_norm", lambda x, weight: F.layer_norm(x, (size,), weight, eps=1e-3), weight),
             context.random(nn.RMSNorm(size, eps=1e-3)),
         ]
     if axes(x) >= 1 and x[0, 0].numel() > 1:

@@ -19,14 +19,15 @@ Build: TypeAlias = Callable[["Context", Tensor], "Step | None"]
 
 
 class Function:
-    """A step that is no module: what a forward method calls on its own."""
+    """A step that is no module: what a forward method calls on its own, with constants that follow it to a device."""
 
-    def __init__(self, name: str, function: Step) -> None:
+    def __init__(self, name: str, function: Callable[..., Tensor], *constants: Tensor | None) -> None:
         self.name = name
         self.function = function
+        self.constants = constants
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        return self.function(x, *(one if one is None else one.to(x.device) for one in self.constants))
 
     def __repr__(self) -> str:
         return self.name

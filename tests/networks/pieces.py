@@ -33,7 +33,7 @@ def rectifier(context: Context, x: Tensor) -> Step | None:
         Function("relu_", lambda x: x.relu_()),
         Function("relu6", F.relu6),
         Function("leaky_relu_", lambda x: F.leaky_relu_(x, 0.3)),
-        Function("prelu", lambda x: F.prelu(x, torch.tensor([0.3], dtype=x.dtype))),
+        Function("prelu", lambda x: F.prelu(x, x.new_tensor([0.3]))),
         Function("clamp", lambda x: x.clamp(-0.4, 0.6)),
         Function("clamp min", lambda x: torch.clamp(x, min=-0.2)),
         Function("clamp_", lambda x: x.clamp_(max=0.9)),
