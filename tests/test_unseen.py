@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,6 +101,40 @@ SCRIPTED: dict[str, tuple[Function, Function]] = {
 def test_scripted_code_is_seen(name: str) -> None:
     function, plain = SCRIPTED[name]
     assert_as_plain(function, plain)
+
+
+@pytest.fixture
+def fusing() -> Iterator[None]:
+    """Let TorchScript compile kernels on a CPU, too, as it does on CUDA devices."""
+    was = torch._C._jit_can_fuse_on_cpu(), torch._C._jit_get_te_must_use_llvm_cpu(), torch._C._jit_texpr_fuser_enabled()
+    torch._C._jit_override_can_fuse_on_cpu(True)
+    torch._C._jit_set_te_must_use_llvm_cpu(False)
+    torch._C._jit_set_texpr_fuser_enabled(True)
+    yield
+    torch._C._jit_override_can_fuse_on_cpu(was[0])
+    torch._C._jit_set_te_must_use_llvm_cpu(was[1])
+    torch._C._jit_set_texpr_fuser_enabled(was[2])
+
+
+def gated(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x) * torch.tanh(x) + 0.3
+
+
+def gated_too(x: Tensor) -> Tensor:  # TorchScript compiles a function once
+    return x * torch.sigmoid(x) * torch.tanh(x) + 0.3
+
+
+@pytest.mark.usefixtures("fusing")
+def test_what_torchscript_fused_is_refused_and_the_advice_works() -> None:
+    fused, plain = scripted(gated), scripted(gated_too)
+    for _ in range(3):  # it looks twice before it compiles
+        fused(torch.randn(2, 4, 4, 4, dtype=torch.float64))
+    assert "TensorExpr" in str(quietly(torch.jit.last_executed_optimized_graph))
+    assert_refused(fused, r"a compiled kernel(?s:.*)`torch.jit.optimized_execution\(False\)`, from its first run on")
+    with torch.jit.optimized_execution(False):
+        for _ in range(3):
+            plain(torch.randn(2, 4, 4, 4, dtype=torch.float64))
+        assert_as_plain(plain, gated)
 
 
 def test_constants_folded_into_scripted_code_are_constants_or_refused() -> None:

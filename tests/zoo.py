@@ -72,7 +72,7 @@ def randomize(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> n
         assert module.running_var is not None
         spread = spread + 0.1 * spread.mean() + 1e-3
         module.running_mean.copy_(mean + 0.3 * spread.sqrt() * noise(mean))
-        module.running_var.copy_(spread * (0.7 + 0.6 * torch.rand(spread.shape, generator=generator).double()))
+        module.running_var.copy_(spread * (0.7 + 0.6 * torch.rand(spread.shape, generator=generator).to(spread)))
 
     owners = {parameter: module for module in model.modules() for parameter in module.parameters(recurse=False)}
     with torch.no_grad():

@@ -33,7 +33,7 @@ _FROZEN = """
     rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
     empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
     multinomial poisson binomial _assert_async is_same_size is_pinned _new_zeros_with_same_feature_meta
-    _has_same_storage_numel nms
+    _has_same_storage_numel nms _use_cudnn_ctc_loss _use_miopen_ctc_loss
 """
 
 

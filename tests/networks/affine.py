@@ -87,8 +87,7 @@ def batch_norm(context: Context, x: Tensor) -> Step | None:
     module = context.random(getattr(nn, f"BatchNorm{dims}d")(x.shape[1], affine=context.flag()))
     if context.flag():
         return module
-    mean, variance = module.running_mean, module.running_var
-    return Function("F.batch_norm", lambda x: F.batch_norm(x, mean, variance, eps=1e-3))
+    return Function("F.batch_norm", partial(F.batch_norm, eps=1e-3), module.running_mean, module.running_var)
 
 
 @piecewise
