@@ -328,6 +328,27 @@ def test_hessians_are_seen() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.relu,
+        lambda x: F.hardtanh(x, -0.3, 0.3),
+        lambda x: F.leaky_relu(x, 0.2),
+        lambda x: F.hardshrink(x, 0.2),
+        lambda x: F.softshrink(x, 0.2),
+        lambda x: F.max_pool2d(x, 3, 1, 1),
+    ],
+)
+def test_derivatives_along_constants_of_piecewise_linear_functions_are_constants(function: Function) -> None:
+    """A mask does not move with the image, so that its product with the image is no half of each."""
+
+    def product(x: Tensor) -> Tensor:
+        return x * torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+
+    assert_is_gradient(product)
+
+
 def test_jvp_and_jacobians_in_the_forward() -> None:
     direction = torch.ones(2, 4, 4, 4, dtype=torch.float64)
     jvp = lambda x: torch.func.jvp(lambda y: CONV(y).relu() ** 2, (x,), (direction,))[1]  # noqa: E731

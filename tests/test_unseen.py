@@ -479,6 +479,164 @@ def test_scores_that_something_unseen_filled_are_refused(function: Function, tar
             linear_form(scores, torch.rand(1, 4, dtype=torch.float64), target)
 
 
+def in_numpy_s(write: Callable[[Any], object]) -> Function:
+    """A function that has NumPy write to the memory of a live tensor."""
+
+    def written(x: Tensor) -> Tensor:
+        copy = x.clone()
+        write(copy.detach().numpy())
+        return 2 * copy
+
+    return written
+
+
+def held_by_numpy(x: Tensor) -> Tensor:
+    zeros = torch.zeros_like(x)
+    held = zeros.numpy()
+    zeros.add_(x)
+    held *= 2
+    return zeros + x
+
+
+BUFFER = torch.ones(2, 4, 4, 4, dtype=torch.float64)
+
+
+def in_a_buffer(x: Tensor) -> Tensor:
+    BUFFER.numpy()[: len(x)] = abs(x.detach().numpy())  # what the run before left there
+    return x * BUFFER[: len(x)]
+
+
+def swapped(array: Any) -> None:
+    array[:, [0, 1]] = array[:, [1, 0]]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        in_numpy_s(lambda array: array.clip(0, out=array)),
+        in_numpy_s(lambda array: array[:, :2].__imul__(-1)),
+        in_numpy_s(swapped),
+        held_by_numpy,
+        in_a_buffer,
+    ],
+    ids=["all", "a part", "swapped", "held across an operation", "a buffer"],
+)
+def test_what_numpy_wrote_to_memory_of_tensors_is_refused(function: Function) -> None:
+    with torch.no_grad():
+        function(between(function).conv(some_images()))
+    assert_refused(function, r"what was written to a tensor's memory after Tensor.numpy\(\)")
+
+
+def test_a_score_that_numpy_wrote_to_is_refused() -> None:
+    with pytest.raises(UnsupportedOperationError, match="written to a tensor's memory"):
+        linear_form(in_numpy_s(lambda array: array.clip(0, out=array)), torch.rand(1, 4) - 0.5, 1)
+
+
+def test_numpy_may_read_what_it_likes_and_write_constants() -> None:
+    def read(x: Tensor) -> Tensor:
+        table = torch.ones(4, dtype=x.dtype)
+        table.numpy()[:] *= 2
+        out = x * table
+        assert out.detach().numpy().max() > 0
+        return out.relu_()
+
+    assert_as_plain(read, lambda x: (2 * x).relu())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.clone().apply_(lambda number: max(number, 0.0)),
+        lambda x: x.clone().map_(x, lambda one, other: one * other),
+        lambda x: torch.zeros_like(x).map2_(torch.ones_like(x), x, lambda _, one, other: one * other),
+    ],
+)
+def test_functions_of_python_s_that_map_elements_are_refused(function: Function) -> None:
+    assert_refused(function, r"what Tensor.(apply|map|map2)_\(\) made of each element")
+
+
+def test_python_may_map_constants() -> None:
+    assert_as_plain(lambda x: x * torch.ones(4, dtype=x.dtype).apply_(lambda one: one + 1), lambda x: 2 * x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * torch.tensor([x.mean(), x.std(), x.amax(), x.amin()], dtype=x.dtype),
+        lambda x: x * torch.as_tensor(list(x.mean((0, 2, 3)))),
+        lambda x: x + torch.tensor([[x.mean()] * 4] * 4),
+        lambda x: x + x.new_tensor((x.mean(), *range(3))),
+        lambda x: x + torch.asarray([x.amax(), 1.0, 2.0, 3.0]),
+    ],
+    ids=["tensor", "as_tensor", "nested", "new_tensor", "asarray"],
+)
+def test_lists_of_live_tensors_are_refused(function: Function) -> None:
+    before = torch.tensor
+    assert_refused(function, r"made of a list of tensors, for which there is torch.stack\(\)")
+    assert torch.tensor is before
+    assert_as_plain(lambda x: x * torch.tensor([1.0, 2.0, *x.shape[1:3]], dtype=x.dtype), lambda x: x * FACTORS)
+
+
+FACTORS = torch.tensor([1.0, 2.0, 4.0, 4.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.stack([torch.tensor(float(one), dtype=x.dtype) for one in x.flatten()]).view_as(x),
+        lambda x: torch.cat([torch.full((1,), one.item(), dtype=x.dtype) for one in x.flatten()]).view_as(x),
+    ],
+)
+def test_a_map_that_single_numbers_leave_empty_says_so(function: Function) -> None:
+    with pytest.warns(UserWarning, match="a map is zero everywhere: .* item"):
+        linear_form(between(function), some_images(), 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.clone().resize_(len(x), 4, 4, 4), lambda x: x.new_empty(0).set_(2 * x)],
+    ids=["resize_", "set_"],
+)
+def test_memory_given_to_a_tensor_is_refused_without_advice_to_write_a_rule(function: Function) -> None:
+    assert_refused(function, r"(resize|set)_\(\) did to a tensor's memory")
+
+
+def each_in_place(x: Tensor) -> Tensor:
+    parts = [part.clone() for part in x.unbind(1)]
+    torch._foreach_mul_(parts, 3.0)
+    torch._foreach_add_(parts, 1.0)
+    torch._foreach_clamp_min_(parts, 0.0)
+    return torch.stack(parts, 1)
+
+
+def each_copied(x: Tensor) -> Tensor:
+    out = [torch.zeros_like(part) for part in x.unbind(1)]
+    torch._foreach_copy_(out, list(x.relu().unbind(1)))
+    return torch.stack(out, 1)
+
+
+def each(name: str, *arguments: Any) -> Function:
+    return lambda x: torch.stack(getattr(torch, f"_foreach_{name}")(list(x.unbind(1)), *arguments), 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "plain"),
+    [
+        (each("mul", 2.0), lambda x: 2 * x),
+        (each("mul", [1.0, 2.0, 4.0, 4.0]), lambda x: x * FACTORS[:, None, None]),
+        (each("maximum", 0.0), torch.relu),
+        (each_in_place, lambda x: (3 * x + 1).relu()),
+        (each_copied, torch.relu),
+        (
+            lambda x: torch.stack(torch._foreach_mul(list(x.unbind(1)), list(x.relu().unbind(1))), 1),
+            lambda x: x * x.relu(),
+        ),
+    ],
+)
+def test_operations_on_lists_are_those_on_each(function: Function, plain: Function) -> None:
+    assert_as_plain(function, plain)
+
+
 @pytest.mark.parametrize("lift", [torch.ops.aten.lift, torch.ops.aten.lift_fresh])
 def test_a_live_tensor_that_is_lifted_stays_live(lift: Function) -> None:
     assert_as_plain(lambda x: lift(2 * x) + x, lambda x: 3 * x)

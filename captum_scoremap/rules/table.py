@@ -174,7 +174,7 @@ _NONLINEAR: dict[str, Rule] = {
         binary_cross_entropy_with_logits _ctc_loss polar linalg_pinv linalg_lstsq
         linalg_householder_product cholesky_solve cholesky_inverse linalg_lu_factor_ex linalg_lu linalg_lu_solve
         fractional_max_pool2d fractional_max_pool3d frac fmod remainder copysign dist nanmedian polygamma mvlgamma
-        special_entr special_erfcx special_i1 special_i1e special_log_ndtr special_ndtri
+        linalg_matrix_exp special_entr special_erfcx special_i1 special_i1e special_log_ndtr special_ndtri
         soft_margin_loss multi_margin_loss
         """.split(),
         Tangent(),
@@ -197,17 +197,23 @@ _NONLINEAR: dict[str, Rule] = {
 }
 
 
+_MASKED_BACKWARD = """
+    threshold_backward hardtanh_backward hardsigmoid_backward leaky_relu_backward hardshrink_backward
+    softshrink_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward adaptive_max_pool2d_backward
+    adaptive_max_pool3d_backward
+"""
+
 _BACKWARD = """
-    sigmoid_backward tanh_backward gelu_backward silu_backward mish_backward threshold_backward hardtanh_backward
-    hardswish_backward hardsigmoid_backward leaky_relu_backward elu_backward softplus_backward _softmax_backward_data
+    sigmoid_backward tanh_backward gelu_backward silu_backward mish_backward
+    hardswish_backward elu_backward softplus_backward _softmax_backward_data
     _log_softmax_backward_data log_sigmoid_backward native_layer_norm_backward native_batch_norm_backward
-    native_group_norm_backward max_pool2d_with_indices_backward convolution_backward glu_backward
+    native_group_norm_backward convolution_backward glu_backward
     _adaptive_avg_pool2d_backward avg_pool2d_backward upsample_bilinear2d_backward upsample_nearest2d_backward
-    upsample_bicubic2d_backward reflection_pad2d_backward replication_pad2d_backward adaptive_max_pool2d_backward
-    hardshrink_backward softshrink_backward _prelu_kernel_backward nll_loss_backward nll_loss2d_backward
+    upsample_bicubic2d_backward reflection_pad2d_backward replication_pad2d_backward
+    _prelu_kernel_backward nll_loss_backward nll_loss2d_backward
     mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward
-    soft_margin_loss_backward avg_pool3d_backward _adaptive_avg_pool3d_backward max_pool3d_with_indices_backward
-    adaptive_max_pool3d_backward reflection_pad1d_backward reflection_pad3d_backward replication_pad1d_backward
+    soft_margin_loss_backward avg_pool3d_backward _adaptive_avg_pool3d_backward
+    reflection_pad1d_backward reflection_pad3d_backward replication_pad1d_backward
     replication_pad3d_backward upsample_linear1d_backward upsample_trilinear3d_backward upsample_nearest1d_backward
     upsample_nearest3d_backward _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa_backward
     _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward
@@ -222,6 +228,7 @@ _LINEAR: dict[str, Rule] = {
     "fill": Copy(),
     **dict.fromkeys((*_GRID_SAMPLERS, "roi_align", "ps_roi_align", "deform_conv2d"), FirstLinear()),
     **dict.fromkeys(_BACKWARD.split(), Backward()),
+    **dict.fromkeys(_MASKED_BACKWARD.split(), Backward(masks=True)),
     "_standard_gamma": Sample(lambda drawn, shape: torch._standard_gamma_grad(shape, drawn)),
     "_sample_dirichlet": Sample(_dirichlet_slopes, sums_to_one=True),
 }

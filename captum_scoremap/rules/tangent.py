@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .call import Call, floating, substituted
 from .derivative import named, pulled_back, pushed
-from .rule import Gradients, Rule
+from .rule import Frozen, Gradients, Rule
 
 __all__ = ["Backward", "FirstLinear", "Sample", "Tangent"]
 
@@ -112,11 +112,19 @@ class Backward(FirstLinear):
 
     Equation:
         y = F̄ g, with g the gradient it is given and F̄ from what was saved, at the image
+
+    Args:
+        masks: Whether F̄ is a mask or a switch, as that of ReLU is, which what was saved does not move.
     """
 
+    def __init__(self, *, masks: bool = False) -> None:
+        self._masks = masks
+
     def variant(self, call: Call) -> Rule:
-        """Return the tangent where the gradient that it is given is a constant."""
-        return self if call.is_live(call.input) else Tangent()
+        """Return the tangent where the gradient that it is given is a constant; its value, if that is a mask's."""
+        if call.is_live(call.input):
+            return self
+        return Frozen() if self._masks else Tangent()
 
 
 class Sample(Rule):

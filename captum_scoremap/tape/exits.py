@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from captum_scoremap.rules import tensors_in
+
 from .listeners import Listeners
 from .run import Run
 from .sight import COPIES
@@ -19,6 +21,12 @@ from .sight import COPIES
 __all__ = ["exits_refused", "exits_watched"]
 
 _EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", *COPIES)
+# Those after which others know a tensor's memory, and may write to it.
+_ADDRESSES = {"numpy", "__array__", "__dlpack__", "data_ptr"}
+# Python's functions, element by element, of a tensor and others.
+_PYTHON = ("apply_", "map_", "map2_")
+# What makes a tensor of a list, in which tensors are read by no operation.
+_OF_LISTS = ("tensor", "as_tensor", "asarray")
 # The same of the memory of tensors, and ways for numbers to get there.
 _STORAGE_EXITS = ("clone", "tolist", "data_ptr", "__getitem__", "__iter__")
 _STORAGE_ENTRIES = ("copy_", "fill_", "__setitem__", "byteswap")
@@ -34,6 +42,22 @@ def _leave(run: Run, way: str, tensor: Tensor, *_: object) -> None:
         )
     if run.is_live(tensor):
         run.sight.exits.append(way)
+    if way in _ADDRESSES:
+        run.sight.open_memory(tensor, way)
+
+
+def _map(run: Run, way: str, *tensors: object) -> None:
+    """Note that a function of Python's maps the elements of live tensors."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and run.is_live(tensor):
+            run.sight.hide(f"what Tensor.{way}() made of each element")
+
+
+def _list(run: Run, way: str, *arguments: object) -> None:
+    """Note that a tensor is made of a list with live tensors in it."""
+    in_lists = tensors_in([one for one in arguments if isinstance(one, list | tuple)])
+    if any(run.is_live(tensor) for tensor in in_lists):
+        run.sight.hide(f"what {way}() made of a list of tensors, for which there is torch.stack()")
 
 
 def _pass_storage(run: Run, name: str, *storages: object) -> None:
@@ -76,20 +100,23 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
 
 
 # What is watched, and what hears of it; for each name whether the class defines it itself, rather than its base class.
-_WATCHED: dict[type, tuple[Callable[..., None], dict[str, bool]]] = {
-    kind: (tell, {name: name in kind.__dict__ for name in names})
-    for kind, tell, names in (
+_WATCHED: tuple[tuple[Any, Callable[..., None], dict[str, bool]], ...] = tuple(
+    (home, tell, {name: name in vars(home) for name in names})
+    for home, tell, names in (
         (torch.Tensor, _leave, _EXITS),
+        (torch.Tensor, _map, _PYTHON),
+        (torch.Tensor, _list, ("new_tensor",)),
+        (torch, _list, _OF_LISTS),
         (UntypedStorage, _pass_storage, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
     )
-}
+)
 
 
 def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., None]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def watched(one: Any, *args: Any, **kwargs: Any) -> Any:
         for run in _watching.here():
-            tell(run, name, one, *args[:1], *list(kwargs.values())[:1])
+            tell(run, name, one, *args[:2], *list(kwargs.values())[:1])
         return plain(one, *args, **kwargs)
 
     watched.plain = plain  # type: ignore[attr-defined]
@@ -97,20 +124,20 @@ def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., None]) ->
 
 
 def _watch() -> None:
-    for kind, (tell, names) in _WATCHED.items():
+    for home, tell, names in _WATCHED:
         for name in names:
-            setattr(kind, name, _watched(name, getattr(kind, name), tell))
+            setattr(home, name, _watched(name, getattr(home, name), tell))
     torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment]  # on the class
 
 
 def _watch_no_more() -> None:
     del torch.Tensor.data
-    for kind, (_, names) in _WATCHED.items():
+    for home, _, names in _WATCHED:
         for name, is_own in names.items():
             if is_own:
-                setattr(kind, name, getattr(kind, name).plain)
+                setattr(home, name, getattr(home, name).plain)
             else:
-                delattr(kind, name)
+                delattr(home, name)
 
 
 _watching: Listeners[Run] = Listeners(_watch, _watch_no_more)

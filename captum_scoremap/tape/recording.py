@@ -101,6 +101,7 @@ class Recording(Run):
             # while what the run made can still be told from what was there before
             values = {id(tensor): self.value_of(tensor) for tensor in tensors_in(output)}
             for tensor in tensors_in(output):
+                self.sight.compare(tensor, self.is_live)
                 if values[id(tensor)] is None:
                     self.sight.read(tensor)
         self.sight.raise_refused()
@@ -132,6 +133,18 @@ class Recording(Run):
             with torch.inference_mode(False), torch.no_grad():
                 return self.__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
+        if not self.sight.open:
+            return self._run(func, args, kwargs)
+        arguments = tensors_in((args, kwargs))
+        for tensor in arguments:
+            self.sight.compare(tensor, self.is_live)
+        output = self._run(func, args, kwargs)
+        for tensor in arguments:
+            self.sight.keep(tensor)
+        return output
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and write its step."""
         if isinstance(func, torch._ops.HigherOrderOperator):
             return self._run_higher_order(func, args, kwargs)
         operation = self._operations.get(func)
@@ -173,6 +186,11 @@ class Recording(Run):
         kernel = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
         if kernel is None:
             raise self.sight.refused(func.name())
+        if func.name() == "scan":  # whose kernel wants no mode, and calls this
+            from torch._higher_order_ops.scan import generic_scan
+
+            combine, init, xs, additional, *_ = args
+            kernel, args, kwargs = generic_scan, (combine, init, xs), {"additional_inputs": additional}
         return self.recorded(kernel, *args, **kwargs)
 
     def _into(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,10 +212,15 @@ class Recording(Run):
 
     def _without_rule(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
+        if operation.name.startswith("_foreach"):  # on a CPU, and so to us, one operation for each tensor
+            return self.recorded(func._op_dk, torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         made = self.recorded(func.decompose, *args, **kwargs)
         if made is not NotImplemented:
             return made
-        self.sight.lack_rule(operation.display)
+        if operation.functional is None or operation.name in {"set", "resize"}:  # which no rule could say
+            self.sight.hide(f"what {func.overloadpacket.__name__}() did to a tensor's memory")
+        else:
+            self.sight.lack_rule(operation.display)
         output = func(*args, **kwargs)
         for tensor in floating(output):
             if tensor.layout is not torch.strided or tensor.is_nested:

@@ -6,8 +6,9 @@ operation that made it, or one that holds something though nothing was written t
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Sight:
         self.exits: list[str] = []
         self._single_exits = 0
         self.bare: dict[int, tuple[StorageWeakRef, bool]] = {}  # new memory, which something unseen may fill
+        self.open: dict[int, _Open] = {}  # memory whose address left PyTorch, and what it held after each operation
         self._hidden: dict[tuple[str, str], None] = {}
         self.unsupported: dict[tuple[str, str], None] = {}
 
@@ -59,6 +61,35 @@ class Sight:
 
     def _error(self) -> UnsupportedOperationError:
         return UnsupportedOperationError(list(self.unsupported), list(self._hidden))
+
+    # -- whether memory that others know of is what operations left in it
+
+    def open_memory(self, tensor: Tensor, way: str) -> None:
+        """Note that others may write to a tensor's memory from now on."""
+        storage = _memory(tensor)
+        if storage is not None and storage._cdata not in self.open:
+            may_be_filled = way == "numpy" and not self.is_parameter(storage._cdata)
+            self.open[storage._cdata] = _Open(StorageWeakRef(storage), _bytes(storage), way, may_be_filled)
+
+    def compare(self, tensor: Tensor, is_live: Callable[[Tensor], bool]) -> None:
+        """Look whether others wrote to a tensor's memory, numbers of the image where any left."""
+        storage = _memory(tensor)
+        found = None if storage is None else self.open.get(storage._cdata)
+        if storage is None or found is None:
+            return
+        now = _bytes(storage)
+        is_changed = not torch.equal(now, found.content)
+        found.content = now
+        is_constant = not is_live(tensor)
+        # the same numbers as the last run's may have been written to a constant's
+        if (is_changed and (self.exits or not is_constant)) or (found.may_be_filled and self.exits and is_constant):
+            self.hide(f"what was written to a tensor's memory after Tensor.{found.way}()")
+
+    def keep(self, tensor: Tensor) -> None:
+        """Note what an operation left in memory that others may write to."""
+        storage = _memory(tensor)
+        if storage is not None and storage._cdata in self.open:
+            self.open[storage._cdata].content = _bytes(storage)
 
     # -- whether constants are what they seem
 
@@ -107,6 +138,11 @@ class Sight:
             exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self.exits))
             self.hide(f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
 
+    def is_parameter(self, address: int) -> bool:
+        """Return whether memory is that of a parameter of the modules that run."""
+        parameters = (one for root in self.places.roots for one in root.parameters())
+        return any(one.untyped_storage()._cdata == address for one in parameters)
+
     def is_state(self, address: int) -> bool:
         """Return whether memory belongs to the modules that run."""
         state = [one for root in self.places.roots for one in (*root.parameters(), *root.buffers())]
@@ -126,6 +162,26 @@ class Sight:
             is_filled = bare is not None and (not bare[1] or bool(tensor.any()))
         if is_filled:
             self.hide("what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
+
+
+@dataclass
+class _Open:
+    """Memory that others may write to, what it holds, byte by byte, and how its address left."""
+
+    storage: StorageWeakRef  # keeps the address from being reused
+    content: Tensor
+    way: str
+    may_be_filled: bool
+
+
+def _memory(tensor: Tensor) -> torch.UntypedStorage | None:
+    has_memory = tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
+    return tensor.untyped_storage() if has_memory and not tensor._is_zerotensor() else None
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    with unrecorded():
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone()
 
 
 def _constants_in(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
