@@ -364,6 +364,13 @@ def test_a_file_gives_scores_maps_and_both_sides_of_the_sum(
         assert_close(found["bias.block"], linear_form(model, other, labels, model.block).bias, rtol=1e-4, atol=1e-5)
 
 
+def test_a_file_needs_a_folder(model: Network, inputs: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"path must be in a folder that exists, got '.*map.onnx'. Make .*gone/"
+    ):
+        compile_map(ScoreMap(model), inputs, 1, backend="graph").export(tmp_path / "gone" / "map.onnx")
+
+
 def test_a_file_loads_without_this_package(model: Network, inputs: Tensor, tmp_path: Path) -> None:
     path = compile_map(ScoreMap(model), inputs, 1, backend="graph").export(tmp_path / "map.pt2").path
     code = (

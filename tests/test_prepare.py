@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.testing import assert_close
 
 from captum_scoremap import ScoreMap
 from captum_scoremap.models import load_model, prepare
@@ -112,6 +114,35 @@ def test_norm_with_activation_keeps_its_activation() -> None:
     prepared = prepare(timm.create_model("tf_efficientnet_lite0").eval())
     assert isinstance(prepared.get_submodule("bn1.act"), nn.ReLU6)
     assert prepared.bn1(torch.full((1, 1), -1.0)).item() == 0.0
+
+
+class Flattened(nn.Module):
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 2)
+        self.flatten = flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu()
+        return self.head(self.flatten(x))
+
+
+@pytest.mark.parametrize(
+    ("flatten", "by_view"),
+    [
+        (lambda x: x.view(x.size(0), -1), True),
+        (lambda x: x.view((x.size(0), -1)), True),
+        (lambda x: x.view(x.shape).flatten(1), False),
+        (lambda x: x.flatten(1), False),
+        (lambda x: x.view(x.size(0), 2, 2, x.size(2), -1).flatten(1), False),
+    ],
+)
+def test_a_model_that_flattens_by_view_keeps_its_layout(flatten: Callable[[Tensor], Tensor], by_view: bool) -> None:
+    model, images = Flattened(flatten).eval(), torch.randn(1, 3, 8, 8)
+    prepared = prepare(model)
+    assert_close(prepared(images), model(images))
+    assert isinstance(prepared.norm, nn.Identity)
+    assert prepared.conv.weight.is_contiguous(memory_format=torch.channels_last) is not by_view
 
 
 def test_convolutions_have_channels_last_weights() -> None:

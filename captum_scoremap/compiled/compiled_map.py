@@ -202,6 +202,7 @@ class CompiledMap:
         Raises:
             ValueError: If the suffix is neither, the map has operations that ONNX lacks, or the file, read again,
                 gives other numbers.
+            FileNotFoundError: If the path's folder does not exist.
             ImportError: If the extra ``onnx`` is not installed.
         """
         from .export import FORMATS, read_back, write  # a second
@@ -209,6 +210,8 @@ class CompiledMap:
         path = Path(path)
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"path must end in {' or '.join(FORMATS)}, got {str(path)!r}.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}. Make {path.parent}/.")
         arguments, count = self._example, len(self._layout)
         names: list[str] = []
 

@@ -37,6 +37,8 @@ Pairs = list[tuple[str, str]]
 def prepare(model: nn.Module, inputs: Inputs = None) -> nn.Module:
     """Copy a model for explaining: norms folded, ``channels_last``, parameters frozen, eval mode.
 
+    Convolutions of a model that flattens by ``view``, which needs rows one after another, keep their layout.
+
     Every layer keeps its name. A folded norm becomes an ``nn.Identity`` (or what timm's norms carry besides,
     their activation), and the convolution before it gives what the norm gave; other outputs are as before.
 
@@ -75,13 +77,14 @@ def prepare(model: nn.Module, inputs: Inputs = None) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     check_visible(model, "model")
     prepared = copied(model).eval().requires_grad_(False)
+    flattens_by_view = _flattens_by_view(prepared)
     if any(isinstance(module, _NORMS) for module in prepared.modules()):
         example = Example.of(inputs)
         settings = example.settings(prepared.forward)
         if _fold_norms(prepared, example, settings) and settings:
             prepared.register_forward_pre_hook(AsPrepared(settings), with_kwargs=True)
     for module in prepared.modules():
-        if isinstance(module, _CONVOLUTIONS) and module.weight.dim() in _CHANNELS_LAST:
+        if not flattens_by_view and isinstance(module, _CONVOLUTIONS) and module.weight.dim() in _CHANNELS_LAST:
             module.to(memory_format=_CHANNELS_LAST[module.weight.dim()])
     return prepared
 
@@ -115,6 +118,20 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         childless = next(m.children(), None) is None
         return childless or isinstance(m, _NORMS) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _flattens_by_view(model: nn.Module) -> bool:
+    """Return whether the model, as far as it can be traced, asks for a view of fewer axes than images have."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = _Tracer().trace(model)
+    except Exception:  # as in folding
+        return False
+    sizes = [node.args[1:] for node in graph.find_nodes(op="call_method", target="view")]
+    sizes = [one[0] if len(one) == 1 and isinstance(one[0], tuple | list) else one for one in sizes]
+    # one that is no number may be a type, or the sizes of another tensor
+    return any(len(one) in (2, 3) or (len(one) == 1 and isinstance(one[0], int)) for one in sizes)
 
 
 def _traced_pairs(model: nn.Module, settings: Mapping[str, Any]) -> Pairs:
