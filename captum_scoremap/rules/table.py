@@ -174,7 +174,7 @@ _NONLINEAR: dict[str, Rule] = {
         binary_cross_entropy_with_logits _ctc_loss polar linalg_pinv linalg_lstsq
         linalg_householder_product cholesky_solve cholesky_inverse linalg_lu_factor_ex linalg_lu linalg_lu_solve
         fractional_max_pool2d fractional_max_pool3d frac fmod remainder copysign dist nanmedian polygamma mvlgamma
-        linalg_matrix_exp special_entr special_erfcx special_i1 special_i1e special_log_ndtr special_ndtri
+        special_entr special_erfcx special_i1 special_i1e special_log_ndtr special_ndtri
         soft_margin_loss multi_margin_loss
         """.split(),
         Tangent(),
