@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -473,11 +474,16 @@ def test_forms_are_pickled_and_copied_with_their_complete_map(small: tuple[nn.Se
         contrast.complete_map()
 
 
-def test_layers_may_come_from_a_generator(small: tuple[nn.Sequential, Tensor]) -> None:
+@pytest.mark.parametrize("several", [tuple, iter, dict.fromkeys, lambda layers: dict(enumerate(layers)).values()])
+def test_layers_may_come_in_anything_that_holds_them(
+    several: Callable[[Any], Any], small: tuple[nn.Sequential, Tensor]
+) -> None:
     model, image = small
-    assert linear_form(model, image, 1, layer=(layer for layer in model[:2])) == linear_form(
-        model, image, 1, layer=list(model[:2])
-    )
+    layers = list(model[:2])
+    assert linear_form(model, image, 1, layer=several(layers)) == linear_form(model, image, 1, layer=layers)
+    method = LayerScoreMap(model, several(layers))
+    for maps in (method.attribute(image, 1), method.attribute(image, 1)):  # of an iterator, too, as often as one likes
+        torch.testing.assert_close(maps, LayerScoreMap(model, layers).attribute(image, 1), rtol=0, atol=0)
 
 
 def test_several_inputs_of_a_frozen_model_are_one_tuple() -> None:

@@ -90,14 +90,14 @@ class ScoreMap(Contract):
             >>> ScoreMap(model).attribute(image, target=lambda scores: scores[:, 7] - scores[:, 2]).shape
             torch.Size([1, 3, 6, 6])
         """
-        check_grad_kwargs(grad_kwargs)
+        create_graph = check_grad_kwargs(grad_kwargs)
         found = explain(
             self._subject(check_inputs(inputs), additional_forward_args),
             target,
             [None],
             Reduction(self.multiplies_by_inputs),
             keep=return_convergence_delta,
-            create_graph=bool((grad_kwargs or {}).get("create_graph")),
+            create_graph=create_graph,
         )
         results = found.results[None]
         formatted = results[0] if isinstance(inputs, Tensor) else results

@@ -1,6 +1,6 @@
 """The layers that maps of the image's size are made of, where the user names none."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,7 @@ def named_layers(
     """Return the layers that a user names, one or several, checked; None for none."""
     if layers is None:
         return None
-    several = isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module))
-    named = check_layers(forward_func, list(layers) if several else layers)  # type: ignore[arg-type]
+    named = check_layers(forward_func, layers)
     if not named:
         raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
     return named

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer
+from captum_scoremap.checks import check_callable, check_inputs, check_layers
 from captum_scoremap.layout import channels_at
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target
@@ -372,14 +372,10 @@ def linear_form(
         True
     """
     check_callable(forward_func)
-    several = not isinstance(layer, (nn.Module, str)) and layer is not None
-    layers: Sequence[Any] = list(layer) if several else [layer]  # type: ignore[arg-type]
+    layers: list[nn.Module | None] = check_layers(forward_func, layer, or_image=True)
     if not layers:
         raise ValueError("layer must name at least one module, got none. Leave it out for the image itself.")
     tensors = check_inputs(inputs, indices=None not in layers)
-    for one in layers:
-        if one is not None:
-            check_layer(forward_func, one)
     sites: list[Site | None] = [None if one is None else (one, attribute_to_layer_input) for one in layers]
     subject = Subject(forward_func, tensors, additional_forward_args, rules)
     found = explain(subject, target, sites, Reduction(multiply=False), keep=True)
@@ -400,7 +396,7 @@ def linear_form(
     forms = LinearForms(
         _form(found, site, inputs, shape, None if site is None else frame, books, placement) for site in sites
     )
-    return forms if several else forms[0]
+    return forms[0] if layer is None or isinstance(layer, nn.Module) else forms
 
 
 def _form(
