@@ -9,6 +9,7 @@ from .form import LinearForm, LinearForms, linear_form
 from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
 from .main_layers import main_layers, main_modules
+from .outputs import layer_shapes
 from .placement import Placement
 from .reduction import Reduction
 from .subject import Subject
@@ -31,6 +32,7 @@ __all__ = [
     "explain_completely",
     "explain_targets",
     "frame_of",
+    "layer_shapes",
     "ledgers",
     "linear_form",
     "main_layers",
