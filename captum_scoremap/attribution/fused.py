@@ -14,7 +14,7 @@ from captum_scoremap.scores import Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import Site, Tape, Tapped
 
 from .contract import Contract
-from .main_layers import MainLayers, named_layers
+from .default_layers import DefaultLayers, named_layers
 
 __all__ = ["FusedScoreMap"]
 
@@ -69,7 +69,7 @@ class FusedScoreMap(Contract):
     ) -> None:
         super().__init__(forward_func, rules)
         self._layers = named_layers(forward_func, layers)
-        self._main_layers = MainLayers()
+        self._default_layers = DefaultLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -96,7 +96,7 @@ class FusedScoreMap(Contract):
         """
         image = check_images(inputs)
         subject = self._subject((image,), additional_forward_args)
-        layers = self._layers or list(self._main_layers(subject))
+        layers = self._layers or list(self._default_layers(subject))
         if not layers:
             raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
         sites: list[Site] = [(layer, False) for layer in layers]

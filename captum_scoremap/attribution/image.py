@@ -11,7 +11,7 @@ from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
 
-from .contract import Contract, exact_delta
+from .contract import Contract
 
 __all__ = ["ScoreMap"]
 
@@ -118,4 +118,4 @@ class ScoreMap(Contract):
         Raises:
             ValueError: If the sub-scores do not fit the image, or the start point is not zero.
         """
-        return exact_delta(self, None, attributions, start_point, end_point, target, additional_forward_args)
+        return self._delta(None, attributions, start_point, end_point, target, additional_forward_args)

@@ -15,7 +15,7 @@ from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Label, Target
 from captum_scoremap.tape import Site
 
-from .contract import Contract, exact_delta
+from .contract import Contract
 
 __all__ = ["LayerScoreMap"]
 
@@ -247,7 +247,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         """
         given = attributions if isinstance(self.layer, (list, tuple)) else [attributions]
         deltas = [
-            exact_delta(self, site, one, start_point, end_point, target, additional_forward_args)
+            self._delta(site, one, start_point, end_point, target, additional_forward_args)
             for site, one in zip(self._sites(attribute_to_layer_input), given, strict=True)
         ]
         return deltas if isinstance(self.layer, (list, tuple)) else deltas[0]

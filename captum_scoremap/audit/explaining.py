@@ -13,7 +13,7 @@ from captum_scoremap.layout import map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction, ledgers, main_layers
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.scores import logits_in, shape_or_type
-from captum_scoremap.tape import Recording, Site, Tape, Tapped, told_by_image
+from captum_scoremap.tape import Recording, Site, Tape, Tapped, nonfinite_allowed
 
 __all__ = ["MAPS", "ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]
 
@@ -105,7 +105,7 @@ class Explained:
 
 
 @torch.no_grad()
-@told_by_image()  # one image must not end the audit
+@nonfinite_allowed()  # one image must not end the audit
 def explain(
     model: nn.Module,
     layers: Sequence[MapLayer],

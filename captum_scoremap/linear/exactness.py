@@ -136,7 +136,7 @@ def _operations(recording: Recording) -> dict[str, Counter[tuple[str, str]]]:
         if display_name(step.operation) == "alias":  # a tap of ours
             continue
         kind = "linear" if step.rule.is_affine(step) else step.rule.kind
-        name = recording.places.name_of(step.module)
+        name = recording.modules.name_of(step.module)
         found.setdefault(name, Counter())[display_name(step.operation), kind] += 1
     return found
 
@@ -150,7 +150,7 @@ def _residuals(
     """Return the relative residual at the input and at every module with one output that runs once."""
     sites: list[Site | None] = [None]
     for site, tapped in recording.tapped.items():
-        if site is None or recording.places.calls[site[0]] != 1 or len(tapped.values) != 1 or tapped.is_tuple:
+        if site is None or recording.modules.calls[site[0]] != 1 or len(tapped.values) != 1 or tapped.is_tuple:
             continue
         if tapped.values[0].sites & 1:
             sites.append(site)

@@ -8,7 +8,7 @@ from torch import Tensor
 from captum_scoremap.checks import unrecorded, warn
 from captum_scoremap.rules import Value
 from captum_scoremap.scores import Target
-from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_at_rest
+from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_paused
 
 from .placement import MixedImagesError, warn_of_no_maps
 from .reduction import Reduction, image_sums
@@ -154,7 +154,7 @@ def image_axis(
     )
 
 
-@collector_at_rest()  # until most of what the run made is gone: to look through it takes a tenth of the time of a map
+@collector_paused()  # until most of what the run made is gone: to look through it takes a tenth of the time of a map
 def explain(
     subject: Subject,
     target: Target,

@@ -423,7 +423,7 @@ def _form(
             return _no_entry()
         return placement().map_of(coefficients[0] * activations[0], found.tapped(site).values[0])
 
-    name = "input" if site is None else found.recording.places.name_of(site[0]) or type(site[0]).__name__
+    name = "input" if site is None else found.recording.modules.name_of(site[0]) or type(site[0]).__name__
     return LinearForm(
         coefficients[0] if single else coefficients,
         activations[0].clone() if single else tuple(y.clone() for y in activations),

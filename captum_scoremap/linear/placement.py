@@ -267,7 +267,7 @@ def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: 
         if placement is None or not looks_like_map or placement.is_map(values[0]):
             _SETTLED.setdefault(site[0], set()).add((site[1], size))
             continue
-        name = recording.places.name_of(site[0]) or type(site[0]).__name__
+        name = recording.modules.name_of(site[0]) or type(site[0]).__name__
         warn(
             f"the score map of {name!r}, whose tensor is {shape}, looks like a picture of the image, but is none: "
             "rows and columns are object queries, weights of attention or the like, or in another order. "

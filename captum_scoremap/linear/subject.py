@@ -47,7 +47,7 @@ class Subject:
         recording = Recording(forward_func, rules, taps, bypass=keep, stop_at=stop_at, differentiable=create_graph)
 
         def checked(output: Any) -> Any:
-            if stop_at is not None and not recording.places.calls[stop_at[0]]:
+            if stop_at is not None and not recording.modules.calls[stop_at[0]]:
                 raise InvalidValueError(
                     f"layer must run when the model does, got a {type(stop_at[0]).__name__} that never ran."
                 )
@@ -80,7 +80,7 @@ def _check_sites(recording: Recording, sites: Sequence[Site], below: Site | None
     """Raise for layers that did not run or have nothing to explain; warn of those that ran more than once."""
     for site in sites:
         layer, at_input = site
-        name, calls = type(layer).__name__, recording.places.calls[layer]
+        name, calls = type(layer).__name__, recording.modules.calls[layer]
         if site not in recording.tapped and below is not None:
             raise ValueError(
                 f"to_layer must lie below the neuron's layer, got a {name} that runs later or never. Name a layer "

@@ -67,9 +67,9 @@ class Rule(ABC):
     def freeze(self, call: Call) -> Any:
         """Return what the operation freezes at the image: tensors, or a tuple of tensors and None."""
 
-    def held(self, call: Call, state: Any) -> Any:
+    def packed(self, call: Call, state: Any) -> Any:
         """Return what is frozen as the tape shall hold it: itself, or the same in fewer bytes."""
-        return held(state) if isinstance(state, Tensor) else state
+        return pack(state) if isinstance(state, Tensor) else state
 
     @abstractmethod
     def apply(self, call: Call, state: Any) -> Any:
@@ -136,8 +136,8 @@ class Rule(ABC):
 
 
 @faster
-def held(state: Tensor) -> Any:
-    """Return a frozen tensor to hold."""
+def pack(state: Tensor) -> Any:
+    """Return a frozen tensor as it is to be held."""
     return state
 
 

@@ -93,7 +93,6 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     output = func(*args, **kwargs)
     for tensor, content in before:
         run.memory.now_holds(tensor, None, content)
-        run.forget(tensor)
         run.made(tensor)
     if operation.name == "set":
         run.forget(args[0])  # what it holds now may be live

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from captum_scoremap.rules import Copy, Rule, Value, tensors_in
 
 from .geometry import Geometry, are_apart, fills, geometry
-from .places import Places
+from .module_tracker import ModuleTracker
 from .steps import Kept, Step, Tape, sites_of
 
 __all__ = ["Before", "Memory"]
@@ -73,10 +73,10 @@ class Beneath(NamedTuple):
 class Memory:
     """Which memory changed, and what refers to it; writes reads of it, and its new values, as steps."""
 
-    def __init__(self, tape: Tape, rules: Mapping[str, Rule], places: Places, *, bypass: bool) -> None:
+    def __init__(self, tape: Tape, rules: Mapping[str, Rule], modules: ModuleTracker, *, bypass: bool) -> None:
         self.clock = 0
         self.changed: dict[int, _Changed] = {}
-        self._tape, self._rules, self._places, self._bypass = tape, rules, places, bypass
+        self._tape, self._rules, self._modules, self._bypass = tape, rules, modules, bypass
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
         self._readers: dict[int, list[Step]] = {}  # steps by the memory of constants among their arguments
         self._indexed = 0  # how many of the steps are in there
@@ -243,7 +243,7 @@ class Memory:
         if self._bypass:
             self.keep_bypass(values, [tensor.clone() for _, tensor in pairs])
         rule = self._rules[operation.overloadpacket.__name__]
-        step = Step(operation, args, {}, values, values, rule=rule, module=self._places.module)
+        step = Step(operation, args, {}, values, values, rule=rule, module=self._modules.current)
         (made,) = self._tape.write(step, [like], gate=all(value.gate for value in values))
         return made
 

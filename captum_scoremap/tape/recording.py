@@ -19,11 +19,11 @@ from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_
 
 from .changes import change, read_constants, run_constant
 from .exits import exits_watched
+from .module_tracker import Site, StopRun
 from .operation import OPERATIONS, Operation
-from .places import Site, StopRun
 from .quantized import run_rounding
 from .run import Run
-from .sight import collector_at_rest
+from .sight import collector_paused
 from .taps import begin, tap
 from .verification import verify
 from .writing import not_dense, step_of, write
@@ -37,7 +37,7 @@ class Recording(Run):
     Args:
         forward_func: The model, or a function that calls it.
         rules: The table of rules, by name of the ATen operation.
-        sites: Places in the model to tap.
+        sites: Where in the model to tap.
         bypass: As for :class:`Run`.
         inspect: As for :class:`Run`.
         stop_at: A site after which the run ends; what passes it is the output.
@@ -87,9 +87,9 @@ class Recording(Run):
         with (
             _everything_in_sight(),
             exits_watched(self),
-            collector_at_rest(),
+            collector_paused(),
             torch.set_grad_enabled(self._differentiable),
-            self.places.watched([site for site in sites if site is not None], self._at_site),
+            self.modules.watched([site for site in sites if site is not None], self._at_site),
         ):
             with self:
                 try:

@@ -8,7 +8,7 @@ from torch import Tensor
 from captum_scoremap.checks import unrecorded
 from captum_scoremap.rules import Value, substituted
 
-from .places import Site
+from .module_tracker import Site
 from .run import Run
 from .steps import Kept, Tapped
 

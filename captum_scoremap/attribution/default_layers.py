@@ -1,4 +1,4 @@
-"""The layers that maps of the image's size are made of, where the user names none."""
+"""The layers that maps of the image's size are made of: those that a user names, or the main ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from captum_scoremap.checks import check_layers, unwrap_parallel
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.multiview import MultiView
 
-__all__ = ["MainLayers", "named_layers"]
+__all__ = ["DefaultLayers", "named_layers"]
 
 
 def named_layers(
@@ -26,7 +26,7 @@ def named_layers(
     return named
 
 
-class MainLayers:
+class DefaultLayers:
     """The last main layer of each resolution of a model, found once for each size of the image.
 
     Of a multi-view network those below the sliding layer count: above it, a position is a view, not a place.
