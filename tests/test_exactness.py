@@ -95,6 +95,33 @@ def test_a_wrong_rule_is_named(inputs: Tensor) -> None:
         check_exactness(small().double().eval(), inputs, 1, rules={"silu": Wrong()})
 
 
+class Off(Rule):
+    """The identity, whose transpose is off by a fraction."""
+
+    def __init__(self, fraction: float) -> None:
+        self.fraction = fraction
+
+    def freeze(self, call: Call) -> None:
+        return None
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        return call.input * 1
+
+    def transpose(self, call: Call, state: None, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+        return [(1 + self.fraction) * gradients[0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fraction"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 5e-2)]
+)
+def test_what_counts_as_rounding_depends_on_the_type(dtype: torch.dtype, fraction: float) -> None:
+    model, inputs = nn.ReLU(), torch.ones(1, 1, dtype=dtype)
+    for times, is_exact in ((1.5, True), (3, False)):  # A·Y is half of |S| + |A·Y|
+        found = check_exactness(model, inputs, 0, rules={"relu": Off(times * fraction)})
+        assert found.worst == pytest.approx(times * fraction / 2, rel=0.2)
+        assert found.is_exact is is_exact
+
+
 def test_the_command_line_says_exact(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--model", "tests.test_exactness:small", "--device", "cpu", "--dtype", "float64"]) == 0
     printed = capsys.readouterr().out

@@ -15,7 +15,7 @@ from captum_scoremap.tape import Recording, Site
 
 from .bias_terms import shares_of_constants
 from .explanation import Explanation
-from .reduction import Reduction
+from .reduction import Reduction, relative_residual
 from .subject import warn_of_probabilities
 
 __all__ = ["Exactness", "LayerExactness", "check_exactness"]
@@ -159,9 +159,8 @@ def _residuals(
     residuals: dict[str, float] = {}
     for site in progress(sites):
         sums = found.sums(site)
-        rest, scale = score - sums - found.bias(site), score.abs() + sums.abs()
         name = "input" if site is None else names[site[0]]
-        residuals[name] = float((rest.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
+        residuals[name] = float(relative_residual(score - sums - found.bias(site), score, sums).max())
     return residuals
 
 
