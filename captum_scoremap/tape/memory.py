@@ -151,7 +151,7 @@ class Memory:
         memory = self.changed.get(tensor.untyped_storage()._cdata)
         return memory is not None and (memory.value is not None or memory.has_site)
 
-    def begins(self, value: Value) -> None:
+    def site_begins(self, value: Value) -> None:
         """Note that a value begins at a site: other tensors of its memory go on holding what they held."""
         root, place = value.root or (None, None)
         value.beneath = Beneath(root, place, self.clock)
@@ -162,7 +162,7 @@ class Memory:
         memory = self.changed.get(tensor.untyped_storage()._cdata)
         return memory is not None and (memory.was_constant or memory.has_site)
 
-    def born(self, constant: Tensor) -> None:
+    def constant_begins(self, constant: Tensor) -> None:
         """Note that a value begins at a site where a constant was: its memory may change as that of constants."""
         memory = self.changed.get(constant.untyped_storage()._cdata)
         if memory is None:

@@ -24,7 +24,7 @@ from .operation import OPERATIONS, Operation
 from .quantized import run_rounding
 from .run import Run
 from .sight import collector_paused
-from .taps import begin, tap
+from .taps import tap, tap_inputs
 from .verification import verify
 from .writing import not_dense, step_of, write
 
@@ -80,7 +80,7 @@ class Recording(Run):
         """
         # copies, because the model may change its input in place
         copies = tuple(tensor.detach().clone() for tensor in inputs)
-        self.tape.inputs = begin(self, copies)
+        self.tape.inputs = tap_inputs(self, copies)
         sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
         for tensor in tensors_in(additional):
             self.made(tensor)
