@@ -96,19 +96,27 @@ def test_a_wrong_rule_is_named(inputs: Tensor) -> None:
 
 
 class Off(Rule):
-    """The identity, whose transpose is off by a fraction."""
+    """A ReLU, whose transpose is off by a fraction."""
 
     def __init__(self, fraction: float) -> None:
         self.fraction = fraction
 
-    def freeze(self, call: Call) -> None:
-        return None
+    def freeze(self, call: Call) -> Tensor:
+        return call.input > 0
 
-    def apply(self, call: Call, state: None) -> Tensor:
-        return call.input * 1
+    def apply(self, call: Call, state: Tensor) -> Tensor:
+        return call.input * state
 
-    def transpose(self, call: Call, state: None, gradients: tuple[Tensor, ...]) -> list[Tensor]:
-        return [(1 + self.fraction) * gradients[0]]
+    def transpose(self, call: Call, state: Tensor, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+        return [(1 + self.fraction) * gradients[0] * state]
+
+
+def test_residuals_are_those_at_the_outputs_of_layers(inputs: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).double().eval()
+    found = check_exactness(model, inputs, 1, rules={"relu": Off(0.1)})
+    residuals = {layer.layer: layer.residual for layer in found.layers}
+    assert all(residuals[name] > 1e-3 for name in ("input", "0"))  # below the rule whose transpose is off
+    assert all(residuals[name] < 1e-12 for name in "123")
 
 
 @pytest.mark.parametrize(
