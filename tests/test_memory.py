@@ -989,6 +989,60 @@ OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def as_another_type(
+    live: torch.dtype, other: torch.dtype, later: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The image's first two numbers at the start of a table, some of whose memory is read, or written, otherwise."""
+
+    def function(x: Tensor) -> Tensor:
+        table = torch.zeros(8, dtype=live)
+        seen = table.view(other)
+        table[:2].copy_(x.flatten()[:2])
+        return later(table, seen).double()[None]
+
+    return function
+
+
+def end_written(table: Tensor, seen: Tensor) -> Tensor:
+    seen[-1:] = 3
+    return table[:2].sum()
+
+
+def start_written(table: Tensor, seen: Tensor) -> Tensor:
+    seen[:1].copy_(table[1])
+    return seen.sum() + table[:2].sum()
+
+
+def both_read(table: Tensor, seen: Tensor) -> Tensor:
+    return seen.sum() + table.sum()
+
+
+def emptied(table: Tensor, seen: Tensor) -> Tensor:
+    kept = table[:2] * 2
+    table.zero_()
+    seen[-1:] = 3
+    return kept.sum() + table[:4].sum() + seen.sum()
+
+
+OTHER_TYPES = {
+    f"{live} as {other}, {later.__name__}": as_another_type(live, other, later)
+    for live, other in itertools.permutations((torch.float64, torch.float32, torch.int32, torch.uint8, torch.half), 2)
+    if live.is_floating_point
+    for later in (end_written, start_written, both_read, emptied)
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TYPES)
+def test_memory_that_is_read_as_another_type_than_written_is_right_or_refused(name: str) -> None:
+    images = some_images()
+    try:
+        form = linear_form(OTHER_TYPES[name], images[:1])
+    except TypeError as error:
+        assert "must be read and changed as numbers of one type" in str(error)  # noqa: PT017
+        return
+    torch.testing.assert_close(form.residual, torch.zeros_like(form.residual), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_complex_memory_that_is_read_otherwise_than_written_is_right_or_refused(name: str) -> None:
     model, images = between(OTHERWISE[name]), some_images()

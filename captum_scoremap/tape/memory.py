@@ -118,14 +118,15 @@ class Memory:
 
     def whole_before(self, target: Tensor, value: Value | None) -> Before | None:
         """Return what the memory of a view holds before the view is changed; None where that is all of its memory."""
-        if value is not None:
-            _check_read_alike(target, (value.root or (value,))[0].dtype)
         storage = target.untyped_storage()
+        memory = self.changed.get(storage._cdata)
+        held = (value and (value.root or (value,))[0], None if memory is None else memory.value)
+        for live in filter(None, held):
+            _check_read_alike(target, live.dtype)
         length = storage.nbytes() // target.element_size()
         if fills(target, length):
             return None
         flat = target.detach().as_strided((length,), (1,), 0)
-        memory = self.changed.get(storage._cdata)
         root: Value | None = None
         place = geometry(target)
         if value is not None:
@@ -267,10 +268,16 @@ def _beneath(value: Value) -> list[tuple[Value, Geometry]]:
 
 
 def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:
-    """Raise where a tensor reads complex numbers in memory otherwise than they were written."""
-    if tensor.is_conj() or tensor.is_neg() or tensor.is_complex() != written.is_complex:
+    """Raise where a tensor reads numbers in memory otherwise than they were written."""
+    if tensor.dtype == written and not tensor.is_conj() and not tensor.is_neg():
+        return
+    if tensor.is_complex() or written.is_complex:
         raise TypeError(
             "complex numbers that change in place must be read and changed by complex views that are no conjugates, "
             f"got {'a conjugate' if tensor.is_conj() else 'a'} view of {tensor.dtype}. Change a copy: "
             "torch.view_as_real(x).clone(), or x.conj().resolve_conj()."
         )
+    raise TypeError(
+        f"memory that changes in place must be read and changed as numbers of one type, got a view of {tensor.dtype} "
+        f"where {written} was written. Compute this without tensor.view(dtype)."
+    )
