@@ -80,6 +80,25 @@ def test_unsupported_operations_are_findings(inputs: Tensor) -> None:
     assert check_exactness(Strange().double().eval(), inputs, 1, rules=rules).is_exact
 
 
+class Positions(nn.Module):
+    """A layer that does not depend on the image, beside one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Embedding(8, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) + self.table(torch.arange(8)).t()[:, None]
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_layer_that_does_not_depend_on_the_image_has_no_residual(inputs: Tensor) -> None:
+    found = check_exactness(Positions().double().eval(), inputs, 1, tolerance=1e-12)
+    assert {layer.layer for layer in found.layers if layer.residual is not None} == {"input", "conv", "head"}
+    assert found.is_exact
+    assert not check_exactness(Positions().double().eval(), inputs, 1, tolerance=-1.0).is_exact
+
+
 class Wrong(Rule):
     """Freezes a value of its own choice, which verification must not let through."""
 

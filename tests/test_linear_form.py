@@ -339,6 +339,55 @@ def test_forms_draw_themselves(small: tuple[nn.Sequential, Tensor]) -> None:
         linear_form(model, x[:1], 1, model[3]).plot()
 
 
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, 2 * x
+
+
+class WithClassToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.tokens, self.pair, self.head = nn.Conv2d(3, 4, 4, 4), nn.Identity(), Pair(), nn.Linear(4, 5)
+        self.token = nn.Parameter(torch.ones(1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        one, other = self.pair(self.tokens(torch.cat([self.token.expand(len(x), -1, -1), tokens], 1)))
+        return self.head((one + other).mean(1))
+
+
+def test_what_is_drawn_of_tokens_and_of_several_images() -> None:
+    model, x = WithClassToken().eval(), torch.rand(2, 3, 12, 12)
+    form = linear_form(model, x[:1], 1, model.tokens)
+    _, axes = form.plot()
+    alone = float(form.sub_scores[0, 0].sum())
+    assert axes.get_title().splitlines()[-1] == f"{alone:.2f} without a place"
+    _, axes = linear_form(model, x, 1, model.tokens).plot()
+    assert len(axes) == 2
+    assert all("S =" not in one.get_title() for one in axes)
+    with pytest.raises(ValueError, match=r"the layer must give one tensor to be drawn, got 2"):
+        linear_form(model, x, 1, model.pair).plot()
+    with pytest.raises(ValueError, match=r"must have a place in the image to be drawn, .* got \(1, 3\) at no"):
+        linear_form(nn.Linear(3, 2), torch.rand(1, 3), 0).plot()
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda frozen, model, x: frozen(x[:1]), r"inputs must be shaped like those the model was frozen at, \[\(2, 3"),
+        (lambda frozen, model, x: frozen((x, x)), r"inputs must be shaped like those .*; got \[\(2, .*, \(2, "),
+        (lambda frozen, model, x: frozen(x, {nn.ReLU(): x}), r"outputs must name layers that ran, got a ReLU that did"),
+        (lambda frozen, model, x: frozen.distance_to_boundary(x[:, :1]), r"direction must be shaped like the inputs, "),
+        (lambda frozen, model, x: frozen.flipped(freeze(model, x[:1])), r"other must be the same model, .* same shape"),
+        (lambda frozen, model, x: frozen.same_region(freeze(model[:1], x)), r"other must be the same model"),
+    ],
+)
+def test_what_a_frozen_model_refuses(refused: Any, message: str, small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    with pytest.raises(ValueError, match=message):
+        refused(freeze(model, x), model, x)
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_scoremap.speed import faster
@@ -281,6 +282,10 @@ class Comparison(Frozen):
 
     def __init__(self, other: float | None = None) -> None:
         self.other = other
+
+    def switch(self, state: Tensor) -> Tensor:
+        """Return the mask, or the sign, -1, 0 or 1."""
+        return state.to(torch.int8) if state.is_floating_point() else state
 
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Any) -> Tensor:
         """Return the step at which the two are equal."""
