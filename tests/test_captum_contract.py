@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap, linear_form
+from captum_scoremap.linear.batching import over_rows
 from tests.configurations import (
     CONFIGURATIONS,
     Configuration,
@@ -389,6 +390,23 @@ def test_positive_parts_of_all_labels() -> None:
         maps, positive = method.attribute_targets(X[0]), method.attribute_targets(X[0], relu_attributions=True)
         for one, other in zip(maps, positive, strict=True):
             assert_close(other, one.clamp_min(0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("bound", "largest"), [(1, 1), (3, 1), (4, 2), (6, 3), (None, 3)])
+def test_no_more_images_at_once_than_the_bound(
+    bound: int | None, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def counted(function: Any, rows: Tensor) -> Any:
+        seen.append(len(rows))
+        return over_rows(function, rows)
+
+    monkeypatch.setattr("captum_scoremap.linear.all_labels.over_rows", counted)
+    model = built(Image)  # two images, three labels
+    LayerScoreMap(model, model.conv).attribute_targets(X[0], internal_batch_size=bound)
+    assert max(seen) == largest
+    assert sum(seen) == 3
 
 
 class Recurring(nn.Module):

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, bias_terms, freeze, linear_form, token_grid
 from captum_scoremap.layout import channel_dim_of
-from captum_scoremap.rules import TANGENT, Tangent
+from captum_scoremap.rules import (
+    TANGENT,
+    BatchNorm,
+    Choice,
+    Comparison,
+    Division,
+    Extremum,
+    FirstLinear,
+    Frozen,
+    Gate,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MaxPool,
+    Power,
+    Product,
+    Rule,
+    Tangent,
+)
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -386,6 +406,51 @@ def test_what_a_frozen_model_refuses(refused: Any, message: str, small: tuple[nn
     model, x = small
     with pytest.raises(ValueError, match=message):
         refused(freeze(model, x), model, x)
+
+
+OURS: dict[str, tuple[Rule, Callable[[Tensor], Tensor]]] = {
+    "mul": (Product(keeps_gates=True), lambda x: x * 2 + x * x),
+    "addmm": (Product((1, 2), term=0), lambda x: torch.addmm(x[0, 0, :, :1], x[0, 1], x[1, 1], beta=0.5, alpha=3.0)),
+    "div": (Division(), lambda x: 1 / (x + 9) + x / 3 + x / (x + 9)),
+    "pow": (Power(), lambda x: x**2 + (x + 9) ** -0.5),
+    "native_batch_norm": (
+        BatchNorm(),
+        lambda x: F.batch_norm(x, x.new_ones(3), x.new_ones(3)) + F.instance_norm(x[:1]),
+    ),
+    "native_layer_norm": (LayerNorm(), lambda x: F.layer_norm(x, (12,))),
+    "native_group_norm": (GroupNorm(), lambda x: F.group_norm(x, 3)),
+    "grid_sampler_2d": (
+        FirstLinear(),
+        lambda x: (
+            F.grid_sample(x, torch.zeros(2, 4, 4, 2).to(x), align_corners=False).mean()
+            + F.grid_sample(x, x[:, :2].movedim(1, -1).tanh(), align_corners=False).mean()
+            + F.grid_sample(torch.ones_like(x), x[:, :2].movedim(1, -1).tanh(), align_corners=False).mean()
+        ),
+    ),
+    "max_pool2d_with_indices": (MaxPool(2), lambda x: F.max_pool2d(x, 2) + F.max_pool2d(x, (2,), stride=(2, 2))),
+    "maximum": (Choice(operator.ge), lambda x: torch.maximum(x, x.flip(1))),
+    "amax": (Extremum(torch.argmax), lambda x: x.amax(1)),
+    "where": (Linear(), lambda x: torch.where(x > 0, x, 2 * x)),
+    "gt": (Comparison(), lambda x: x * (x > 0)),
+    "round": (Frozen(), lambda x: x * x.round()),
+    "silu": (Gate(0.5), F.silu),
+    "exp": (Tangent(gate=True), lambda x: x.exp()),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_rule_of_ours_that_is_handed_over_gives_what_the_table_does(name: str, generator: torch.Generator) -> None:
+    rule, function = OURS[name]
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=generator)
+
+    def score(x: Tensor) -> Tensor:
+        return function(x).sum()[None]
+
+    form, expected = (linear_form(lambda x: score(x[0]), x[None], rules=rules) for rules in ({name: rule}, None))
+    assert form == expected
+    torch.testing.assert_close(form.residual, torch.zeros_like(form.residual), rtol=0, atol=1e-9)
+    given, table = (bias_terms(lambda x: score(x[0]), x[None], rules=rules) for rules in ({name: rule}, None))
+    assert given == table
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -76,9 +76,8 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
         return {"score": score}
     constants: dict[Value, Tensor] = {}
     for step in tape.steps:
-        if step.outputs:
-            pairs = zip(step.outputs, step.constants(), strict=False)
-            constants |= {value: one for value, one in pairs if one is not None and bool(one.any())}
+        pairs = zip(step.outputs, step.constants(), strict=False)
+        constants |= {value: one for value, one in pairs if one is not None and bool(one.any())}
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {
         value: partial(_product, constant) for value, constant in constants.items()
     }
