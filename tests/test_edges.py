@@ -69,6 +69,31 @@ def test_functions_are_level_where_their_slope_is_infinite(name: str) -> None:
     assert form.coefficients[~off].abs().min() > 0
 
 
+# Operations of two arguments, and where one of them is at an edge, but not both.
+BESIDE_EDGES = {
+    "x log y, x at zero": (torch.xlogy, (0.0, 2.0)),
+    "atan2, on one axis": (torch.atan2, (0.0, 2.0)),
+    "atan2, on the other": (torch.atan2, (2.0, 0.0)),
+    "hypot, on one axis": (torch.hypot, (0.0, -2.0)),
+    "hypot, on the other": (torch.hypot, (2.0, 0.0)),
+    "asin": (lambda x, y: x.asin() + y, (0.0, 1.0)),
+    "acos": (lambda x, y: x.acos() + y, (0.5, 1.0)),
+    "acosh": (lambda x, y: x.acosh() + y, (2.0, 1.0)),
+    "sinc": (lambda x, y: x.sinc() + y, (1.0, 0.0)),
+    "entropy": (lambda x, y: special.entr(x) + y, (1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_EDGES)
+def test_functions_are_level_at_their_edges_alone(name: str) -> None:
+    function, point = BESIDE_EDGES[name]
+    x = torch.tensor([point], dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(function(x[:, 0], x[:, 1]).sum(), x)
+    form = linear_form(lambda x: function(x[:, 0], x[:, 1]), x.detach())
+    assert_close(form.coefficients, slopes, **EXACT)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
 MASKED: dict[str, tuple[Function, Function]] = {
     "log": (lambda x: torch.where(x > 0, x.relu().log(), x), lambda x: torch.where(x > 0, x.clamp_min(1e-99).log(), x)),
     "reciprocal": (

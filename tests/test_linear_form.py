@@ -359,6 +359,16 @@ def test_forms_draw_themselves(small: tuple[nn.Sequential, Tensor]) -> None:
         linear_form(model, x[:1], 1, model[3]).plot()
 
 
+def test_where_images_come_first_nothing_is_run_to_find_them(
+    small: tuple[nn.Sequential, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = small
+    monkeypatch.setattr("captum_scoremap.linear.explanation.image_axis", None)
+    forms = linear_form(model, x, 1, [None, model[0], model[3]])
+    for form in forms:
+        torch.testing.assert_close(form.sums, form.score - form.bias, **EXACT)
+
+
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, 2 * x
