@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, ScoreMap, bias_terms, linear_form
 from captum_scoremap.checks import NoDerivativeError
-from captum_scoremap.rules import Frozen
+from captum_scoremap.rules import Frozen, Tangent
 from tests.between import EXACT, assert_as_plain, assert_exact, between, some_images
 
 Function = Callable[[Tensor], Tensor]
@@ -172,4 +172,7 @@ def test_what_autograd_does_not_derive_is_refused_with_advice_that_works(name: s
     model, images = between(function), some_images()
     with pytest.raises(NoDerivativeError, match=rf"{name} must have a derivative to take, got .*Use Frozen\(\)"):
         linear_form(model, images, 1)
+    with pytest.raises(NoDerivativeError, match=f"rule for '{name}'") as problem:
+        linear_form(model, images, 1, rules={name: Tangent()})
+    assert str(problem.value).count("must have a derivative") == 1  # and then what PyTorch says of it
     assert_exact(model, model.conv, images, rules={name: Frozen()})

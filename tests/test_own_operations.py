@@ -89,11 +89,8 @@ def test_operations_of_a_library_without_a_formula_take_a_gate_or_a_rule() -> No
 def test_the_tangent_of_an_operation_without_a_formula_is_refused(name: str) -> None:
     """Rather than taken for zero, with all of the score in B."""
     model = between(getattr(torch.ops.scoremap_tests, name))
-    with pytest.raises(
-        ValueError, match=f"rule for '{name}' .* must have a derivative to take, got .*Use Frozen"
-    ) as problem:
+    with pytest.raises(ValueError, match=f"rule for '{name}' .* must have a derivative to take, got .*Use Frozen"):
         ScoreMap(model, rules={name: Tangent()}).attribute(some_images(), 1)
-    assert str(problem.value).count("must have a derivative") == 1  # and what PyTorch says of it
 
 
 def test_a_formula_that_can_be_derived_twice_takes_one_pass() -> None:
