@@ -986,6 +986,7 @@ OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "numbers": through(torch.view_as_real, lambda view: view[..., 0].mul_(2)),
     "imaginary part of a conjugate": through(lambda z: z.conj().resolve_conj().imag, lambda view: view.mul_(2)),
     "conjugate read later": read_later,
+    "conjugate in a product": through(torch.conj, lambda view: view.mul_(2j) * 3),
 }
 
 
@@ -1017,6 +1018,10 @@ def both_read(table: Tensor, seen: Tensor) -> Tensor:
     return seen.sum() + table.sum()
 
 
+def in_a_product(table: Tensor, seen: Tensor) -> Tensor:
+    return (2 * seen).sum() + (table + seen[:1]).sum()
+
+
 def emptied(table: Tensor, seen: Tensor) -> Tensor:
     kept = table[:2] * 2
     table.zero_()
@@ -1028,7 +1033,7 @@ OTHER_TYPES = {
     f"{live} as {other}, {later.__name__}": as_another_type(live, other, later)
     for live, other in itertools.permutations((torch.float64, torch.float32, torch.int32, torch.uint8, torch.half), 2)
     if live.is_floating_point
-    for later in (end_written, start_written, both_read, emptied)
+    for later in (end_written, start_written, both_read, in_a_product, emptied)
 }
 
 

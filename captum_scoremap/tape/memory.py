@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from captum_scoremap.rules import Copy, Rule, Value, tensors_in
 
 from .geometry import Geometry, are_apart, fills, geometry
-from .module_tracker import ModuleTracker
+from .module_tracker import ModuleTracker, Refused
 from .steps import Kept, Step, Tape, sites_of
 
 __all__ = ["Before", "Memory"]
@@ -272,12 +272,14 @@ def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:
     if tensor.dtype == written and not tensor.is_conj() and not tensor.is_neg():
         return
     if tensor.is_complex() or written.is_complex:
-        raise TypeError(
+        error = TypeError(
             "complex numbers that change in place must be read and changed by complex views that are no conjugates, "
             f"got {'a conjugate' if tensor.is_conj() else 'a'} view of {tensor.dtype}. Change a copy: "
             "torch.view_as_real(x).clone(), or x.conj().resolve_conj()."
         )
-    raise TypeError(
-        f"memory that changes in place must be read and changed as numbers of one type, got a view of {tensor.dtype} "
-        f"where {written} was written. Compute this without tensor.view(dtype)."
-    )
+    else:
+        error = TypeError(
+            f"memory that changes in place must be read and changed as numbers of one type, got a view of "
+            f"{tensor.dtype} where {written} was written. Compute this without tensor.view(dtype)."
+        )
+    raise Refused(error)

@@ -14,7 +14,7 @@ from captum_scoremap.checks import warn
 
 from .listeners import Listeners
 
-__all__ = ["ModuleTracker", "Site", "StopRun", "root_module"]
+__all__ = ["ModuleTracker", "Refused", "Site", "StopRun", "root_module"]
 
 # In training mode these change the model, or what they do is not one thing for each image.
 _NOT_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.RReLU)
@@ -25,6 +25,13 @@ Site = tuple[nn.Module, bool]
 
 class StopRun(BaseException):
     """Ends a run early, once everything asked for has been seen. No ``Exception``, so that no model swallows it."""
+
+
+class Refused(BaseException):
+    """Ends a run with an error. No ``TypeError`` itself, of which ``x * y`` makes "unsupported operand type(s)"."""
+
+    def __init__(self, error: TypeError) -> None:
+        self.error = error
 
 
 def root_module(function: object) -> nn.Module | None:

@@ -7,7 +7,7 @@ tensor is *live* if it depends on the image. Operations on tensors that are not 
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_
 
 from .changes import change, read_constants, run_constant
 from .exits import exits_watched
-from .module_tracker import Site, StopRun
+from .module_tracker import Refused, Site, StopRun
 from .operation import OPERATIONS, Operation
 from .quantized import run_rounding
 from .run import Run
@@ -85,6 +85,7 @@ class Recording(Run):
         for tensor in tensors_in(additional):
             self.made(tensor)
         with (
+            _refusals_raised(),
             _everything_in_sight(),
             exits_watched(self),
             collector_paused(),
@@ -207,7 +208,16 @@ class Recording(Run):
 
 
 @contextmanager
-def _everything_in_sight() -> Any:
+def _refusals_raised() -> Iterator[None]:
+    """Raise the error of a refusal inside, from where it was refused."""
+    try:
+        yield
+    except Refused as refused:
+        raise refused.error.with_traceback(refused.__traceback__) from None
+
+
+@contextmanager
+def _everything_in_sight() -> Iterator[None]:
     """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
     with ExitStack() as stack:
         stack.enter_context(module_by_module())

@@ -10,6 +10,7 @@ from torch import Tensor
 from captum_scoremap.rules import Call, Composite, Linear, Rule, floating, tensors_in
 
 from .geometry import geometry
+from .module_tracker import Refused
 from .operation import Operation
 from .run import Run
 from .steps import Step
@@ -73,13 +74,15 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
     return output
 
 
-def not_dense(run: Run, operation: Operation, tensor: Tensor) -> TypeError:
+def not_dense(run: Run, operation: Operation, tensor: Tensor) -> Refused:
     """Return the error for a nested or sparse tensor."""
     kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
     module = run.modules.current_name
-    return TypeError(
-        f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
-        f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
+    return Refused(
+        TypeError(
+            f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
+            f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
+        )
     )
 
 
