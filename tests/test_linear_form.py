@@ -359,6 +359,78 @@ def test_forms_draw_themselves(small: tuple[nn.Sequential, Tensor]) -> None:
         linear_form(model, x[:1], 1, model[3]).plot()
 
 
+class Constant(nn.Module):
+    """A layer is given a table in which live numbers were; the table changes afterwards, and so does its output."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.change = nn.Identity(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.ones(x.shape, dtype=x.dtype)
+        table[:, :2].copy_(x[:, :2])
+        given = self.change(table, x)
+        y = self.layer(given)
+        table[:, 0] = 5.0
+        z = y * 3 + x[:, : y.shape[1]]
+        y[:, 0].mul_(2)
+        return (z * y).sum((1, 2, 3)) + table.sum((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table, _: table.zero_(),
+        lambda table, _: table.index_fill_(1, torch.tensor([0, 1]), 3.0),
+        lambda table, _: table[:, 2:],
+        lambda table, _: table,
+        lambda table, x: table.copy_(x),
+    ],
+    ids=["emptied", "filled", "beside", "in part", "live"],
+)
+def test_layers_that_are_given_memory_in_which_live_numbers_were(
+    change: Callable[[Tensor, Tensor], Tensor], small: tuple[nn.Sequential, Tensor]
+) -> None:
+    model, x = Constant(change), small[1]
+    forms = linear_form(model, x, None, [None, model.layer])
+    for form in forms:
+        torch.testing.assert_close(form.sums + form.bias, form.score, **EXACT)
+    leaf = x.clone().requires_grad_()
+    zeros = torch.zeros_like(forms[1].activations)
+    torch.testing.assert_close(freeze(model, x)(x, {model.layer: zeros}), forms[1].bias, **EXACT)
+    torch.testing.assert_close(freeze(model, x)(x), model(leaf).detach(), **EXACT)
+
+
+def attended(x: Tensor, queries: Tensor, values: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(queries, queries, values).sum((1, 2)) + 0 * x.sum((1, 2))
+
+
+def test_what_attention_attends_to_may_be_constant_or_what_attends() -> None:
+    x, table = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64)
+    form = linear_form(lambda x: attended(x, x, table), x)
+    torch.testing.assert_close(form.coefficients, torch.zeros_like(x), rtol=0, atol=0)
+    torch.testing.assert_close(form.bias, form.score, **EXACT)
+    form = linear_form(lambda x: attended(x, table, x), x)
+    torch.testing.assert_close(form.sums, form.score, **EXACT)
+
+
+def test_a_layer_may_return_one_tensor_twice() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            doubled = 2 * x
+            return doubled, doubled
+
+    layer, x = Twice(), torch.randn(2, 3, dtype=torch.float64)
+    form = linear_form(nn.Sequential(layer, Multiplied()), x, 1, layer)
+    torch.testing.assert_close(form.sums, form.score, **EXACT)
+    torch.testing.assert_close(form.score, 4 * x[:, 1] ** 2, **EXACT)
+
+
+class Multiplied(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] * pair[1]
+
+
 def test_where_images_come_first_nothing_is_run_to_find_them(
     small: tuple[nn.Sequential, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

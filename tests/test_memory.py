@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Call, Gate, with_rules
 from captum_scoremap.tape import Recording
-from captum_scoremap.tape.geometry import are_apart, geometry, overlaps
+from captum_scoremap.tape.geometry import are_apart, fills, geometry, overlaps
 from tests.between import assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 from tests.state import untouched
 
@@ -878,6 +878,18 @@ def test_a_chunk_stays_what_it_is_while_others_of_its_memory_change(
     assert_close(found.coefficients, expected.coefficients, rtol=1e-12, atol=1e-14)
     assert_close(found.bias, expected.bias, rtol=1e-12, atol=1e-14)
     assert float(found.coefficients.abs().max()) > 0
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 6)), min_size=0, max_size=3), st.integers(0, 2))
+def test_views_that_are_said_to_fill_memory_or_to_overlap_do(axes: list[tuple[int, int]], offset: int) -> None:
+    """Views by any strides, of memory that is just as long as they reach."""
+    length = offset + 1 + sum((size - 1) * step for size, step in axes)
+    view = torch.zeros(length).as_strided([size for size, _ in axes], [step for _, step in axes], offset)
+    places = torch.arange(length).as_strided(*geometry(view)).flatten()
+    assert overlaps(view) is (len(places.unique()) < len(places))
+    if not overlaps(view):  # else it is refused before
+        assert fills(view, length) is (len(places) == length)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
