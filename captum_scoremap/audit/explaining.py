@@ -136,7 +136,7 @@ def explain(
         UnsupportedOperationError: If operations of the model have no rule; all are listed.
     """
     sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in (*layers, *pool)}
-    recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), bypass=True)
+    recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), keep_bypass=True)
     scores = recording.record((inputs,), (), logits_in)
     _check_scores(scores, true if passes is None else None)
     found_at = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}

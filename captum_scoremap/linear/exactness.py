@@ -97,7 +97,7 @@ def check_exactness(
     if tolerance is None:
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(inputs.dtype, 5e-2)
     names = {module: name for name, module in model.named_modules() if name}
-    recording = Recording(model, with_rules(rules), [(module, False) for module in names], bypass=True)
+    recording = Recording(model, with_rules(rules), [(module, False) for module in names], keep_bypass=True)
 
     def select(output: Any) -> Tensor:
         warn_of_probabilities(recording, output)

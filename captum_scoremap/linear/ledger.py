@@ -75,7 +75,7 @@ class Ledger:
 def explain_completely(subject: Subject, target: Target, sites: Sequence[Site | None]) -> tuple[list[Ledger], Tensor]:
     """Return the ledger of each site, and the score S, (N,), of images (N, C, H, W)."""
     (image,) = subject.inputs
-    recording, score = subject.record(scores_of(target, len(image)), sites, keep=True)
+    recording, score = subject.record(scores_of(target, len(image)), sites, keep_bypass=True)
     for site in sites:
         if any(len(y.shape) < 3 for y in recording.tapped[site].activations):
             shape = tuple(recording.tapped[site].activations[0].shape)

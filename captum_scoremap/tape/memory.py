@@ -73,10 +73,10 @@ class Beneath(NamedTuple):
 class Memory:
     """Which memory changed, and what refers to it; writes reads of it, and its new values, as steps."""
 
-    def __init__(self, tape: Tape, rules: Mapping[str, Rule], modules: ModuleTracker, *, bypass: bool) -> None:
+    def __init__(self, tape: Tape, rules: Mapping[str, Rule], modules: ModuleTracker, *, keep_bypass: bool) -> None:
         self.clock = 0
         self.changed: dict[int, _Changed] = {}
-        self._tape, self._rules, self._modules, self._bypass = tape, rules, modules, bypass
+        self._tape, self._rules, self._modules, self._keeps_bypass = tape, rules, modules, keep_bypass
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
         self._readers: dict[int, list[Step]] = {}  # steps by the memory of constants among their arguments
         self._indexed = 0  # how many of the steps are in there
@@ -89,7 +89,7 @@ class Memory:
 
     def keep_bypass(self, values: Sequence[Value], tensors: Sequence[Tensor]) -> None:
         """Keep what a step reads and that depends on fewer sites than others that it reads."""
-        if self._bypass:
+        if self._keeps_bypass:
             sites = sites_of(values)
             for value, tensor in zip(values, tensors, strict=True):
                 if value.sites != sites and value.kept is None:
@@ -241,7 +241,7 @@ class Memory:
         """Write a step with values among its arguments, of which the first have these tensors."""
         pairs = [pair for pair in zip(args, tensors, strict=False) if isinstance(pair[0], Value)]
         values = tuple(value for value, _ in pairs)
-        if self._bypass:
+        if self._keeps_bypass:
             self.keep_bypass(values, [tensor.clone() for _, tensor in pairs])
         rule = self._rules[operation.overloadpacket.__name__]
         step = Step(operation, args, {}, values, values, rule=rule, module=self._modules.current)

@@ -38,7 +38,7 @@ class Recording(Run):
         forward_func: The model, or a function that calls it.
         rules: The table of rules, by name of the ATen operation.
         sites: Where in the model to tap.
-        bypass: As for :class:`Run`.
+        keep_bypass: As for :class:`Run`.
         inspect: As for :class:`Run`.
         stop_at: A site after which the run ends; what passes it is the output.
         differentiable: Whether constants keep their autograd graphs.
@@ -52,12 +52,12 @@ class Recording(Run):
         rules: Mapping[str, Rule],
         sites: Sequence[Site] = (),
         *,
-        bypass: bool = False,
+        keep_bypass: bool = False,
         inspect: bool = False,
         stop_at: Site | None = None,
         differentiable: bool = False,
     ) -> None:
-        super().__init__(forward_func, rules, bypass=bypass, inspect=inspect)
+        super().__init__(forward_func, rules, keep_bypass=keep_bypass, inspect=inspect)
         self.forward_func = forward_func
         self._operations = OPERATIONS if rules is DEFAULT else {}
         self._sites, self._stop_at, self._differentiable = tuple(sites), stop_at, differentiable

@@ -31,18 +31,18 @@ class Run(TorchDispatchMode):
     Args:
         forward_func: The model, or a function that calls it.
         rules: The table of rules, by name of the ATen operation.
-        bypass: Whether to keep what bypasses a site, so that the steps above it alone can be run forward.
+        keep_bypass: Whether to keep what bypasses a site, so that the steps above it alone can be run forward.
         inspect: Whether to record constants too, for their switches, and to leave the sites' tensors alone.
     """
 
     def __init__(
-        self, forward_func: Callable[..., Any], rules: Mapping[str, Rule], *, bypass: bool, inspect: bool
+        self, forward_func: Callable[..., Any], rules: Mapping[str, Rule], *, keep_bypass: bool, inspect: bool
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch has no types there
         self.tape, self.modules = Tape(), ModuleTracker(forward_func)
         self.rules, self.inspect = rules, inspect
         # none of them holds the run, which would wait, with all its tensors, until the collector comes
-        self.memory = Memory(self.tape, rules, self.modules, bypass=bypass)
+        self.memory = Memory(self.tape, rules, self.modules, keep_bypass=keep_bypass)
         self.sight = Sight(self.modules)
         self.real = RealNumbers()
         self.bit = 1  # of the last site
