@@ -142,18 +142,21 @@ class Windowed(nn.Module):
         return self.head(x.square().mean((1, 2)))
 
 
-def test_constants_inside_windows_stand_at_their_positions(generator: torch.Generator) -> None:
-    direct = Windowed(False).double().eval()
-    windowed = Windowed(True).double().eval()
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e-6])  # of the score: rounding grows with it
+def test_constants_inside_windows_stand_at_their_positions(scale: float, generator: torch.Generator) -> None:
+    direct = Windowed(False).double().eval().requires_grad_(False)
+    windowed = Windowed(True).double().eval().requires_grad_(False)
+    direct.head.weight.mul_(scale)
     windowed.load_state_dict(direct.state_dict())
     images = torch.randn(2, 3, 20, 14, generator=generator, dtype=torch.float64)
     assert_close(windowed(images), direct(images))
     expected, found = (bias_maps(model, images, 1) for model in (direct, windowed))
     assert set(found.placeless) == {"head"}
+    near = {"rtol": 1e-9, "atol": 1e-12 * scale}
     for name in ("linear", "norm"):
-        assert_close(found.maps[name], expected.maps[name], rtol=1e-9, atol=1e-12)
+        assert_close(found.maps[name], expected.maps[name], **near)
     layer = CompleteScoreMap(windowed, windowed.linear).attribute(images, 1)
-    assert_close(layer, CompleteScoreMap(direct, direct.linear).attribute(images, 1), rtol=1e-9, atol=1e-12)
+    assert_close(layer, CompleteScoreMap(direct, direct.linear).attribute(images, 1), **near)
 
 
 @pytest.mark.parametrize("build", [torchvision.models.swin_t, torchvision.models.swin_v2_t, "vit"])
