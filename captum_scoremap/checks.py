@@ -270,11 +270,11 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
     return tuple(tensor for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def check_grad_kwargs(grad_kwargs: Mapping[str, object] | None) -> None:
-    """Raise for options that ``torch.autograd.grad`` does not have, as it would; coefficients are not taken by it.
+def check_grad_kwargs(grad_kwargs: Mapping[str, object] | None) -> bool:
+    """Return whether a result is to be differentiable: ``create_graph`` among options of ``torch.autograd.grad``.
 
     Raises:
-        TypeError: If there is one.
+        TypeError: If that function has no such option, as it would; coefficients are not taken by it.
     """
     known = inspect.signature(torch.autograd.grad).parameters
     for name in grad_kwargs or ():
@@ -282,6 +282,7 @@ def check_grad_kwargs(grad_kwargs: Mapping[str, object] | None) -> None:
             raise TypeError(
                 f"grad_kwargs must name arguments of torch.autograd.grad, got {name!r}.{nearest(name, known)}"
             )
+    return bool((grad_kwargs or {}).get("create_graph"))
 
 
 def check_images(inputs: object) -> Tensor:
@@ -340,9 +341,14 @@ def check_layer(forward_func: Callable[..., object], layer: object) -> None:
         )
 
 
-def check_layers(forward_func: Callable[..., object], layers: object) -> list[nn.Module]:
-    """Return one layer, or those in a list or tuple, as a list, each one checked as :func:`check_layer` does."""
-    named: list[Any] = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+def check_layers(forward_func: Callable[..., object], layers: object, *, or_image: bool = False) -> list[Any]:
+    """Return one layer, or several, as a list, each one checked as :func:`check_layer` does.
+
+    With ``or_image`` a layer may be None, which stands for the image itself.
+    """
+    several = isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module))
+    named: list[Any] = list(layers) if several else [layers]  # type: ignore[call-overload]  # mypy loses what it is
     for layer in named:
-        check_layer(forward_func, layer)
+        if layer is not None or not or_image:
+            check_layer(forward_func, layer)
     return named

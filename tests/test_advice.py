@@ -126,6 +126,14 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "fractional max-pool": lambda x: F.fractional_max_pool2d(x, 2, output_size=4) if False else fractional(x),
     "lp_pool": lambda x: F.lp_pool2d(x, 2.0, 2).repeat(1, 1, 2, 2),
     "embedding_bag": lambda x: x * F.embedding_bag(torch.tensor([[0, 1]]), x[0, 0])[0],
+    "embedding_bag, weighed": lambda x: (
+        x * F.embedding_bag(torch.tensor([[0, 1]]), x[0, 0], per_sample_weights=x[1, 0, :1, :2], mode="sum")[0]
+    ),
+    "embedding_bag, largest": lambda x: x * F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), x[0, 0], mode="max")[0],
+    "scatter, multiplied by a number": lambda x: x.scatter(
+        3, torch.zeros(2, 4, 4, 1, dtype=torch.long), 3.0, reduce="multiply"
+    ),
+    "scatter, a number added": lambda x: x.scatter(3, torch.zeros(2, 4, 4, 1, dtype=torch.long), 3.0, reduce="add"),
     "renorm": lambda x: torch.renorm(x, 2, 1, 1.0),
     "quantile": lambda x: x + torch.quantile(x, 0.3, dim=3, keepdim=True),
     "nanmedian": lambda x: x + x.nanmedian(3, keepdim=True)[0],

@@ -253,6 +253,7 @@ BAD = [
         layer=lambda _: "conv1",
         entries=WITH_LAYER,
     ),
+    Bad("layer by number", TypeError, r"layer must be a module, got int", layer=lambda _: 1, entries=WITH_LAYER),
     Bad(
         "layer that never runs",
         ValueError,

@@ -64,6 +64,33 @@ def test_ties_go_to_the_first(name: str) -> None:
     assert found.switch == (first,)
 
 
+# At [[2, -3, 5]], moved by -1, 1 and -1 in each unit step.
+FLIPS = {
+    "greater": (lambda x: x * (x > 0), 2.0),
+    "not less": (lambda x: x * (x >= 1.5), 0.5),
+    "less, than another": (lambda x: x * (x < x.roll(1, 1)), 2.5),
+    "greater than a constant": (lambda x: torch.where(x.gt(torch.full_like(x, 4.0)), x, -x), 1.0),
+    "sign": (lambda x: x * x.sign(), 2.0),
+    "sign bit": (lambda x: torch.where(x.signbit(), x, 2 * x), 2.0),
+    "larger of two": (lambda x: torch.maximum(x, 2 * x), 2.0),
+    "smaller of two": (lambda x: torch.minimum(x, torch.full_like(x, 4.0)), 1.0),
+    "largest": (lambda x: x.amax(1), 9 / 2 - 3 / 2 + 1),
+    "a threshold": (lambda x: F.threshold(x, 1.0, 0.0), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_whatever_has_switches_flips_where_it_does(name: str) -> None:
+    function, distance = FLIPS[name]
+    direction = torch.tensor([[-1.0, 1.0, -1.0]], dtype=torch.float64)
+    found = boundary(function, direction)
+    assert_close(found.distance, torch.tensor([distance], dtype=torch.float64))
+    frozen = freeze(function, ROW)
+    before, beyond = (freeze(function, ROW + (distance + d) * direction) for d in (-1e-6, 1e-6))
+    assert frozen.same_region(before)
+    assert set(frozen.flipped(beyond)) == set(found.switch)
+
+
 def test_a_later_switch_that_is_nearer_wins() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Threshold(1.5, 0.0))
     found = boundary(model, torch.tensor([[-1.0, 0.0, 0.0]], dtype=torch.float64))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap, linear_form
+from captum_scoremap.linear.batching import over_rows
 from tests.configurations import (
     CONFIGURATIONS,
     Configuration,
@@ -345,6 +346,115 @@ def test_neuron_is_the_sum_over_a_lower_layer_and_a_bias(upper: str, selector: A
     )
     assert found.shape == (X[0] if to_layer is None else captum.LayerActivation(model, to_layer).attribute(X[0])).shape
     assert_close(delta, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_a_function_may_select_a_column() -> None:
+    model = built(Image)
+    method = NeuronScoreMap(model, model.fc)
+    assert_close(method.attribute(X[0], lambda scores: scores[:, 1:2]), method.attribute(X[0], 1), rtol=0, atol=0)
+
+
+WRONG_SELECTORS = {
+    "a number": ("conv", lambda _: 1.0, TypeError, r"must return a tensor \(N,\), got float"),
+    "a name": ("fc", "0", TypeError, r"must be an int, a tuple of ints and slices, or a function, got '0'"),
+    "a truth": ("fc", True, TypeError, r"must be an int, .* got True"),
+    "beyond": ("fc", 3, ValueError, r"must be from 0 to 2, got 3"),
+    "before": ("pool", (0, -3, 0), ValueError, r"must be from 0 to 1, got -3"),
+    "too few indices": ("pool", 0, ValueError, r"must have 3 indices for a layer of \(4, 2, 2\), got 0"),
+    "several of each": ("pool", lambda y: y[:, 0], ValueError, r"must select one number for each image"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SELECTORS)
+def test_what_is_wrong_with_a_selector_is_said(name: str) -> None:
+    layer, selector, error, message = WRONG_SELECTORS[name]
+    model = built(Image)
+    with untouched(model, X[0]), pytest.raises(error, match=f"neuron_selector {message}"):
+        NeuronScoreMap(model, model.get_submodule(layer)).attribute(X[0], selector)
+
+
+def test_a_delta_needs_what_adds_up() -> None:
+    model = built(Image)
+    method = LayerScoreMap(model, model.conv, multiply_by_inputs=False)
+    with pytest.raises(ValueError, match=r"return_convergence_delta needs A·Y, got coefficients summed over channels"):
+        method.attribute(X[0], 1, return_convergence_delta=True)
+    coefficients, delta = method.attribute(X[0], 1, attr_dim_summation=False, return_convergence_delta=True)
+    assert coefficients.shape[1] == 4
+    assert_close(delta, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_positive_parts_of_all_labels() -> None:
+    model = built(Image)
+    for layer in (model.conv, [model.pool, model.conv]):
+        method = LayerScoreMap(model, layer)
+        maps, positive = method.attribute_targets(X[0]), method.attribute_targets(X[0], relu_attributions=True)
+        for one, other in zip(maps, positive, strict=True):
+            assert_close(other, one.clamp_min(0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("bound", "largest"), [(1, 1), (3, 1), (4, 2), (6, 3), (None, 3)])
+def test_no_more_images_at_once_than_the_bound(
+    bound: int | None, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def counted(function: Any, rows: Tensor) -> Any:
+        seen.append(len(rows))
+        return over_rows(function, rows)
+
+    monkeypatch.setattr("captum_scoremap.linear.all_labels.over_rows", counted)
+    model = built(Image)  # two images, three labels
+    LayerScoreMap(model, model.conv).attribute_targets(X[0], internal_batch_size=bound)
+    assert max(seen) == largest
+    assert sum(seen) == 3
+
+
+class Recurring(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.lstm(x.mean(1))[0][:, -1])
+
+
+def test_all_labels_of_a_layer_of_several_tensors_are_refused() -> None:
+    model = built(Recurring)
+    with pytest.raises(ValueError, match=r"needs layers with one output tensor, got 3\. Use attribute"):
+        LayerScoreMap(model, model.lstm).attribute_targets(torch.rand(2, 2, 5, 5, dtype=torch.float64))
+
+
+class Aside(Image):
+    """A layer that runs, of whose output nothing becomes of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(self.pool(x.relu()).flatten(1)[:, :16])
+        return super().forward(x)
+
+
+def test_maps_of_what_the_score_does_not_depend_on_are_zero() -> None:
+    model = built(Aside)
+    method = LayerScoreMap(model, model.aside)
+    for maps, channels in ((method.attribute_targets(X[0]), 3), (method.attribute(X[0], 1), 1)):
+        assert_close(maps, torch.zeros(2, channels, dtype=torch.float64), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_score_that_does_not_depend_on_the_image(create_graph: bool) -> None:
+    inputs, options = X[0].clone().requires_grad_(), {"create_graph": create_graph}
+    table = torch.ones(2, 3, dtype=torch.float64)
+    maps, delta = ScoreMap(lambda _: table * 2).attribute(inputs, 1, return_convergence_delta=True, grad_kwargs=options)
+    assert_close(maps, torch.zeros_like(inputs), rtol=0, atol=0)
+    assert_close(delta, torch.zeros(2, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_maps_of_one_dimension_are_interpolated() -> None:
+    maps = torch.tensor([[[1.0, 2.0, 3.0]]])
+    assert_close(LayerScoreMap.interpolate(maps, 6), maps.repeat_interleave(2, 2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("to_layer", ["pool", "relu", "fc"])

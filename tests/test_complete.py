@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from captum_scoremap import CompleteScoreMap, MultiView, bias_maps, bias_terms, linear_form, prepare
-from captum_scoremap.layout import main_modules, resized
+from captum_scoremap.layout import resized
+from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.metrics import cause_game, single_deletion
 from tests.state import untouched
 
@@ -46,7 +47,7 @@ def test_complete_maps_add_up_at_the_image_and_at_layers(name: str, generator: t
     model, images = drawn(name, generator)
     with torch.no_grad():
         score = model(images)[:, 3]
-    layers = list(main_modules(model, images))[-3:]
+    layers = list(main_modules(Subject(model, (images,))))[-3:]
     choices = ["image", None, *layers] if len(layers) > 1 else ["image", *layers]
     with untouched(model, images):
         for choice in choices:
@@ -97,7 +98,7 @@ def test_multi_view_networks_have_complete_maps_of_the_whole_image(name: str, ge
         complete, placeless = CompleteScoreMap(views, layers).attribute(images, 3, return_placeless=True)
         assert complete.shape == (2, 1, *size)
         assert_close(complete.sum((1, 2, 3)) + placeless, score, rtol=1e-10, atol=1e-10)
-    below = list(main_modules(views.features, images))[-2:]
+    below = list(main_modules(Subject(views.features, (images,))))[-2:]
     rows = [CompleteScoreMap(views, layer).attribute(images, 3).shape[2] for layer in below]
     weights = [1 / count / sum(1 / other for other in rows) for count in rows]
     maps = [CompleteScoreMap(views, [layer]).attribute(images, 3) for layer in below]
@@ -141,18 +142,21 @@ class Windowed(nn.Module):
         return self.head(x.square().mean((1, 2)))
 
 
-def test_constants_inside_windows_stand_at_their_positions(generator: torch.Generator) -> None:
-    direct = Windowed(False).double().eval()
-    windowed = Windowed(True).double().eval()
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e-6])  # of the score: rounding grows with it
+def test_constants_inside_windows_stand_at_their_positions(scale: float, generator: torch.Generator) -> None:
+    direct = Windowed(False).double().eval().requires_grad_(False)
+    windowed = Windowed(True).double().eval().requires_grad_(False)
+    direct.head.weight.mul_(scale)
     windowed.load_state_dict(direct.state_dict())
     images = torch.randn(2, 3, 20, 14, generator=generator, dtype=torch.float64)
     assert_close(windowed(images), direct(images))
     expected, found = (bias_maps(model, images, 1) for model in (direct, windowed))
     assert set(found.placeless) == {"head"}
+    near = {"rtol": 1e-9, "atol": 1e-12 * scale}
     for name in ("linear", "norm"):
-        assert_close(found.maps[name], expected.maps[name], rtol=1e-9, atol=1e-12)
+        assert_close(found.maps[name], expected.maps[name], **near)
     layer = CompleteScoreMap(windowed, windowed.linear).attribute(images, 1)
-    assert_close(layer, CompleteScoreMap(direct, direct.linear).attribute(images, 1), rtol=1e-9, atol=1e-12)
+    assert_close(layer, CompleteScoreMap(direct, direct.linear).attribute(images, 1), **near)
 
 
 @pytest.mark.parametrize("build", [torchvision.models.swin_t, torchvision.models.swin_v2_t, "vit"])

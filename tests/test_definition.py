@@ -85,7 +85,7 @@ class Defined:
     @classmethod
     def of(cls, model: nn.Module, image: Tensor, label: int, layer: nn.Module | None) -> Defined:
         site: Site | None = None if layer is None else (layer, False)
-        recording = Recording(model, with_rules(None), [] if site is None else [site], bypass=True)
+        recording = Recording(model, with_rules(None), [] if site is None else [site], keep_bypass=True)
         recording.record((image,), (), lambda scores: scores[:, label])
         tapped, output = recording.tapped[site], recording.tape.value_of_output()
         assert output is not None

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, ScoreMap, bias_terms, linear_form
 from captum_scoremap.checks import NoDerivativeError
-from captum_scoremap.rules import Frozen
+from captum_scoremap.rules import Frozen, Tangent
 from tests.between import EXACT, assert_as_plain, assert_exact, between, some_images
 
 Function = Callable[[Tensor], Tensor]
@@ -67,6 +67,31 @@ def test_functions_are_level_where_their_slope_is_infinite(name: str) -> None:
     assert not off.all()
     assert_close(form.coefficients[off], torch.zeros_like(form.coefficients[off]), rtol=0, atol=0)
     assert form.coefficients[~off].abs().min() > 0
+
+
+# Operations of two arguments, and where one of them is at an edge, but not both.
+BESIDE_EDGES = {
+    "x log y, x at zero": (torch.xlogy, (0.0, 2.0)),
+    "atan2, on one axis": (torch.atan2, (0.0, 2.0)),
+    "atan2, on the other": (torch.atan2, (2.0, 0.0)),
+    "hypot, on one axis": (torch.hypot, (0.0, -2.0)),
+    "hypot, on the other": (torch.hypot, (2.0, 0.0)),
+    "asin": (lambda x, y: x.asin() + y, (0.0, 1.0)),
+    "acos": (lambda x, y: x.acos() + y, (0.5, 1.0)),
+    "acosh": (lambda x, y: x.acosh() + y, (2.0, 1.0)),
+    "sinc": (lambda x, y: x.sinc() + y, (1.0, 0.0)),
+    "entropy": (lambda x, y: special.entr(x) + y, (1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_EDGES)
+def test_functions_are_level_at_their_edges_alone(name: str) -> None:
+    function, point = BESIDE_EDGES[name]
+    x = torch.tensor([point], dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(function(x[:, 0], x[:, 1]).sum(), x)
+    form = linear_form(lambda x: function(x[:, 0], x[:, 1]), x.detach())
+    assert_close(form.coefficients, slopes, **EXACT)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
 
 
 MASKED: dict[str, tuple[Function, Function]] = {
@@ -147,4 +172,7 @@ def test_what_autograd_does_not_derive_is_refused_with_advice_that_works(name: s
     model, images = between(function), some_images()
     with pytest.raises(NoDerivativeError, match=rf"{name} must have a derivative to take, got .*Use Frozen\(\)"):
         linear_form(model, images, 1)
+    with pytest.raises(NoDerivativeError, match=f"rule for '{name}'") as problem:
+        linear_form(model, images, 1, rules={name: Tangent()})
+    assert str(problem.value).count("must have a derivative") == 1  # and then what PyTorch says of it
     assert_exact(model, model.conv, images, rules={name: Frozen()})

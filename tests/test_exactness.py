@@ -80,6 +80,25 @@ def test_unsupported_operations_are_findings(inputs: Tensor) -> None:
     assert check_exactness(Strange().double().eval(), inputs, 1, rules=rules).is_exact
 
 
+class Positions(nn.Module):
+    """A layer that does not depend on the image, beside one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Embedding(8, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) + self.table(torch.arange(8)).t()[:, None]
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_layer_that_does_not_depend_on_the_image_has_no_residual(inputs: Tensor) -> None:
+    found = check_exactness(Positions().double().eval(), inputs, 1, tolerance=1e-12)
+    assert {layer.layer for layer in found.layers if layer.residual is not None} == {"input", "conv", "head"}
+    assert found.is_exact
+    assert not check_exactness(Positions().double().eval(), inputs, 1, tolerance=-1.0).is_exact
+
+
 class Wrong(Rule):
     """Freezes a value of its own choice, which verification must not let through."""
 
@@ -93,6 +112,41 @@ class Wrong(Rule):
 def test_a_wrong_rule_is_named(inputs: Tensor) -> None:
     with pytest.raises(ValueError, match=r"rule for 'silu' \(Wrong\), in module 'act'"):
         check_exactness(small().double().eval(), inputs, 1, rules={"silu": Wrong()})
+
+
+class Off(Rule):
+    """A ReLU, whose transpose is off by a fraction."""
+
+    def __init__(self, fraction: float) -> None:
+        self.fraction = fraction
+
+    def freeze(self, call: Call) -> Tensor:
+        return call.input > 0
+
+    def apply(self, call: Call, state: Tensor) -> Tensor:
+        return call.input * state
+
+    def transpose(self, call: Call, state: Tensor, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+        return [(1 + self.fraction) * gradients[0] * state]
+
+
+def test_residuals_are_those_at_the_outputs_of_layers(inputs: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).double().eval()
+    found = check_exactness(model, inputs, 1, rules={"relu": Off(0.1)})
+    residuals = {layer.layer: layer.residual for layer in found.layers}
+    assert all(residuals[name] > 1e-3 for name in ("input", "0"))  # below the rule whose transpose is off
+    assert all(residuals[name] < 1e-12 for name in "123")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fraction"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 5e-2)]
+)
+def test_what_counts_as_rounding_depends_on_the_type(dtype: torch.dtype, fraction: float) -> None:
+    model, inputs = nn.ReLU(), torch.ones(1, 1, dtype=dtype)
+    for times, is_exact in ((1.5, True), (3, False)):  # A·Y is half of |S| + |A·Y|
+        found = check_exactness(model, inputs, 0, rules={"relu": Off(times * fraction)})
+        assert found.worst == pytest.approx(times * fraction / 2, rel=0.2)
+        assert found.is_exact is is_exact
 
 
 def test_the_command_line_says_exact(capsys: pytest.CaptureFixture[str]) -> None:

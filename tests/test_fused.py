@@ -12,8 +12,7 @@ from torch.testing import assert_close
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, linear_form, semantic_patches
 from captum_scoremap.attribution.fused import log_odds
-from captum_scoremap.layout import layer_shapes, main_modules
-from captum_scoremap.linear import main_layers
+from captum_scoremap.linear import Subject, layer_shapes, main_layers, main_modules
 from captum_scoremap.metrics import parameter_randomization
 from tests.state import GlobalState
 
@@ -160,14 +159,14 @@ class Network(nn.Module):
 def test_main_layers_lie_outside_of_branches(inputs: Tensor) -> None:
     network = Network().double().eval()
     before = GlobalState.now()
-    found = list(main_modules(network, inputs.repeat(1, 1, 2, 2)))
+    found = list(main_modules(Subject(network, (inputs.repeat(1, 1, 2, 2),))))
     assert found == [network.stem, *network.blocks[:-1], network.tokens]  # channels last
     assert GlobalState.now() == before
 
 
 def test_fewer_resolutions_are_fine(inputs: Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, LABELS)).double()
-    assert list(main_modules(network, inputs)) == [network[1]]
+    assert list(main_modules(Subject(network, (inputs,)))) == [network[1]]
 
 
 def test_a_network_without_maps_is_named(inputs: Tensor) -> None:
@@ -319,8 +318,8 @@ def test_tokens_are_fused(sequence_first: bool, has_tokens: bool, wide: Tensor, 
     network = with_weights(Transformer(sequence_first, has_tokens), generator)
     grid = (4, 6)
     expected = {network.patches: grid, **{network.blocks[block]: grid for block in (1, 3, 4)}}
-    assert main_modules(network, wide) == expected
-    assert list(main_modules(lambda x: network(x), wide)) == list(expected)  # a function
+    assert main_modules(Subject(network, (wide,))) == expected
+    assert list(main_modules(Subject(lambda x: network(x), (wide,)))) == list(expected)  # a function
     fused = FusedScoreMap(network).attribute(wide, target=1)
     assert fused.shape == (2, 1, 16, 24)
     assert (fused > 0).any()
@@ -357,7 +356,7 @@ def test_heads_of_attention_are_no_map(generator: torch.Generator) -> None:
         nn.Sequential(nn.Conv2d(3, 40, 4, 4), _Tokens(), *blocks, _First(), nn.Linear(40, 2)), generator
     )
     images = torch.randn(1, 3, 8, 12, generator=generator, dtype=torch.float64)
-    assert list(main_modules(network, images)) == [network[0], *blocks[1:3]]
+    assert list(main_modules(Subject(network, (images,)))) == [network[0], *blocks[1:3]]
     assert bool((FusedScoreMap(network).attribute(images, target=1) != 0).any())
 
 

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, bias_terms, freeze, linear_form, token_grid
 from captum_scoremap.layout import channel_dim_of
-from captum_scoremap.rules import TANGENT, Tangent
+from captum_scoremap.rules import (
+    TANGENT,
+    BatchNorm,
+    Choice,
+    Comparison,
+    Division,
+    Extremum,
+    FirstLinear,
+    Frozen,
+    Gate,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MaxPool,
+    Power,
+    Product,
+    Rule,
+    Tangent,
+)
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -338,6 +359,182 @@ def test_forms_draw_themselves(small: tuple[nn.Sequential, Tensor]) -> None:
         linear_form(model, x[:1], 1, model[3]).plot()
 
 
+class Constant(nn.Module):
+    """A layer is given a table in which live numbers were; the table changes afterwards, and so does its output."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.change = nn.Identity(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.ones(x.shape, dtype=x.dtype)
+        table[:, :2].copy_(x[:, :2])
+        given = self.change(table, x)
+        y = self.layer(given)
+        table[:, 0] = 5.0
+        z = y * 3 + x[:, : y.shape[1]]
+        y[:, 0].mul_(2)
+        return (z * y).sum((1, 2, 3)) + table.sum((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table, _: table.zero_(),
+        lambda table, _: table.index_fill_(1, torch.tensor([0, 1]), 3.0),
+        lambda table, _: table[:, 2:],
+        lambda table, _: table,
+        lambda table, x: table.copy_(x),
+    ],
+    ids=["emptied", "filled", "beside", "in part", "live"],
+)
+def test_layers_that_are_given_memory_in_which_live_numbers_were(
+    change: Callable[[Tensor, Tensor], Tensor], small: tuple[nn.Sequential, Tensor]
+) -> None:
+    model, x = Constant(change), small[1]
+    forms = linear_form(model, x, None, [None, model.layer])
+    for form in forms:
+        torch.testing.assert_close(form.sums + form.bias, form.score, **EXACT)
+    leaf = x.clone().requires_grad_()
+    zeros = torch.zeros_like(forms[1].activations)
+    torch.testing.assert_close(freeze(model, x)(x, {model.layer: zeros}), forms[1].bias, **EXACT)
+    torch.testing.assert_close(freeze(model, x)(x), model(leaf).detach(), **EXACT)
+
+
+def attended(x: Tensor, queries: Tensor, values: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(queries, queries, values).sum((1, 2)) + 0 * x.sum((1, 2))
+
+
+def test_what_attention_attends_to_may_be_constant_or_what_attends() -> None:
+    x, table = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64)
+    form = linear_form(lambda x: attended(x, x, table), x)
+    torch.testing.assert_close(form.coefficients, torch.zeros_like(x), rtol=0, atol=0)
+    torch.testing.assert_close(form.bias, form.score, **EXACT)
+    form = linear_form(lambda x: attended(x, table, x), x)
+    torch.testing.assert_close(form.sums, form.score, **EXACT)
+
+
+def test_a_layer_may_return_one_tensor_twice() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            doubled = 2 * x
+            return doubled, doubled
+
+    layer, x = Twice(), torch.randn(2, 3, dtype=torch.float64)
+    form = linear_form(nn.Sequential(layer, Multiplied()), x, 1, layer)
+    torch.testing.assert_close(form.sums, form.score, **EXACT)
+    torch.testing.assert_close(form.score, 4 * x[:, 1] ** 2, **EXACT)
+
+
+class Multiplied(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] * pair[1]
+
+
+def test_where_images_come_first_nothing_is_run_to_find_them(
+    small: tuple[nn.Sequential, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = small
+    monkeypatch.setattr("captum_scoremap.linear.explanation.image_axis", None)
+    forms = linear_form(model, x, 1, [None, model[0], model[3]])
+    for form in forms:
+        torch.testing.assert_close(form.sums, form.score - form.bias, **EXACT)
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, 2 * x
+
+
+class WithClassToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.tokens, self.pair, self.head = nn.Conv2d(3, 4, 4, 4), nn.Identity(), Pair(), nn.Linear(4, 5)
+        self.token = nn.Parameter(torch.ones(1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        one, other = self.pair(self.tokens(torch.cat([self.token.expand(len(x), -1, -1), tokens], 1)))
+        return self.head((one + other).mean(1))
+
+
+def test_what_is_drawn_of_tokens_and_of_several_images() -> None:
+    model, x = WithClassToken().eval(), torch.rand(2, 3, 12, 12)
+    form = linear_form(model, x[:1], 1, model.tokens)
+    _, axes = form.plot()
+    alone = float(form.sub_scores[0, 0].sum())
+    assert axes.get_title().splitlines()[-1] == f"{alone:.2f} without a place"
+    _, axes = linear_form(model, x, 1, model.tokens).plot()
+    assert len(axes) == 2
+    assert all("S =" not in one.get_title() for one in axes)
+    with pytest.raises(ValueError, match=r"the layer must give one tensor to be drawn, got 2"):
+        linear_form(model, x, 1, model.pair).plot()
+    with pytest.raises(ValueError, match=r"must have a place in the image to be drawn, .* got \(1, 3\) at no"):
+        linear_form(nn.Linear(3, 2), torch.rand(1, 3), 0).plot()
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda frozen, model, x: frozen(x[:1]), r"inputs must be shaped like those the model was frozen at, \[\(2, 3"),
+        (lambda frozen, model, x: frozen((x, x)), r"inputs must be shaped like those .*; got \[\(2, .*, \(2, "),
+        (lambda frozen, model, x: frozen(x, {nn.ReLU(): x}), r"outputs must name layers that ran, got a ReLU that did"),
+        (lambda frozen, model, x: frozen.distance_to_boundary(x[:, :1]), r"direction must be shaped like the inputs, "),
+        (lambda frozen, model, x: frozen.flipped(freeze(model, x[:1])), r"other must be the same model, .* same shape"),
+        (lambda frozen, model, x: frozen.same_region(freeze(model[:1], x)), r"other must be the same model"),
+    ],
+)
+def test_what_a_frozen_model_refuses(refused: Any, message: str, small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    with pytest.raises(ValueError, match=message):
+        refused(freeze(model, x), model, x)
+
+
+OURS: dict[str, tuple[Rule, Callable[[Tensor], Tensor]]] = {
+    "mul": (Product(keeps_gates=True), lambda x: x * 2 + x * x),
+    "addmm": (Product((1, 2), term=0), lambda x: torch.addmm(x[0, 0, :, :1], x[0, 1], x[1, 1], beta=0.5, alpha=3.0)),
+    "div": (Division(), lambda x: 1 / (x + 9) + x / 3 + x / (x + 9)),
+    "pow": (Power(), lambda x: x**2 + (x + 9) ** -0.5),
+    "native_batch_norm": (
+        BatchNorm(),
+        lambda x: F.batch_norm(x, x.new_ones(3), x.new_ones(3)) + F.instance_norm(x[:1]),
+    ),
+    "native_layer_norm": (LayerNorm(), lambda x: F.layer_norm(x, (12,))),
+    "native_group_norm": (GroupNorm(), lambda x: F.group_norm(x, 3)),
+    "grid_sampler_2d": (
+        FirstLinear(),
+        lambda x: (
+            F.grid_sample(x, torch.zeros(2, 4, 4, 2).to(x), align_corners=False).mean()
+            + F.grid_sample(x, x[:, :2].movedim(1, -1).tanh(), align_corners=False).mean()
+            + F.grid_sample(torch.ones_like(x), x[:, :2].movedim(1, -1).tanh(), align_corners=False).mean()
+        ),
+    ),
+    "max_pool2d_with_indices": (MaxPool(2), lambda x: F.max_pool2d(x, 2) + F.max_pool2d(x, (2,), stride=(2, 2))),
+    "maximum": (Choice(operator.ge), lambda x: torch.maximum(x, x.flip(1))),
+    "amax": (Extremum(torch.argmax), lambda x: x.amax(1)),
+    "where": (Linear(), lambda x: torch.where(x > 0, x, 2 * x)),
+    "gt": (Comparison(), lambda x: x * (x > 0)),
+    "round": (Frozen(), lambda x: x * x.round()),
+    "silu": (Gate(0.5), F.silu),
+    "exp": (Tangent(gate=True), lambda x: x.exp()),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_rule_of_ours_that_is_handed_over_gives_what_the_table_does(name: str, generator: torch.Generator) -> None:
+    rule, function = OURS[name]
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=generator)
+
+    def score(x: Tensor) -> Tensor:
+        return function(x).sum()[None]
+
+    form, expected = (linear_form(lambda x: score(x[0]), x[None], rules=rules) for rules in ({name: rule}, None))
+    assert form == expected
+    torch.testing.assert_close(form.residual, torch.zeros_like(form.residual), rtol=0, atol=1e-9)
+    given, table = (bias_terms(lambda x: score(x[0]), x[None], rules=rules) for rules in ({name: rule}, None))
+    assert given == table
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
@@ -473,11 +670,16 @@ def test_forms_are_pickled_and_copied_with_their_complete_map(small: tuple[nn.Se
         contrast.complete_map()
 
 
-def test_layers_may_come_from_a_generator(small: tuple[nn.Sequential, Tensor]) -> None:
+@pytest.mark.parametrize("several", [tuple, iter, dict.fromkeys, lambda layers: dict(enumerate(layers)).values()])
+def test_layers_may_come_in_anything_that_holds_them(
+    several: Callable[[Any], Any], small: tuple[nn.Sequential, Tensor]
+) -> None:
     model, image = small
-    assert linear_form(model, image, 1, layer=(layer for layer in model[:2])) == linear_form(
-        model, image, 1, layer=list(model[:2])
-    )
+    layers = list(model[:2])
+    assert linear_form(model, image, 1, layer=several(layers)) == linear_form(model, image, 1, layer=layers)
+    method = LayerScoreMap(model, several(layers))
+    for maps in (method.attribute(image, 1), method.attribute(image, 1)):  # of an iterator, too, as often as one likes
+        torch.testing.assert_close(maps, LayerScoreMap(model, layers).attribute(image, 1), rtol=0, atol=0)
 
 
 def test_several_inputs_of_a_frozen_model_are_one_tuple() -> None:

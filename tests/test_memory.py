@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
 from captum_scoremap.rules import Call, Gate, with_rules
 from captum_scoremap.tape import Recording
-from captum_scoremap.tape.geometry import are_apart, geometry, overlaps
+from captum_scoremap.tape.geometry import are_apart, fills, geometry, overlaps
 from tests.between import assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 from tests.state import untouched
 
@@ -881,6 +881,18 @@ def test_a_chunk_stays_what_it_is_while_others_of_its_memory_change(
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 6)), min_size=0, max_size=3), st.integers(0, 2))
+def test_views_that_are_said_to_fill_memory_or_to_overlap_do(axes: list[tuple[int, int]], offset: int) -> None:
+    """Views by any strides, of memory that is just as long as they reach."""
+    length = offset + 1 + sum((size - 1) * step for size, step in axes)
+    view = torch.zeros(length).as_strided([size for size, _ in axes], [step for _, step in axes], offset)
+    places = torch.arange(length).as_strided(*geometry(view)).flatten()
+    assert overlaps(view) is (len(places.unique()) < len(places))
+    if not overlaps(view):  # else it is refused before
+        assert fills(view, length) is (len(places) == length)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
 def test_places_that_are_said_to_be_apart_are(data: st.DataObject) -> None:
     """Two views of one tensor, by narrowing, selecting, transposing: no element of its memory is marked twice."""
@@ -986,7 +998,66 @@ OTHERWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "numbers": through(torch.view_as_real, lambda view: view[..., 0].mul_(2)),
     "imaginary part of a conjugate": through(lambda z: z.conj().resolve_conj().imag, lambda view: view.mul_(2)),
     "conjugate read later": read_later,
+    "conjugate in a product": through(torch.conj, lambda view: view.mul_(2j) * 3),
 }
+
+
+def as_another_type(
+    live: torch.dtype, other: torch.dtype, later: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The image's first two numbers at the start of a table, some of whose memory is read, or written, otherwise."""
+
+    def function(x: Tensor) -> Tensor:
+        table = torch.zeros(8, dtype=live)
+        seen = table.view(other)
+        table[:2].copy_(x.flatten()[:2])
+        return later(table, seen).double()[None]
+
+    return function
+
+
+def end_written(table: Tensor, seen: Tensor) -> Tensor:
+    seen[-1:] = 3
+    return table[:2].sum()
+
+
+def start_written(table: Tensor, seen: Tensor) -> Tensor:
+    seen[:1].copy_(table[1])
+    return seen.sum() + table[:2].sum()
+
+
+def both_read(table: Tensor, seen: Tensor) -> Tensor:
+    return seen.sum() + table.sum()
+
+
+def in_a_product(table: Tensor, seen: Tensor) -> Tensor:
+    return (2 * seen).sum() + (table + seen[:1]).sum()
+
+
+def emptied(table: Tensor, seen: Tensor) -> Tensor:
+    kept = table[:2] * 2
+    table.zero_()
+    seen[-1:] = 3
+    return kept.sum() + table[:4].sum() + seen.sum()
+
+
+OTHER_TYPES = {
+    f"{live} as {other}, {later.__name__}": as_another_type(live, other, later)
+    for live, other in itertools.permutations((torch.float64, torch.float32, torch.int32, torch.uint8, torch.half), 2)
+    if live.is_floating_point
+    for later in (end_written, start_written, both_read, in_a_product, emptied)
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TYPES)
+def test_memory_that_is_read_as_another_type_than_written_is_right_or_refused(name: str) -> None:
+    images = some_images()
+    try:
+        form = linear_form(OTHER_TYPES[name], images[:1])
+    except TypeError as error:
+        assert "must be read and changed as numbers of one type" in str(error)  # noqa: PT017
+        return
+    torch.testing.assert_close(form.residual, torch.zeros_like(form.residual), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", OTHERWISE)

@@ -225,6 +225,29 @@ def test_what_is_out_of_range_has_no_slope(zero_point: int, label: int) -> None:
     assert_close(form.sums + form.bias, model(x)[:, label], **CLOSE)
 
 
+SCALES, ZERO_POINTS = torch.tensor([0.02, 0.01, 0.04]), torch.tensor([10, 0, -20])
+
+
+@pytest.mark.parametrize(
+    ("per", "scale", "zero_point", "axis"),
+    [("tensor", 0.02, 10, ()), ("tensor", 0.5, -3, ()), ("channel", SCALES, ZERO_POINTS, (1,))],
+)
+def test_what_is_out_of_the_range_of_exported_integers_has_no_slope(
+    per: str, scale: Any, zero_point: Any, axis: tuple[int, ...]
+) -> None:
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    operations = torch.ops.quantized_decomposed
+    quantize, read = (getattr(operations, f"{name}_per_{per}") for name in ("quantize", "dequantize"))
+    options = scale, zero_point, *axis, -128, 127, torch.int8
+    x = torch.tensor([-900.0, -143.0, -130.0, -101.0, -2.0, 0.0, 3.0, 101.0, 122.0, 150.0, 900.0])
+    x = x[:, None] * torch.as_tensor(scale).reshape(1, -1)  # a row of numbers of steps for each channel
+    form = linear_form(lambda x: read(quantize(x, *options), *options).sum(1), x)
+    integers = torch.round(x / scale) + zero_point
+    assert_close(form.coefficients, ((integers >= -128) & (integers <= 127)).float(), rtol=0, atol=0)
+    assert_close(form.sums + form.bias, form.score, **CLOSE)
+
+
 QUANTIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "relu in place": torch.relu_,
@@ -239,6 +262,7 @@ QUANTIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "sum and relu": lambda q: torch.ops.quantized.add_relu(q, q.flip(1), 0.03, 0),
     "product": lambda q: torch.ops.quantized.mul(q, q.flip(1), 0.03, 60),
     "with a number": lambda q: torch.ops.quantized.mul(q, 0.5),
+    "convolution of one dimension": lambda q: one_dimensional()(q.flatten(2))[..., None],
     "matrix product": lambda q: torch.ops.quantized.matmul(q, q.transpose(2, 3), 0.1, 60),
     "joined": lambda q: torch.ops.quantized.cat([q, q.flip(1)], 1, 0.03, 60),
     "max pooling": lambda q: F.max_pool2d(q, 2),
@@ -256,6 +280,14 @@ QUANTIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "layer norm": lambda q: torch.ops.quantized.layer_norm(q, [3], torch.ones(3), torch.ones(3), 1e-5, 0.03, 60),
     "group norm": lambda q: torch.ops.quantized.group_norm(q, 2, torch.ones(4), torch.ones(4), 1e-5, 0.03, 60),
 }
+
+
+def one_dimensional() -> nn.Module:
+    layer = torch.ao.nn.quantized.Conv1d(4, 5, 3, padding=1)
+    weight = torch.quantize_per_tensor(torch.linspace(-1, 1, 60).view(5, 4, 3), 0.01, 0, torch.qint8)
+    layer.set_weight_bias(weight, torch.linspace(-1, 1, 5))
+    layer.scale, layer.zero_point = 0.05, 60
+    return layer
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -150,7 +150,7 @@ def test_frozen_models_do_not_run_the_model(model: Counted, image: Tensor) -> No
 def test_steps_know_their_modules(model: Counted, image: Tensor) -> None:
     recording = Recording(model, with_rules(None))
     recording.record((image,))
-    names = [recording.places.name_of(step.module) for step in recording.tape.steps]
+    names = [recording.modules.name_of(step.module) for step in recording.tape.steps]
     order = list(dict.fromkeys(names))
     assert order == ["stem.0", "stem.1", "stem.2", "block", "", "pool", "late", "head"]
     assert list(freeze(model, image).switches) == ["stem.2", "relu", "pool"]

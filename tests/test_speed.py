@@ -68,7 +68,7 @@ def test_maps_are_those_of_the_plain_way_bit_for_bit(
     with plainly():
         assert not FAST
         expected = everything()
-    assert "held" in FAST
+    assert "pack" in FAST
     for at in (4, 3):  # the default complete map, and labels together: sums over memory that is laid out otherwise
         assert_close(found.pop(at), expected.pop(at), rtol=1e-13, atol=1e-15)
     for one, other in zip(found, expected, strict=True):
@@ -89,7 +89,7 @@ def test_a_mask_comes_out_as_it_went_in(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed, "_LARGE", 0)
         patch.setattr(packed, "_CHUNK", chunk)
-        held = packed.held(mask)
+        held = packed.pack(mask)
         assert isinstance(held, Bits)
         assert torch.equal(held.tensor, mask)
         assert held.tensor.stride() == mask.stride()
@@ -99,11 +99,11 @@ def test_masks_with_gaps_or_of_an_odd_number_stay_as_they_are(monkeypatch: pytes
     monkeypatch.setattr(packed, "_LARGE", 0)
     whole = torch.ones(4, 8, 4, 4, dtype=torch.bool)
     for mask in (whole[..., ::2], torch.ones(3, 3, dtype=torch.bool), whole[:1].expand(4, 8, 4, 4), whole.byte()):
-        assert packed.held(mask) is mask
-    assert isinstance(packed.held(whole.transpose(0, 2)), Bits)
-    assert isinstance(packed.held(whole[1:]), Bits)
+        assert packed.pack(mask) is mask
+    assert isinstance(packed.pack(whole.transpose(0, 2)), Bits)
+    assert isinstance(packed.pack(whole[1:]), Bits)
     monkeypatch.setattr(packed, "_LARGE", 10**6)
-    assert packed.held(whole) is whole
+    assert packed.pack(whole) is whole
 
 
 POOLS = {
@@ -134,7 +134,7 @@ def test_switches_come_out_as_they_went_in(name: str, layout: torch.memory_forma
     x = x if x.dim() == 5 else x.to(memory_format=layout)
     output = operation(x, *arguments)
     call = Call(operation, (x, *arguments), {}, (x,), (Value(x),), output)
-    state = rule.held(call, rule.freeze(call))
+    state = rule.packed(call, rule.freeze(call))
     assert isinstance(state, Packed)
     assert state._narrow.dtype == dtype  # type: ignore[attr-defined]
     assert torch.equal(state.tensor, output[1])
@@ -164,6 +164,6 @@ def test_bytes_choose_as_booleans_do(dtype: torch.dtype, generator: torch.Genera
 
 def test_large_masks_take_an_eighth(generator: torch.Generator) -> None:
     mask = torch.rand(2**22, generator=generator) > 0.5
-    held = packed.held(mask)
+    held = packed.pack(mask)
     assert isinstance(held, Bits)
     assert held._bits.untyped_storage().nbytes() == 2**19

@@ -63,7 +63,7 @@ def check_step(step: Step, generator: torch.Generator) -> None:
 
 def check_tape(function: Callable[..., Any], image: Tensor, generator: torch.Generator) -> None:
     """Every step, and all of them, forward and transposed."""
-    recording = Recording(function, with_rules(None), bypass=True)
+    recording = Recording(function, with_rules(None), keep_bypass=True)
     output = recording.record((image,))
     tape = recording.tape
     with torch.no_grad():

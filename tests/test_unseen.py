@@ -445,8 +445,13 @@ def test_the_memory_of_constants_is_their_own_affair() -> None:
         (lambda x: torch.stack(list(torch.nested.nested_tensor(list(x)).unbind())), "got a nested tensor from"),
         (lambda x: x.float().to_mkldnn().relu().to_dense().double(), "got one of layout torch._mkldnn from to_mkldnn"),
         (lambda x: (x.flatten(1).to_sparse() * 2).to_dense(), "got one of layout torch.sparse_coo from to_sparse"),
+        (lambda x: (x * torch.ones_like(x).to_sparse()).to_dense(), "got one of layout torch.sparse_coo from mul"),
+        (
+            lambda x: (torch.eye(4).to(x).to_sparse() * x[0, 0]).to_dense() + x,
+            "got one of layout torch.sparse_coo from mul",
+        ),
     ],
-    ids=["nested", "mkldnn", "sparse"],
+    ids=["nested", "mkldnn", "sparse", "product with a sparse one", "product of a sparse one"],
 )
 def test_tensors_that_are_not_dense_are_refused(function: Function, match: str) -> None:
     with warnings.catch_warnings():

@@ -29,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 from captum_scoremap import LayerScoreMap, freeze, linear_form
 from captum_scoremap.checks import UnsupportedOperationError
-from captum_scoremap.layout import layer_shapes, map_channel_dim
-from captum_scoremap.linear import Subject, explain_completely
+from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.linear import Subject, explain_completely, layer_shapes
 from captum_scoremap.scores import logits_in
 from tests import hugging_face
 from tests.layers import called_once

@@ -14,7 +14,7 @@ from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site
 
 from .contract import Contract
-from .main_layers import MainLayers, named_layers
+from .default_layers import DefaultLayers, named_layers
 
 __all__ = ["CompleteScoreMap"]
 
@@ -63,7 +63,7 @@ class CompleteScoreMap(Contract):
         super().__init__(forward_func, rules)
         self._modules = [] if layers == "image" else named_layers(forward_func, layers)
         self._has_own_grid = isinstance(layers, nn.Module)
-        self._main_layers = MainLayers()
+        self._default_layers = DefaultLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -94,7 +94,7 @@ class CompleteScoreMap(Contract):
         image, modules = check_images(inputs), self._modules
         subject = self._subject((image,), additional_forward_args)
         if modules is None:
-            found = self._main_layers(subject)
+            found = self._default_layers(subject)
             modules = list({grid: module for module, grid in found.items()}.values())[-2:]
         sites: list[Site | None] = [(module, False) for module in modules] or [None]
         books, score = explain_completely(subject, target, sites)

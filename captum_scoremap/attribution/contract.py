@@ -13,7 +13,7 @@ from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site
 
-__all__ = ["Contract", "exact_delta"]
+__all__ = ["Contract"]
 
 
 class Contract(GradientAttribution):
@@ -62,6 +62,32 @@ class Contract(GradientAttribution):
         """Return what is explained: the model at inputs that were checked."""
         return Subject(self.forward_func, inputs, additional_forward_args, self._rules)
 
+    def _delta(
+        self,
+        site: Site | None,
+        attributions: Tensor | tuple[Tensor, ...],
+        start_point: object,
+        end_point: Tensor | tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: object,
+    ) -> Tensor:
+        """Return S - (sum of the attributions + B) for attributions that a method computed before at a site, (N,)."""
+        if not self.multiplies_by_inputs:
+            raise ValueError(
+                "compute_convergence_delta needs A·Y, got a method of coefficients. Use multiply_by_inputs=True."
+            )
+        if any(bool(one.any()) if isinstance(one, Tensor) else bool(one) for one in as_tuple(start_point)):
+            raise ValueError(
+                "start_point must be None or zero: S = A·Y + B is exact at the image, with B the frozen model at zero."
+            )
+        subject = self._subject(check_inputs(end_point, indices=site is not None), additional_forward_args)
+        found = explain(subject, target, [site], Reduction(multiply=False), keep=True)
+        given = tuple(one for one in as_tuple(attributions) if isinstance(one, Tensor))
+        shapes, expected = [tuple(one.shape) for one in given], [tuple(y.shape) for y in found.tapped(site).activations]
+        if len(shapes) != len(expected) or not all(map(_is_shape_or_sum, shapes, expected)):
+            raise InvalidValueError(f"attributions must be shaped like what they explain, {expected}, got {shapes}.")
+        return found.score - found.sums_of(given, site) - found.bias(site)
+
     def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse, as most of Captum's methods do."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}. Use attribute.")
@@ -72,33 +98,6 @@ class Contract(GradientAttribution):
             f"compute_convergence_delta is not implemented for {type(self).__name__}, whose maps are not differences "
             "between two inputs."
         )
-
-
-def exact_delta(
-    method: Contract,
-    site: Site | None,
-    attributions: Tensor | tuple[Tensor, ...],
-    start_point: object,
-    end_point: Tensor | tuple[Tensor, ...],
-    target: Target,
-    additional_forward_args: object,
-) -> Tensor:
-    """Return S - (sum of the attributions + B) for attributions that a method computed before at a site, (N,)."""
-    if not method.multiplies_by_inputs:
-        raise ValueError(
-            "compute_convergence_delta needs A·Y, got a method of coefficients. Use multiply_by_inputs=True."
-        )
-    if any(bool(one.any()) if isinstance(one, Tensor) else bool(one) for one in as_tuple(start_point)):
-        raise ValueError(
-            "start_point must be None or zero: S = A·Y + B is exact at the image, with B the frozen model at zero."
-        )
-    subject = method._subject(check_inputs(end_point, indices=site is not None), additional_forward_args)
-    found = explain(subject, target, [site], Reduction(multiply=False), keep=True)
-    given = tuple(one for one in as_tuple(attributions) if isinstance(one, Tensor))
-    shapes, expected = [tuple(one.shape) for one in given], [tuple(y.shape) for y in found.tapped(site).activations]
-    if len(shapes) != len(expected) or not all(map(_is_shape_or_sum, shapes, expected)):
-        raise InvalidValueError(f"attributions must be shaped like what they explain, {expected}, got {shapes}.")
-    return found.score - found.sums_of(given, site) - found.bias(site)
 
 
 def _is_shape_or_sum(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:

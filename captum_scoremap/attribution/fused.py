@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images
 from captum_scoremap.linear import Frame, Placement
-from captum_scoremap.rules import Rule, Value
+from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import Site, Tape, Tapped
 
 from .contract import Contract
-from .main_layers import MainLayers, named_layers
+from .default_layers import DefaultLayers, named_layers
 
 __all__ = ["FusedScoreMap"]
 
@@ -69,7 +69,7 @@ class FusedScoreMap(Contract):
     ) -> None:
         super().__init__(forward_func, rules)
         self._layers = named_layers(forward_func, layers)
-        self._main_layers = MainLayers()
+        self._default_layers = DefaultLayers()
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -96,7 +96,7 @@ class FusedScoreMap(Contract):
         """
         image = check_images(inputs)
         subject = self._subject((image,), additional_forward_args)
-        layers = self._layers or list(self._main_layers(subject))
+        layers = self._layers or list(self._default_layers(subject))
         if not layers:
             raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
         sites: list[Site] = [(layer, False) for layer in layers]
@@ -114,10 +114,9 @@ class FusedScoreMap(Contract):
         placement = Placement(recording.tape, image.shape)
         frame = placement.frame
         with torch.no_grad():
-            taps = [_map_of(recording.tapped[site], site[0], placement) for site in sites]
-            every = [_map_of(recording.tapped[None], None, placement), *taps]
-            fused = fuse(_score_maps(recording.tape, of_odds, every), odds.detach(), frame)
-            for score_map in _score_maps(recording.tape, of_score, taps):
+            image_itself, *named = (_Layer(recording.tapped[site], site, placement) for site in (None, *sites))
+            fused = fuse(_score_maps(recording.tape, of_odds, [image_itself, *named]), odds.detach(), frame)
+            for score_map in _score_maps(recording.tape, of_score, named):
                 fused = fused * frame.enlarged((score_map != 0).to(fused), "nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
@@ -148,29 +147,30 @@ def fuse(score_maps: Sequence[Tensor], odds: Tensor, frame: Frame) -> Tensor:
     return torch.where(energy > 0, energy * belief, energy)
 
 
-_Tap = tuple[Value, Callable[[Tensor], Tensor], Tensor]
+class _Layer:
+    """A layer's one tensor, with a place in the image, and what its score map is for given coefficients."""
+
+    def __init__(self, tapped: Tapped, site: Site | None, placement: Placement) -> None:
+        activations = tapped.activations
+        zeros = None
+        if len(activations) == 1:
+            zeros, _ = placement.map_of(torch.zeros_like(activations[0]), tapped.values[0])
+        if zeros is None:
+            got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
+            raise ValueError(
+                "layers must return maps (N, C, h, w) or tokens (N, tokens, C) of the image's positions, got "
+                f"{got} from a {type(site and site[0]).__name__}."
+            )
+        (self.value,), (self._activations,) = tapped.values, activations
+        self._placement, self.zeros = placement, zeros
+
+    def score_map(self, coefficients: Tensor) -> Tensor:
+        """Return the score map, (N, 1, h, w)."""
+        found, _ = self._placement.map_of(coefficients * self._activations, self.value)
+        return self.zeros if found is None else found
 
 
-def _map_of(tapped: Tapped, layer: nn.Module | None, placement: Placement) -> _Tap:
-    """Return a layer's value, the function from coefficients to the score map, (N, 1, h, w), and the map of zeros."""
-    activations = tapped.activations
-    zeros = placement.map_of(torch.zeros_like(activations[0]), tapped.values[0])[0] if len(activations) == 1 else None
-    if zeros is None:
-        got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
-        raise ValueError(
-            f"layers must return maps (N, C, h, w) or tokens (N, tokens, C) of the image's positions, got {got} from a "
-            f"{type(layer).__name__}."
-        )
-    (value,), (y,) = tapped.values, activations
-
-    def score_map(coefficients: Tensor) -> Tensor:
-        found, _ = placement.map_of(coefficients * y, value)
-        return zeros if found is None else found
-
-    return value, score_map, zeros
-
-
-def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[_Tap]) -> list[Tensor]:
+def _score_maps(tape: Tape, coefficients: Tensor, layers: Sequence[_Layer]) -> list[Tensor]:
     """Return the score maps of layers, (N, 1, h, w), for given coefficients of the output; zero where it has none."""
-    found = tape.transposed(tape.seeds(coefficients), {value: score_map for value, score_map, _ in layers})
-    return [found.get(value, zeros) for value, _, zeros in layers]
+    found = tape.transposed(tape.seeds(coefficients), {layer.value: layer.score_map for layer in layers})
+    return [found.get(layer.value, layer.zeros) for layer in layers]

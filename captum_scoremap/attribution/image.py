@@ -11,7 +11,7 @@ from captum_scoremap.linear import Reduction, explain
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
 
-from .contract import Contract, exact_delta
+from .contract import Contract
 
 __all__ = ["ScoreMap"]
 
@@ -90,14 +90,14 @@ class ScoreMap(Contract):
             >>> ScoreMap(model).attribute(image, target=lambda scores: scores[:, 7] - scores[:, 2]).shape
             torch.Size([1, 3, 6, 6])
         """
-        check_grad_kwargs(grad_kwargs)
+        create_graph = check_grad_kwargs(grad_kwargs)
         found = explain(
             self._subject(check_inputs(inputs), additional_forward_args),
             target,
             [None],
             Reduction(self.multiplies_by_inputs),
             keep=return_convergence_delta,
-            create_graph=bool((grad_kwargs or {}).get("create_graph")),
+            create_graph=create_graph,
         )
         results = found.results[None]
         formatted = results[0] if isinstance(inputs, Tensor) else results
@@ -118,4 +118,4 @@ class ScoreMap(Contract):
         Raises:
             ValueError: If the sub-scores do not fit the image, or the start point is not zero.
         """
-        return exact_delta(self, None, attributions, start_point, end_point, target, additional_forward_args)
+        return self._delta(None, attributions, start_point, end_point, target, additional_forward_args)

@@ -15,7 +15,7 @@ from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Label, Target
 from captum_scoremap.tape import Site
 
-from .contract import Contract, exact_delta
+from .contract import Contract
 
 __all__ = ["LayerScoreMap"]
 
@@ -66,12 +66,11 @@ class LayerScoreMap(LayerAttribution, Contract):
         *,
         rules: Mapping[Any, Rule] | None = None,
     ) -> None:
+        layers = None if layer is None else check_layers(forward_func, layer)
+        self._made_for = layer if isinstance(layer, nn.Module) else layers
         # Captum declares a type variable where it means either
-        LayerAttribution.__init__(self, forward_func, layer, device_ids)  # type: ignore[type-var]
+        LayerAttribution.__init__(self, forward_func, self._made_for, device_ids)  # type: ignore[type-var]
         Contract.__init__(self, forward_func, rules, multiply_by_inputs)
-        if layer is not None:
-            check_layers(forward_func, layer)
-        self._made_for = layer
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -129,7 +128,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         """
         if isinstance(relu_attributions, Mapping):  # where LayerGradientXActivation has it
             grad_kwargs, relu_attributions = dict(relu_attributions), False
-        check_grad_kwargs(grad_kwargs)
+        create_graph = check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=True)
         sites = self._sites(attribute_to_layer_input)
         channels = channels_at(channel_dim, tensors[0].shape)
@@ -145,7 +144,7 @@ class LayerScoreMap(LayerAttribution, Contract):
             sites,
             Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None),
             keep=return_convergence_delta,
-            create_graph=bool((grad_kwargs or {}).get("create_graph")),
+            create_graph=create_graph,
         )
         maps, deltas = [], []
         for site in sites:
@@ -248,7 +247,7 @@ class LayerScoreMap(LayerAttribution, Contract):
         """
         given = attributions if isinstance(self.layer, (list, tuple)) else [attributions]
         deltas = [
-            exact_delta(self, site, one, start_point, end_point, target, additional_forward_args)
+            self._delta(site, one, start_point, end_point, target, additional_forward_args)
             for site, one in zip(self._sites(attribute_to_layer_input), given, strict=True)
         ]
         return deltas if isinstance(self.layer, (list, tuple)) else deltas[0]

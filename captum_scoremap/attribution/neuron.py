@@ -114,7 +114,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
             >>> method.attribute(image, 7, to_layer=model[1], attr_dim_summation=True).shape
             torch.Size([1, 1, 4, 4])
         """
-        check_grad_kwargs(grad_kwargs)
+        create_graph = check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=to_layer is not None)
         neuron: Site = (self.layer, attribute_to_neuron_input)
         site: Site | None = None
@@ -128,7 +128,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
             [site],
             Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None),
             keep=return_convergence_delta,
-            create_graph=bool((grad_kwargs or {}).get("create_graph")),
+            create_graph=create_graph,
             stop_at=neuron,
         )
         if to_layer is not None and site not in found.reached:

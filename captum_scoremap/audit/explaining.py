@@ -13,7 +13,7 @@ from captum_scoremap.layout import map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction, ledgers, main_layers
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.scores import logits_in, shape_or_type
-from captum_scoremap.tape import Recording, Site, Tape, Tapped, told_by_image
+from captum_scoremap.tape import Recording, Site, Tape, Tapped, nonfinite_allowed
 
 __all__ = ["MAPS", "ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]
 
@@ -105,7 +105,7 @@ class Explained:
 
 
 @torch.no_grad()
-@told_by_image()  # one image must not end the audit
+@nonfinite_allowed()  # one image must not end the audit
 def explain(
     model: nn.Module,
     layers: Sequence[MapLayer],
@@ -136,7 +136,7 @@ def explain(
         UnsupportedOperationError: If operations of the model have no rule; all are listed.
     """
     sites: dict[MapLayer, Site] = {layer: (model.get_submodule(layer.name), False) for layer in (*layers, *pool)}
-    recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), bypass=True)
+    recording = Recording(model, with_rules(None), list(dict.fromkeys(sites.values())), keep_bypass=True)
     scores = recording.record((inputs,), (), logits_in)
     _check_scores(scores, true if passes is None else None)
     found_at = {layer: _tapped(recording, site, layer.name) for layer, site in sites.items()}

@@ -32,8 +32,8 @@ from captum_scoremap.cli.options import (
 from captum_scoremap.cli.questions import example_target
 from captum_scoremap.compiled import Mode, compile_map
 from captum_scoremap.cost import Job, Spread, forward_backward, interleaved, peak_memory, setting
-from captum_scoremap.layout import layer_shapes, map_channel_dim
-from captum_scoremap.linear import main_layers
+from captum_scoremap.layout import map_channel_dim
+from captum_scoremap.linear import layer_shapes, main_layers
 from captum_scoremap.models import DEFAULT_MODEL, load_model, prepare
 from captum_scoremap.scores import Target, select_scores
 

@@ -1,14 +1,15 @@
 """S = A·Y + B, Eq. (3) of Yu et al. 2015, read off the tape: forms, bias terms, all labels, and how exact it is."""
 
 from .all_labels import explain_targets
-from .bias_maps import BiasMaps, bias_maps, explain_completely
+from .bias_maps import BiasMaps, bias_maps
 from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
 from .explanation import explain
 from .form import LinearForm, LinearForms, linear_form
 from .frame import Frame, frame_of
-from .ledger import Ledger, ledgers
+from .ledger import Ledger, explain_completely, ledgers
 from .main_layers import main_layers, main_modules
+from .outputs import layer_shapes
 from .placement import Placement
 from .reduction import Reduction
 from .subject import Subject
@@ -31,6 +32,7 @@ __all__ = [
     "explain_completely",
     "explain_targets",
     "frame_of",
+    "layer_shapes",
     "ledgers",
     "linear_form",
     "main_layers",

@@ -1,10 +1,9 @@
 """Where B is: the share of every operation's constant part, at its place."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_images, check_layer
@@ -12,10 +11,10 @@ from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site
 
-from .ledger import Ledger, ledgers
-from .subject import Subject, scores_of
+from .ledger import explain_completely
+from .subject import Subject
 
-__all__ = ["BiasMaps", "bias_maps", "explain_completely"]
+__all__ = ["BiasMaps", "bias_maps"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class BiasMaps:
         placeless: Name to what has no place in the image, (N,), in logits: head biases, class tokens.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
         >>> found = bias_maps(model, torch.rand(1, 3, 6, 6), target=7)
         >>> {name: tuple(one.shape) for name, one in found.maps.items()}, list(found.placeless)
@@ -70,6 +70,7 @@ def bias_maps(
         UnsupportedOperationError: As :func:`linear_form`.
 
     Example:
+        >>> import torch
         >>> from captum_scoremap import linear_form
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
         >>> image = torch.rand(1, 3, 6, 6)
@@ -87,15 +88,3 @@ def bias_maps(
     # the layer's own sub-scores, of its class token too, are no part of B
     above = ({name: one for name, one in book.items() if name} for book in (ledger.maps, ledger.placeless))
     return BiasMaps(*above)
-
-
-def explain_completely(subject: Subject, target: Target, sites: Sequence[Site | None]) -> tuple[list[Ledger], Tensor]:
-    """Return the ledger of each site, and the score S, (N,), of images (N, C, H, W)."""
-    (image,) = subject.inputs
-    recording, score = subject.record(scores_of(target, len(image)), sites, keep=True)
-    for site in sites:
-        if any(len(y.shape) < 3 for y in recording.tapped[site].activations):
-            shape = tuple(recording.tapped[site].activations[0].shape)
-            raise ValueError(f"layer must return a map (N, C, h, w) or tokens (N, tokens, C), got {shape}.")
-    with torch.no_grad():
-        return ledgers(recording, recording.tape.seeds(torch.ones_like(score)), score, sites, image.shape), score

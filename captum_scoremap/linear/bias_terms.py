@@ -76,9 +76,8 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
         return {"score": score}
     constants: dict[Value, Tensor] = {}
     for step in tape.steps:
-        if step.outputs:
-            pairs = zip(step.outputs, step.constants(), strict=False)
-            constants |= {value: one for value, one in pairs if one is not None and bool(one.any())}
+        pairs = zip(step.outputs, step.constants(), strict=False)
+        constants |= {value: one for value, one in pairs if one is not None and bool(one.any())}
     wanted: dict[Value, Callable[[Tensor], Tensor]] = {
         value: partial(_product, constant) for value, constant in constants.items()
     }
@@ -110,9 +109,11 @@ def _product(constant: Tensor, coefficients: Tensor) -> Tensor:
 
 def names_of_steps(recording: Recording) -> Callable[[Step], str]:
     """Return the name of a step's constant part: its module, or the parameter (a token, an embedding) that it adds."""
-    places = recording.places
+    modules = recording.modules
     parameters = {
-        parameter.untyped_storage()._cdata: name for root in places.roots for name, parameter in root.named_parameters()
+        parameter.untyped_storage()._cdata: name
+        for root in modules.roots
+        for name, parameter in root.named_parameters()
     }
 
     def name_of(step: Step) -> str:
@@ -121,6 +122,6 @@ def names_of_steps(recording: Recording) -> Callable[[Step], str]:
                 name = parameters.get(tensor.untyped_storage()._cdata)
                 if name is not None:
                     return (name.rpartition(".")[0] or name) if name.endswith("bias") else name
-        return places.call_name(step.module, display_name(step.operation))
+        return modules.call_name(step.module, display_name(step.operation))
 
     return name_of

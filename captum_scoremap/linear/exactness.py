@@ -15,7 +15,7 @@ from captum_scoremap.tape import Recording, Site
 
 from .bias_terms import shares_of_constants
 from .explanation import Explanation
-from .reduction import Reduction
+from .reduction import Reduction, relative_residual
 from .subject import warn_of_probabilities
 
 __all__ = ["Exactness", "LayerExactness", "check_exactness"]
@@ -97,7 +97,7 @@ def check_exactness(
     if tolerance is None:
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(inputs.dtype, 5e-2)
     names = {module: name for name, module in model.named_modules() if name}
-    recording = Recording(model, with_rules(rules), [(module, False) for module in names], bypass=True)
+    recording = Recording(model, with_rules(rules), [(module, False) for module in names], keep_bypass=True)
 
     def select(output: Any) -> Tensor:
         warn_of_probabilities(recording, output)
@@ -136,7 +136,7 @@ def _operations(recording: Recording) -> dict[str, Counter[tuple[str, str]]]:
         if display_name(step.operation) == "alias":  # a tap of ours
             continue
         kind = "linear" if step.rule.is_affine(step) else step.rule.kind
-        name = recording.places.name_of(step.module)
+        name = recording.modules.name_of(step.module)
         found.setdefault(name, Counter())[display_name(step.operation), kind] += 1
     return found
 
@@ -150,7 +150,7 @@ def _residuals(
     """Return the relative residual at the input and at every module with one output that runs once."""
     sites: list[Site | None] = [None]
     for site, tapped in recording.tapped.items():
-        if site is None or recording.places.calls[site[0]] != 1 or len(tapped.values) != 1 or tapped.is_tuple:
+        if site is None or recording.modules.calls[site[0]] != 1 or len(tapped.values) != 1 or tapped.is_tuple:
             continue
         if tapped.values[0].sites & 1:
             sites.append(site)
@@ -159,9 +159,8 @@ def _residuals(
     residuals: dict[str, float] = {}
     for site in progress(sites):
         sums = found.sums(site)
-        rest, scale = score - sums - found.bias(site), score.abs() + sums.abs()
         name = "input" if site is None else names[site[0]]
-        residuals[name] = float((rest.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)).max())
+        residuals[name] = float(relative_residual(score - sums - found.bias(site), score, sums).max())
     return residuals
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from captum_scoremap.checks import unrecorded, warn
 from captum_scoremap.rules import Value
 from captum_scoremap.scores import Target
-from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_at_rest
+from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_paused
 
 from .placement import MixedImagesError, warn_of_no_maps
 from .reduction import Reduction, image_sums
@@ -154,7 +154,7 @@ def image_axis(
     )
 
 
-@collector_at_rest()  # until most of what the run made is gone: to look through it takes a tenth of the time of a map
+@collector_paused()  # until most of what the run made is gone: to look through it takes a tenth of the time of a map
 def explain(
     subject: Subject,
     target: Target,
@@ -167,14 +167,16 @@ def explain(
 ) -> Explanation:
     """Record a run and take, in one pass over the transposed steps, what is wanted of A and Y at every site.
 
-    The options are those of :meth:`Subject.record`; the target is a label of each image, or a function from the model's
-    output to (N,), or, with ``stop_at``, from what passes there.
+    The target is a label of each image, or a function from the model's output to (N,), or, with ``stop_at``, from what
+    passes there. With ``keep`` the tape is kept, and what bypasses the sites, for the explanation's bias, sums and
+    residual; else what is used of it is freed on the way. ``stop_at`` and ``create_graph`` are those of
+    :meth:`Subject.record`.
 
     Returns:
-        The explanation. Of :meth:`Explanation.bias` and :meth:`Explanation.sums` it knows if the tape is kept.
+        The explanation.
     """
     select = scores_of(target, len(subject.inputs[0]), of_layer=stop_at is not None)
-    recording, score = subject.record(select, sites, keep=keep, stop_at=stop_at, create_graph=create_graph)
+    recording, score = subject.record(select, sites, keep_bypass=keep, stop_at=stop_at, create_graph=create_graph)
     if reduction.channel_dim is not None:
         warn_of_no_maps(recording, [site for site in sites if site], subject.inputs[0].shape)
     found = Explanation(recording, score, sites, reduction)

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import check_callable, check_inputs, check_layer
+from captum_scoremap.checks import check_callable, check_inputs, check_layers
 from captum_scoremap.layout import channels_at
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target
@@ -20,7 +20,7 @@ from .form_table import as_html, as_text
 from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
 from .placement import Entry, Placement
-from .reduction import Reduction
+from .reduction import Reduction, relative_residual
 from .subject import Subject
 
 __all__ = ["LinearForm", "LinearForms", "linear_form"]
@@ -159,8 +159,7 @@ class LinearForm:
     @property
     def relative_residual(self) -> Tensor:
         """|residual| / (|S| + |A·Y|), (N,), a fraction."""
-        scale = self.score.abs() + self.sums.abs()
-        return self.residual.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        return relative_residual(self.residual, self.score, self.sums)
 
     def plot(self, image: Any = None, **options: Any) -> tuple[Any, Any]:
         """Draw the score map.
@@ -372,71 +371,68 @@ def linear_form(
         True
     """
     check_callable(forward_func)
-    several = not isinstance(layer, (nn.Module, str)) and layer is not None
-    layers: Sequence[Any] = list(layer) if several else [layer]  # type: ignore[arg-type]
+    layers: list[nn.Module | None] = check_layers(forward_func, layer, or_image=True)
     if not layers:
         raise ValueError("layer must name at least one module, got none. Leave it out for the image itself.")
     tensors = check_inputs(inputs, indices=None not in layers)
-    for one in layers:
-        if one is not None:
-            check_layer(forward_func, one)
     sites: list[Site | None] = [None if one is None else (one, attribute_to_layer_input) for one in layers]
     subject = Subject(forward_func, tensors, additional_forward_args, rules)
-    found = explain(subject, target, sites, Reduction(multiply=False), keep=True)
-    shape = tuple(tensors[0].shape)
-    check_constants = found.tape.check_of_constants(
-        "the linear form", "Ask for the complete map before changing them, or make the form anew."
-    )
-    frame = frame_of(found.tape, shape) if len(shape) == 4 else None
+    run = _Run(explain(subject, target, sites, Reduction(multiply=False), keep=True), sites, inputs)
+    forms = LinearForms(map(run.form, sites))
+    return forms[0] if layer is None or isinstance(layer, nn.Module) else forms
 
-    @cache
+
+class _Run:
+    """A run that forms are read off, and what stands where in the image, which is found when it is first asked for."""
+
+    def __init__(self, found: Explanation, sites: Sequence[Site | None], inputs: Tensors) -> None:
+        self._found, self._sites = found, sites
+        self._has_one_input = isinstance(inputs, Tensor)
+        self._shape = tuple((inputs if isinstance(inputs, Tensor) else inputs[0]).shape)
+        self._frame = frame_of(found.tape, self._shape) if len(self._shape) == 4 else None
+        self._check_constants = found.tape.check_of_constants(
+            "the linear form", "Ask for the complete map before changing them, or make the form anew."
+        )
+
+    def form(self, site: Site | None) -> LinearForm:
+        """Return the form at a site."""
+        coefficients, tapped = self._found.results[site], self._found.tapped(site)
+        activations = tuple(y.clone() for y in tapped.activations)
+        is_single = self._has_one_input if site is None else not tapped.is_tuple
+        name = "input" if site is None else self._found.recording.modules.name_of(site[0]) or type(site[0]).__name__
+        frame = None if site is None else self._frame
+        return LinearForm(
+            coefficients[0] if is_single else coefficients,
+            activations[0] if is_single else activations,
+            self._found.bias(site),
+            self._found.score,
+            self._found.sums(site),
+            partial(self._ledger, site),
+            name,
+            self._shape if frame is None else frame.shape,
+            frame,
+            cache(partial(self._placed, site)),
+        )
+
+    def _ledger(self, site: Site | None) -> Ledger:
+        has_place = len(self._shape) == 4 and all(y.dim() >= 3 for y in self._found.tapped(site).activations)
+        return self._ledgers[site] if has_place else _no_ledger()
+
+    @cached_property
     @torch.no_grad()
-    def books() -> dict[Site | None, Ledger]:
-        check_constants()
-        seeds = found.tape.seeds(torch.ones_like(found.score))
-        return dict(zip(sites, ledgers(found.recording, seeds, found.score, sites, shape), strict=True))
+    def _ledgers(self) -> dict[Site | None, Ledger]:
+        self._check_constants()
+        score, recording = self._found.score, self._found.recording
+        seeds = recording.tape.seeds(torch.ones_like(score))
+        return dict(zip(self._sites, ledgers(recording, seeds, score, self._sites, self._shape), strict=True))
 
-    placement = cache(partial(Placement, found.tape, shape))
-    forms = LinearForms(
-        _form(found, site, inputs, shape, None if site is None else frame, books, placement) for site in sites
-    )
-    return forms if several else forms[0]
-
-
-def _form(
-    found: Explanation,
-    site: Site | None,
-    inputs: Tensors,
-    shape: tuple[int, ...],
-    frame: Frame | None,
-    books: Callable[[], Mapping[Site | None, Ledger]],
-    placement: Callable[[], Placement],
-) -> LinearForm:
-    """Return the form at one of the sites that a run explained."""
-    coefficients, activations = found.results[site], found.tapped(site).activations
-    single = isinstance(inputs, Tensor) if site is None else not found.tapped(site).is_tuple
-
-    def ledger() -> Ledger:
-        has_place = len(shape) == 4 and all(y.dim() >= 3 for y in activations)
-        return books()[site] if has_place else _no_ledger()
-
-    @cache
     @torch.no_grad()
-    def placed() -> Entry:
-        if len(shape) != 4 or len(activations) != 1:
+    def _placed(self, site: Site | None) -> Entry:
+        tapped = self._found.tapped(site)
+        if len(self._shape) != 4 or len(tapped.values) != 1:
             return _no_entry()
-        return placement().map_of(coefficients[0] * activations[0], found.tapped(site).values[0])
+        return self._placement.map_of(self._found.results[site][0] * tapped.activations[0], tapped.values[0])
 
-    name = "input" if site is None else found.recording.places.name_of(site[0]) or type(site[0]).__name__
-    return LinearForm(
-        coefficients[0] if single else coefficients,
-        activations[0].clone() if single else tuple(y.clone() for y in activations),
-        found.bias(site),
-        found.score,
-        found.sums(site),
-        ledger,
-        name,
-        shape if frame is None else frame.shape,
-        frame,
-        placed,
-    )
+    @cached_property
+    def _placement(self) -> Placement:
+        return Placement(self._found.tape, self._shape)

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from captum_scoremap.checks import is_traced
 from captum_scoremap.rules import Value
+from captum_scoremap.scores import Target
 from captum_scoremap.tape import Recording, Site, Step, sites_of
 
 from .bias_terms import constant_times, names_of_steps
 from .frame import Frame
 from .placement import Entry, MixedImagesError, Placement
+from .subject import Subject, scores_of
 
-__all__ = ["Ledger", "ledgers"]
+__all__ = ["Ledger", "explain_completely", "ledgers"]
 
 
 @dataclass
@@ -68,6 +70,18 @@ class Ledger:
         on = self.frame.on_grid if size is None and not self.frame.is_of_image(own) else self.frame.on_image
         size = (own.shape[2], own.shape[3]) if size is None else size
         return torch.stack([on(one, size) for one in grids.values()]).sum(0)
+
+
+def explain_completely(subject: Subject, target: Target, sites: Sequence[Site | None]) -> tuple[list[Ledger], Tensor]:
+    """Return the ledger of each site, and the score S, (N,), of images (N, C, H, W)."""
+    (image,) = subject.inputs
+    recording, score = subject.record(scores_of(target, len(image)), sites, keep_bypass=True)
+    for site in sites:
+        if any(len(y.shape) < 3 for y in recording.tapped[site].activations):
+            shape = tuple(recording.tapped[site].activations[0].shape)
+            raise ValueError(f"layer must return a map (N, C, h, w) or tokens (N, tokens, C), got {shape}.")
+    with torch.no_grad():
+        return ledgers(recording, recording.tape.seeds(torch.ones_like(score)), score, sites, image.shape), score
 
 
 def ledgers(

@@ -1,25 +1,38 @@
 """The main layers of a model: those whose outputs are maps of the image, as a run of the model tells."""
 
+import math
+from collections.abc import Sequence
 from functools import cache
 
 from torch import Tensor, nn
 
-from captum_scoremap import layout
 from captum_scoremap.checks import as_tuple_of_arguments, unrecorded
+from captum_scoremap.layout import Grid, channel_dim_of, map_channel_dim, patch_grid
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.tape import Recording
 
+from .outputs import Output, outputs_of
 from .placement import Placement
 from .subject import Subject
 
 __all__ = ["main_layers", "main_modules"]
 
 
-def main_modules(subject: Subject) -> dict[nn.Module, tuple[int, int]]:
-    """Return the last module of each resolution on the main path, to its rows and columns, in the order they run.
+def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
+    """Return the last module of each resolution on the main path, in the order in which they run.
 
-    As :func:`captum_scoremap.layout.main_modules`, without those that only look like it: object queries may be as many
-    as the cells of a map. The model runs once.
+    Of all modules that run once and return maps of one size, those count that the fewest modules enclose, and of them
+    the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut. What is
+    finer inside a module than before and after it, such as its attention, is no resolution. Of tokens it
+    is the last of the longest row of blocks; where class or register tokens stand among them, on which alone the
+    last blocks' score may depend, the block after three quarters of the row. A network that keeps one resolution is cut
+    at its quarters. What only looks like a map does not count: object queries may be as many as the cells of one.
+
+    Args:
+        subject: The model, which runs once, and the images, (N, C, H, W).
+
+    Returns:
+        Modules whose outputs are maps of more than one cell, to their rows and columns; empty if there are none.
 
     Example:
         >>> import torch
@@ -37,7 +50,7 @@ def main_modules(subject: Subject) -> dict[nn.Module, tuple[int, int]]:
             values[module] = recording.value_of(tensor)
 
     additional = as_tuple_of_arguments(subject.additional_forward_args)
-    outputs = layout.Outputs.of(lambda: recording.record((image,), additional), model, image.shape, note)
+    outputs = outputs_of(lambda: recording.record((image,), additional), model, image.shape, note)
     placement = Placement(recording.tape, image.shape)
 
     @cache
@@ -47,7 +60,7 @@ def main_modules(subject: Subject) -> dict[nn.Module, tuple[int, int]]:
 
     without: set[nn.Module] = set()
     while True:
-        found = outputs.main_modules(without)
+        found = _chosen([one for one in outputs.each if one.module not in without], outputs.image_shape)
         kinds = {type(module) for module in found if is_elsewhere(module)}
         if not kinds:
             return found
@@ -65,3 +78,119 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     """
     names = {module: name for name, module in model.named_modules()}
     return [names[module] for module in main_modules(Subject(model, (inputs,)))]
+
+
+def _chosen(outputs: Sequence[Output], image: tuple[int, ...]) -> dict[nn.Module, Grid]:
+    """Return the main modules among those that returned something."""
+    maps: dict[Grid, list[Output]] = {}
+    for output in outputs:
+        grid = _map_grid(output.module, output.shape, image, output.parent)
+        if grid is not None and not _is_finer_inside(output, grid, image):
+            maps.setdefault(grid, []).append(output)
+    tokens: dict[Grid, list[Output]] = {}
+    for output in outputs:
+        count = _tokens(output.shape, image)
+        found = patch_grid(count, image, maps) if count else None
+        if found is not None and (not maps or found in maps or _is_merged(found, output, tokens)):
+            tokens.setdefault(found, []).append(output)
+    rows = {grid: _longest_row(some) for grid, some in tokens.items()}
+    # what has four axes in a block of tokens is heads of attention, or beside the main path
+    inside = {module for blocks in rows.values() for block in blocks for module in block.module.modules()}
+    maps = {grid: kept for grid, some in maps.items() if (kept := [one for one in some if one.module not in inside])}
+    grids = [*maps, *(grid for grid in tokens if grid not in maps)]
+    chosen: dict[Output, Grid] = {}
+    for grid in grids:
+        blocks = rows.get(grid, [])
+        has_extra = bool(blocks) and _tokens(blocks[-1].shape, image) > math.prod(grid)
+        some = maps.get(grid) or tokens[grid]
+        whole = _last_outermost(some)
+        around = {call.module for call in blocks[-1].outer} if blocks else set()
+        if any(one.module in around for one in maps.get(grid, ())):
+            blocks = []  # of a stage, or a block, that lays its tokens out as a map
+        if not blocks or len(grids) == 1:
+            chosen[whole] = grid
+        if blocks:
+            quarters = (1, 2, 3) if len(grids) == 1 else (3,) if has_extra else (4,)
+            last = len(blocks) - (2 if has_extra else 1)
+            chosen |= {blocks[min(len(blocks) * quarter // 4, last)]: grid for quarter in quarters}
+    return {output.module: chosen[output] for output in outputs if output in chosen}
+
+
+def _map_grid(
+    module: nn.Module, shape: tuple[int, ...], image_shape: tuple[int, ...], parent: nn.Module | None = None
+) -> Grid | None:
+    """Return the rows and columns of a module's output where it is a map, (N, C, h, w) or (N, h, w, C)."""
+    channel_dim = map_channel_dim(shape, image_shape) if len(shape) == 4 else None
+    if channel_dim == 1:
+        says = parent if next(module.parameters(), None) is None else module  # an activation says nothing
+        if says is not None and _has_channels_last(says, shape):
+            return None
+    if channel_dim is None:
+        return None
+    return shape[2:] if channel_dim == 1 else shape[1:3]  # type: ignore[return-value]  # of four
+
+
+def _has_channels_last(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Return whether a module is made of linear layers and norms that say so, such as one on windows of tokens.
+
+    The last axis holds the channels of one of its parts, the second those of none.
+    """
+    parts = list(module.modules())
+    widths = {part.out_features for part in parts if isinstance(part, nn.Linear)}
+    widths |= {part.normalized_shape[-1] for part in parts if isinstance(part, nn.LayerNorm)}
+    is_convolved = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
+    return shape[-1] in widths and shape[1] not in widths and not is_convolved
+
+
+def _is_finer_inside(output: Output, grid: Grid, image_shape: tuple[int, ...]) -> bool:
+    """Return whether a module encloses it that was given a coarser map and returned a coarser one."""
+    for call in output.outer:
+        sides = [
+            _map_grid(call.module, shape, image_shape) or patch_grid(_tokens(shape, image_shape), image_shape)
+            for shape in (call.given, call.returned)
+        ]
+        if all(side is not None and math.prod(side) < math.prod(grid) for side in sides):
+            return True
+    return False
+
+
+def _tokens(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
+    """Return how many tokens are in (N, tokens, C) or (tokens, N, C); 0 in anything else."""
+    if len(shape) != 3 or shape[2] == 1 or channel_dim_of(shape, image_shape) == 1:
+        return 0
+    return shape[1] if shape[0] == image_shape[0] else shape[0] if shape[1] == image_shape[0] else 0
+
+
+def _is_merged(grid: Grid, output: Output, tokens: dict[Grid, list[Output]]) -> bool:
+    """Return whether tokens are those of a finer grid, merged: half as many rows and columns, of other channels.
+
+    As many tokens as fill a square by chance are no positions: object queries, latents, the tokens of several maps.
+    """
+    return any(
+        output.shape[2] != some[-1].shape[2]
+        and all(one in {fine // 2, (fine + 1) // 2} for one, fine in zip(grid, finer, strict=True))
+        for finer, some in tokens.items()
+    )
+
+
+def _last_outermost(outputs: Sequence[Output]) -> Output:
+    """Return the last of those that the fewest modules enclose."""
+    depth = min(output.depth for output in outputs)
+    return [output for output in outputs if output.depth == depth][-1]
+
+
+def _longest_row(outputs: Sequence[Output]) -> list[Output]:
+    """Return the blocks of the longest row: modules of one type that one module calls one after another.
+
+    Where there is but one block, it is the row of all that is not inside another: embeddings, and the block.
+    """
+    rows: dict[tuple[nn.Module | None, type], list[Output]] = {}
+    for output in outputs:
+        if next(output.module.children(), None) is not None:
+            rows.setdefault((output.parent, type(output.module)), []).append(output)
+    row = max(rows.values(), key=lambda row: (len(row), -row[0].depth), default=[])
+    if len(row) > 1:
+        return row
+    parts = [output for output in outputs if next(output.module.children(), None) is not None]
+    inner = {module for part in parts for module in part.module.modules() if module is not part.module}
+    return [part for part in parts if part.module not in inner]

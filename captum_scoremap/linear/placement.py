@@ -146,19 +146,14 @@ class Placement:
         return sums[0] / total, sums[1] / total
 
     def _entries(self, product: Tensor, value: Value, far: int, *, is_named: bool = False) -> list[Entry]:
+        """Place products by their shape where that is certain, else where they are carried back to, if it is known."""
         own = product if self._only is None else self._of_only(product, self._only)
-        like = self.frame.shape_for(own.shape) if self._only is None else (1, *self.frame.shape_for(own.shape)[1:])
-        is_placed = value not in self._elsewhere
-        channel_dim = map_channel_dim(tuple(own.shape), like) if is_placed and own.dim() == 4 else None
-        grid = tuple(own.shape[2:])
-        if channel_dim == -1 and grid in self._sure:  # a part of a map, whose channels may be as many as its rows
-            channel_dim, is_placed = None, False
-        by_shape: Entry = (None, None)
-        if is_placed and (channel_dim != -1 or self._is_in_proportion(own.shape[1:3])):
-            by_shape = placed_map(own, like, self._grids)
-        is_sure = channel_dim == 1 and grid in self._sure and value not in self._folded
-        if is_sure or (is_named and channel_dim == 1 and self._is_in_proportion(grid) and self.is_in_order(value)):
-            return [by_shape]
+        by_shape, channel_dim = self._placed_by_shape(own, value)
+        if channel_dim == 1:
+            grid = (own.shape[2], own.shape[3])
+            is_sure = grid in self._sure and value not in self._folded
+            if is_sure or (is_named and self._is_in_proportion(grid) and self.is_in_order(value)):
+                return [by_shape]
         through_sums = by_shape[0] is None or channel_dim == 1 or (own.dim() == 3 and self._is_folded)
         carried = list(self._carried_back(product, value, through_sums=through_sums)) if far else []
         entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
@@ -173,6 +168,20 @@ class Placement:
             if is_traced() or not is_rounding:  # a graph cannot know of other images
                 entries.append((None, self._of_images(lost, product)))
         return entries
+
+    def _placed_by_shape(self, own: Tensor, value: Value) -> tuple[Entry, int | None]:
+        """Return where a tensor's shape says that its elements stand, and which of four dimensions has the channels."""
+        if value in self._elsewhere:
+            return (None, None), None
+        like = self.frame.shape_for(own.shape)
+        like = like if self._only is None else (1, *like[1:])
+        channel_dim = map_channel_dim(tuple(own.shape), like) if own.dim() == 4 else None
+        if channel_dim == -1:
+            # a part of a map may have as many channels as rows; windows by tokens look like rows and columns
+            is_part = tuple(own.shape[2:]) in self._sure
+            if is_part or not self._is_in_proportion(own.shape[1:3]):
+                return (None, None), None
+        return placed_map(own, like, self._grids), channel_dim
 
     def _of_only(self, product: Tensor, image: int) -> Tensor:
         """Return what a tensor holds of the one image whose score it is of, as that of a single image."""
@@ -267,7 +276,7 @@ def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: 
         if placement is None or not looks_like_map or placement.is_map(values[0]):
             _SETTLED.setdefault(site[0], set()).add((site[1], size))
             continue
-        name = recording.places.name_of(site[0]) or type(site[0]).__name__
+        name = recording.modules.name_of(site[0]) or type(site[0]).__name__
         warn(
             f"the score map of {name!r}, whose tensor is {shape}, looks like a picture of the image, but is none: "
             "rows and columns are object queries, weights of attention or the like, or in another order. "

@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_scoremap.rules import Value
 from captum_scoremap.speed import faster
 
-__all__ = ["Reduction", "image_sums"]
+__all__ = ["Reduction", "image_sums", "relative_residual"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,9 @@ def image_sums(products: Sequence[Tensor], axes: Sequence[int | None], score: Te
         if axis is not None:
             total = total + product.movedim(axis, 0).reshape(len(score), -1).sum(1)
     return total
+
+
+def relative_residual(residual: Tensor, score: Tensor, sums: Tensor) -> Tensor:
+    """Return |S - (A·Y + B)| / (|S| + |A·Y|), a fraction."""
+    scale = score.abs() + sums.abs()
+    return residual.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)

@@ -30,24 +30,26 @@ class Subject:
         select: Callable[[Any], Any],
         sites: Sequence[Site | None] = (),
         *,
-        keep: bool = False,
+        keep_bypass: bool = False,
         stop_at: Site | None = None,
         create_graph: bool = False,
     ) -> tuple[Recording, Any]:
         """Run the model, and record that up to what ``select``, which is part of it, makes of the output.
 
-        With ``keep``, what bypasses the sites (None is the input) is kept, so that B can be taken there; the run ends
-        after ``stop_at``; ``create_graph`` is for results that can be differentiated.
+        With ``keep_bypass``, what bypasses the sites (None is the input) is kept, so that B can be taken there; the run
+        ends after ``stop_at``; ``create_graph`` is for results that can be differentiated.
 
         Returns:
             The run, and what was selected.
         """
         taps = [site for site in sites if site is not None]
         forward_func, rules = unwrap_parallel(self.forward_func), with_rules(self.rules)
-        recording = Recording(forward_func, rules, taps, bypass=keep, stop_at=stop_at, differentiable=create_graph)
+        recording = Recording(
+            forward_func, rules, taps, keep_bypass=keep_bypass, stop_at=stop_at, differentiable=create_graph
+        )
 
         def checked(output: Any) -> Any:
-            if stop_at is not None and not recording.places.calls[stop_at[0]]:
+            if stop_at is not None and not recording.modules.calls[stop_at[0]]:
                 raise InvalidValueError(
                     f"layer must run when the model does, got a {type(stop_at[0]).__name__} that never ran."
                 )
@@ -80,7 +82,7 @@ def _check_sites(recording: Recording, sites: Sequence[Site], below: Site | None
     """Raise for layers that did not run or have nothing to explain; warn of those that ran more than once."""
     for site in sites:
         layer, at_input = site
-        name, calls = type(layer).__name__, recording.places.calls[layer]
+        name, calls = type(layer).__name__, recording.modules.calls[layer]
         if site not in recording.tapped and below is not None:
             raise ValueError(
                 f"to_layer must lie below the neuron's layer, got a {name} that runs later or never. Name a layer "

@@ -70,16 +70,16 @@ class Copy(Linear):
         y = source
 
     Args:
-        transpose: As for :class:`Linear`; not used.
         keeps_gates: Whether the output is a gate where the source is.
-        homogeneous: As for :class:`Linear`.
-        moves: As for :class:`Linear`.
 
     Example:
         >>> from captum_scoremap import freeze
         >>> freeze(lambda x: torch.zeros(1, 2).copy_(x), torch.ones(1, 2))(torch.tensor([[3.0, 4.0]]))
         tensor([[3., 4.]])
     """
+
+    def __init__(self, *, keeps_gates: bool = False) -> None:
+        super().__init__(keeps_gates=keeps_gates)
 
     def is_constant(self, call: Call) -> bool:
         """Return whether the source is not live."""

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from captum_scoremap.speed import faster
 
+from .affine import reduced
 from .call import Call
 from .rule import Gradients, Linear, Rule
-from .structure import reduced
 from .tangent import Tangent
 
 __all__ = ["Extremum", "MaxPool", "Ordered", "Scattered"]
@@ -46,9 +46,9 @@ class MaxPool(Rule):
         positions: Tensor = call.output[1]
         return positions
 
-    def held(self, call: Call, state: Tensor) -> Any:
+    def packed(self, call: Call, state: Tensor) -> Any:
         """Return the positions, or where each is within its window."""
-        return held_positions(state, lambda: self._windows_begin(call, state))
+        return pack_positions(state, lambda: self._windows_begin(call, state))
 
     def _windows_begin(self, call: Call, state: Tensor) -> tuple[Tensor, int]:
         """Return the flat position at which each window begins, and the largest that one holds beyond that."""
@@ -111,8 +111,8 @@ class MaxPool(Rule):
 
 
 @faster
-def held_positions(positions: Tensor, windows: Callable[[], tuple[Tensor, int]]) -> Any:
-    """Return positions of maxima to hold, given where their windows begin and how far they reach."""
+def pack_positions(positions: Tensor, windows: Callable[[], tuple[Tensor, int]]) -> Any:
+    """Return positions of maxima as they are to be held, given where their windows begin and how far they reach."""
     return positions
 
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_scoremap.speed import faster
@@ -67,9 +68,9 @@ class Rule(ABC):
     def freeze(self, call: Call) -> Any:
         """Return what the operation freezes at the image: tensors, or a tuple of tensors and None."""
 
-    def held(self, call: Call, state: Any) -> Any:
+    def packed(self, call: Call, state: Any) -> Any:
         """Return what is frozen as the tape shall hold it: itself, or the same in fewer bytes."""
-        return held(state) if isinstance(state, Tensor) else state
+        return pack(state) if isinstance(state, Tensor) else state
 
     @abstractmethod
     def apply(self, call: Call, state: Any) -> Any:
@@ -136,8 +137,8 @@ class Rule(ABC):
 
 
 @faster
-def held(state: Tensor) -> Any:
-    """Return a frozen tensor to hold."""
+def pack(state: Tensor) -> Any:
+    """Return a frozen tensor as it is to be held."""
     return state
 
 
@@ -281,6 +282,10 @@ class Comparison(Frozen):
 
     def __init__(self, other: float | None = None) -> None:
         self.other = other
+
+    def switch(self, state: Tensor) -> Tensor:
+        """Return the mask, or the sign, -1, 0 or 1."""
+        return state.to(torch.int8) if state.is_floating_point() else state
 
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Any) -> Tensor:
         """Return the step at which the two are equal."""

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, PReLU
+from .affine import AFFINE
 from .attention import Attention
 from .composite import COMPOSITE, gated_half
-from .moving import Copy
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
 from .products import Convolution, Division, Power, Product, matrix_times, times
 from .quantized import QUANTIZED
 from .rule import Comparison, Composite, Frozen, Rule
-from .structure import AFFINE, STRUCTURAL
 from .tangent import Backward, FirstLinear, Sample, Tangent
 from .written_out import WRITTEN_OUT
 
@@ -222,10 +221,7 @@ _BACKWARD = """
 _GRID_SAMPLERS = ("grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler", "_grid_sampler_2d_cpu_fallback")
 
 _LINEAR: dict[str, Rule] = {
-    **STRUCTURAL,
     **AFFINE,
-    "copy": Copy(keeps_gates=True),
-    "fill": Copy(),
     **dict.fromkeys((*_GRID_SAMPLERS, "roi_align", "ps_roi_align", "deform_conv2d"), FirstLinear()),
     **dict.fromkeys(_BACKWARD.split(), Backward()),
     **dict.fromkeys(_MASKED_BACKWARD.split(), Backward(masks=True)),

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "held", "held_positions"]
+__all__ = ["Packed", "pack", "pack_positions"]
 
 # Elements below which bytes serve better: they are worked on faster, and take little.
 _LARGE = 3 * 2**20
@@ -82,14 +82,14 @@ class Positions(Packed):
         return self._narrow + self._origins
 
 
-def held(state: Tensor) -> Tensor | Packed:
+def pack(state: Tensor) -> Tensor | Packed:
     """Return a large mask in one bit an element, and anything else as it is."""
     count = state.numel()
     is_fit = state.dtype == torch.bool and count >= _LARGE and count % 8 == 0
     return Bits(state) if is_fit and _fills(state) and type(state) is Tensor else state
 
 
-def held_positions(positions: Tensor, windows: Callable[[], tuple[Tensor, int]]) -> Packed:
+def pack_positions(positions: Tensor, windows: Callable[[], tuple[Tensor, int]]) -> Packed:
     """Return positions of maxima in as few bytes as their windows need.
 
     Args:

@@ -3,16 +3,16 @@
 To read it: ``steps`` has the list and the two ways to walk it; ``recording`` writes it. Every operation arrives there,
 is looked up (``operation``), and becomes a step (``writing``) if a tensor that it reads is live (``run``). Beside that
 stand what changes memory (``changes``, on ``memory``), what rounds (``quantized``), where layers begin (``taps``,
-``places``), and what nobody saw (``sight``, ``exits``).
+``module_tracker``), and what nobody saw (``sight``, ``exits``).
 """
 
 from .boundary import Boundary
 from .exits import exits_refused
 from .frozen_model import FrozenModel, freeze
-from .places import Site, root_module
+from .module_tracker import Site, root_module
 from .recording import Recording
-from .sight import collector_at_rest
-from .steps import Step, Tape, Tapped, check_finite, sites_of, told_by_image
+from .sight import collector_paused
+from .steps import Step, Tape, Tapped, check_finite, nonfinite_allowed, sites_of
 
 __all__ = [
     "Boundary",
@@ -23,10 +23,10 @@ __all__ = [
     "Tape",
     "Tapped",
     "check_finite",
-    "collector_at_rest",
+    "collector_paused",
     "exits_refused",
     "freeze",
+    "nonfinite_allowed",
     "root_module",
     "sites_of",
-    "told_by_image",
 ]

@@ -49,13 +49,10 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
 
         write(run, operation, call, step, in_place)
     else:
-        if step.values:
-            if known is None:  # a rule may come back to what the constant was
-                call.args = (*call.args[:where], step.args[where], *call.args[where + 1 :])
-                run.made(step.args[where])
-            output = write(run, operation, call, step, step.operation)
-        else:
-            output = call.run()
+        if known is None:  # a rule may come back to what the constant was
+            call.args = (*call.args[:where], step.args[where], *call.args[where + 1 :])
+            run.made(step.args[where])
+        output = write(run, operation, call, step, step.operation)
         if not fits and output.dtype != target.dtype:
             output = run.recorded(output.to, target.dtype)
         if target.shape != output.shape:  # as few operations do, unasked
@@ -93,7 +90,6 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     output = func(*args, **kwargs)
     for tensor, content in before:
         run.memory.now_holds(tensor, None, content)
-        run.forget(tensor)
         run.made(tensor)
     if operation.name == "set":
         run.forget(args[0])  # what it holds now may be live

@@ -35,7 +35,7 @@ _STORAGE_ENTRIES = ("copy_", "fill_", "__setitem__", "byteswap")
 def _leave(run: Run, way: str, tensor: Tensor, *_: object) -> None:
     """Note that the numbers of a tensor leave it."""
     if _refused.get()(tensor):
-        module = run.places.module_name
+        module = run.modules.current_name
         raise ValueError(
             f"the map must not read numbers of the image to be compiled, got Tensor.{way}()"
             f"{f' in {module!r}' if module else ''}. Use method.attribute, or compute this with PyTorch operations."

@@ -11,7 +11,7 @@ from captum_scoremap.checks import as_tuple, as_tuple_of_arguments, check_callab
 from captum_scoremap.rules import Rule, Value, display_name, with_rules
 
 from .boundary import Boundary, nearest_boundary
-from .places import root_module
+from .module_tracker import root_module
 from .recording import Recording
 from .steps import Step, Tape
 
@@ -43,13 +43,13 @@ class FrozenModel:
         self._tape: Tape = recording.tape
         self._check_constants = recording.tape.check_of_constants("the frozen model", "Freeze the model again.")
         self._inputs = inputs
-        self._ran = frozenset(recording.places.calls)
+        self._ran = frozenset(recording.modules.calls)
         self._layers = {site[0]: tapped for site, tapped in recording.tapped.items() if site is not None}
         self._names: dict[Step, str] = {}
         numbers: Counter[str] = Counter()
         for step in self._tape.steps:
             if step.rule.switch(step.frozen()) is not None:
-                name = recording.places.call_name(step.module, display_name(step.operation))
+                name = recording.modules.call_name(step.module, display_name(step.operation))
                 numbers[name] += 1
                 self._names[step] = name if numbers[name] == 1 else f"{name}#{numbers[name]}"
 

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from captum_scoremap.rules import Copy, Rule, Value, tensors_in
 
 from .geometry import Geometry, are_apart, fills, geometry
-from .places import Places
+from .module_tracker import ModuleTracker, Refused
 from .steps import Kept, Step, Tape, sites_of
 
 __all__ = ["Before", "Memory"]
@@ -73,10 +73,10 @@ class Beneath(NamedTuple):
 class Memory:
     """Which memory changed, and what refers to it; writes reads of it, and its new values, as steps."""
 
-    def __init__(self, tape: Tape, rules: Mapping[str, Rule], places: Places, *, bypass: bool) -> None:
+    def __init__(self, tape: Tape, rules: Mapping[str, Rule], modules: ModuleTracker, *, keep_bypass: bool) -> None:
         self.clock = 0
         self.changed: dict[int, _Changed] = {}
-        self._tape, self._rules, self._places, self._bypass = tape, rules, places, bypass
+        self._tape, self._rules, self._modules, self._keeps_bypass = tape, rules, modules, keep_bypass
         self._held: dict[int, list[weakref.ref[Kept]]] = {}
         self._readers: dict[int, list[Step]] = {}  # steps by the memory of constants among their arguments
         self._indexed = 0  # how many of the steps are in there
@@ -89,7 +89,7 @@ class Memory:
 
     def keep_bypass(self, values: Sequence[Value], tensors: Sequence[Tensor]) -> None:
         """Keep what a step reads and that depends on fewer sites than others that it reads."""
-        if self._bypass:
+        if self._keeps_bypass:
             sites = sites_of(values)
             for value, tensor in zip(values, tensors, strict=True):
                 if value.sites != sites and value.kept is None:
@@ -118,14 +118,15 @@ class Memory:
 
     def whole_before(self, target: Tensor, value: Value | None) -> Before | None:
         """Return what the memory of a view holds before the view is changed; None where that is all of its memory."""
-        if value is not None:
-            _check_read_alike(target, (value.root or (value,))[0].dtype)
         storage = target.untyped_storage()
+        memory = self.changed.get(storage._cdata)
+        held = (value and (value.root or (value,))[0], None if memory is None else memory.value)
+        for live in filter(None, held):
+            _check_read_alike(target, live.dtype)
         length = storage.nbytes() // target.element_size()
         if fills(target, length):
             return None
         flat = target.detach().as_strided((length,), (1,), 0)
-        memory = self.changed.get(storage._cdata)
         root: Value | None = None
         place = geometry(target)
         if value is not None:
@@ -151,7 +152,7 @@ class Memory:
         memory = self.changed.get(tensor.untyped_storage()._cdata)
         return memory is not None and (memory.value is not None or memory.has_site)
 
-    def begins(self, value: Value) -> None:
+    def site_begins(self, value: Value) -> None:
         """Note that a value begins at a site: other tensors of its memory go on holding what they held."""
         root, place = value.root or (None, None)
         value.beneath = Beneath(root, place, self.clock)
@@ -162,7 +163,7 @@ class Memory:
         memory = self.changed.get(tensor.untyped_storage()._cdata)
         return memory is not None and (memory.was_constant or memory.has_site)
 
-    def born(self, constant: Tensor) -> None:
+    def constant_begins(self, constant: Tensor) -> None:
         """Note that a value begins at a site where a constant was: its memory may change as that of constants."""
         memory = self.changed.get(constant.untyped_storage()._cdata)
         if memory is None:
@@ -240,10 +241,10 @@ class Memory:
         """Write a step with values among its arguments, of which the first have these tensors."""
         pairs = [pair for pair in zip(args, tensors, strict=False) if isinstance(pair[0], Value)]
         values = tuple(value for value, _ in pairs)
-        if self._bypass:
+        if self._keeps_bypass:
             self.keep_bypass(values, [tensor.clone() for _, tensor in pairs])
         rule = self._rules[operation.overloadpacket.__name__]
-        step = Step(operation, args, {}, values, values, rule=rule, module=self._places.module)
+        step = Step(operation, args, {}, values, values, rule=rule, module=self._modules.current)
         (made,) = self._tape.write(step, [like], gate=all(value.gate for value in values))
         return made
 
@@ -267,10 +268,18 @@ def _beneath(value: Value) -> list[tuple[Value, Geometry]]:
 
 
 def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:
-    """Raise where a tensor reads complex numbers in memory otherwise than they were written."""
-    if tensor.is_conj() or tensor.is_neg() or tensor.is_complex() != written.is_complex:
-        raise TypeError(
+    """Raise where a tensor reads numbers in memory otherwise than they were written."""
+    if tensor.dtype == written and not tensor.is_conj() and not tensor.is_neg():
+        return
+    if tensor.is_complex() or written.is_complex:
+        error = TypeError(
             "complex numbers that change in place must be read and changed by complex views that are no conjugates, "
             f"got {'a conjugate' if tensor.is_conj() else 'a'} view of {tensor.dtype}. Change a copy: "
             "torch.view_as_real(x).clone(), or x.conj().resolve_conj()."
         )
+    else:
+        error = TypeError(
+            f"memory that changes in place must be read and changed as numbers of one type, got a view of "
+            f"{tensor.dtype} where {written} was written. Compute this without tensor.view(dtype)."
+        )
+    raise Refused(error)

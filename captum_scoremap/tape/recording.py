@@ -7,7 +7,7 @@ tensor is *live* if it depends on the image. Operations on tensors that are not 
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,12 +19,12 @@ from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_
 
 from .changes import change, read_constants, run_constant
 from .exits import exits_watched
+from .module_tracker import Refused, Site, StopRun
 from .operation import OPERATIONS, Operation
-from .places import Site, StopRun
 from .quantized import run_rounding
 from .run import Run
-from .sight import collector_at_rest
-from .taps import begin, tap
+from .sight import collector_paused
+from .taps import tap, tap_inputs
 from .verification import verify
 from .writing import not_dense, step_of, write
 
@@ -37,8 +37,8 @@ class Recording(Run):
     Args:
         forward_func: The model, or a function that calls it.
         rules: The table of rules, by name of the ATen operation.
-        sites: Places in the model to tap.
-        bypass: As for :class:`Run`.
+        sites: Where in the model to tap.
+        keep_bypass: As for :class:`Run`.
         inspect: As for :class:`Run`.
         stop_at: A site after which the run ends; what passes it is the output.
         differentiable: Whether constants keep their autograd graphs.
@@ -52,12 +52,12 @@ class Recording(Run):
         rules: Mapping[str, Rule],
         sites: Sequence[Site] = (),
         *,
-        bypass: bool = False,
+        keep_bypass: bool = False,
         inspect: bool = False,
         stop_at: Site | None = None,
         differentiable: bool = False,
     ) -> None:
-        super().__init__(forward_func, rules, bypass=bypass, inspect=inspect)
+        super().__init__(forward_func, rules, keep_bypass=keep_bypass, inspect=inspect)
         self.forward_func = forward_func
         self._operations = OPERATIONS if rules is DEFAULT else {}
         self._sites, self._stop_at, self._differentiable = tuple(sites), stop_at, differentiable
@@ -80,16 +80,17 @@ class Recording(Run):
         """
         # copies, because the model may change its input in place
         copies = tuple(tensor.detach().clone() for tensor in inputs)
-        self.tape.inputs = begin(self, copies)
+        self.tape.inputs = tap_inputs(self, copies)
         sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
         for tensor in tensors_in(additional):
             self.made(tensor)
         with (
+            _refusals_raised(),
             _everything_in_sight(),
             exits_watched(self),
-            collector_at_rest(),
+            collector_paused(),
             torch.set_grad_enabled(self._differentiable),
-            self.places.watched([site for site in sites if site is not None], self._at_site),
+            self.modules.watched([site for site in sites if site is not None], self._at_site),
         ):
             with self:
                 try:
@@ -230,7 +231,16 @@ class Recording(Run):
 
 
 @contextmanager
-def _everything_in_sight() -> Any:
+def _refusals_raised() -> Iterator[None]:
+    """Raise the error of a refusal inside, from where it was refused."""
+    try:
+        yield
+    except Refused as refused:
+        raise refused.error.with_traceback(refused.__traceback__) from None
+
+
+@contextmanager
+def _everything_in_sight() -> Iterator[None]:
     """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
     with ExitStack() as stack:
         stack.enter_context(module_by_module())

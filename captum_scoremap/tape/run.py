@@ -17,7 +17,7 @@ from captum_scoremap.checks import unrecorded
 from captum_scoremap.rules import Call, Rule, Value
 
 from .memory import Memory
-from .places import Places, Site
+from .module_tracker import ModuleTracker, Site
 from .real_numbers import RealNumbers
 from .sight import Sight
 from .steps import Tape, Tapped
@@ -31,19 +31,19 @@ class Run(TorchDispatchMode):
     Args:
         forward_func: The model, or a function that calls it.
         rules: The table of rules, by name of the ATen operation.
-        bypass: Whether to keep what bypasses a site, so that the steps above it alone can be run forward.
+        keep_bypass: Whether to keep what bypasses a site, so that the steps above it alone can be run forward.
         inspect: Whether to record constants too, for their switches, and to leave the sites' tensors alone.
     """
 
     def __init__(
-        self, forward_func: Callable[..., Any], rules: Mapping[str, Rule], *, bypass: bool, inspect: bool
+        self, forward_func: Callable[..., Any], rules: Mapping[str, Rule], *, keep_bypass: bool, inspect: bool
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch has no types there
-        self.tape, self.places = Tape(), Places(forward_func)
+        self.tape, self.modules = Tape(), ModuleTracker(forward_func)
         self.rules, self.inspect = rules, inspect
         # none of them holds the run, which would wait, with all its tensors, until the collector comes
-        self.memory = Memory(self.tape, rules, self.places, bypass=bypass)
-        self.sight = Sight(self.places)
+        self.memory = Memory(self.tape, rules, self.modules, keep_bypass=keep_bypass)
+        self.sight = Sight(self.modules)
         self.real = RealNumbers()
         self.bit = 1  # of the last site
         self.tapped: dict[Site | None, Tapped] = {}  # of the input, None, and of each site that ran
@@ -91,8 +91,6 @@ class Run(TorchDispatchMode):
                 value = None if is_constant else self.memory.read(tensor, memory)
                 if value is not None:
                     self.name(tensor, value)
-                elif is_live:
-                    self.forget(tensor)
                 return value
         if known is not None:
             return known[1]
@@ -130,7 +128,7 @@ class Run(TorchDispatchMode):
 
     def _met(self, tensor: Tensor) -> Value | None:
         """Meet a tensor under a new identity: autograd hands on what it saved as another tensor of the same memory."""
-        module = self.places.module
+        module = self.modules.current
         for buffer in () if module is None else module._buffers.values():
             if tensor is buffer:
                 return None

@@ -17,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from captum_scoremap.checks import UnsupportedOperationError, unrecorded
 
 from .listeners import Listeners
-from .places import Places
+from .module_tracker import ModuleTracker
 
-__all__ = ["COPIES", "Sight", "collector_at_rest"]
+__all__ = ["COPIES", "Sight", "collector_paused"]
 
 # Ways for tensors to leave for Python and come back.
 COPIES = ("__deepcopy__", "__reduce_ex__")
@@ -30,8 +30,8 @@ _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 class Sight:
     """Whether the constants of a run are what its operations made, and which of its operations have no rule."""
 
-    def __init__(self, places: Places) -> None:
-        self.places = places
+    def __init__(self, modules: ModuleTracker) -> None:
+        self.modules = modules
         self.exits: list[str] = []
         self._single_exits = 0
         self.bare: dict[int, tuple[StorageWeakRef, bool]] = {}  # new memory, which something unseen may fill
@@ -43,11 +43,11 @@ class Sight:
 
     def hide(self, what: str) -> None:
         """Note something that could not be seen."""
-        self._hidden[what, self.places.module_name] = None
+        self._hidden[what, self.modules.current_name] = None
 
     def lack_rule(self, operation: str) -> None:
         """Note an operation without a rule."""
-        self.unsupported[operation, self.places.module_name] = None
+        self.unsupported[operation, self.modules.current_name] = None
 
     def refused(self, operation: str) -> UnsupportedOperationError:
         """Return the error that names an operation after which a run cannot go on, and those before it."""
@@ -140,15 +140,15 @@ class Sight:
 
     def is_parameter(self, address: int) -> bool:
         """Return whether memory is that of a parameter of the modules that run."""
-        parameters = (one for root in self.places.roots for one in root.parameters())
+        parameters = (one for root in self.modules.roots for one in root.parameters())
         return any(one.untyped_storage()._cdata == address for one in parameters)
 
     def is_state(self, address: int) -> bool:
         """Return whether memory belongs to the modules that run."""
-        state = [one for root in self.places.roots for one in (*root.parameters(), *root.buffers())]
+        state = [one for root in self.modules.roots for one in (*root.parameters(), *root.buffers())]
         state += [one.grad for one in state if one.grad is not None]
         scripted = [
-            one for root in self.places.roots for one in root.modules() if isinstance(one, torch.jit.ScriptModule)
+            one for root in self.modules.roots for one in root.modules() if isinstance(one, torch.jit.ScriptModule)
         ]
         state += [one for module in scripted for one in _constants_in(module)]
         return any(one.untyped_storage()._cdata == address for one in state)
@@ -195,22 +195,22 @@ def _constants_in(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
 
 
 @contextmanager
-def collector_at_rest() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Make the youngest generation of objects that of the run: what exists now leaves it, and nothing else does."""
     gc.collect(0)
-    with _resting.joined_by(None):
+    with _paused.joined_by(None):
         yield
 
 
-def _rest() -> None:
+def _pause() -> None:
     _was_enabled.append(gc.isenabled())
     gc.disable()
 
 
-def _wake() -> None:
+def _resume() -> None:
     if _was_enabled.pop():
         gc.enable()
 
 
 _was_enabled: list[bool] = []
-_resting: Listeners[None] = Listeners(_rest, _wake)
+_paused: Listeners[None] = Listeners(_pause, _resume)

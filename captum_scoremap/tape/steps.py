@@ -17,7 +17,7 @@ from captum_scoremap.checks import is_traced
 from captum_scoremap.rules import Call, Rule, Value, floating, substituted, tensors_in
 from captum_scoremap.speed import Packed
 
-__all__ = ["Kept", "Step", "Tape", "Tapped", "check_finite", "given_or_kept", "sites_of", "told_by_image"]
+__all__ = ["Kept", "Step", "Tape", "Tapped", "check_finite", "given_or_kept", "nonfinite_allowed", "sites_of"]
 
 
 class Kept:
@@ -46,10 +46,6 @@ class Step(Call):
         if type(state) is tuple:
             return tuple(one.tensor if isinstance(one, Kept) else one for one in state)
         return state
-
-    def held(self) -> Any:
-        """Return the tensors that it froze, but for those that are held in fewer bytes, which nobody else has."""
-        return None if isinstance(self.state, Packed) else self.frozen()
 
     def constants(self) -> Sequence[Tensor | None]:
         """Return the constant part of each output; None, or nothing at all, stands for zero."""
@@ -107,7 +103,12 @@ class Tape:
         read = {
             id(tensor): tensor
             for step in self.steps
-            for tensor in tensors_in((step.args, step.kwargs, step.held()))
+            # what is packed nobody else has
+            for tensor in tensors_in((
+                step.args,
+                step.kwargs,
+                None if isinstance(step.state, Packed) else step.frozen(),
+            ))
             if not tensor.is_inference()  # these count no changes
         }
         versions = [(tensor, tensor._version) for tensor in read.values()]
@@ -244,22 +245,22 @@ class Tape:
         return found
 
 
-_is_told_by_image: ContextVar[bool] = ContextVar("is_told_by_image", default=False)
+_is_nonfinite_allowed: ContextVar[bool] = ContextVar("is_nonfinite_allowed", default=False)
 
 
 @contextmanager
-def told_by_image() -> Iterator[None]:
+def nonfinite_allowed() -> Iterator[None]:
     """Let infinite and NaN results pass, for a caller that looks for them image by image."""
-    token = _is_told_by_image.set(True)
+    token = _is_nonfinite_allowed.set(True)
     try:
         yield
     finally:
-        _is_told_by_image.reset(token)
+        _is_nonfinite_allowed.reset(token)
 
 
 def check_finite(results: Iterable[Tensor], what: str = "the coefficients of the score") -> None:
     """Raise if some numbers are infinite or NaN; unless they are of a graph or a batch."""
-    if _is_told_by_image.get() or is_traced() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_nonfinite_allowed.get() or is_traced() or torch._C._functorch.peek_interpreter_stack() is not None:
         return
     for one in results:
         # the sum, which is quick, is finite only if all of them are

@@ -8,17 +8,17 @@ from torch import Tensor
 from captum_scoremap.checks import unrecorded
 from captum_scoremap.rules import Value, substituted
 
-from .places import Site
+from .module_tracker import Site
 from .run import Run
 from .steps import Kept, Tapped
 
-__all__ = ["begin", "tap"]
+__all__ = ["tap", "tap_inputs"]
 
 
-def begin(run: Run, inputs: tuple[Tensor, ...]) -> tuple[Value | None, ...]:
+def tap_inputs(run: Run, inputs: tuple[Tensor, ...]) -> tuple[Value | None, ...]:
     """Tap the input, a run's first site: return its values; None for what cannot be live, such as integers."""
     values = tuple(
-        _born(run, tensor, 1) if tensor.is_floating_point() or tensor.is_complex() else None for tensor in inputs
+        _new_value(run, tensor, 1) if tensor.is_floating_point() or tensor.is_complex() else None for tensor in inputs
     )
     kept = tuple(run.memory.keep(tensor) for tensor, value in zip(inputs, values, strict=True) if value)
     run.tapped[None] = Tapped(tuple(filter(None, values)), True, 1, kept)
@@ -49,11 +49,11 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
             passed = torch.ops.aten.alias.default(tensor)
             value = run.value_of(passed)
             if value is None:  # a layer that does not depend on the image
-                value = _born(run, passed, 0)
-                run.memory.born(passed)
+                value = _new_value(run, passed, 0)
+                run.memory.constant_begins(passed)
                 value.kept = run.memory.keep(passed)
             value.sites |= run.bit
-            run.memory.begins(value)
+            run.memory.site_begins(value)
             taps[id(tensor)] = passed
             values.append(value)
             if not run.inspect:
@@ -67,7 +67,7 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
     return passing
 
 
-def _born(run: Run, tensor: Tensor, sites: int) -> Value:
+def _new_value(run: Run, tensor: Tensor, sites: int) -> Value:
     value = Value(tensor, sites=sites)
     run.name(tensor, value)
     return value

@@ -10,6 +10,7 @@ from torch import Tensor
 from captum_scoremap.rules import Call, Composite, Linear, Rule, floating, tensors_in
 
 from .geometry import geometry
+from .module_tracker import Refused
 from .operation import Operation
 from .run import Run
 from .steps import Step
@@ -28,7 +29,7 @@ _BREAKS = {
 def step_of(run: Run, operation: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
     """Return the step of a call, whose arguments have values for tensors, under its rule; not yet written."""
     rule: Any = operation.rule  # there is one
-    step = Step(operation.functional, args, kwargs, call.values, call.values, rule=rule, module=run.places.module)
+    step = Step(operation.functional, args, kwargs, call.values, call.values, rule=rule, module=run.modules.current)
     if run.inspect and not isinstance(rule, Linear):
         _leave_constants(step, call, operation.changes)
     step.rule = rule.variant(step)
@@ -50,10 +51,10 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
             if not run.inspect:
                 return output
         if not operation.is_trusted:
-            where = f"rule for {operation.display!r} ({type(rule).__name__}), in module {run.places.module_name!r},"
+            where = f"rule for {operation.display!r} ({type(rule).__name__}), in module {run.modules.current_name!r},"
             run.unverified.append((where, rule, to_verify(call)))
         if is_constant or not rule.is_affine(step):
-            step.state = _held(run, rule.held(call, rule.freeze(call)), call)
+            step.state = _kept(run, rule.packed(call, rule.freeze(call)), call)
         if is_constant:
             run.tape.steps.append(step)
             return output
@@ -74,13 +75,15 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
     return output
 
 
-def not_dense(run: Run, operation: Operation, tensor: Tensor) -> TypeError:
+def not_dense(run: Run, operation: Operation, tensor: Tensor) -> Refused:
     """Return the error for a nested or sparse tensor."""
     kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
-    module = run.places.module_name
-    return TypeError(
-        f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
-        f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
+    module = run.modules.current_name
+    return Refused(
+        TypeError(
+            f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
+            f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
+        )
     )
 
 
@@ -97,24 +100,24 @@ def _live_part(run: Run, operation: Operation, rule: Rule, output: Any) -> Seque
 
 def _note_constant(run: Run, operation: Operation, output: Any) -> None:
     if operation.name in _BREAKS:
-        run.broken[operation.display, run.places.module_name] = None
+        run.broken[operation.display, run.modules.current_name] = None
     for tensor in tensors_in(output):
         run.made(tensor, operation.name)
     if operation.name == "_local_scalar_dense":
         run.sight.leave_one()
 
 
-def _held(run: Run, state: Any, call: Call) -> Any:
+def _kept(run: Run, state: Any, call: Call) -> Any:
     """Return the state, with a hold on each tensor in it that shares memory with what the model may change."""
 
-    def held(one: Any) -> Any:
+    def kept(one: Any) -> Any:
         if not isinstance(one, Tensor) or one.dtype is torch.bool or one.dtype is torch.uint8:
             return one
         address = one.untyped_storage()._cdata
         shared = any(other.untyped_storage()._cdata == address for other in (*call.live, *tensors_in(call.output)))
         return run.memory.keep(one) if shared else one
 
-    return tuple(map(held, state)) if type(state) is tuple else held(state)
+    return tuple(map(kept, state)) if type(state) is tuple else kept(state)
 
 
 def _leave_constants(step: Step, call: Call, changes: int | None) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .call import Call, Value
 from .coefficients import cast, conjugate, summed_to
-from .moving import AsStrided, AsStridedScatter, Placing, Split, View, reshaped
+from .moving import AsStrided, AsStridedScatter, Copy, Placing, Split, View, reshaped
 from .rule import Linear
 
-__all__ = ["AFFINE", "STRUCTURAL", "reduced"]
+__all__ = ["AFFINE", "reduced"]
 
 aten = torch.ops.aten
 
@@ -106,13 +106,14 @@ def _moving(transpose: Callable[[Call, Tensor], Sequence[Tensor | None]]) -> Lin
     return Linear(transpose, keeps_gates=True, homogeneous=True, moves=True)
 
 
-STRUCTURAL: dict[str, Linear] = {
+AFFINE: dict[str, Linear] = {
     **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), View()),
     **dict.fromkeys("squeeze unsqueeze flatten unflatten".split(), _moving(reshaped)),
     **dict.fromkeys(
-        "clone _to_copy detach alias lift lift_fresh contiguous copy to".split(),
+        "clone _to_copy detach alias lift lift_fresh contiguous to".split(),
         _moving(lambda call, gradient: [cast(gradient, call.values[0])]),
     ),
+    "copy": Copy(keeps_gates=True),
     "permute": _moving(_permuted),
     "transpose": _moving(lambda call, gradient: [gradient.transpose(*call.args[1:3])]),
     "t": _moving(lambda call, gradient: [gradient.t()]),
@@ -150,10 +151,9 @@ STRUCTURAL: dict[str, Linear] = {
         """.split(),
         Linear(keeps_gates=True),
     ),
-}
-
-AFFINE: dict[str, Linear] = {
+    # of gates these make no gate
     "as_strided_scatter": AsStridedScatter(),
+    "fill": Copy(),
     "sum": Linear(_summed, homogeneous=True),
     "mean": Linear(_averaged, homogeneous=True),
     **dict.fromkeys(("avg_pool2d", "avg_pool3d"), Linear(_average_pooled, homogeneous=True)),

@@ -1,6 +1,6 @@
-"""The layers that maps of the image's size are made of, where the user names none."""
+"""The layers that maps of the image's size are made of: those that a user names, or the main ones."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from captum_scoremap.checks import check_layers, unwrap_parallel
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.multiview import MultiView
 
-__all__ = ["MainLayers", "named_layers"]
+__all__ = ["DefaultLayers", "named_layers"]
 
 
 def named_layers(
@@ -20,14 +20,13 @@ def named_layers(
     """Return the layers that a user names, one or several, checked; None for none."""
     if layers is None:
         return None
-    several = isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module))
-    named = check_layers(forward_func, list(layers) if several else layers)  # type: ignore[arg-type]
+    named = check_layers(forward_func, layers)
     if not named:
         raise ValueError("layers must name at least one module, got none. Leave it out for the default.")
     return named
 
 
-class MainLayers:
+class DefaultLayers:
     """The last main layer of each resolution of a model, found once for each size of the image.
 
     Of a multi-view network those below the sliding layer count: above it, a position is a view, not a place.

@@ -1,4 +1,4 @@
-"""Where in the model a run is: which module runs, under which name, and where layers begin and end."""
+"""Which module of a model is running, under which name, and where layers begin and end."""
 
 import threading
 from collections import Counter
@@ -14,7 +14,7 @@ from captum_scoremap.checks import warn
 
 from .listeners import Listeners
 
-__all__ = ["Places", "Site", "StopRun", "root_module"]
+__all__ = ["ModuleTracker", "Refused", "Site", "StopRun", "root_module"]
 
 # In training mode these change the model, or what they do is not one thing for each image.
 _NOT_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.RReLU)
@@ -27,6 +27,13 @@ class StopRun(BaseException):
     """Ends a run early, once everything asked for has been seen. No ``Exception``, so that no model swallows it."""
 
 
+class Refused(BaseException):
+    """Ends a run with an error. No ``TypeError`` itself, of which ``x * y`` makes "unsupported operand type(s)"."""
+
+    def __init__(self, error: TypeError) -> None:
+        self.error = error
+
+
 def root_module(function: object) -> nn.Module | None:
     """Return the module whose names a run uses, if ``function`` is one, a method of one, or a partial of either."""
     while isinstance(function, partial):
@@ -37,19 +44,19 @@ def root_module(function: object) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-class Places:
+class ModuleTracker:
     """Follows a run through the modules, by what is in place only while the model runs.
 
     Attributes:
         roots: The outermost modules.
-        module: The module that is running; None for the outermost function.
+        current: The module that is running; None for the outermost function.
         calls: How often each module ran.
     """
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self.calls: Counter[nn.Module] = Counter()
         self._names: dict[nn.Module, str] = {}
-        self.module: nn.Module | None = None
+        self.current: nn.Module | None = None
         self._thread = 0
         self._dropped = False
         root = root_module(forward_func)
@@ -68,11 +75,11 @@ class Places:
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module and know that it runs."""
         self._enter(module)
-        outer, self.module = self.module, module
+        outer, self.current = self.current, module
         try:
             return _plain_call(module, *args, **kwargs)
         finally:
-            self.module = outer
+            self.current = outer
 
     def _watch(self, site: Site, at_site: Callable[[Site, Any], Any]) -> Any:
         module, at_input = site
@@ -88,9 +95,9 @@ class Places:
         return module.register_forward_hook(after)
 
     @property
-    def module_name(self) -> str:
+    def current_name(self) -> str:
         """Name of the module that is running, "" for the outermost."""
-        return self.name_of(self.module)
+        return self.name_of(self.current)
 
     def name_of(self, module: nn.Module | None) -> str:
         """Return the name of a module that ran, "" for the outermost."""
@@ -112,7 +119,7 @@ class Places:
         return name
 
     def _enter(self, module: nn.Module) -> None:
-        if self.module is None and module not in self.roots:
+        if self.current is None and module not in self.roots:
             self.roots.append(module)
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
             self._warn_of_dropout(module)
@@ -162,4 +169,4 @@ def _lead_calls(through: Any) -> None:
 
 
 _FOLLOWING: Any = property(partial(MethodType, _followed_call), _compiled_in_place)
-_followers: Listeners[Places] = Listeners(partial(_lead_calls, _FOLLOWING), partial(_lead_calls, None))
+_followers: Listeners[ModuleTracker] = Listeners(partial(_lead_calls, _FOLLOWING), partial(_lead_calls, None))
