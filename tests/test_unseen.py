@@ -587,18 +587,6 @@ FACTORS = torch.tensor([1.0, 2.0, 4.0, 4.0], dtype=torch.float64)
 
 @pytest.mark.parametrize(
     "function",
-    [
-        lambda x: torch.stack([torch.tensor(float(one), dtype=x.dtype) for one in x.flatten()]).view_as(x),
-        lambda x: torch.cat([torch.full((1,), one.item(), dtype=x.dtype) for one in x.flatten()]).view_as(x),
-    ],
-)
-def test_a_map_that_single_numbers_leave_empty_says_so(function: Function) -> None:
-    with pytest.warns(UserWarning, match="a map is zero everywhere: .* item"):
-        linear_form(between(function), some_images(), 1)
-
-
-@pytest.mark.parametrize(
-    "function",
     [lambda x: x.clone().resize_(len(x), 4, 4, 4), lambda x: x.new_empty(0).set_(2 * x)],
     ids=["resize_", "set_"],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from captum_scoremap.checks import unrecorded
 from captum_scoremap.rules import tensors_in
 
 from .listeners import Listeners
@@ -117,6 +118,10 @@ def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., None]) ->
     def watched(one: Any, *args: Any, **kwargs: Any) -> Any:
         for run in _watching.here():
             tell(run, name, one, *args[:2], *list(kwargs.values())[:1])
+        storages = [storage for storage in (one, *args[:1]) if isinstance(storage, UntypedStorage)]
+        if any(run.may_lie_in(storage) for run in _watching.here() for storage in storages):
+            with unrecorded():  # bytes of live numbers are copied as numbers of another type
+                return plain(one, *args, **kwargs)
         return plain(one, *args, **kwargs)
 
     watched.plain = plain  # type: ignore[attr-defined]

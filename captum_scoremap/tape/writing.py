@@ -22,7 +22,6 @@ __all__ = ["not_dense", "step_of", "write"]
 _BREAKS = {
     *("argmax", "argmin", "round", "floor", "ceil", "trunc", "sign", "bucketize", "searchsorted", "nonzero"),
     "_to_copy",  # to whole numbers
-    "_local_scalar_dense",  # a number for Python
 }
 
 
