@@ -5,7 +5,7 @@ What NumPy or Python makes of them leaves no operation behind, and would be take
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -61,8 +61,8 @@ def _list(run: Run, way: str, *arguments: object) -> None:
         run.sight.hide(f"what {way}() made of a list of tensors, for which there is torch.stack()")
 
 
-def _pass_storage(run: Run, name: str, *storages: object) -> None:
-    """Note that numbers leave some memory, or get there, past all tensors."""
+def _pass_storage(run: Run, name: str, *storages: object) -> bool:
+    """Note that numbers leave some memory, or get there, past all tensors; return whether they are of the image."""
     is_live = any(isinstance(one, UntypedStorage) and run.may_lie_in(one) for one in storages)
     # memory that no tensor has yet, as in a deep copy: a tensor that gets it is met as one made of what left
     is_new = isinstance(storages[0], UntypedStorage) and torch._C._storage_Use_Count(storages[0]._cdata) <= 1
@@ -70,6 +70,7 @@ def _pass_storage(run: Run, name: str, *storages: object) -> None:
         run.sight.hide(f"what UntypedStorage.{name}() wrote to a tensor's memory")
     elif is_live:
         run.sight.exits.append(f"untyped_storage().{name}")
+    return is_live
 
 
 def exits_watched(run: Run) -> AbstractContextManager[None]:
@@ -101,7 +102,7 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
 
 
 # What is watched, and what hears of it; for each name whether the class defines it itself, rather than its base class.
-_WATCHED: tuple[tuple[Any, Callable[..., None], dict[str, bool]], ...] = tuple(
+_WATCHED: tuple[tuple[Any, Callable[..., bool | None], dict[str, bool]], ...] = tuple(
     (home, tell, {name: name in vars(home) for name in names})
     for home, tell, names in (
         (torch.Tensor, _leave, _EXITS),
@@ -113,16 +114,13 @@ _WATCHED: tuple[tuple[Any, Callable[..., None], dict[str, bool]], ...] = tuple(
 )
 
 
-def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., None]) -> Callable[..., Any]:
+def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., bool | None]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def watched(one: Any, *args: Any, **kwargs: Any) -> Any:
-        for run in _watching.here():
-            tell(run, name, one, *args[:2], *list(kwargs.values())[:1])
-        storages = [storage for storage in (one, *args[:1]) if isinstance(storage, UntypedStorage)]
-        if any(run.may_lie_in(storage) for run in _watching.here() for storage in storages):
-            with unrecorded():  # bytes of live numbers are copied as numbers of another type
-                return plain(one, *args, **kwargs)
-        return plain(one, *args, **kwargs)
+        told = [tell(run, name, one, *args[:2], *list(kwargs.values())[:1]) for run in _watching.here()]
+        # bytes of live numbers are copied as numbers of another type
+        with unrecorded() if any(told) else nullcontext():
+            return plain(one, *args, **kwargs)
 
     watched.plain = plain  # type: ignore[attr-defined]
     return watched
