@@ -507,10 +507,12 @@ def test_export_writes_a_file_and_says_what_it_takes(
     out = tmp_path / "maps.pt2"
     assert main(["export", "--model", "tests.test_cli_bench:small", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"takes\W+image\W+1 × 3 × 16 × 16\W+float32", printed)
+    assert re.search(r"takes\W+image\W+N × 3 × 16 × 16\W+float32", printed)
     assert re.search(r"returns\W+residual", printed)
-    found = torch.export.load(out).module()(torch.randn(1, 3, 16, 16), torch.tensor([2]))
+    found = torch.export.load(out).module()(torch.randn(3, 3, 16, 16), torch.tensor([2, 0, 1]))
     assert {name.partition(".")[0] for name in found} == {"scores", "map", "bias", "residual"}
+    assert main(["export", "--model", "tests.test_cli_bench:small", "--batch", "2", "--out", str(out)]) == 0
+    assert re.search(r"takes\W+image\W+2 × 3 × 16 × 16\W+float32", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

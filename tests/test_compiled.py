@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -344,7 +345,7 @@ def test_a_file_gives_scores_maps_and_both_sides_of_the_sum(
     method = build(model)
     exported = compile_map(method, image, 1, backend="graph").export(tmp_path / f"map{suffix}")
     path = exported.path
-    assert exported.takes == {"image": (tuple(image.shape), torch.float32), "target": ((2,), torch.int64)}
+    assert exported.takes == {"image": (("N", *image.shape[1:]), torch.float32), "target": (("N",), torch.int64)}
     assert list(exported.returns) == names
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
     other = torch.randn(image.shape, generator=generator)
@@ -362,6 +363,82 @@ def test_a_file_gives_scores_maps_and_both_sides_of_the_sum(
             assert float(found[key.replace("map", "residual")].abs().max()) < 1e-5
     if name == "layers":  # B by the frozen model with the layer at zero
         assert_close(found["bias.block"], linear_form(model, other, labels, model.block).bias, rtol=1e-4, atol=1e-5)
+
+
+class Windows(nn.Module):
+    """Attention in windows of each image, of which there are four for each, and a token that stands for the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 18)
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = len(x)
+        tokens = F.unfold(self.embed(x), 2, stride=2).reshape(count, 6, 4, 4).transpose(1, 3).reshape(count * 4, 4, 6)
+        q, k, v = self.mix(tokens).chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v).reshape(count, 16, 6)
+        both = torch.cat([self.token.expand(count, -1, -1), attended], 1).permute(1, 0, 2)
+        hidden = torch.zeros(len(both), count, 6) + both.relu()
+        return self.head(hidden.mean(0))
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("build", [lambda m: ScoreMap(m), lambda m: LayerScoreMap(m, [m.embed, m.mix])])
+def test_a_file_takes_any_number_of_images(
+    tmp_path: Path, suffix: str, build: Callable[[Windows], Any], generator: torch.Generator
+) -> None:
+    model = Windows().eval()
+    method = build(model)
+    options = {} if isinstance(method, ScoreMap) else {"channel_dim": -1}
+    exported = compile_map(
+        method, torch.randn(1, 3, 8, 8, generator=generator), 1, backend="graph", **options
+    ).export(tmp_path / f"map{suffix}")  # fmt: skip
+    assert exported.takes == {"image": (("N", 3, 8, 8), torch.float32), "target": (("N",), torch.int64)}
+    assert exported.returns["scores"] == (("N", 5), torch.float32)
+    if options:
+        assert exported.returns["map.mix"] == (("4*N", 4, 1), torch.float32)
+    program = read_back(exported.path, ["image", "target"], list(exported.returns))
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 8, 8, generator=generator)
+        labels = torch.randint(5, (count,), generator=generator)
+        found = dict(zip(exported.returns, program(images, labels), strict=True))
+        maps = method.attribute(images, labels, **options)
+        for key, one in zip([key for key in found if "map" in key], maps if options else [maps], strict=True):
+            assert_close(found[key], one, rtol=1e-4, atol=1e-6)
+    if suffix == ".onnx":
+        session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+        assert {one.name: tuple(one.shape) for one in (*session.get_inputs(), *session.get_outputs())} == {
+            name: shape for name, (shape, _) in {**exported.takes, **exported.returns}.items()
+        }
+
+
+ONE_NUMBER: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "rows that are counted": (lambda x: x.reshape(2, 12).sum(1, keepdim=True), "shape"),
+    "a constant that goes with them": (lambda x: x.flatten(1).relu() * (1 / len(x)), "other values"),
+    "a branch on their number": (lambda x: (x.relu() if len(x) == 2 else x.sigmoid()).flatten(1), "others"),
+    "a tensor of as many": (lambda x: x.flatten(1).relu() * torch.tensor([1.0] * len(x))[:, None], "other"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_NUMBER)
+def test_a_file_of_what_goes_with_the_number_of_images_takes_that_of_the_example(
+    name: str, tmp_path: Path, generator: torch.Generator
+) -> None:
+    model, reason = ONE_NUMBER[name]
+    images = torch.randn(2, 3, 2, 2, generator=generator)
+    compiled = compile_map(ScoreMap(model), images, 0, backend="graph")
+    with pytest.warns(UserWarning, match=f"map.pt2 takes 2 images at a time, .*{reason}"):
+        exported = compiled.export(tmp_path / "map.pt2")
+    assert exported.takes["image"] == ((2, 3, 2, 2), torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled.export(tmp_path / "map.pt2", any_number=False) == exported
+    other = torch.randn(2, 3, 2, 2, generator=generator)
+    arguments = [other, torch.zeros(2, dtype=torch.int64)][: len(exported.takes)]
+    program = read_back(exported.path, list(exported.takes), list(exported.returns))
+    found = dict(zip(exported.returns, program(*arguments), strict=True))
+    assert_close(found["map"], ScoreMap(model).attribute(other, 0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_needs_a_folder(model: Network, inputs: Tensor, tmp_path: Path) -> None:

@@ -62,7 +62,16 @@ def export(
             help="score: A·Y of each layer, and B; complete: one map that adds up to S; fused: one map to look at.",
         ),
     ] = ExportedMaps.score,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images that the file takes at once.", min=1)] = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            metavar="N",
+            help="Images that the file takes at once. \\[default: any number of them]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="FILE", help="What to write: .onnx (extra onnx), or .pt2 for PyTorch."),
@@ -75,8 +84,8 @@ def export(
 ) -> None:
     """Write a model together with its maps as one file, to be run in production.
 
-    The file takes images, preprocessed as for the model, and the label of each (none with --score). It returns the
-    scores, the maps and the other side of the sum: of score maps B and the residual S − (A·Y + B), of the complete
+    The file takes any number of images, preprocessed as for the model, and the label of each (none with --score); of a
+    network that computes otherwise with several, one at a time, and a warning says so. It returns the scores, the maps and the other side of the sum: of score maps B and the residual S − (A·Y + B), of the complete
     map what has no place in the image. It needs no captum_scoremap; an .onnx file needs no PyTorch. What was written
     is run once more and compared.
 
@@ -84,7 +93,7 @@ def export(
 
     * `captum-scoremap export --out model_with_map.onnx`
 
-    * `captum-scoremap export --model torchvision:resnet18 --layers layer3,layer4 --batch 8 --out maps.pt2`
+    * `captum-scoremap export --model torchvision:resnet18 --layers layer3,layer4 --out maps.pt2`
 
     * `captum-scoremap export --model my_package.models:build --score my_package.scores:age --out age.onnx`
     """
@@ -93,11 +102,12 @@ def export(
     place = chosen_device(device)
     loaded = load_model(model, weights, place, dtype.torch, image_size)
     image = loaded.example().to(place, dtype.torch)
-    inputs = image.repeat(batch, 1, 1, 1)
+    inputs = image.repeat(batch or 1, 1, 1, 1)
     network = prepare(loaded.module, image) if prepare_model else loaded.module
     target = example_target(score, network, image, loaded.name)
     method, options = _method(network, inputs, maps, names_in(layers))
-    exported = compile_map(method, inputs, target, backend="graph", **options).export(out)
+    compiled = compile_map(method, inputs, target, backend="graph", **options)
+    exported = compiled.export(out, any_number=batch is None)
     size = out.stat().st_size / 2**20
     console = make_console()
     console.print(_table(exported))

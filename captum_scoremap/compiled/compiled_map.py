@@ -1,7 +1,8 @@
 """A map as a graph that is compiled once, runs without Python's time for each operation, and can leave Python."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from captum_scoremap.tape import root_module
 from .backends import Backend, Mode
 from .batches import COMPILED, Batches, tolerance
 from .checked import check, elsewhere, run
-from .graph import Graph, trace
+from .graph import trace
 from .parts import Method, parts
 
 __all__ = ["CompiledMap", "compile_map"]
@@ -98,8 +99,9 @@ class Exported:
 
     Attributes:
         path: Where it is.
-        takes: Name of each argument to its shape and type, in their order.
-        returns: Name of each result to its shape and type, in their order.
+        takes: Name of each argument to its shape and type, in their order. Where the file takes any number of images,
+            N, sizes that go with it are said by it, as in ONNX: "N", or "4*N".
+        returns: Name of each result to its shape and type, in the same way.
 
     Example:
         >>> from torch import nn
@@ -108,13 +110,13 @@ class Exported:
         >>> compiled = compile_map(ScoreMap(model), torch.rand(1, 3, 6, 6), target=7, backend="graph")
         >>> with TemporaryDirectory() as folder:
         ...     exported = compiled.export(Path(folder) / "maps.pt2")
-        >>> list(exported.takes), list(exported.returns)
-        (['image', 'target'], ['scores', 'map', 'bias', 'residual'])
+        >>> exported.takes["image"], list(exported.returns)
+        ((('N', 3, 6, 6), torch.float32), ['scores', 'map', 'bias', 'residual'])
     """
 
     path: Path
-    takes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    returns: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    takes: Mapping[str, tuple[tuple[int | str, ...], torch.dtype]]
+    returns: Mapping[str, tuple[tuple[int | str, ...], torch.dtype]]
 
 
 class CompiledMap:
@@ -184,17 +186,19 @@ class CompiledMap:
             )
         return pytree.tree_unflatten(self._batches(*tensors, *self._positions(target, tensors)), self._spec)
 
-    def export(self, path: str | Path) -> "Exported":
+    def export(self, path: str | Path, any_number: bool = True) -> "Exported":
         """Write the map as a file that runs without this package.
 
-        Its arguments are the image (or images, one by one), (N, C, H, W) with N as in the example that the map was
-        compiled with, and, unless there is but one score or the target is a function, the labels, (N,) int64. It
-        returns, by name: ``scores``, what the model returns; ``map``, or ``map.layer`` for each of several layers; of
-        the same layers ``bias``, B of S = A·Y + B, and ``residual``, S - (A·Y + B), zero but for rounding. A complete
-        map has ``placeless`` in place of B, and a fused map neither.
+        Its arguments are the image (or images, one by one), (N, C, H, W), and, unless there is but one score or the
+        target is a function, the labels, (N,) int64. It returns, by name: ``scores``, what the model returns; ``map``,
+        or ``map.layer`` for each of several layers; of the same layers ``bias``, B of S = A·Y + B, and ``residual``,
+        S - (A·Y + B), zero but for rounding. A complete map has ``placeless`` in place of B, and a fused map neither.
 
         Args:
             path: Where to; ``.pt2`` for ``torch.export.load``, ``.onnx`` for onnxruntime and others.
+            any_number: Whether the file takes any number of images, N, for which the model must compute with two and
+                with three of them in the same way; where it does not, a warning says so, and N is as in the example
+                that the map was compiled with, as it is with False.
 
         Returns:
             What the file takes and returns.
@@ -205,14 +209,52 @@ class CompiledMap:
             FileNotFoundError: If the path's folder does not exist.
             ImportError: If the extra ``onnx`` is not installed.
         """
-        from .export import FORMATS, read_back, write  # a second
+        from .export import FORMATS  # a second
 
         path = Path(path)
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"path must end in {' or '.join(FORMATS)}, got {str(path)!r}.")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}. Make {path.parent}/.")
-        arguments, count = self._example, len(self._layout)
+        example, elsewhere = self._example, self._elsewhere(self._example)
+        if any_number:
+            both = [torch.cat(pair) for pair in zip(example, elsewhere, strict=True)]
+
+            def images(count: int) -> tuple[Tensor, ...]:
+                rows = torch.arange(count) % len(both[0])
+                return tuple(one[rows.to(one.device)] for one in both)
+
+            try:
+                return self._written(path, [images(2), images(3)], [images(1), self._elsewhere(images(4))])
+            except ImportError:
+                raise
+            except Exception as error:  # of the model, with another number of images than it may be made for
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        exported = self._written(path, [example], [example, elsewhere])
+        if any_number:
+            warnings.warn(
+                f"{path.name} takes {len(example[0])} images at a time, as the example has, for with another number of "
+                f"them: {reason}",
+                stacklevel=2,
+            )
+        return exported
+
+    def _written(
+        self, path: Path, examples: Sequence[Sequence[Tensor]], cases: Sequence[Sequence[Tensor]]
+    ) -> "Exported":
+        """Write a file for one number of images, or for any by two of them; compare what it gives with the eager map.
+
+        Args:
+            path: Where to.
+            examples: What it is traced with: arguments of one number of images, or of two numbers.
+            cases: Two groups of arguments to compare it at.
+
+        Returns:
+            What the file takes and returns.
+        """
+        from .export import read_back, write
+
+        count = len(self._layout)
         names: list[str] = []
 
         def function(*tensors: Tensor) -> Sequence[Tensor]:
@@ -220,15 +262,16 @@ class CompiledMap:
             names[:] = found
             return list(found.values())
 
-        graph = self._traced(function, arguments)
+        graphs = [(trace(function, arguments, self._modules()), arguments) for arguments in examples]
         given = [*(["image"] if count == 1 else [f"image_{number}" for number in range(count)]), "target"]
-        given = given[: len(arguments)]
+        given = given[: len(examples[0])]
+        results = []
         with TemporaryDirectory(dir=path.parent) as folder:
             draft = Path(folder) / path.name
-            write(graph, arguments, given, names, draft)
+            write(graphs, given, names, draft)
             program = read_back(draft, given, names)
-            for case in (arguments, self._elsewhere(arguments)):
-                wanted = run(graph, case)
+            for case in cases:
+                wanted = run(function, case)
                 # a residual is rounding, so that it is compared beside the scores that it is rounding of
                 shifts = [float(wanted[0].norm()) if name.startswith("residual") else 0.0 for name in names]
                 got, expected = (
@@ -236,12 +279,9 @@ class CompiledMap:
                     for each in (run(program, case), wanted)
                 )
                 check(f"the file {path.name}", got, expected, tolerance(COMPILED, case))
+                results.append(wanted)
             draft.replace(path)
-        return Exported(
-            path,
-            {name: (tuple(one.shape), one.dtype) for name, one in zip(given, arguments, strict=True)},
-            {name: (tuple(one.shape), one.dtype) for name, one in zip(names, wanted, strict=True)},
-        )
+        return Exported(path, _shapes(given, *cases), _shapes(names, *results))
 
     # -- what is compiled
 
@@ -311,9 +351,6 @@ class CompiledMap:
         root = root_module(unwrap_parallel(self._method.forward_func))
         return [] if root is None else [root]
 
-    def _traced(self, function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor]) -> Graph:
-        return trace(function, arguments, self._modules())
-
     def _elsewhere(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return random inputs, and random labels."""
         count = len(self._layout)
@@ -325,6 +362,22 @@ class CompiledMap:
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
     return tuple(tensor.shape[1:]), tensor.dtype, tensor.device
+
+
+def _shapes(
+    names: Sequence[str], tensors: Sequence[Tensor], others: Sequence[Tensor]
+) -> dict[str, tuple[tuple[int | str, ...], torch.dtype]]:
+    """Return shapes and types by name; sizes that differ for another number of images are said by it."""
+    images, more = len(tensors[0]), len(others[0])
+
+    def said(size: int, other: int) -> int | str:
+        slope = 0 if images == more else (other - size) // (more - images)
+        return size if slope == 0 else "N" if slope == 1 else f"{slope}*N"
+
+    return {
+        name: (tuple(map(said, one.shape, other.shape)), one.dtype)
+        for name, one, other in zip(names, tensors, others, strict=True)
+    }
 
 
 def _described(layouts: Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]], is_tensor: bool) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from captum_scoremap.data.extras import import_extra
 
+from .any_number import for_any_number
 from .decomposed import ONNX, functional
 from .graph import Graph
 
@@ -36,29 +37,37 @@ class _WithState(nn.Module):
         return dict(zip(self._names, found, strict=True)) if self._names else found
 
 
-def write(graph: Graph, arguments: Sequence[Tensor], given: Sequence[str], names: Sequence[str], path: Path) -> None:
-    """Write a graph.
+def write(
+    cases: Sequence[tuple[Graph, Sequence[Tensor]]], given: Sequence[str], names: Sequence[str], path: Path
+) -> None:
+    """Write a graph, or the graphs of a function for two numbers of images as one for any number.
 
     Args:
-        graph: The graph.
-        arguments: Tensors that it is for.
+        cases: One or two graphs, with the tensors that each is for.
         given: Names of the arguments.
         names: Names of what it returns.
         path: Where to; its suffix says the format.
 
     Raises:
-        ValueError: If the graph has operations that the format lacks.
+        ValueError: If the graph has operations that the format lacks, or two are not of one function.
     """
     is_onnx = path.suffix.lower() == ".onnx"
     if is_onnx:
         for package in ("onnxscript", "onnx", "onnxruntime"):
             import_extra(package, "onnx")
-    state = graph.read()
+    graph, arguments = cases[0]
+    state, dynamic = graph.read(), None
     with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False), _quiet():
-        module = functional(graph.module, (*arguments, *state), ONNX if is_onnx else None)
+        modules = [functional(one.module, (*theirs, *one.read()), ONNX if is_onnx else None) for one, theirs in cases]
+        module = modules[0]
+        if len(cases) == 2:
+            if not all(map(torch.equal, state, cases[1][0].read())):
+                raise ValueError("the model must read the same tensors for any number of images, got others.")
+            module = for_any_number(modules[0], modules[1], (len(arguments[0]), len(cases[1][1][0])))
+            dynamic = (({0: torch.export.Dim("N", min=1)},) * len(arguments),)
         # ONNX has names of its own, in the order of the outputs
         named = _WithState(module, state, () if is_onnx else names)
-        program = torch.export.export(named, tuple(arguments))
+        program = torch.export.export(named, tuple(arguments), dynamic_shapes=dynamic)
         for node in program.graph.nodes:  # where in our code, which is of no use elsewhere
             node.meta.pop("stack_trace", None)
         if not is_onnx:
@@ -79,6 +88,21 @@ def write(graph: Graph, arguments: Sequence[Tensor], given: Sequence[str], names
             raise ValueError(
                 f"the map must be made of operations that ONNX has, got {missing}. Export to .pt2, which has them all."
             ) from error
+    if dynamic is not None:
+        _name_axis(path)
+
+
+def _name_axis(path: Path) -> None:
+    """Give an axis of any length the name N, in place of PyTorch's symbol."""
+    import onnx
+
+    model = onnx.load(path)
+    values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    sizes = [size for value in values for size in value.type.tensor_type.shape.dim if size.dim_param]
+    symbol = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for size in sizes:
+        size.dim_param = re.sub(rf"\b{symbol}\b", "N", size.dim_param)
+    onnx.save(model, path)
 
 
 def read_back(path: Path, given: Sequence[str], names: Sequence[str]) -> Callable[..., list[Tensor]]:
