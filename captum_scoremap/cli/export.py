@@ -85,9 +85,10 @@ def export(
     """Write a model together with its maps as one file, to be run in production.
 
     The file takes any number of images, preprocessed as for the model, and the label of each (none with --score); of a
-    network that computes otherwise with several, one at a time, and a warning says so. It returns the scores, the maps and the other side of the sum: of score maps B and the residual S − (A·Y + B), of the complete
-    map what has no place in the image. It needs no captum_scoremap; an .onnx file needs no PyTorch. What was written
-    is run once more and compared.
+    network that computes otherwise with several, one at a time, and a warning says so. It returns the scores, the maps
+    and the other side of the sum: of score maps B and the residual S − (A·Y + B), of the complete map what has no place
+    in the image. It needs no captum_scoremap; an .onnx file needs no PyTorch. What was written is run once more and
+    compared.
 
     **Examples**
 

@@ -216,25 +216,27 @@ class CompiledMap:
             raise ValueError(f"path must end in {' or '.join(FORMATS)}, got {str(path)!r}.")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}. Make {path.parent}/.")
-        example, elsewhere = self._example, self._elsewhere(self._example)
+        cases = [self._example, self._elsewhere(self._example)]
         if any_number:
-            both = [torch.cat(pair) for pair in zip(example, elsewhere, strict=True)]
+            both = [torch.cat(pair) for pair in zip(*cases, strict=True)]
 
-            def images(count: int) -> tuple[Tensor, ...]:
+            def images(count: int) -> list[Tensor]:
+                """Return so many of the same images: what rounding does to them does not depend on their number."""
                 rows = torch.arange(count) % len(both[0])
-                return tuple(one[rows.to(one.device)] for one in both)
+                return [one[rows.to(one.device)] for one in both]
 
             try:
-                return self._written(path, [images(2), images(3)], [images(1), self._elsewhere(images(4))])
+                others = [images(1), images(len(self._example[0]) + 3)]
+                return self._written(path, [images(2), images(3)], [*cases, *others])
             except ImportError:
                 raise
             except Exception as error:  # of the model, with another number of images than it may be made for
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        exported = self._written(path, [example], [example, elsewhere])
+        exported = self._written(path, [self._example], cases)
         if any_number:
             warnings.warn(
-                f"{path.name} takes {len(example[0])} images at a time, as the example has, for with another number of "
-                f"them: {reason}",
+                f"{path.name} takes {len(self._example[0])} images at a time, as the example has, for with another "
+                f"number of them: {reason}",
                 stacklevel=2,
             )
         return exported
@@ -247,7 +249,7 @@ class CompiledMap:
         Args:
             path: Where to.
             examples: What it is traced with: arguments of one number of images, or of two numbers.
-            cases: Two groups of arguments to compare it at.
+            cases: Arguments to compare it at; the last of another number of images than the first, if it takes any.
 
         Returns:
             What the file takes and returns.
@@ -281,7 +283,7 @@ class CompiledMap:
                 check(f"the file {path.name}", got, expected, tolerance(COMPILED, case))
                 results.append(wanted)
             draft.replace(path)
-        return Exported(path, _shapes(given, *cases), _shapes(names, *results))
+        return Exported(path, _shapes(given, cases[0], cases[-1]), _shapes(names, results[0], results[-1]))
 
     # -- what is compiled
 
