@@ -28,6 +28,7 @@ from captum_scoremap import (
     linear_form,
 )
 from captum_scoremap.compiled import batches
+from captum_scoremap.compiled.any_number import for_any_number
 from captum_scoremap.compiled.decomposed import ONNX, functional
 from captum_scoremap.compiled.export import read_back
 from captum_scoremap.compiled.graph import trace
@@ -411,6 +412,32 @@ def test_a_file_takes_any_number_of_images(
         assert {one.name: tuple(one.shape) for one in (*session.get_inputs(), *session.get_outputs())} == {
             name: shape for name, (shape, _) in {**exported.takes, **exported.returns}.items()
         }
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * 2,
+        lambda x: x.reshape(3, len(x)).sum(0),
+        lambda x: torch.cat([x, x.new_ones(1, 3)]).reshape(3, len(x) + 1),
+        lambda x: x.repeat(2, 1).reshape(2 * len(x) * 3) / (4 * len(x) - 3),
+    ],
+)
+def test_sizes_go_along_a_line_through_two_numbers(
+    function: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> None:
+    graphs = [trace(lambda x: [function(x)], (torch.zeros(count, 3),)).module for count in (2, 4)]
+    module = for_any_number(*graphs, (2, 4))
+    for count in (1, 2, 3, 4, 9):
+        x = torch.randn(count, 3, generator=generator)
+        assert_close(module(x)[0], function(x), rtol=0, atol=0)
+    assert len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)) <= 1
+
+
+def test_sizes_off_a_line_of_whole_numbers_are_refused() -> None:
+    graphs = [trace(lambda x: [x.new_ones(len(x) ** 2 // 4)], (torch.zeros(count, 3),)).module for count in (2, 5)]
+    with pytest.raises(ValueError, match=r"sizes must go with the number of images, got \(1, 6\) for \(2, 5\) of them"):
+        for_any_number(*graphs, (2, 5))
 
 
 ONE_NUMBER: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
