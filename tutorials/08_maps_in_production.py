@@ -50,8 +50,8 @@ bool(torch.allclose(there, here))
 # ## Into a file
 #
 # `export` writes the graph as `.onnx`, or as `.pt2` for PyTorch without this package. The file takes any number of
-# images, N, and returns the scores, the map and the other side of the sum: **B**, and the **residual** S - (A·Y + B), by
-# which the receiver can check each single map. What was written is read again and compared before the file appears.
+# images, N, and returns the scores, the map and the other side of the sum: **B**, and the **residual** S - (A·Y + B),
+# by which the receiver can check each single map. What was written is read again and compared before the file appears.
 
 # %%
 place = tempfile.TemporaryDirectory()
