@@ -1152,6 +1152,43 @@ def test_layers_within_layers_of_one_memory(change: Callable[[Tensor], object]) 
         assert_close(one.sums + one.bias, score[:, 1].detach(), **EXACT)
 
 
+class Again(Within):
+    """The same in memory that had changed before, and changes again, through a view, once all layers have passed it."""
+
+    def __init__(self, change: Callable[[Tensor], object], again: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(change)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y[:, :1].fill_(0.7)
+        outer = self.outer(y)
+        inner = self.inner(outer[:, 1:])
+        self.change(inner)
+        return self.head((outer + self.again(y, outer)).flatten(1))
+
+
+AGAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "not": lambda y, outer: 2 * y,
+    "all of it": lambda y, outer: y.add_(1.0),
+    "a part of the input": lambda y, outer: (y[:, :2].mul_(3.0), y)[1],
+    "a part of what passed": lambda y, outer: (outer[:, :, 2:].mul_(3.0), y)[1],
+}
+
+
+@pytest.mark.parametrize("again", AGAIN)
+@pytest.mark.parametrize("change", [lambda part: part.mul_(2.0), lambda part: part[:, 0].fill_(0.5)])
+def test_layers_within_layers_of_memory_that_had_changed_before(change: Callable[[Tensor], object], again: str) -> None:
+    model, images = Again(change, AGAIN[again]).double().eval(), some_images()
+    layers = [model.conv, model.outer, model.inner]
+    frozen, together = freeze(model, images), linear_form(model, images, 1, layers)
+    for layer, beside_others in zip(layers, together, strict=True):
+        form = linear_form(model, images, 1, layer)
+        assert_close(form.sums + form.bias, model(images)[:, 1].detach(), **EXACT)
+        assert_close(beside_others.coefficients, form.coefficients, **EXACT)
+        assert_close(frozen(images, {layer: torch.zeros_like(form.activations)})[:, 1], form.bias, **EXACT)
+
+
 def test_what_new_memory_held_before_it_was_filled_does_not_count(generator: torch.Generator) -> None:
     convolutions = [nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular").double() for _ in range(2)]
     model = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.AvgPool2d(6), nn.Flatten()).eval()
