@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import as_tuple_of_arguments, unrecorded
 from captum_scoremap.layout import Grid, channel_dim_of, map_channel_dim, patch_grid
+from captum_scoremap.places import Placement
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.tape import Recording
 
 from .outputs import Output, outputs_of
-from .placement import Placement
 from .subject import Subject
 
 __all__ = ["main_layers", "main_modules"]
