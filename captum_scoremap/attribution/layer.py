@@ -50,8 +50,6 @@ class LayerScoreMap(LayerAttribution, Contract):
         >>> score_map, delta = method.attribute(torch.rand(2, 3, 6, 6), target=7, return_convergence_delta=True)
         >>> score_map.shape, bool(delta.abs().max() < 1e-5)
         (torch.Size([2, 1, 4, 4]), True)
-        >>> method.attribute(torch.rand(2, 3, 6, 6), 7, attr_dim_summation=False).shape  # sub-scores
-        torch.Size([2, 4, 4, 4])
         >>> method.attribute_targets(torch.rand(2, 3, 6, 6)).shape  # every label
         torch.Size([2, 10, 4, 4])
         >>> LayerScoreMap.interpolate(score_map, (6, 6)).shape
@@ -115,6 +113,18 @@ class LayerScoreMap(LayerAttribution, Contract):
             ValueError: If an input, the target or the layer is not as it must be, or the model is in training mode.
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
+            >>> image = torch.rand(1, 3, 6, 6)
+            >>> score_map = LayerScoreMap(model, model[1]).attribute(image, target=7)
+            >>> score_map.shape
+            torch.Size([1, 1, 4, 4])
+            >>> sub_scores = LayerScoreMap(model, model[1]).attribute(image, 7, attr_dim_summation=False)
+            >>> bool(torch.allclose(sub_scores.sum(1, keepdim=True), score_map, atol=1e-6))
+            True
         """
         if isinstance(relu_attributions, Mapping):  # where LayerGradientXActivation has it
             grad_kwargs, relu_attributions = dict(relu_attributions), False
