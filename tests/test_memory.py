@@ -1119,6 +1119,23 @@ def test_constants_that_pass_a_layer_and_change_afterwards(name: str) -> None:
     assert_close(freeze(model, images)(images), score, **EXACT)
 
 
+def test_the_rest_of_a_constant_that_passed_a_layer_is_still_what_the_layer_gave() -> None:
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.site = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            passed = self.site(torch.linspace(1, 2, 4, dtype=x.dtype)[None].clone())
+            passed[:, :2].mul_(3.0)
+            return x + passed
+
+    model, inputs = Passing().eval(), torch.ones(1, 4, dtype=torch.float64)
+    form = linear_form(model, inputs, lambda output: output.sum(1), model.site)
+    assert_close(form.coefficients, torch.tensor([[3.0, 3.0, 1.0, 1.0]], dtype=torch.float64))
+    assert_close(form.bias, inputs.sum(1))
+
+
 # -- sites within sites
 
 
