@@ -29,7 +29,7 @@ from coverage import CoverageData
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("rules", "tape", "linear", "attribution")
+ROOMS = ("rules", "tape", "places", "linear", "attribution")
 
 TESTS = """
     adjoints advice bad_input boundary captum_contract captum_tools complete definition edges exactness frame

@@ -10,7 +10,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, bias_maps, compile_map, linear_form
 from captum_scoremap.layout import channel_dim_of
-from captum_scoremap.linear import frame_of, main_layers
+from captum_scoremap.linear import main_layers
+from captum_scoremap.places import frame_of
 from captum_scoremap.rules import with_rules
 from captum_scoremap.tape import Recording
 

@@ -1119,6 +1119,23 @@ def test_constants_that_pass_a_layer_and_change_afterwards(name: str) -> None:
     assert_close(freeze(model, images)(images), score, **EXACT)
 
 
+def test_the_rest_of_a_constant_that_passed_a_layer_is_still_what_the_layer_gave() -> None:
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.site = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            passed = self.site(torch.linspace(1, 2, 4, dtype=x.dtype)[None].clone())
+            passed[:, :2].mul_(3.0)
+            return x + passed
+
+    model, inputs = Passing().eval(), torch.ones(1, 4, dtype=torch.float64)
+    form = linear_form(model, inputs, lambda output: output.sum(1), model.site)
+    assert_close(form.coefficients, torch.tensor([[3.0, 3.0, 1.0, 1.0]], dtype=torch.float64))
+    assert_close(form.bias, inputs.sum(1))
+
+
 # -- sites within sites
 
 
@@ -1150,6 +1167,43 @@ def test_layers_within_layers_of_one_memory(change: Callable[[Tensor], object]) 
     forms = linear_form(model, images, 1, [model.conv, model.outer, model.inner])
     for one in (*forms, *(linear_form(model, images, 1, layer) for layer in (model.conv, model.outer, model.inner))):
         assert_close(one.sums + one.bias, score[:, 1].detach(), **EXACT)
+
+
+class Again(Within):
+    """The same in memory that had changed before, and changes again, through a view, once all layers have passed it."""
+
+    def __init__(self, change: Callable[[Tensor], object], again: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(change)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y[:, :1].fill_(0.7)
+        outer = self.outer(y)
+        inner = self.inner(outer[:, 1:])
+        self.change(inner)
+        return self.head((outer + self.again(y, outer)).flatten(1))
+
+
+AGAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "not": lambda y, outer: 2 * y,
+    "all of it": lambda y, outer: y.add_(1.0),
+    "a part of the input": lambda y, outer: (y[:, :2].mul_(3.0), y)[1],
+    "a part of what passed": lambda y, outer: (outer[:, :, 2:].mul_(3.0), y)[1],
+}
+
+
+@pytest.mark.parametrize("again", AGAIN)
+@pytest.mark.parametrize("change", [lambda part: part.mul_(2.0), lambda part: part[:, 0].fill_(0.5)])
+def test_layers_within_layers_of_memory_that_had_changed_before(change: Callable[[Tensor], object], again: str) -> None:
+    model, images = Again(change, AGAIN[again]).double().eval(), some_images()
+    layers = [model.conv, model.outer, model.inner]
+    frozen, together = freeze(model, images), linear_form(model, images, 1, layers)
+    for layer, beside_others in zip(layers, together, strict=True):
+        form = linear_form(model, images, 1, layer)
+        assert_close(form.sums + form.bias, model(images)[:, 1].detach(), **EXACT)
+        assert_close(beside_others.coefficients, form.coefficients, **EXACT)
+        assert_close(frozen(images, {layer: torch.zeros_like(form.activations)})[:, 1], form.bias, **EXACT)
 
 
 def test_what_new_memory_held_before_it_was_filled_does_not_count(generator: torch.Generator) -> None:

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, bias_maps, linear_form
-from captum_scoremap.linear import main_layers, placement
+from captum_scoremap.linear import main_layers
+from captum_scoremap.places import placement
 
 
 def images(*shape: int) -> Tensor:

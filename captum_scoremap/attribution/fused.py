@@ -8,7 +8,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images
-from captum_scoremap.linear import Frame, Placement
+from captum_scoremap.places import Frame, Placement
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import Site, Tape, Tapped

@@ -40,6 +40,8 @@ class ScoreMap(Contract):
         ... )
         >>> sub_scores.shape, bool(delta.abs().max() < 1e-5)
         (torch.Size([2, 3, 6, 6]), True)
+        >>> ScoreMap(model).attribute(torch.rand(1, 3, 6, 6), target=lambda scores: scores[:, 7] - scores[:, 2]).shape
+        torch.Size([1, 3, 6, 6])
     """
 
     def __init__(
@@ -79,16 +81,6 @@ class ScoreMap(Contract):
             ValueError: If an input or the target is not as it must be, or the model is in training mode.
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations have no rule; all are listed.
-
-        Example:
-            >>> import torch
-            >>> from torch import nn
-            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
-            >>> image = torch.rand(1, 3, 6, 6)
-            >>> ScoreMap(model).attribute(image, target=7).shape
-            torch.Size([1, 3, 6, 6])
-            >>> ScoreMap(model).attribute(image, target=lambda scores: scores[:, 7] - scores[:, 2]).shape
-            torch.Size([1, 3, 6, 6])
         """
         create_graph = check_grad_kwargs(grad_kwargs)
         found = explain(

@@ -178,17 +178,11 @@ class LayerScoreMap(LayerAttribution, Contract):
 
         ``targets`` are labels, the same for all images, or functions from the model's output to (N,); None for every
         label. ``internal_batch_size`` bounds the images processed at once, and thereby memory; None for a moderate
-        number. The other arguments are those of :meth:`attribute`.
+        number. The other arguments, and the errors, are those of :meth:`attribute`.
 
         Returns:
             Tensor in logits, (N, K, h, w) for a layer of (N, C, h, w): the labels take the place of the channels. A
             list for a list of layers.
-
-        Raises:
-            TypeError: As :meth:`attribute`.
-            ValueError: As :meth:`attribute`.
-            RuntimeError: As :meth:`attribute`.
-            UnsupportedOperationError: As :meth:`attribute`.
         """
         tensors = check_inputs(inputs, indices=True)
         maps = explain_targets(

@@ -50,6 +50,9 @@ class NeuronScoreMap(NeuronAttribution, Contract):
         >>> sub_scores, delta = method.attribute(torch.rand(2, 3, 6, 6), (0, 2, 2), return_convergence_delta=True)
         >>> sub_scores.shape, bool(delta.abs().max() < 1e-6)
         (torch.Size([2, 3, 6, 6]), True)
+        >>> method = NeuronScoreMap(model, model[3])
+        >>> method.attribute(torch.rand(2, 3, 6, 6), 7, to_layer=model[1], attr_dim_summation=True).shape
+        torch.Size([2, 1, 4, 4])
     """
 
     def __init__(
@@ -104,15 +107,6 @@ class NeuronScoreMap(NeuronAttribution, Contract):
                 model is in training mode.
             RuntimeError: If ``torch.inference_mode`` is on.
             UnsupportedOperationError: If operations up to the neuron have no rule; all are listed.
-
-        Example:
-            >>> import torch
-            >>> from torch import nn
-            >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
-            >>> image = torch.rand(1, 3, 6, 6)
-            >>> method = NeuronScoreMap(model, model[3])
-            >>> method.attribute(image, 7, to_layer=model[1], attr_dim_summation=True).shape
-            torch.Size([1, 1, 4, 4])
         """
         create_graph = check_grad_kwargs(grad_kwargs)
         tensors = check_inputs(inputs, indices=to_layer is not None)

@@ -6,23 +6,19 @@ from .bias_terms import bias_terms
 from .exactness import Exactness, LayerExactness, check_exactness
 from .explanation import explain
 from .form import LinearForm, LinearForms, linear_form
-from .frame import Frame, frame_of
 from .ledger import Ledger, explain_completely, ledgers
 from .main_layers import main_layers, main_modules
 from .outputs import layer_shapes
-from .placement import Placement
 from .reduction import Reduction
 from .subject import Subject
 
 __all__ = [
     "BiasMaps",
     "Exactness",
-    "Frame",
     "LayerExactness",
     "Ledger",
     "LinearForm",
     "LinearForms",
-    "Placement",
     "Reduction",
     "Subject",
     "bias_maps",
@@ -31,7 +27,6 @@ __all__ = [
     "explain",
     "explain_completely",
     "explain_targets",
-    "frame_of",
     "layer_shapes",
     "ledgers",
     "linear_form",

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_scoremap.places import warn_of_no_maps
 from captum_scoremap.rules import Value
 from captum_scoremap.scores import Label, is_function, logits_in, select_scores
 from captum_scoremap.tape import Site, Tape, Tapped
 
 from .batching import over_rows, quiet_batching
 from .explanation import image_axis
-from .placement import warn_of_no_maps
 from .reduction import Reduction
 from .subject import Subject
 

@@ -50,7 +50,8 @@ def bias_maps(
 
     beta_k(p) = sum over channels of A_k(c, p) o_k(c, p), with o_k the constant part of operation k; the sum of all maps
     and of what is placeless is B. What bypasses the layer on a parallel branch is B, too, named ``beside`` the
-    operation where it joins.
+    operation where it joins. The errors are those of :func:`linear_form`, and a ValueError if the input is not one
+    tensor of images.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
@@ -62,12 +63,6 @@ def bias_maps(
 
     Returns:
         The maps.
-
-    Raises:
-        TypeError: As :func:`linear_form`.
-        ValueError: As :func:`linear_form`, or if the input is not one tensor of images.
-        RuntimeError: As :func:`linear_form`.
-        UnsupportedOperationError: As :func:`linear_form`.
 
     Example:
         >>> import torch

@@ -30,7 +30,7 @@ def bias_terms(
 
     Each operation's constant part o (a convolution's bias, a norm's shift, the offset of a saturated unit or of a
     tangent, a class token, a position embedding) enters the score as A·o, with A the coefficients of the score in that
-    operation's output. The sum of all is B at the image.
+    operation's output. The sum of all is B at the image. The errors are those of :func:`linear_form`.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
@@ -42,12 +42,6 @@ def bias_terms(
     Returns:
         Name of the call (its module; the parameter's name where a token or an embedding is added) to its share, (N,),
         in logits.
-
-    Raises:
-        TypeError: As :func:`linear_form`.
-        ValueError: As :func:`linear_form`.
-        RuntimeError: As :func:`linear_form`.
-        UnsupportedOperationError: As :func:`linear_form`.
 
     Example:
         >>> import torch

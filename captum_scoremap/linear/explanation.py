@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.checks import unrecorded, warn
+from captum_scoremap.places import MixedImagesError, warn_of_no_maps
 from captum_scoremap.rules import Value
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_paused
 
-from .placement import MixedImagesError, warn_of_no_maps
 from .reduction import Reduction, image_sums
 from .subject import Subject, scores_of
 

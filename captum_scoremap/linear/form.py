@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import check_callable, check_inputs, check_layers
 from captum_scoremap.layout import channels_at
+from captum_scoremap.places import Entry, Frame, Placement, frame_of
 from captum_scoremap.rules import Rule, tensors_in
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site
 
 from .explanation import Explanation, explain
 from .form_table import as_html, as_text
-from .frame import Frame, frame_of
 from .ledger import Ledger, ledgers
-from .placement import Entry, Placement
 from .reduction import Reduction, relative_residual
 from .subject import Subject
 

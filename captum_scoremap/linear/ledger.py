@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.checks import is_traced
+from captum_scoremap.places import Entry, Frame, MixedImagesError, Placement
 from captum_scoremap.rules import Value
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Recording, Site, Step, sites_of
 
 from .bias_terms import constant_times, names_of_steps
-from .frame import Frame
-from .placement import Entry, MixedImagesError, Placement
 from .subject import Subject, scores_of
 
 __all__ = ["Ledger", "explain_completely", "ledgers"]

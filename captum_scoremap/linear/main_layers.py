@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from captum_scoremap.checks import as_tuple_of_arguments, unrecorded
 from captum_scoremap.layout import Grid, channel_dim_of, map_channel_dim, patch_grid
+from captum_scoremap.places import Placement
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.tape import Recording
 
-from .outputs import Output, outputs_of
-from .placement import Placement
+from .outputs import ModuleCall, outputs_of
 from .subject import Subject
 
 __all__ = ["main_layers", "main_modules"]
@@ -50,7 +50,7 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
             values[module] = recording.value_of(tensor)
 
     additional = as_tuple_of_arguments(subject.additional_forward_args)
-    outputs = outputs_of(lambda: recording.record((image,), additional), model, image.shape, note)
+    outputs, image_shape = outputs_of(lambda: recording.record((image,), additional), model, image.shape, note)
     placement = Placement(recording.tape, image.shape)
 
     @cache
@@ -60,7 +60,7 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
 
     without: set[nn.Module] = set()
     while True:
-        found = _chosen([one for one in outputs.each if one.module not in without], outputs.image_shape)
+        found = _chosen([one for one in outputs if one.module not in without], image_shape)
         kinds = {type(module) for module in found if is_elsewhere(module)}
         if not kinds:
             return found
@@ -80,16 +80,16 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     return [names[module] for module in main_modules(Subject(model, (inputs,)))]
 
 
-def _chosen(outputs: Sequence[Output], image: tuple[int, ...]) -> dict[nn.Module, Grid]:
+def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Module, Grid]:
     """Return the main modules among those that returned something."""
-    maps: dict[Grid, list[Output]] = {}
+    maps: dict[Grid, list[ModuleCall]] = {}
     for output in outputs:
-        grid = _map_grid(output.module, output.shape, image, output.parent)
+        grid = _map_grid(output.module, output.returned, image, output.parent)
         if grid is not None and not _is_finer_inside(output, grid, image):
             maps.setdefault(grid, []).append(output)
-    tokens: dict[Grid, list[Output]] = {}
+    tokens: dict[Grid, list[ModuleCall]] = {}
     for output in outputs:
-        count = _tokens(output.shape, image)
+        count = _tokens(output.returned, image)
         found = patch_grid(count, image, maps) if count else None
         if found is not None and (not maps or found in maps or _is_merged(found, output, tokens)):
             tokens.setdefault(found, []).append(output)
@@ -98,10 +98,10 @@ def _chosen(outputs: Sequence[Output], image: tuple[int, ...]) -> dict[nn.Module
     inside = {module for blocks in rows.values() for block in blocks for module in block.module.modules()}
     maps = {grid: kept for grid, some in maps.items() if (kept := [one for one in some if one.module not in inside])}
     grids = [*maps, *(grid for grid in tokens if grid not in maps)]
-    chosen: dict[Output, Grid] = {}
+    chosen: dict[ModuleCall, Grid] = {}
     for grid in grids:
         blocks = rows.get(grid, [])
-        has_extra = bool(blocks) and _tokens(blocks[-1].shape, image) > math.prod(grid)
+        has_extra = bool(blocks) and _tokens(blocks[-1].returned, image) > math.prod(grid)
         some = maps.get(grid) or tokens[grid]
         whole = _last_outermost(some)
         around = {call.module for call in blocks[-1].outer} if blocks else set()
@@ -142,7 +142,7 @@ def _has_channels_last(module: nn.Module, shape: Sequence[int]) -> bool:
     return shape[-1] in widths and shape[1] not in widths and not is_convolved
 
 
-def _is_finer_inside(output: Output, grid: Grid, image_shape: tuple[int, ...]) -> bool:
+def _is_finer_inside(output: ModuleCall, grid: Grid, image_shape: tuple[int, ...]) -> bool:
     """Return whether a module encloses it that was given a coarser map and returned a coarser one."""
     for call in output.outer:
         sides = [
@@ -161,30 +161,30 @@ def _tokens(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
     return shape[1] if shape[0] == image_shape[0] else shape[0] if shape[1] == image_shape[0] else 0
 
 
-def _is_merged(grid: Grid, output: Output, tokens: dict[Grid, list[Output]]) -> bool:
+def _is_merged(grid: Grid, output: ModuleCall, tokens: dict[Grid, list[ModuleCall]]) -> bool:
     """Return whether tokens are those of a finer grid, merged: half as many rows and columns, of other channels.
 
     As many tokens as fill a square by chance are no positions: object queries, latents, the tokens of several maps.
     """
     return any(
-        output.shape[2] != some[-1].shape[2]
+        output.returned[2] != some[-1].returned[2]
         and all(one in {fine // 2, (fine + 1) // 2} for one, fine in zip(grid, finer, strict=True))
         for finer, some in tokens.items()
     )
 
 
-def _last_outermost(outputs: Sequence[Output]) -> Output:
+def _last_outermost(outputs: Sequence[ModuleCall]) -> ModuleCall:
     """Return the last of those that the fewest modules enclose."""
     depth = min(output.depth for output in outputs)
     return [output for output in outputs if output.depth == depth][-1]
 
 
-def _longest_row(outputs: Sequence[Output]) -> list[Output]:
+def _longest_row(outputs: Sequence[ModuleCall]) -> list[ModuleCall]:
     """Return the blocks of the longest row: modules of one type that one module calls one after another.
 
     Where there is but one block, it is the row of all that is not inside another: embeddings, and the block.
     """
-    rows: dict[tuple[nn.Module | None, type], list[Output]] = {}
+    rows: dict[tuple[nn.Module | None, type], list[ModuleCall]] = {}
     for output in outputs:
         if next(output.module.children(), None) is not None:
             rows.setdefault((output.parent, type(output.module)), []).append(output)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from captum_scoremap.checks import module_by_module
 
-__all__ = ["ModuleCall", "Output", "Outputs", "layer_shapes", "outputs_of"]
+__all__ = ["ModuleCall", "layer_shapes", "outputs_of"]
 
 Shape = tuple[int, ...]
 
@@ -23,17 +23,9 @@ class ModuleCall:
     """A module that runs, and the shapes of what it is given first and of what it returns, empty if not a tensor."""
 
     module: nn.Module
+    outer: tuple["ModuleCall", ...] = field(repr=False)  # of the modules that enclose it, the outermost first
     given: Shape = ()
     returned: Shape = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Output:
-    """The one tensor that a module returned, and which modules enclose it, the outermost first."""
-
-    module: nn.Module
-    shape: Shape
-    outer: tuple[ModuleCall, ...] = field(repr=False)
 
     @property
     def parent(self) -> nn.Module | None:
@@ -46,19 +38,12 @@ class Output:
         return len(self.outer)
 
 
-class Outputs(NamedTuple):
-    """The outputs of the modules that ran once and returned one tensor, in the order in which they ended."""
-
-    each: Sequence[Output]
-    image_shape: Shape  # of the images as the first convolution sees them: detectors resize and pad before
-
-
 def outputs_of(
     run: Callable[[], Any],
     forward_func: Callable[..., Any],
     image_shape: Sequence[int],
     note: Callable[[nn.Module, Tensor], None] = lambda *_: None,
-) -> Outputs:
+) -> tuple[list[ModuleCall], Shape]:
     """Run a model, and return what its modules do.
 
     Args:
@@ -68,18 +53,19 @@ def outputs_of(
         note: Called for each module that returns one tensor, as it ends.
 
     Returns:
-        The outputs.
+        The modules that ran once and returned one tensor, in the order in which they ended; and the shape of the images
+        as the first convolution sees them, for detectors resize and pad before.
     """
     seen: list[Shape] = []
     calls: Counter[nn.Module] = Counter()
     enclosing: list[ModuleCall] = []
-    outputs: list[Output] = []
+    outputs: list[ModuleCall] = []
     # a module that the forward makes is none that could be named, or that runs again
     members = cache(lambda root: frozenset(root.modules()))
 
     def enter(module: nn.Module, arguments: Any) -> None:
         calls[module] += 1
-        enclosing.append(ModuleCall(module))
+        enclosing.append(ModuleCall(module, tuple(enclosing)))
         if not seen and isinstance(module, nn.Conv2d) and arguments and isinstance(arguments[0], Tensor):
             own = arguments[0].shape
             seen.append(tuple(own if own[:2] == image_shape[:2] and len(own) == 4 else image_shape))
@@ -92,7 +78,7 @@ def outputs_of(
         is_member = not enclosing or module in members(enclosing[0].module)
         is_member = is_member and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         if module is not forward_func and tensor is not None and is_member:
-            outputs.append(Output(module, call.returned, tuple(enclosing)))
+            outputs.append(call)
             note(module, tensor)
 
     with ExitStack() as stack:
@@ -100,7 +86,7 @@ def outputs_of(
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave).remove)
         run()
-    return Outputs([one for one in outputs if calls[one.module] == 1], (seen or [tuple(image_shape)])[0])
+    return [one for one in outputs if calls[one.module] == 1], (seen or [tuple(image_shape)])[0]
 
 
 def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, Shape]:
@@ -118,9 +104,9 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, Shape]:
         {'0': (1, 4, 8, 8), '1': (1, 256)}
     """
     with torch.no_grad(), module_by_module():
-        outputs = outputs_of(lambda: model(inputs), model, inputs.shape)
+        outputs, _ = outputs_of(lambda: model(inputs), model, inputs.shape)
     names = {module: name for name, module in model.named_modules()}
-    return {names[one.module]: one.shape for one in outputs.each}
+    return {names[one.module]: one.returned for one in outputs}
 
 
 def _only_tensor(output: Any) -> Tensor | None:

@@ -77,27 +77,26 @@ def prepare(model: nn.Module, inputs: Inputs = None) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     check_visible(model, "model")
     prepared = copied(model).eval().requires_grad_(False)
-    flattens_by_view = _flattens_by_view(prepared)
-    if any(isinstance(module, _NORMS) for module in prepared.modules()):
-        example = Example.of(inputs)
-        settings = example.settings(prepared.forward)
-        if _fold_norms(prepared, example, settings) and settings:
-            prepared.register_forward_pre_hook(AsPrepared(settings), with_kwargs=True)
+    example = Example.of(inputs)
+    settings = example.settings(prepared.forward)
+    graph, reason = _traced(prepared, settings)
+    has_norms = any(isinstance(module, _NORMS) for module in prepared.modules())
+    if has_norms and _fold_norms(prepared, example, graph, reason) and settings:
+        prepared.register_forward_pre_hook(AsPrepared(settings), with_kwargs=True)
+    flattens_by_view = graph is not None and _flattens_by_view(graph)
     for module in prepared.modules():
         if not flattens_by_view and isinstance(module, _CONVOLUTIONS) and module.weight.dim() in _CHANNELS_LAST:
             module.to(memory_format=_CHANNELS_LAST[module.weight.dim()])
     return prepared
 
 
-def _fold_norms(model: nn.Module, example: Example, settings: Mapping[str, Any]) -> bool:
+def _fold_norms(model: nn.Module, example: Example, graph: fx.Graph | None, reason: str) -> bool:
     """Fold what can be folded, in place, and return whether something was; warn of norms that had no proof."""
     before = sum(isinstance(module, _NORMS) for module in model.modules())
-    try:
-        pairs = _traced_pairs(model, settings)
-        reason = None
-    except Exception as error:  # tracing runs the model's own code on proxies: anything can come out of it
+    if graph is not None:
+        pairs = _traced_pairs(model, graph)
+    else:
         pairs = _recorded_pairs(model, example) if example.is_known else []
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
     for convolution, norm in pairs:
         _fold(model, convolution, norm)
     left = [name for name, module in model.named_modules() if isinstance(module, _NORMS)]
@@ -120,25 +119,26 @@ class _Tracer(fx.Tracer):
         return childless or isinstance(m, _NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _flattens_by_view(model: nn.Module) -> bool:
-    """Return whether the model, as far as it can be traced, asks for a view of fewer axes than images have."""
+def _traced(model: nn.Module, settings: Mapping[str, Any]) -> tuple[fx.Graph | None, str]:
+    """Return the model as a graph, for these settings; None where torch.fx cannot trace it, and why."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = _Tracer().trace(model)
-    except Exception:  # as in folding
-        return False
+            warnings.simplefilter("ignore")  # that settings are taken as constants is the intention
+            return _Tracer().trace(model, concrete_args=dict(settings)), ""
+    except Exception as error:  # tracing runs the model's own code on proxies: anything can come out of it
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _flattens_by_view(graph: fx.Graph) -> bool:
+    """Return whether a model asks for a view of fewer axes than images have."""
     sizes = [node.args[1:] for node in graph.find_nodes(op="call_method", target="view")]
     sizes = [one[0] if len(one) == 1 and isinstance(one[0], tuple | list) else one for one in sizes]
     # one that is no number may be a type, or the sizes of another tensor
     return any(len(one) in (2, 3) or (len(one) == 1 and isinstance(one[0], int)) for one in sizes)
 
 
-def _traced_pairs(model: nn.Module, settings: Mapping[str, Any]) -> Pairs:
+def _traced_pairs(model: nn.Module, graph: fx.Graph) -> Pairs:
     """Return the convolutions whose only reader is a norm, as the traced graph shows it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that settings are taken as constants is the intention
-        graph = _Tracer().trace(model, concrete_args=dict(settings))
     modules = [node for node in graph.nodes if node.op == "call_module"]
     calls = Counter(str(node.target) for node in modules)
     read_directly = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}

@@ -5,13 +5,13 @@ gradient). Operations are those of ATen, the few hundred that all of PyTorch com
 share the rule of the plain one: ``relu`` stands for ``torch.relu``, ``F.relu``, ``x.relu_()`` and ``nn.ReLU`` alike.
 """
 
-from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear
+from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, Power
 from .attention import Attention
 from .call import Call, Value, floating, substituted, tensors_in
 from .moving import Copy
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool
-from .products import Division, Power, Product
+from .products import Division, Product
 from .quantized import Rounded
 from .rule import Comparison, Composite, Frozen, Linear, Rule
 from .table import DEFAULT, TANGENT, display_name, with_rules

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_scoremap.checks import unrecorded
 from captum_scoremap.speed import faster
 
 from .call import Call
 from .coefficients import conjugate, summed_to
-from .rule import Composite, Gradients, Rule, steps_until_equal
+from .rule import Composite, Frozen, Gradients, Rule, steps_until_equal
 from .tangent import Tangent
 
-__all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "PReLU", "PiecewiseLinear"]
+__all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "PReLU", "PiecewiseLinear", "Power"]
 
 Number = float | Tensor
 
@@ -243,6 +244,42 @@ class Gate(Rule):
         return [summed_to(gradients[0] * conjugate(state), call.values[0])]
 
 
+class Power(Gate):
+    """A power xⁿ with a constant exponent: for n > 0 the gate xⁿ⁻¹ times x, else the tangent (a scale such as 1/√x).
+
+    Equation:
+        y = ḡ · x, with ḡ = x̄ⁿ⁻¹, for n > 0; else the tangent
+
+    Example:
+        >>> from captum_scoremap import freeze
+        >>> freeze(lambda x: x**3, torch.tensor([[2.0]]))(torch.ones(1, 1))
+        tensor([[4.]])
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0.0)  # the gate is known without it
+
+    def variant(self, call: Call) -> Rule:
+        """Return the tangent where the exponent is not positive, which is a scale, or live; zero makes a constant."""
+        exponent = call.args[1]
+        if call.is_live(exponent):
+            return Tangent()
+        if _everywhere(exponent, operator.gt, 0):
+            return self
+        if isinstance(exponent, Tensor) and not _everywhere(exponent, operator.le, 0):
+            return Composite(_power_by_sign)
+        return Tangent(gate=True) if isinstance(exponent, Tensor) or exponent else Frozen()
+
+    def freeze(self, call: Call) -> Tensor:
+        """Return the gate."""
+        x, exponent = call.args
+        return torch.where(x == 0, exponent == 1, torch.pow(x.masked_fill(x == 0, 1.0), exponent - 1))
+
+    def makes_gate(self, call: Call) -> bool:
+        """Return whether it is a root: a scale."""
+        return call.only_gates() or _everywhere(call.args[1], operator.lt, 1)
+
+
 def _is_zero(value: Number) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
@@ -293,3 +330,16 @@ def _chosen(values: tuple[Number, ...], state: Tensor, dtype: torch.dtype) -> Te
             term = here if value == 1 else here * value
         total = term if total is None else total + term
     return torch.zeros((), dtype=dtype, device=state.device) if total is None else total
+
+
+def _power_by_sign(x: Tensor, exponent: Tensor) -> Tensor:
+    """Return the power where exponents of both signs stand side by side, each under its own rule."""
+    is_positive = exponent > 0
+    others = exponent.masked_fill(is_positive, 0)
+    return torch.where(is_positive, x ** exponent.masked_fill(~is_positive, 1), x**others)
+
+
+def _everywhere(exponent: Any, compare: Callable[[Any, float], Any], bound: float) -> bool:
+    """Return whether a constant exponent compares so with a bound."""
+    with unrecorded():
+        return bool(torch.as_tensor(compare(exponent, bound)).all())

@@ -1,20 +1,16 @@
-"""Products: operations that are linear in each factor alone, division and powers."""
+"""Products: operations that are linear in each factor alone, and division."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_scoremap.checks import unrecorded
-
 from .call import Call, Value
 from .coefficients import conjugate, summed_to
-from .rule import Composite, Frozen, Gradients, Rule
-from .tangent import Tangent
+from .rule import Gradients, Rule
 
-__all__ = ["Convolution", "Division", "Power", "Product", "matrix_times", "times"]
+__all__ = ["Convolution", "Division", "Product", "matrix_times", "times"]
 
 aten = torch.ops.aten
 
@@ -231,61 +227,3 @@ class Division(Rule):
     def makes_gate(self, call: Call) -> bool:
         """Return whether the numerator is a gate (exp/sum of exp) or a constant (1/norm)."""
         return not call.is_live(call.args[0]) or call.is_gate(call.args[0])
-
-
-class Power(Rule):
-    """A power xⁿ with a constant exponent: for n > 0 the gate xⁿ⁻¹ times x, else the tangent (a scale such as 1/√x).
-
-    Equation:
-        y = ḡ · x, with ḡ = x̄ⁿ⁻¹, for n > 0; else the tangent
-
-    Example:
-        >>> from captum_scoremap import freeze
-        >>> freeze(lambda x: x**3, torch.tensor([[2.0]]))(torch.ones(1, 1))
-        tensor([[4.]])
-    """
-
-    kind = "gate"
-    homogeneous = True
-
-    def variant(self, call: Call) -> Rule:
-        """Return the tangent where the exponent is not positive, which is a scale, or live; zero makes a constant."""
-        exponent = call.args[1]
-        if call.is_live(exponent):
-            return Tangent()
-        if _everywhere(exponent, operator.gt, 0):
-            return self
-        if isinstance(exponent, Tensor) and not _everywhere(exponent, operator.le, 0):
-            return Composite(_power_by_sign)
-        return Tangent(gate=True) if isinstance(exponent, Tensor) or exponent else Frozen()
-
-    def freeze(self, call: Call) -> Tensor:
-        """Return the gate."""
-        x, exponent = call.args
-        return torch.where(x == 0, exponent == 1, torch.pow(x.masked_fill(x == 0, 1.0), exponent - 1))
-
-    def apply(self, call: Call, state: Tensor) -> Tensor:
-        """Return gate * x."""
-        product: Tensor = call.args[0] * state
-        return product
-
-    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
-        """Return gate * coefficients."""
-        return [summed_to(gradients[0] * conjugate(state), call.values[0])]
-
-    def makes_gate(self, call: Call) -> bool:
-        """Return whether it is a root: a scale."""
-        return call.only_gates() or _everywhere(call.args[1], operator.lt, 1)
-
-
-def _power_by_sign(x: Tensor, exponent: Tensor) -> Tensor:
-    """Return the power where exponents of both signs stand side by side, each under its own rule."""
-    is_positive = exponent > 0
-    others = exponent.masked_fill(is_positive, 0)
-    return torch.where(is_positive, x ** exponent.masked_fill(~is_positive, 1), x**others)
-
-
-def _everywhere(exponent: Any, compare: Callable[[Any, float], Any], bound: float) -> bool:
-    """Return whether a constant exponent compares so with a bound."""
-    with unrecorded():
-        return bool(torch.as_tensor(compare(exponent, bound)).all())

@@ -37,6 +37,7 @@ class Rule(ABC):
         moves: Whether every element of its output is one of its arguments', somewhere else, or zero: then its transpose
             carries numbers back to where the elements came from.
         homogeneous: Whether it makes zeros of zeros, unless there is a constant tensor among its arguments.
+        reads: Whether the operation reads numbers of its arguments, rather than their shape and type alone.
 
     Example:
         >>> import torch
@@ -59,6 +60,7 @@ class Rule(ABC):
     in_place: bool = False
     moves: bool = False
     homogeneous: bool = False
+    reads: bool = True
 
     def variant(self, call: Call) -> "Rule":
         """Return the rule of this call: itself, the default, or another where its arguments want one."""
@@ -240,6 +242,9 @@ class Frozen(Rule):
     Equation:
         y = ȳ
 
+    Args:
+        reads: Whether it reads numbers of its arguments.
+
     Example:
         >>> import torch
         >>> from captum_scoremap import freeze
@@ -249,6 +254,9 @@ class Frozen(Rule):
     """
 
     kind = "value"
+
+    def __init__(self, *, reads: bool = True) -> None:
+        self.reads = reads
 
     def freeze(self, call: Call) -> Any:
         """Return the value."""

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, PReLU
+from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, Power, PReLU
 from .affine import AFFINE
 from .attention import Attention
 from .composite import COMPOSITE, gated_half
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
-from .products import Convolution, Division, Power, Product, matrix_times, times
+from .products import Convolution, Division, Product, matrix_times, times
 from .quantized import QUANTIZED
 from .rule import Comparison, Composite, Frozen, Rule
 from .tangent import Backward, FirstLinear, Sample, Tangent
@@ -28,11 +28,16 @@ _FROZEN = """
     equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or logical_not
     logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argmax argmin argsort
     nonzero nonzero_static count_nonzero searchsorted bucketize _unique2 unique_dim unique_consecutive round
-    floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc zero zeros_like ones_like empty_like
-    rand_like randn_like randint_like full_like new_zeros new_ones new_empty new_full new_empty_strided
-    empty_strided_like bernoulli uniform normal normal_functional random exponential geometric cauchy log_normal
-    multinomial poisson binomial _assert_async is_same_size is_pinned _new_zeros_with_same_feature_meta
-    _has_same_storage_numel nms _use_cudnn_ctc_loss _use_miopen_ctc_loss
+    floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc empty_strided_like bernoulli normal
+    multinomial poisson binomial _assert_async is_same_size is_pinned _has_same_storage_numel nms _use_cudnn_ctc_loss
+    _use_miopen_ctc_loss
+"""
+
+# These read nothing of a tensor but its shape and type.
+_UNREAD = """
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
+    new_empty_strided _new_zeros_with_same_feature_meta zero bernoulli.p bernoulli.float uniform normal_functional
+    normal.default random exponential geometric cauchy log_normal
 """
 
 
@@ -231,6 +236,7 @@ _LINEAR: dict[str, Rule] = {
 
 _CONSTANT: dict[str, Rule] = {
     **{name: Frozen() for name in _FROZEN.split()},
+    **{name: Frozen(reads=False) for name in _UNREAD.split()},
     **{name: Comparison() for name in _COMPARISONS.split()},
     **{name: Comparison(0.0) for name in ("sign", "signbit")},
 }

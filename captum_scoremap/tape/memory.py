@@ -126,26 +126,18 @@ class Memory:
         length = storage.nbytes() // target.element_size()
         if fills(target, length):
             return None
-        flat = target.detach().as_strided((length,), (1,), 0)
-        root: Value | None = None
-        place = geometry(target)
-        if value is not None:
-            root, place = value.root or (value, place)
-            if memory is not None and memory.value is None and root.beneath and root.beneath.clock < memory.clock:
-                root, place = value, geometry(target)  # around it, constants changed since the root began at a site
-        content: Any = flat.clone()  # the numbers outside of the root are constants
+        flat = target.detach().as_strided((length,), (1,), 0).clone()
+        content: Any = flat  # the numbers outside of what is live are constants
+        since = -1  # when the content was written
+        root, place = (None, None) if value is None else value.root or (value, geometry(target))
         if memory is not None and memory.value is not None:
-            content = self._flat(memory, target)
-            if root is None or root.beneath is None or root.beneath.clock < memory.clock:
-                root = None  # the memory knows
-        elif root is None:
-            return Before(content, flat)
-        else:
-            for one, where in reversed(_beneath(root)):
+            content, since = self._flat(memory, target), memory.clock
+        elif memory is not None and root and root.beneath and root.beneath.clock < memory.clock:
+            root, place = value, geometry(target)  # around it, constants changed since the root began at a site
+        for one, where, clock in _standing(root, place):
+            if clock >= since:  # else the memory knows
                 content = self._scattered(content, one, where, flat)
-        if root is not None:
-            content = self._scattered(content, root, place, flat)
-        return Before(content, flat.clone())
+        return Before(content, flat)
 
     def holds_live(self, tensor: Tensor) -> bool:
         """Return whether something live lies in the memory of a tensor, there or elsewhere in it."""
@@ -258,13 +250,14 @@ def _copied(argument: Any, address: int) -> Any:
     return argument
 
 
-def _beneath(value: Value) -> list[tuple[Value, Geometry]]:
-    """Return what lies beneath a value in memory, and where: sites within sites, from the next one down."""
+def _standing(value: Value | None, place: Any) -> list[tuple[Value, Geometry, int]]:
+    """Return what stands where a value lies in memory, sites within sites, from the lowest up; and when each began."""
     found = []
-    while value.beneath is not None and value.beneath.value is not None:
-        found.append((value.beneath.value, value.beneath.geometry))
-        value = value.beneath.value
-    return found
+    while value is not None:
+        beneath = value.beneath or Beneath(None, None, -1)
+        found.append((value, place, beneath.clock))
+        value, place = beneath.value, beneath.geometry
+    return found[::-1]
 
 
 def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:

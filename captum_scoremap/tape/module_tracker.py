@@ -121,8 +121,12 @@ class ModuleTracker:
     def _enter(self, module: nn.Module) -> None:
         if self.current is None and module not in self.roots:
             self.roots.append(module)
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
-            self._warn_of_dropout(module)
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p and not self._dropped:
+            self._dropped = True  # once in a run is enough
+            warn(
+                f"dropout is in training mode at {self.name_of(module) or type(module).__name__!r}: the map is that of "
+                "the units that this run kept, and another run gives another. Call model.eval(), unless this is meant."
+            )
         if isinstance(module, _NOT_IN_TRAINING) and module.training:  # scripted ones may not know
             raise ValueError(
                 f"the model must be in evaluation mode, got {self.name_of(module) or type(module).__name__!r} "
@@ -134,15 +138,6 @@ class ModuleTracker:
                 f"{self.name_of(module) or type(module).__name__!r}. Remove it first (the handle's remove())."
             )
         self.calls[module] += 1
-
-    def _warn_of_dropout(self, module: nn.Module) -> None:
-        """Warn, once in a run."""
-        if not self._dropped:
-            warn(
-                f"dropout is in training mode at {self.name_of(module) or type(module).__name__!r}: the map is that of "
-                "the units that this run kept, and another run gives another. Call model.eval(), unless this is meant."
-            )
-        self._dropped = True
 
 
 def _plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -15,15 +15,6 @@ _SCRATCH = "noise"
 # Views that their schema does not tell of.
 _VIEWS = {"unsafe_split", "unsafe_split_with_sizes", "_unsafe_view"}
 
-# Operations that read nothing of a tensor but its shape and type, with their overload where others read more.
-_UNREAD = frozenset(
-    """
-    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
-    new_empty_strided _new_zeros_with_same_feature_meta zero bernoulli.p bernoulli.float uniform normal_functional
-    normal.default random exponential geometric cauchy log_normal
-    """.split()
-)
-
 
 class Operation:
     """An ATen overload, and what its schema and the table of rules say of it."""
@@ -53,9 +44,6 @@ class Operation:
         self.is_view = name in _VIEWS or any(
             one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
         )
-        # whether it reads the numbers of its arguments, or what lies around its argument in memory
-        self.reads = not self.is_view and _UNREAD.isdisjoint((name, f"{name}.{overload}"))
-        self.reads_memory = name == "as_strided"
         # whether it makes a tensor of Python's or NumPy's numbers
         self.lifts = name in {"lift", "lift_fresh"}
         # whether it multiplies integers that stand for real numbers by scales that it does not know
@@ -68,6 +56,9 @@ class Operation:
             aliases: tuple[str, ...] = (self.display,) if self.display not in DEFAULT else ()
             aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
             self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
+        # whether it reads the numbers of its arguments, or what lies around its argument in memory
+        self.reads = not self.is_view and (self.rule is None or self.rule.reads)
+        self.reads_memory = name == "as_strided"
         # whether it rounds, so that the plain operation and the rounding are recorded apart
         self.rounds = isinstance(self.rule, Rounded)
         if ((self.functional is None or len(changed) > 1) and not self.rounds) or (name, overload) == ("view", "dtype"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 
 from captum_scoremap.checks import UnsupportedOperationError, unrecorded
 
@@ -68,7 +69,7 @@ class Sight:
         """Note that others may write to a tensor's memory from now on."""
         storage = _memory(tensor)
         if storage is not None and storage._cdata not in self.open:
-            may_be_filled = way == "numpy" and not self.is_parameter(storage._cdata)
+            may_be_filled = way == "numpy" and not self.is_state(storage._cdata, Parameter)
             self.open[storage._cdata] = _Open(StorageWeakRef(storage), _bytes(storage), way, may_be_filled)
 
     def compare(self, tensor: Tensor, is_live: Callable[[Tensor], bool]) -> None:
@@ -138,20 +139,19 @@ class Sight:
             exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self.exits))
             self.hide(f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
 
-    def is_parameter(self, address: int) -> bool:
-        """Return whether memory is that of a parameter of the modules that run."""
-        parameters = (one for root in self.modules.roots for one in root.parameters())
-        return any(one.untyped_storage()._cdata == address for one in parameters)
+    def is_state(self, address: int, kind: type[Tensor] = Tensor) -> bool:
+        """Return whether memory is that of a tensor of this kind that belongs to the modules that run."""
+        return any(isinstance(one, kind) and one.untyped_storage()._cdata == address for one in self._state())
 
-    def is_state(self, address: int) -> bool:
-        """Return whether memory belongs to the modules that run."""
-        state = [one for root in self.modules.roots for one in (*root.parameters(), *root.buffers())]
-        state += [one.grad for one in state if one.grad is not None]
-        scripted = [
-            one for root in self.modules.roots for one in root.modules() if isinstance(one, torch.jit.ScriptModule)
-        ]
-        state += [one for module in scripted for one in _constants_in(module)]
-        return any(one.untyped_storage()._cdata == address for one in state)
+    def _state(self) -> Iterator[Tensor]:
+        for root in self.modules.roots:
+            for one in (*root.parameters(), *root.buffers()):
+                yield one
+                if one.grad is not None:
+                    yield one.grad
+            for module in root.modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    yield from _constants_in(module)
 
     def read(self, tensor: Tensor) -> None:
         """Read a constant whose memory may have been filled by something unseen."""

@@ -63,16 +63,16 @@ class Tapped:
     values: tuple[Value, ...]
     is_tuple: bool  # whether the site has several
     bit: int  # set in ``Value.sites`` of all that depends on it
-    _kept: tuple[Kept, ...]
 
     @property
     def activations(self) -> tuple[Tensor, ...]:
         """Y, as it was when it passed."""
-        return tuple(kept.tensor for kept in self._kept)
+        return tuple(value.kept.tensor for value in self.values)
 
     def release(self) -> None:
         """Hold on to Y no longer; what still needs it has it."""
-        self._kept = ()
+        for value in self.values:
+            value.kept = None
 
 
 Visit = Callable[[Step, Sequence[Tensor | None], Sequence[Tensor | None]], None]

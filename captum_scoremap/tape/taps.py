@@ -10,7 +10,7 @@ from captum_scoremap.rules import Value, substituted
 
 from .module_tracker import Site
 from .run import Run
-from .steps import Kept, Tapped
+from .steps import Tapped
 
 __all__ = ["tap", "tap_inputs"]
 
@@ -20,8 +20,7 @@ def tap_inputs(run: Run, inputs: tuple[Tensor, ...]) -> tuple[Value | None, ...]
     values = tuple(
         _new_value(run, tensor, 1) if tensor.is_floating_point() or tensor.is_complex() else None for tensor in inputs
     )
-    kept = tuple(run.memory.keep(tensor) for tensor, value in zip(inputs, values, strict=True) if value)
-    run.tapped[None] = Tapped(tuple(filter(None, values)), True, 1, kept)
+    run.tapped[None] = Tapped(tuple(filter(None, values)), True, 1)
     return values
 
 
@@ -29,7 +28,6 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
     """Begin new values at a site, and return what goes on from there."""
     run.bit <<= 1
     values: list[Value] = []
-    kept: list[Kept] = []
     taps: dict[int, Tensor] = {}
 
     def tapped(tensor: Tensor) -> Tensor:
@@ -51,23 +49,23 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
             if value is None:  # a layer that does not depend on the image
                 value = _new_value(run, passed, 0)
                 run.memory.constant_begins(passed)
+            elif not run.inspect:
                 value.kept = run.memory.keep(passed)
             value.sites |= run.bit
             run.memory.site_begins(value)
             taps[id(tensor)] = passed
             values.append(value)
-            if not run.inspect:
-                kept.append(run.memory.keep(passed))
         return taps[id(tensor)]
 
     passing = substituted(passing, tapped)
     several = None if site[1] else passing
     is_tuple = len(several) > 1 if isinstance(several, (tuple, list)) else len(values) > 1
-    run.tapped[site] = Tapped(tuple(values), is_tuple, run.bit, tuple(kept))
+    run.tapped[site] = Tapped(tuple(values), is_tuple, run.bit)
     return passing
 
 
 def _new_value(run: Run, tensor: Tensor, sites: int) -> Value:
     value = Value(tensor, sites=sites)
+    value.kept = run.memory.keep(tensor)
     run.name(tensor, value)
     return value
