@@ -305,8 +305,12 @@ def test_out_must_be_empty_or_the_same_audit(tmp_path):
         ValueError, match=r"resume must have the settings of the audit in .*, got other values of layers"
     ):
         audit(list(data), tiny_model(), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
-    with pytest.raises(ValueError, match=r"got other values of model, layers"):
+    with pytest.raises(ValueError, match=r"got other values of model \(weights, code, labels\), layers"):
         audit(list(data), tiny_model(4), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
+    with pytest.raises(ValueError, match=r"got other values of model \(prepared\)"):
+        audit(list(data), tiny_model(), out=tmp_path / "out", prepare_model=False, resume=True, **QUICK)
+    with pytest.raises(ValueError, match=r"got other values of source \(content or labels\)"):
+        audit(list(1 - data), tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
     again = audit(list(data), tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
     assert again.images.num_rows == 3
 
@@ -348,7 +352,9 @@ def test_damaged_shards_are_named_and_computed_anew(tmp_path, finished_audit, ta
         audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)
     else:
         if harm is not _swapped and harm is not _other:
-            with pytest.raises(ValueError, match=rf"results must be whole, got {table}/00001.parquet, which {said}"):
+            with pytest.raises(
+                ValueError, match=rf"results must be whole, got {table}/00001.parquet in .*, which {said}"
+            ):
                 Shards(out).table(table)
         with pytest.warns(UserWarning, match=rf"are damaged, and computed anew: \w+/00001.parquet {said}"):
             audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)

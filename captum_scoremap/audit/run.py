@@ -388,15 +388,15 @@ def _open_folder(shards: Shards, settings: Mapping[str, Any], plan: Plan, resume
     damaged = []
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if shards.finished() and before.get(name) != settings[name]]
+        changed = _changes(before, settings) if shards.finished() else []
     except FileNotFoundError:
         changed, damaged = [], [f"{_SETTINGS} is missing"] if shards.finished() else []
-    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError) as error:
         changed, damaged = [], [f"{_SETTINGS} cannot be read ({error})"]
     if changed:
         raise ValueError(
             f"resume must have the settings of the audit in {str(shards.folder)!r}, got other values of "
-            f"{', '.join(changed)}. Repeat the first call's arguments, or choose another folder."
+            f"{', '.join(changed)}. Repeat the first call's arguments, or choose another folder for what has changed."
         )
     write_json(path, settings)
     if resume:
@@ -406,3 +406,23 @@ def _open_folder(shards: Shards, settings: Mapping[str, Any], plan: Plan, resume
         warnings.warn(
             f"results in {str(shards.folder)!r} are damaged, and computed anew: {'; '.join(damaged)}.", stacklevel=3
         )
+
+
+_HASHED = {"source": "content or labels", "model": "weights"}
+
+
+def _changes(before: Any, settings: Mapping[str, Any]) -> list[str]:
+    """Name the settings that differ, and what of the model and the source does."""
+    if not isinstance(before, dict):
+        raise TypeError(f"not a mapping, but {type(before).__name__}")
+    changed = []
+    for name, value in settings.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            parts = [
+                _HASHED.get(name, "code") if part == "hash" else part for part in value if old.get(part) != value[part]
+            ]
+            changed += [f"{name} ({', '.join(parts)})"] if parts else []
+        elif old != value:
+            changed.append(name)
+    return changed
