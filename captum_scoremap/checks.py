@@ -224,7 +224,7 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
         The tensors.
 
     Raises:
-        TypeError: If a tensor is not floating point.
+        TypeError: If a tensor is not floating point, or not dense.
         InvalidTypeError: If something is no tensor.
         ValueError: If a batch is missing or empty, or a value is not finite.
         InvalidValueError: If batches are not aligned.
@@ -241,6 +241,9 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise InvalidTypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}.")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            kind = "one on the device meta, without any" if tensor.is_meta else f"one of layout {tensor.layout}"
+            raise TypeError(f"inputs must be dense tensors of numbers, got {kind}. Make them dense: inputs.to_dense().")
         shape = tuple(tensor.shape)
         are_indices = tensor.dtype in {torch.int32, torch.int64}
         if not (tensor.is_floating_point() or (indices and are_indices)):

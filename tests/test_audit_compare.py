@@ -1,6 +1,8 @@
 """Two audits side by side: the label that gained, by how much, and where."""
 
 import json
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -100,3 +102,34 @@ def test_what_cannot_be_compared_is_refused_before_any_work(runs, tmp_path):
         audit(images(False), other, out=tmp_path / "b", progress=False, compare_with=before.folder)
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (
+            lambda run: (run / "audit.json").write_text("{"),
+            "of a whole audit, got '.*before', whose audit.json cannot be",
+        ),
+        (lambda run: (run / "audit.json").write_text(""), "whose audit.json cannot be read"),
+        (lambda run: (run / "audit.json").write_text("[1]"), "whose audit.json cannot be read"),
+        (lambda run: (run / "audit.json").write_bytes(b"\xff"), "whose audit.json cannot be read"),
+        (lambda run: (run / "scores" / "00000.parquet").write_bytes(b"PAR1"), "got scores/00000.parquet in '.*before'"),
+        (lambda run: (run / "scores" / "00000.parquet").unlink(), "in '.*before', which is missing. Go on with that"),
+        (lambda run: (run / "images" / "00000.parquet").unlink(), "must be an audit of some images, got '.*before'"),
+    ],
+)
+def test_a_damaged_run_is_refused_before_any_work_and_resume_mends_it(runs, tmp_path, harm, message):
+    model, before, _ = runs
+    other = tmp_path / "before"
+    shutil.copytree(before.folder, other)
+    harm(other)
+    same = {"layers": ["1"], "progress": False}
+    with pytest.raises(ValueError, match=message):
+        audit(images(True), model, out=tmp_path / "after", compare_with=other, **same)
+    assert not (tmp_path / "after").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what was damaged
+        audit(images(False), model, out=other, resume=True, **same)
+    done = audit(images(True), model, out=tmp_path / "after", compare_with=other, **same)
+    assert done.analysis.changes[0]["label"] == GAINER

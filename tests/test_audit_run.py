@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from captum_scoremap.audit.plan import Plan
 from captum_scoremap.audit.progress import Progress
 from captum_scoremap.audit.shards import Shards, write_whole
 from captum_scoremap.audit.worker import Worker
-from captum_scoremap.models import read_image
+from captum_scoremap.models import LoadedModel, read_image
 from tests.audit_pictures import Digits, tiny_model, write_digits, write_odd_files
 from tests.programs import needs_fork, resume, start
 
@@ -214,6 +215,61 @@ def test_wrong_arguments_say_what_to_do(tmp_path, arguments, message):
 def test_labels_of_another_data_set_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="labels must be less than 10, the model's, got 12"):
         audit([(torch.rand(3, 32, 32), 12)], tiny_model(), out=tmp_path / "out", **QUICK)
+    write_digits(tmp_path / "in", 2)
+    with pytest.raises(ValueError, match=r"less than 10, the model's, got 12 for '0001\.png'"):  # before any work
+        audit(tmp_path / "in", nameless(), out=tmp_path / "new", labels={"0001.png": 12, "0000.png": 1}, **QUICK)
+    assert not (tmp_path / "new").exists()
+
+
+def nameless() -> LoadedModel:
+    return replace(tiny_model(), labels=())
+
+
+@pytest.mark.parametrize("names", [{"layers": "0"}, {"metrics": "deletion"}, {"layers": [nn.ReLU()]}])
+def test_names_are_a_list_of_texts(tmp_path, names):
+    """A text of several letters would be as many names."""
+    with pytest.raises(TypeError, match=r"(layers|metrics) must be (a list of names, got the text|names, got ReLU)"):
+        audit([torch.rand(3, 32, 32)], tiny_model(), out=tmp_path / "out", **QUICK, **names)
+
+
+def test_what_is_named_twice_is_done_once(tmp_path):
+    layer = next(name for name, one in tiny_model().module.named_modules() if isinstance(one, nn.ReLU))
+    names = {"layers": [layer] * 2, "metrics": ["deletion"] * 2}
+    twice, once = (
+        audit(
+            [torch.full((3, 32, 32), 0.5)],
+            tiny_model(),
+            out=tmp_path / str(count),
+            **QUICK,
+            **{key: value[:count] for key, value in names.items()},
+        )
+        for count in (2, 1)
+    )
+    assert rows(twice.folder, "layers") == rows(once.folder, "layers")
+    assert rows(twice.folder, "images") == rows(once.folder, "images")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pictures_come_in_the_model_s_type(tmp_path, dtype):
+    write_digits(tmp_path / "in", 3)
+    model = tiny_model()
+    plain = audit(tmp_path / "in", model, out=tmp_path / "plain", **QUICK)
+    model.module.to(dtype)
+    done = audit(tmp_path / "in", model, out=tmp_path / "out", **QUICK)
+    for one, other in zip(done.images["score"], plain.images["score"], strict=True):
+        assert one.as_py() == pytest.approx(other.as_py(), rel=1e-5 if dtype is torch.float64 else 0.05)
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.full((1, 32, 32), 2.0), torch.full((1, 32, 32), float("nan")), torch.zeros(1, 0, 32)]
+)
+def test_images_of_one_value_or_none(tmp_path, inputs):
+    """The picture of an input has a range, or none."""
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    done = audit([torch.rand(1, 32, 32), inputs], module, out=tmp_path / "out", **QUICK)
+    reasons = {2.0: None, 0.0: "no pixels"}
+    expected = reasons.get(inputs.sum().item() / max(inputs.numel(), 1), "pixel values that are not finite")
+    assert done.images["error"].to_pylist() == [None, expected]
 
 
 def test_the_users_model_stays_as_it_is(tmp_path):
@@ -249,8 +305,12 @@ def test_out_must_be_empty_or_the_same_audit(tmp_path):
         ValueError, match=r"resume must have the settings of the audit in .*, got other values of layers"
     ):
         audit(list(data), tiny_model(), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
-    with pytest.raises(ValueError, match=r"got other values of model, layers"):
+    with pytest.raises(ValueError, match=r"got other values of model \(weights, code, labels\), layers"):
         audit(list(data), tiny_model(4), out=tmp_path / "out", layers=["1"], resume=True, **QUICK)
+    with pytest.raises(ValueError, match=r"got other values of model \(prepared\)"):
+        audit(list(data), tiny_model(), out=tmp_path / "out", prepare_model=False, resume=True, **QUICK)
+    with pytest.raises(ValueError, match=r"got other values of source \(content or labels\)"):
+        audit(list(1 - data), tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
     again = audit(list(data), tiny_model(), out=tmp_path / "out", resume=True, **QUICK)
     assert again.images.num_rows == 3
 
@@ -292,7 +352,9 @@ def test_damaged_shards_are_named_and_computed_anew(tmp_path, finished_audit, ta
         audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)
     else:
         if harm is not _swapped and harm is not _other:
-            with pytest.raises(ValueError, match=rf"results must be whole, got {table}/00001.parquet, which {said}"):
+            with pytest.raises(
+                ValueError, match=rf"results must be whole, got {table}/00001.parquet in .*, which {said}"
+            ):
                 Shards(out).table(table)
         with pytest.warns(UserWarning, match=rf"are damaged, and computed anew: \w+/00001.parquet {said}"):
             audit(source, tiny_model(), out=out, layers=["1"], resume=True, **QUICK)

@@ -137,7 +137,7 @@ def test_runs_of_one_number_are_compared(tmp_path, images):
 def test_another_score_is_another_audit(tmp_path, images):
     audit(list(images), build(), out=tmp_path, score=age, **QUICK)
     audit(list(images), build(), out=tmp_path, score=age, resume=True, **QUICK)
-    with pytest.raises(ValueError, match="other values of model, score"):
+    with pytest.raises(ValueError, match=r"other values of model \(labels\), score \(name, code\)"):
         audit(list(images), build(), out=tmp_path, score=label, resume=True, **QUICK)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ValueError, match="another score"):

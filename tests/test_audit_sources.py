@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -370,3 +371,80 @@ def test_a_row_without_an_image_is_named(tmp_path):
         open_source(tmp_path / "list.csv")
     with pytest.raises(ValueError, match=r"list.csv must name an image in every row, got none in row 2"):
         open_source(tmp_path, tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\n0000.png,digit 4\nsub/ü.png,7\n",
+        "\ufeffpath;label\r\n0000.png;digit 4\r\nsub/ü.png;7\r\n",
+        '"path";"label"\n"0000.png";"digit 4"\n"sub/ü.png";"7"\n',
+        "path\tlabel\n0000.png\tdigit 4\nsub/ü.png\t7\n",
+        "Path, Label\n0000.png, digit 4\nsub/ü.png, 7\n",
+        " FILE ,Class,\n0000.png,Digit_4,\n\nsub/ü.png,7,\n\n",
+        "path,label\n0000.png,4.0\nsub/ü.png,7.0\n",
+        "path,label\n0000.png,digit 4\nsub\\ü.png,7\n",
+        "path,label\n0000.png,digit 4\n.\\sub\\ü.png,7\n",
+        "path,label\n0000.png,digit 4\nsub/u\u0308.png,7\n",
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_lists_as_spreadsheets_and_other_systems_write_them(tmp_path, text, beside):
+    write_digits(tmp_path, 1)
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "0000.png", tmp_path / "sub" / "ü.png")
+    path = tmp_path / "labels.csv"
+    path.write_text(text, encoding="utf-8")
+    source = open_source(tmp_path, path, NAMES) if beside else open_source(path, names=NAMES)
+    assert source.labels == (4, 7)
+    if beside or "u\u0308" not in text:  # a list names files, and this one has another name
+        assert source.read(1).label == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\n0000.png,4,5\n", r"a cell for each of path, label, got \['0000.png', '4', '5'\] in line 2"),
+        ("path,label\n0000.png,digit 4, the even one\n", "Put text with ',' in it between quotes"),
+        ("path,label,Label\n0000.png,4,5\n", "labels.csv must have one column label, got 2. Rename one"),
+        ("0000.png,4\n0000.png,4\n", "must have a column path .* Rename one, or add a first row of names"),
+        ('path,label\n"0000.png,4\n', "must be comma-separated values, got 'labels.csv': unexpected end of data"),
+        (f"path,label\n{'a' * 200_000},4\n", "must be comma-separated values, got 'labels.csv': field larger"),
+        ("path,label\n0000.png,4.5\n", "label must be one of the model's, got '4.5'"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_lists_whose_cells_do_not_fit_are_errors(tmp_path, text, message, beside):
+    write_digits(tmp_path, 1)
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_source(*((tmp_path, path) if beside else (path, None)), NAMES)
+
+
+@pytest.mark.parametrize("box", ["0,0,,4", "0,0,wide,4", "0,0,nan,4", ",,,4", "0,0,inf,4"])
+def test_a_box_is_four_numbers_or_none(tmp_path, box):
+    write_digits(tmp_path, 2)
+    (tmp_path / "list.csv").write_text(f"path,x0,y0,x1,y1\n0000.png,,,,\n0001.png,{box}\n")
+    with pytest.raises(ValueError, match=r"list.csv must give a box as four numbers, x0, y0, .* got .* in row 2"):
+        open_source(tmp_path / "list.csv")
+
+
+def test_labels_of_a_data_set_may_be_names_and_come_with_it_alone(tmp_path):
+    image = torch.zeros(1, 4, 4)
+    source = open_source([(image, "digit 4"), (image, "DIGIT_7"), (image, "7"), (image, "cat")], names=NAMES)
+    assert [source.read(index).label for index in range(3)] == [4, 7, 7]
+    with pytest.raises(UnreadableError, match="a label that is no index, 'cat'"):
+        source.read(3)
+    for data in ([(image, 1)], source, f"torchvision:MNIST:{tmp_path}"):
+        with pytest.raises(ValueError, match="labels must be left out when source is a data set"):
+            open_source(data, {"0": 1}, NAMES)
+
+
+@pytest.mark.parametrize("label", [[1], [0.0, 1.0], {"digit": 1}])
+def test_several_labels_of_an_image_are_an_error(tmp_path, label):
+    write_digits(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"label must be one of the model's, got .* Give an index or a name"):
+        open_source(tmp_path, {"0000.png": label}, NAMES)
+    with pytest.raises(TypeError, match=r"labels must be a list, \.csv or \.parquet, or a mapping .* got list"):
+        open_source(tmp_path, [1], NAMES)

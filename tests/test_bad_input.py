@@ -428,3 +428,20 @@ def test_error_after_success_is_as_clear_as_before() -> None:
     with pytest.raises(ValueError, match=r"inputs must be finite"):
         attribution.attribute(with_value(math.nan), 1)
     assert_close(attribution.attribute(inputs, 1), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [
+        (Tensor.to_sparse, r"layout torch\.sparse_coo"),
+        (lambda inputs: inputs[:, 0].to_sparse_csr(), r"layout torch\.sparse_csr"),
+        (lambda inputs: inputs.to("meta"), "the device meta, without any"),
+        (lambda inputs: torch.nested.as_nested_tensor(list(inputs), layout=torch.jagged), r"layout torch\.jagged"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+def test_inputs_are_dense_tensors_of_numbers(made: Callable[[Tensor], Tensor], kind: str) -> None:
+    model, odd = piecewise_linear(), made(images())
+    for attribute in (ScoreMap(model).attribute, lambda *given: linear_form(model, *given)):
+        with pytest.raises(TypeError, match=rf"inputs must be dense tensors of numbers, got one (of|on) {kind}"):
+            attribute(odd, 1)

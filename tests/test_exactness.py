@@ -163,3 +163,11 @@ def test_the_command_line_fails_for_what_is_not_exact(capsys: pytest.CaptureFixt
     assert found["worst_residual"] is None
     unsupported = {name for layer in found["layers"] for name in layer["unsupported"]}
     assert unsupported == {"special_bessel_j0", "linalg_matrix_exp"}
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
+def test_a_tolerance_that_nothing_meets_is_an_error(tolerance: float) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    with pytest.raises(ValueError, match="tolerance must be a number from 0, got"):
+        check_exactness(model, torch.rand(1, 4), 1, tolerance=tolerance)
+    assert check_exactness(model, torch.zeros(1, 4), 1, tolerance=0.0).is_exact

@@ -565,3 +565,10 @@ def test_what_is_no_attribution_is_refused(model: nn.Module, inputs: Tensor, nam
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             measured(model, attribute, inputs, 1, name)
+
+
+@pytest.mark.parametrize("name", "insertion deletion road arcc masked_confidence completeness single_deletion".split())
+def test_images_are_one_tensor(model: nn.Module, inputs: Tensor, name: str) -> None:
+    for odd in (list(inputs), inputs.numpy(), (inputs,)):
+        with pytest.raises(TypeError, match=r"inputs must be one tensor \(N, C, H, W\), got (list|ndarray|tuple)"):
+            getattr(metrics, name)(model, ScoreMap(model).attribute, odd, 1)

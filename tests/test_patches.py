@@ -465,3 +465,20 @@ class Single(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)[:, 1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "message"),
+    [
+        ("0", TypeError, r"layer must be a module, got .*'0'.*get_submodule\("),
+        (None, TypeError, "layer must be a module, got None"),
+        (torch.relu, TypeError, "layer must be a module, got "),
+        (nn.ReLU(), ValueError, "layer must "),
+    ],
+)
+def test_a_layer_is_a_module_of_the_model(layer: Any, kind: type[Exception], message: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+    with pytest.raises(kind, match=message):
+        semantic_patches(model, layer, torch.rand(2, 3, 8, 8), k=1, progress=False)
+    with pytest.raises(kind, match=message):
+        receptive_field(model, layer, (8, 8))

@@ -316,10 +316,10 @@ def test_what_depends_on_more_than_the_structure_is_an_error(
         receptive_field(model, model, (9, 9))
 
 
-@pytest.mark.parametrize("input_size", [(8,), (0, 8), (1, 3, 8, 8)])
-def test_input_size_must_be_that_of_an_image(input_size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("input_size", [(8,), (0, 8), (1, 3, 8, 8), 8])
+def test_input_size_must_be_that_of_an_image(input_size: tuple[int, ...] | int) -> None:
     model = network("plain")
-    with pytest.raises(ValueError, match=r"^input_size must be \(H, W\) or \(C, H, W\) in pixels, got \("):
+    with pytest.raises(ValueError, match=r"^input_size must be \(H, W\) or \(C, H, W\) in pixels, got [(8]"):
         receptive_field(model, model, input_size)
 
 

@@ -576,3 +576,20 @@ def test_long_names_stay_above_their_own_map(name: str, lines: list[str]) -> Non
         box = ax.title.get_window_extent()
         assert box.x0 >= 0
         assert box.x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 3000), (200, 1600), (100, 250), (100, 100), (250, 100), (1601, 7), (3000, 1)]
+)
+def test_strips_and_columns_keep_their_titles_and_a_size_to_look_at(height: int, width: int) -> None:
+    photograph, values = torch.rand(3, height, width), torch.randn(1, 1, min(height, 9), min(width, 9))
+    figures = [
+        visualize_layer_score_maps({"first": values, "last": values}, photograph)[0],
+        visualize_score_map(values, photograph, title="one\ntwo")[0],
+        visualize_crops(photograph, values, torch.tensor([[0, 0, 1, 1]]))[0],
+    ]
+    for figure in figures:
+        figure.savefig(io.BytesIO(), dpi=50)  # a layout without room for titles is a warning, and so an error here
+        assert max(figure.get_size_inches()) < 16
+        for ax in figure.axes:
+            assert ax.title.get_window_extent().y1 <= figure.bbox.y1 + 1

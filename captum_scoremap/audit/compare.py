@@ -39,12 +39,20 @@ def check_comparable(other: Path, settings: Mapping[str, Any]) -> None:
         settings: This run's settings.
 
     Raises:
-        ValueError: If it is no audit, or one of another model.
+        ValueError: If it is no audit, one of another model, or its results are damaged or none.
     """
     path = other / SETTINGS
     if not path.is_file():
         raise ValueError(f"compare must be the folder of another audit, got {str(other)!r} without {SETTINGS}.")
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(theirs, dict):
+            raise ValueError(f"not a mapping, but {type(theirs).__name__}")
+    except ValueError as error:
+        raise ValueError(
+            f"compare must be the folder of a whole audit, got {str(other)!r}, whose {SETTINGS} cannot be read "
+            f"({error}). Go on with that audit by resume, which writes it anew."
+        ) from error
     if theirs.get("format") != settings["format"]:
         raise ValueError(f"compare must be an audit by this version, got {str(other)!r} by another. Make it anew.")
     for name in ("hash", "preprocessing"):
@@ -58,6 +66,10 @@ def check_comparable(other: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"compare must be an audit of the same score, got {str(other)!r} of another score, or of other code of it: "
             f"{name}."
+        )
+    if not _Scores(Shards(other)).place:
+        raise ValueError(
+            f"compare must be an audit of some images, got {str(other)!r} without any. Go on with that audit by resume."
         )
 
 

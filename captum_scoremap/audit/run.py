@@ -33,7 +33,7 @@ from captum_scoremap.audit.shards import Shards, write_json
 from captum_scoremap.audit.worker import METRICS, Worker
 from captum_scoremap.checks import nearest
 from captum_scoremap.copies import copied
-from captum_scoremap.data.sources import Source, open_source
+from captum_scoremap.data.sources import FileSource, Source, open_source
 from captum_scoremap.linear import main_layers
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
 from captum_scoremap.scores import are_single, logits_in
@@ -148,6 +148,7 @@ def audit(
 
     Raises:
         ValueError: If an argument is not what it must be, or ``out`` holds another audit.
+        TypeError: If one is of another kind.
         OSError: If ``out`` cannot be written.
 
     Example:
@@ -159,6 +160,9 @@ def audit(
         >>> done.images.num_rows
         6
     """
+    for argument, value in {"layers": layers, "metrics": metrics}.items():
+        if isinstance(value, str):
+            raise TypeError(f"{argument} must be a list of names, got the text {value!r}. Use [{value!r}].")
     loaded = _as_loaded(model)
     opened = open_source(source, labels, loaded.labels or None)
     plan = Plan(len(opened), limit, batch_size, shard_size)
@@ -191,7 +195,9 @@ def audit(
         pool=layers_to_pool(module, inputs),
         compiled=plan.count >= ENOUGH if compile_maps is None else compile_maps,
     )
-    if metrics and _count_scores(module, inputs) == 1:
+    count = _count_scores(module, inputs)
+    _check_labels(opened, count)
+    if metrics and count == 1:
         raise ValueError(
             f"metrics must be left out of an audit of one score, without probability, got {', '.join(metrics)}."
         )
@@ -290,7 +296,15 @@ def _check_metrics(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in METRICS:
             raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}.{nearest(name, METRICS)}")
-    return tuple(names)
+    return tuple(dict.fromkeys(names))
+
+
+def _check_labels(source: Source, count: int | None) -> None:
+    """See that the labels that are known without reading the images are the model's."""
+    labels = source.labels if isinstance(source, FileSource) and count is not None and count > 1 else ()
+    for index, label in enumerate(labels):
+        if label is not None and count is not None and label >= count:
+            raise ValueError(f"labels must be less than {count}, the model's, got {label} for {source.name(index)!r}.")
 
 
 def _choose_layers(module: nn.Module, names: Sequence[str] | None, inputs: Tensor) -> tuple[MapLayer, ...]:
@@ -301,9 +315,11 @@ def _choose_layers(module: nn.Module, names: Sequence[str] | None, inputs: Tenso
             raise ValueError(f"layers must be named, got none, and no layer of {type(module).__name__} gives a map.")
     known = dict(module.named_modules())
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"layers must be names, got {type(name).__name__}. model.named_modules() tells them.")
         if not name or name not in known:
             raise ValueError(f"layers must be named as in the model, got {name!r}.{nearest(name, known)}")
-    return map_layers(module, names, inputs)
+    return map_layers(module, list(dict.fromkeys(names)), inputs)
 
 
 def _settings(worker: Worker, original: nn.Module, prepared: bool) -> dict[str, Any]:
@@ -372,15 +388,15 @@ def _open_folder(shards: Shards, settings: Mapping[str, Any], plan: Plan, resume
     damaged = []
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if shards.finished() and before.get(name) != settings[name]]
+        changed = _changes(before, settings) if shards.finished() else []
     except FileNotFoundError:
         changed, damaged = [], [f"{_SETTINGS} is missing"] if shards.finished() else []
-    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError) as error:
         changed, damaged = [], [f"{_SETTINGS} cannot be read ({error})"]
     if changed:
         raise ValueError(
             f"resume must have the settings of the audit in {str(shards.folder)!r}, got other values of "
-            f"{', '.join(changed)}. Repeat the first call's arguments, or choose another folder."
+            f"{', '.join(changed)}. Repeat the first call's arguments, or choose another folder for what has changed."
         )
     write_json(path, settings)
     if resume:
@@ -390,3 +406,23 @@ def _open_folder(shards: Shards, settings: Mapping[str, Any], plan: Plan, resume
         warnings.warn(
             f"results in {str(shards.folder)!r} are damaged, and computed anew: {'; '.join(damaged)}.", stacklevel=3
         )
+
+
+_HASHED = {"source": "content or labels", "model": "weights"}
+
+
+def _changes(before: Any, settings: Mapping[str, Any]) -> list[str]:
+    """Name the settings that differ, and what of the model and the source does."""
+    if not isinstance(before, dict):
+        raise TypeError(f"not a mapping, but {type(before).__name__}")
+    changed = []
+    for name, value in settings.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            parts = [
+                _HASHED.get(name, "code") if part == "hash" else part for part in value if old.get(part) != value[part]
+            ]
+            changed += [f"{name} ({', '.join(parts)})"] if parts else []
+        elif old != value:
+            changed.append(name)
+    return changed

@@ -89,8 +89,8 @@ class Shards:
             return _read(path)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(
-                f"results must be whole, got {table}/{path.name}, which {_reason(path, error)}. "
-                "Go on with resume, which computes it anew."
+                f"results must be whole, got {table}/{path.name} in {str(self.folder)!r}, which "
+                f"{_reason(path, error)}. Go on with that audit by resume, which computes it anew."
             ) from error
 
     def each(self, table: str) -> Iterator[tuple[int, pa.Table]]:

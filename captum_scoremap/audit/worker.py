@@ -83,6 +83,12 @@ class Worker:
         size = self.plan.batch_size if self.compiled else 0
         return Explainer(self.model.module, self.layers, self.pool, self.maps, size)
 
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """Type of the model's numbers, which pictures are handed over in."""
+        numbers = (one.dtype for one in self.model.module.parameters() if one.is_floating_point())
+        return next(numbers, torch.float32)
+
     def results(
         self, shards: Sequence[int], done: Callable[[int], None] | None = None
     ) -> Generator[tuple[int, dict[str, pa.Table]], None, None]:
@@ -156,17 +162,15 @@ class Worker:
     def _prepare(self, index: int) -> _Prepared:
         try:
             sample = self.source.read(index)
-            if isinstance(sample.image, Tensor):
-                inputs = sample.image.detach()
-                picture = _as_picture(inputs, self.model)
-            else:
-                inputs = self.model.preprocessing(sample.image)
-                picture = to_pil_image(self.model.preprocessing.picture(inputs))
-            if not torch.isfinite(inputs).all():
-                raise UnreadableError("pixel values that are not finite")
+            image, preprocessing = sample.image, self.model.preprocessing
+            inputs = image.detach() if isinstance(image, Tensor) else preprocessing(image).to(self._dtype)
+            if not inputs.numel() or not torch.isfinite(inputs).all():
+                raise UnreadableError("pixel values that are not finite" if inputs.numel() else "no pixels")
+            is_input = isinstance(image, Tensor)
+            picture = _as_picture(inputs, self.model) if is_input else to_pil_image(preprocessing.picture(inputs))
             region = None
             if sample.region is not None:
-                region = self.model.preprocessing.picture(self.model.preprocessing(sample.region)).mean(0)
+                region = preprocessing.picture(preprocessing(sample.region)).mean(0)
         except UnreadableError as error:
             return _Prepared(index, error=str(error))
         return _Prepared(index, inputs, -1 if sample.label is None else sample.label, region, encode(picture))
@@ -349,6 +353,6 @@ def _as_picture(inputs: Tensor, model: LoadedModel) -> Image.Image:
         pixels = pixels.mean(0, keepdim=True)
     low, high = pixels.min(), pixels.max()
     if low < 0 or high > 1:
-        pixels = model.preprocessing.picture(pixels) if pixels.shape[0] == 3 else (pixels - low) / (high - low)
+        pixels = model.preprocessing.picture(pixels) if pixels.shape[0] == 3 else (pixels - low) / ((high - low) or 1)
     picture: Image.Image = to_pil_image(pixels)
     return picture

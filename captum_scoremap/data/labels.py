@@ -1,9 +1,11 @@
 """True labels: from a list, or from the folders that images lie in, as indices of the model's labels."""
 
+import itertools
 import os
+import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeAlias
 
@@ -46,17 +48,17 @@ def table_labels(
         UserWarning: Some images have no label, or some names are no image's.
     """
     places: dict[str, list[int]] = defaultdict(list)
-    for place, path in enumerate(paths):
-        places[PurePath(path).as_posix()].append(place)
     files: dict[str, list[int]] = defaultdict(list)
     for place, path in enumerate(paths):
-        files[PurePath(path).name].append(place)
+        places[_spelled(path)].append(place)
+        files[_spelled(PurePath(path).name)].append(place)
     found: dict[int, list[RawLabel]] = defaultdict(list)
     strangers = []
     rows = 0
     for name, label in table:
         rows += 1
-        matches = next((places[one] for one in _spellings(name, root, folder) if one in places), files.get(name, []))
+        spellings = _spellings(name, root, folder)
+        matches = next((places[one] for one in spellings if one in places), files.get(spellings[0], []))
         if len(matches) > 1:
             several = " and ".join(PurePath(paths[place]).as_posix() for place in matches[:_NAMED])
             raise ValueError(f"labels must name each image by its path, got {name!r} for {several}.")
@@ -83,14 +85,20 @@ def table_labels(
     return labels
 
 
+def _spelled(name: str) -> str:
+    """Return a path as it is compared: with forward slashes, letters with marks as one letter each."""
+    return unicodedata.normalize("NFC", PurePath(name).as_posix())
+
+
 def _spellings(name: str, root: Path, folder: Path | None) -> list[str]:
     """Return what an image of a table may be called below ``root``: as it is written, or from another folder."""
-    spellings = [PurePath(name).as_posix()]
-    for base in (folder, Path()):
-        if base is not None and (base == folder or PurePath(name).is_absolute()):
-            full = Path(os.path.abspath(base / name))  # noqa: PTH100  # links stay links
+    written = [name, name.replace("\\", "/")] if "\\" in name else [name]  # by Windows
+    spellings = [_spelled(one) for one in written]
+    for base, one in itertools.product((folder, Path()), written):
+        if base is not None and (base == folder or PurePath(one).is_absolute()):
+            full = Path(os.path.abspath(base / one))  # noqa: PTH100  # links stay links
             if full.is_relative_to(os.path.abspath(root)):  # noqa: PTH100
-                spellings.append(full.relative_to(os.path.abspath(root)).as_posix())  # noqa: PTH100
+                spellings.append(_spelled(str(full.relative_to(os.path.abspath(root)))))  # noqa: PTH100
     return spellings
 
 
@@ -202,6 +210,11 @@ def label_indices(raw: Sequence[RawLabel], names: Sequence[str] | None) -> list[
         [1, 1, None]
     """
     places = _places_by_name(names)
+    for label in raw:
+        if not isinstance(label, Hashable):  # several labels, or their probabilities
+            raise ValueError(
+                f"label must be one of the model's, got {label!r}. Give an index or a name for each image."
+            )
     found = {label: _label_index(label, places, names) for label in set(raw)}
     return [found[label] for label in raw]
 
@@ -225,14 +238,15 @@ def _label_index(label: RawLabel, places: Mapping[str, list[int]], names: Sequen
             f"label must be one of the model's, got {label!r}, the name of labels {matches}. Give an index."
         )
     try:
-        index = int(label)
-        if not isinstance(label, str) and index != label:
+        number = float(label)  # also "1.0", as a column with gaps is written
+        index = int(number)
+        if index != number:
             raise ValueError
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         hint = nearest(_folded(str(label)), places) or " Give indices, or the names the model uses."
         raise ValueError(f"label must be one of the model's, got {label!r}.{hint}") from None
     if index < 0 or (names is not None and index >= len(names)):
-        raise ValueError(f"label must be one of the model's {len(names or ())} labels from 0, got {index}.")
+        raise ValueError(f"label must be one of the model's {len(names or ())} labels from 0, got {label}.")
     return index
 
 

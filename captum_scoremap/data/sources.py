@@ -4,17 +4,17 @@ Every source is a sequence of samples with a stable order, so that an interrupte
 workers can share it.
 """
 
-import csv
 import hashlib
 import inspect
 import json
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from PIL import Image, ImageDraw
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from captum_scoremap.checks import nearest
-from captum_scoremap.data.extras import import_extra
 from captum_scoremap.data.files import find_pictures, printable, signatures
 from captum_scoremap.data.labels import RawLabel, folder_labels, label_indices, one_label, some, table_labels
 from captum_scoremap.data.pictures import UnreadableError, read_picture, to_rgb
+from captum_scoremap.data.tables import column_of, read_rows
 
 __all__ = ["DatasetSource", "FileSource", "Region", "Sample", "Source", "open_source"]
 
@@ -169,8 +169,9 @@ class DatasetSource(Source):
 
     Args:
         dataset: The data set. Pictures are preprocessed for the model; tensors ``(C, H, W)`` are inputs as
-            they are.
+            they are. A label is an index of the model's, or a name; None and negative ones are not known.
         title: What a report calls the source.
+        names: Names of the model's labels, in order.
 
     Raises:
         TypeError: If the data set has no length or no items by position.
@@ -178,7 +179,7 @@ class DatasetSource(Source):
 
     threads_safe = False
 
-    def __init__(self, dataset: Dataset[Any], title: str | None = None) -> None:
+    def __init__(self, dataset: Dataset[Any], title: str | None = None, names: Sequence[str] | None = None) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 "source must be a data set with a length and items by position, got "
@@ -186,6 +187,7 @@ class DatasetSource(Source):
             )
         self.dataset = dataset
         self.title = title or type(dataset).__name__
+        self.names = names
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -220,8 +222,10 @@ class DatasetSource(Source):
             if image.dim() != 3 or not image.is_floating_point():
                 raise UnreadableError(f"a tensor {tuple(image.shape)} of {image.dtype}, not (C, H, W) floating point")
         elif not isinstance(image, Image.Image):
-            raise UnreadableError(f"{type(image).__name__} is neither a picture nor a tensor")
-        return Sample(image, None if label is None else _whole_number(label))
+            raise UnreadableError(
+                f"{type(image).__name__} is neither a picture nor a tensor; an item must be one, or (image, label)"
+            )
+        return Sample(image, None if label is None else _index_of(label, self.names))
 
     def fingerprint(self) -> str:
         """Return kind, length and a sample of the items: not all of a data set can be read to compare it.
@@ -257,13 +261,13 @@ class DatasetSource(Source):
         return hashlib.sha256(f"{sample.label}".encode() + image).hexdigest()
 
 
-def _whole_number(label: Any) -> int:
+def _index_of(label: Any, names: Sequence[str] | None) -> int:
     """Return a label of a data set as an index."""
     try:
-        index = int(label)
+        index = label_indices([label], names)[0] if isinstance(label, str) else int(label)
     except (TypeError, ValueError) as error:
         raise UnreadableError(f"a label that is no index, {label!r}") from error
-    if index != label:
+    if index is None or (index != label and not isinstance(label, str)):
         raise UnreadableError(f"a label that is no index, {label!r}")
     return index
 
@@ -300,11 +304,7 @@ def open_source(
         >>> len(source), source.name(2), source.read(2).label
         (3, '2', 2)
     """
-    if isinstance(source, Source):
-        return source
-    if isinstance(source, str) and source.startswith("torchvision:"):
-        return _torchvision_source(source)
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike)) and not str(source).startswith("torchvision:"):
         path = Path(source).expanduser()
         if path.is_dir():
             return _folder_source(path, labels, names)
@@ -313,8 +313,14 @@ def open_source(
         if labels is not None:
             raise ValueError("labels must be a column of the list when source is a list. Leave labels out.")
         return _list_source(path, names)
+    if labels is not None:
+        raise ValueError("labels must be left out when source is a data set. Let its items be (image, label).")
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, str):
+        return _torchvision_source(source)
     if hasattr(source, "__getitem__"):
-        return DatasetSource(source)
+        return DatasetSource(cast("Dataset[Any]", source), names=names)
     raise TypeError(f"source must be a folder, a list, or a data set, got {type(source).__name__}.")
 
 
@@ -330,16 +336,20 @@ def _folder_source(
         return FileSource(root, found, folder_labels(found, names))
     if isinstance(labels, Mapping):
         return FileSource(root, found, table_labels(found, labels.items(), names, root))
-    path = Path(labels)
+    if not isinstance(labels, (str, os.PathLike)):
+        raise TypeError(
+            f"labels must be a list, .csv or .parquet, or a mapping from path to label, got {type(labels).__name__}."
+        )
+    path = Path(labels).expanduser()
     return FileSource(root, found, table_labels(found, _read_label_table(path), names, root, path.parent))
 
 
 def _list_source(path: Path, names: Sequence[str] | None) -> FileSource:
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if not rows:
         raise ValueError(f"source must hold images, got the list {path.name!r} without a row.")
     # abspath keeps symbolic links, whose targets may lie anywhere.
-    absolute = [Path(os.path.abspath(path.parent / name)) for name in _image_names(rows, path)]  # noqa: PTH100
+    absolute = [Path(os.path.abspath(_below(path.parent, name))) for name in _image_names(rows, path)]  # noqa: PTH100
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     paths = [str(file.relative_to(root)) for file in absolute]
     label = next((name for name in _LABEL_COLUMNS if name in rows[0]), None)
@@ -354,7 +364,7 @@ def _list_source(path: Path, names: Sequence[str] | None) -> FileSource:
         root,
         paths,
         label_indices(raw, names),
-        [_region_of(row, path.parent) for row in rows],
+        [_region_of(row, number, path) for number, row in enumerate(rows, 1)],
         title=printable(path.name),
     )
 
@@ -362,10 +372,10 @@ def _list_source(path: Path, names: Sequence[str] | None) -> FileSource:
 def _read_label_table(path: Path) -> list[tuple[str, RawLabel]]:
     if not path.is_file():
         raise ValueError(f"labels must be a list, .csv or .parquet, got {str(path)!r}, which is no file.")
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if not rows:
         raise ValueError(f"labels must hold a row for each image, got the list {path.name!r} without a row.")
-    images, label = _image_names(rows, path), _column(rows[0], _LABEL_COLUMNS, path)
+    images, label = _image_names(rows, path), column_of(rows, _LABEL_COLUMNS, path)
     return [(image, row[label]) for image, row in zip(images, rows, strict=True)]
 
 
@@ -375,41 +385,34 @@ def _image_names(rows: Sequence[Mapping[str, Any]], path: Path) -> list[str]:
     Raises:
         ValueError: If a row does not say.
     """
-    column = _column(rows[0], _PATH_COLUMNS, path)
+    column = column_of(rows, _PATH_COLUMNS, path)
     for number, row in enumerate(rows, 1):
         if row[column] is None:
             raise ValueError(f"{path.name} must name an image in every row, got none in row {number}. Delete the row.")
     return [str(row[column]) for row in rows]
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if path.suffix.lower() == ".parquet":
-        parquet = import_extra("pyarrow.parquet", "audit")
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-        return rows
-    if path.suffix.lower() != ".csv":
-        raise ValueError(f"a list must be a .csv or .parquet file, got {path.name!r}.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return [{key: value or None for key, value in row.items() if key} for row in csv.DictReader(file)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a list must be UTF-8, got {path.name!r}: {error}. Save it as UTF-8.") from error
+def _below(folder: Path, name: str) -> Path:
+    """Return a file of a list, which may have been written on Windows."""
+    path = folder / name
+    return path if "\\" not in name or path.exists() else folder / name.replace("\\", "/")
 
 
-def _column(row: Mapping[str, object], known: Sequence[str], path: Path) -> str:
-    found = next((name for name in known if name in row), None)
-    if found is None:
-        raise ValueError(f"{path.name} must have a column {' or '.join(known)}, got {', '.join(row)}. Rename one.")
-    return found
-
-
-def _region_of(row: Mapping[str, Any], folder: Path) -> Region | None:
+def _region_of(row: Mapping[str, Any], number: int, path: Path) -> Region | None:
     if row.get("mask"):
-        return folder / str(row["mask"])
+        return _below(path.parent, str(row["mask"]))
     values = [row.get(column) for column in _BOX_COLUMNS]
-    if any(value is None for value in values):
+    if all(value is None for value in values):
         return None
-    x0, y0, x1, y1 = (float(value) for value in values if value is not None)
+    try:
+        x0, y0, x1, y1 = (float(value) for value in values)  # type: ignore[arg-type]  # None raises
+    except (TypeError, ValueError):
+        x0 = y0 = x1 = y1 = math.nan
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError(
+            f"{path.name} must give a box as four numbers, {', '.join(_BOX_COLUMNS)}, or leave them empty, "
+            f"got {', '.join(map(str, values))} in row {number}."
+        )
     return x0, y0, x1, y1
 
 

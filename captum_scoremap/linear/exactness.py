@@ -94,6 +94,10 @@ def check_exactness(
     """
     check_callable(model)
     tensors = check_inputs(inputs)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(
+            f"tolerance must be a number from 0, got {tolerance}. Leave it out for one that fits the type."
+        )
     if tolerance is None:
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(inputs.dtype, 5e-2)
     names = {module: name for name, module in model.named_modules() if name}

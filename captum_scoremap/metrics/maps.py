@@ -105,13 +105,15 @@ def checked_target(inputs: Tensor, target: Score) -> CheckedScore:
         The labels or the function.
 
     Raises:
-        TypeError: If target is something else.
+        TypeError: If target is something else, or inputs are no tensor.
         ValueError: If inputs are no ``(N, C, H, W)``, or target is not one label for each.
 
     Example:
         >>> checked_target(torch.zeros(3, 1, 2, 2), 7)
         tensor([7, 7, 7])
     """
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be one tensor (N, C, H, W), got {type(inputs).__name__}. Use torch.stack.")
     if inputs.dim() != 4:
         advice = " Use inputs[None]." if inputs.dim() == 3 else ""
         raise ValueError(f"inputs must have the shape (N, C, H, W), got {tuple(inputs.shape)}.{advice}")

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from captum_scoremap.attribution import CompleteScoreMap, LayerScoreMap, NeuronScoreMap
-from captum_scoremap.checks import module_by_module
+from captum_scoremap.checks import check_callable, check_layer, module_by_module
 from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
@@ -114,7 +114,7 @@ def semantic_patches(
         The patches, best first.
 
     Raises:
-        TypeError: An image is of none of these kinds.
+        TypeError: An image is of none of these kinds, or the layer is no module.
         ValueError: A number is out of range, there are more or fewer targets than images, ``preprocess`` is
             missing or does something else, or a file cannot be read.
 
@@ -127,6 +127,8 @@ def semantic_patches(
         >>> len(patches), patches[0].pixels.shape
         (5, torch.Size([3, 3, 3]))
     """
+    check_callable(forward_func)
+    check_layer(forward_func, layer)
     if k is None:
         k = min(_MANY, max(per_image, 1) * len(images)) if isinstance(images, Sized) and len(images) else _MANY
     _check(images, targets, by, k, per_image, batch_size, channel, neuron)

@@ -114,6 +114,7 @@ def receptive_field(
         The receptive fields, exact for every single cell.
 
     Raises:
+        TypeError: ``layer`` is no module.
         ValueError: ``input_size`` is not two or three positive numbers; ``layer`` does not run, or its output
             is another.
         NotImplementedError: The reach of an operation is not known; the message names it and its module.
@@ -126,10 +127,11 @@ def receptive_field(
         >>> field.box(row=0, col=4)
         (5, 0, 12, 4)
     """
-    if len(input_size) not in {2, 3} or min(input_size) < 1:
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be a module, got {layer!r}. Of a name: model.get_submodule(name).")
+    if not isinstance(input_size, Sequence) or len(input_size) not in {2, 3} or min(input_size) < 1:
         raise ValueError(
-            f"input_size must be (H, W) or (C, H, W) in pixels, got {tuple(input_size)}. "
-            "Give, for instance, (224, 224)."
+            f"input_size must be (H, W) or (C, H, W) in pixels, got {input_size}. Give, for instance, (224, 224)."
         )
     channels, height, width = (3, *input_size) if len(input_size) == 2 else input_size
     parameter = next((model if isinstance(model, nn.Module) else layer).parameters(), torch.empty(0))

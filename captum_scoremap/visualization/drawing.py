@@ -24,6 +24,9 @@ FINEST_LINED = 28
 """Cells a side above which contours would fill the map."""
 
 
+_ASPECTS = (0.4, 3.0)  # of height to width: there is room for titles beside a strip, and an end to a column
+
+
 class _Shown(Figure):
     """A figure that a notebook shows as it is: of others it prints the name, until pyplot has drawn something."""
 
@@ -57,7 +60,8 @@ def axes_grid(
         columns = min(columns, count)
         rows = math.ceil(count / columns)
         if fig_size is None:  # a map of 2.2 inches, its color bar and two lines of title
-            fig_size = (3.2 * columns, (2.2 * aspect + 0.6) * rows)
+            low, high = _ASPECTS
+            fig_size = (3.2 * columns, (2.2 * min(max(aspect, low), high) + 0.6) * rows)
         figure = _Shown(figsize=fig_size, layout="constrained")
         axes = [figure.add_subplot(rows, columns, 1 + index) for index in range(count)]
     for ax in axes:
