@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -575,6 +576,18 @@ def test_transposed_steps_in_operations_that_onnx_has(name: str, generator: torc
     names = {str(node.target) for node in module.graph.nodes}
     assert not [name for name in names if "backward" in name or "empty" in name or "view.dtype" in name]
     assert_close(module(y, *state)[0], method.attribute(y), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSPOSED if re.search("nearest|linear|cubic", name)])
+def test_enlargements_of_any_number_of_images(name: str, tmp_path: Path, generator: torch.Generator) -> None:
+    """PyTorch's own backward operations of these take no sizes that are symbols."""
+    operate, (_, *shape) = TRANSPOSED[name]
+    images = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    weights = torch.randn(operate(images[:1]).shape, generator=generator, dtype=torch.float64)
+    method = ScoreMap(lambda x: (operate(x) * weights).flatten(1).sum(1))
+    exported = compile_map(method, images[:1], backend="graph").export(tmp_path / "map.pt2")
+    (found,) = read_back(exported.path, ["image"], ["map"])(images)
+    assert_close(found, method.attribute(images), rtol=1e-10, atol=1e-12)
 
 
 # -- compiled

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-__all__ = ["ONNX", "functional"]
+__all__ = ["ANY_NUMBER", "ONNX", "functional"]
 
 aten = torch.ops.aten
 
@@ -146,7 +146,7 @@ def _along_axes(gradient: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Return the product with the transpose of one matrix, (after, before), for each of the last axes."""
     for axis, matrix in enumerate(reversed(matrices), start=1):
         gradient = (gradient.movedim(-axis, -1) @ matrix.to(gradient)).movedim(-1, -axis)
-    return gradient
+    return gradient.contiguous()
 
 
 def _matrix(operation: Any, size: int, like: Tensor, *arguments: Any) -> Tensor:
@@ -344,3 +344,6 @@ ONNX: Decompositions = {
     aten.empty_strided.default: _empty_strided,
     aten.new_empty.default: _new_empty,
 }
+
+ANY_NUMBER: Decompositions = {operation: how for operation, how in ONNX.items() if "upsample" in str(operation)}
+"""What PyTorch finds the shapes of for numbers alone, not for a size that is a symbol."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from captum_scoremap.data.extras import import_extra
 
 from .any_number import for_any_number
-from .decomposed import ONNX, functional
+from .decomposed import ANY_NUMBER, ONNX, functional
 from .graph import Graph
 
 __all__ = ["FORMATS", "read_back", "write"]
@@ -57,8 +57,9 @@ def write(
             import_extra(package, "onnx")
     graph, arguments = cases[0]
     state, dynamic = graph.read(), None
+    decompositions = ONNX if is_onnx else ANY_NUMBER if len(cases) == 2 else None
     with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False), _quiet():
-        modules = [functional(one.module, (*theirs, *one.read()), ONNX if is_onnx else None) for one, theirs in cases]
+        modules = [functional(one.module, (*theirs, *one.read()), decompositions) for one, theirs in cases]
         module = modules[0]
         if len(cases) == 2:
             if not all(map(torch.equal, state, cases[1][0].read())):
@@ -170,7 +171,8 @@ def _missing(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep to ourselves what the exporters tell of their own progress and deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    names = ("torch.onnx", "onnxscript", "torch.export", "onnx_ir", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
