@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_a_layer_that_does_not_depend_on_the_image_has_no_residual(inputs: Tenso
     found = check_exactness(Positions().double().eval(), inputs, 1, tolerance=1e-12)
     assert {layer.layer for layer in found.layers if layer.residual is not None} == {"input", "conv", "head"}
     assert found.is_exact
-    assert not check_exactness(Positions().double().eval(), inputs, 1, tolerance=-1.0).is_exact
+    assert not replace(found, tolerance=-1.0).is_exact
 
 
 class Wrong(Rule):
