@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, bias_terms, freeze, linear_form
-from captum_scoremap.rules import Call, Gate, with_rules
+from captum_scoremap.rules import Call, Gate, Tangent, with_rules
 from captum_scoremap.tape import Recording
 from captum_scoremap.tape.geometry import are_apart, fills, geometry, overlaps
 from tests.between import assert_as_plain, assert_exact, assert_is_gradient, between, some_images
@@ -1092,6 +1092,11 @@ AT_A_LAYER: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "a part of what it gave": lambda site, y, c: (lambda a: (a[:, :2].mul_(2.0), 3 * a + c)[1])(site(c)) + y,
     "parts of it, of which one changes before": two_parts,
     "a layer of a part": lambda site, y, c: (lambda a: (a.mul_(2.0), c.add_(1.0), 3 * c)[2])(site(c[:, 1:])) + y,
+    "what it gave is multiplied by it": lambda site, y, c: (lambda a: (a.mul_(c), 3 * a + c)[1])(site(c)) + y,
+    "divided by it": lambda site, y, c: (lambda a: (a.div_(c + 2), a.div_(c), 3 * a)[2])(site(c)) + y,
+    "a part of it multiplied by a part": lambda site, y, c: (
+        (lambda a: (a[:, 1:].mul_(c[:, 1:]), 3 * a + c)[1])(site(c)) + y
+    ),
     "read in a list before": lambda site, y, c: (
         (lambda a: (lambda both: (a.sub_(a * 1), both[:2] + c)[1])(torch.cat([c, a])))(site(c)) + y
     ),
@@ -1134,6 +1139,135 @@ def test_the_rest_of_a_constant_that_passed_a_layer_is_still_what_the_layer_gave
     form = linear_form(model, inputs, lambda output: output.sum(1), model.site)
     assert_close(form.coefficients, torch.tensor([[3.0, 3.0, 1.0, 1.0]], dtype=torch.float64))
     assert_close(form.bias, inputs.sum(1))
+
+
+# -- what passed a layer stands where others do not change it
+
+
+def through_another(change: Callable[[Tensor], object]) -> Callable[[nn.Module, Tensor], Tensor]:
+    def passing(site: nn.Module, y: Tensor) -> Tensor:
+        other = y[:, 1:3]
+        passed = site(y)
+        change(other)
+        return passed
+
+    return passing
+
+
+def in_two_turns(site: nn.Module, y: Tensor) -> Tensor:
+    passed = site(y)
+    y[:, :1].mul_(3.0)
+    first = passed * 2
+    y[:, 1:2].mul_(3.0)
+    return first + passed
+
+
+def its_part(site: nn.Module, y: Tensor) -> Tensor:
+    part = site(y)[:, 1:]
+    y[:, 2:3].add_(1.0)
+    return part * 5
+
+
+def its_own_part_after_another(site: nn.Module, y: Tensor) -> Tensor:
+    passed = site(y)
+    part = passed[:, 3:]
+    y[:, :1].mul_(3.0)
+    part.mul_(7.0)
+    return passed
+
+
+def its_own_part_before_another(site: nn.Module, y: Tensor) -> Tensor:
+    passed = site(y)
+    passed[:, 3:].mul_(7.0)
+    y[:, :1].mul_(3.0)
+    return passed
+
+
+def by_strides(site: nn.Module, y: Tensor) -> Tensor:
+    part = site(y)[:, 1:]
+    y[:, :1].mul_(3.0)
+    return part.as_strided((1, 4), (4, 1), 0)
+
+
+def another_after_its_own_part(site: nn.Module, y: Tensor) -> Tensor:
+    other = y[:, :3]
+    site(y)[:, :1].mul_(7.0)
+    return other * 2
+
+
+STANDING: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], list[float]]] = {
+    "by its slope": (through_another(lambda one: one.relu_()), [1, 0, 0, 1]),
+    "by constants": (through_another(lambda one: one.fill_(0.5)), [1, 0, 0, 1]),
+    "by numbers of the image": (through_another(lambda one: one.copy_(one.flip(1))), [1, 0, 0, 1]),
+    "in two turns": (in_two_turns, [0, 2, 3, 3]),
+    "a part of what passed": (its_part, [0, 5, 0, 5]),
+    "then a part of what passed": (its_own_part_after_another, [0, 1, 1, 7]),
+    "after a part of what passed": (its_own_part_before_another, [0, 1, 1, 7]),
+    "read by strides": (by_strides, [0, 1, 1, 1]),
+    "which reads its own": (another_after_its_own_part, [14, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", [nn.Identity, lambda: nn.LeakyReLU(0.5, inplace=True), nn.Flatten])
+@pytest.mark.parametrize("is_constant", [False, True])
+@pytest.mark.parametrize("name", STANDING)
+def test_what_passed_a_layer_stands_where_others_do_not_change_it(
+    name: str, is_constant: bool, kind: Callable[[], nn.Module]
+) -> None:
+    passing, expected = STANDING[name]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.site = kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.linspace(-1, 1, 4, dtype=x.dtype)[None].clone() if is_constant else 2 * x
+            return passing(self.site, y) + 0 * x[:, :1]
+
+    model, inputs = Model().eval(), torch.tensor([[1.0, -2.0, 3.0, -4.0]], dtype=torch.float64)
+    form = linear_form(model, inputs, lambda output: output.sum(1), model.site)
+    assert_close(form.coefficients, torch.tensor([expected], dtype=torch.float64))
+    assert_close(form.sums + form.bias, model(inputs).sum(1), **EXACT)
+    frozen = freeze(model, inputs)(inputs, {model.site: torch.zeros_like(form.activations)})
+    assert_close(frozen.sum(1), form.bias, **EXACT)
+
+
+WRITTEN_OVER: dict[str, Callable[[Tensor], Tensor]] = {
+    "a number": lambda part: part.fill_(0.4),
+    "a table": lambda part: part.copy_(torch.full_like(part, 0.4)),
+    "a table by index": lambda part: part.__setitem__(slice(None), torch.full_like(part, 0.4)) or part,
+    "noise": lambda part: part.uniform_(0.4, 0.4 + 1e-12),
+    "a part of it": lambda part: part.fill_(0.4)[:, :2],
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OVER)
+def test_a_factor_that_constants_were_written_over_is_a_constant(name: str) -> None:
+    def model(x: Tensor) -> Tensor:
+        memory = x.clone()
+        factor = WRITTEN_OVER[name](memory[:, :2])
+        return x[:, 1:3] * factor + memory[:, 2:]
+
+    form = linear_form(model, torch.rand(1, 4, dtype=torch.float64) + 1, lambda output: output.sum(1))
+    assert_close(form.coefficients, torch.tensor([[0.0, 0.4, 1.4, 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("operation", ["mul", "sub", "maximum", "addcmul"])
+@pytest.mark.parametrize("change", [Tensor.zero_, lambda one: one[:, 1:].mul_(2.0), lambda one: one.copy_(one + 1)])
+def test_rules_of_the_users_are_held_to_constants_as_they_were(
+    operation: str, change: Callable[[Tensor], object]
+) -> None:
+    def model(x: Tensor) -> Tensor:
+        constant = torch.linspace(1, 2, 4, dtype=x.dtype)[None].clone()
+        arguments = (x, constant, constant) if operation == "addcmul" else (x, constant)
+        output: Tensor = getattr(torch, operation)(*arguments)
+        change(constant)
+        return output + constant
+
+    inputs = torch.rand(1, 4, dtype=torch.float64)
+    form = linear_form(model, inputs, 1, rules={operation: Tangent()})
+    assert_close(form.sums + form.bias, model(inputs)[:, 1], **EXACT)
 
 
 # -- sites within sites

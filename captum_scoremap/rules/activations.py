@@ -48,7 +48,7 @@ class PiecewiseLinear(Rule):
     """A piecewise linear function, with the piece each element is on (the mask) frozen: slope * x + offset.
 
     Which piece a breakpoint itself belongs to follows autograd's convention, so that masks and gradients agree even
-    there.
+    there; clamp's before PyTorch 2.14, under which its bounds are inside.
 
     Equation:
         y = s̄ · x + ō, with s̄, ō the slope and offset of the piece that x̄ is on

@@ -33,10 +33,8 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
         )
     run.sight.written(target)
     known = run.value_of(target)
-    if known is None:
+    if known is None or run.memory.held_constants(target):
         run.memory.release_constants(target, step)
-    elif run.memory.held_constants(target):
-        run.memory.release_constants(target)
     before = run.memory.whole_before(target, known)
     count = len(run.tape.steps)
     kinds = {tensor.dtype for tensor in (target, *floating(call.args))}  # of several, the widest is cast afterwards

@@ -5,6 +5,7 @@ where a view is changed, the values of the memory before with the view's new one
 read after its memory changed is read from the memory's last value, by its strides.
 """
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from captum_scoremap.checks import unrecorded
 from captum_scoremap.rules import Copy, Rule, Value, tensors_in
 
 from .geometry import Geometry, are_apart, fills, geometry
@@ -53,6 +55,14 @@ class _Changed:
         return tensor.element_size() == self._element and all(
             are_apart(place, other) for when, other in self._changes if when > clock
         )
+
+    def left(self, tensor: Tensor, clock: int) -> Tensor:
+        """Return which elements of a tensor nothing changed since then; none where that cannot be told."""
+        row = torch.full((self.length,), tensor.element_size() == self._element, device=tensor.device)
+        for when, place in self._changes if bool(row.all()) else ():
+            if when > clock:
+                row.as_strided(*place).zero_()
+        return row.as_strided(*geometry(tensor))
 
 
 class Before(NamedTuple):
@@ -126,18 +136,13 @@ class Memory:
         length = storage.nbytes() // target.element_size()
         if fills(target, length):
             return None
-        flat = target.detach().as_strided((length,), (1,), 0).clone()
-        content: Any = flat  # the numbers outside of what is live are constants
-        since = -1  # when the content was written
-        root, place = (None, None) if value is None else value.root or (value, geometry(target))
-        if memory is not None and memory.value is not None:
-            content, since = self._flat(memory, target), memory.clock
-        elif memory is not None and root and root.beneath and root.beneath.clock < memory.clock:
-            root, place = value, geometry(target)  # around it, constants changed since the root began at a site
-        for one, where, clock in _standing(root, place):
-            if clock >= since:  # else the memory knows
-                content = self._scattered(content, one, where, flat)
-        return Before(content, flat)
+        flat = target.detach().as_strided((length,), (1,), 0).clone()  # its numbers are constants where nothing is live
+        if memory is not None:
+            return Before(flat if memory.value is None else self._flat(memory, target), flat)
+        if value is None:
+            return Before(flat, flat)
+        root, place, _ = _standing(value, geometry(target))[0]
+        return Before(self._scattered(flat, root, place, flat), flat)
 
     def holds_live(self, tensor: Tensor) -> bool:
         """Return whether something live lies in the memory of a tensor, there or elsewhere in it."""
@@ -188,8 +193,23 @@ class Memory:
         memory.value = self._record(aten.as_strided_scatter.default, args, (before.tensor, target), flat)
         memory.geometry = (flat.shape, (1,), 0)
 
-    def read(self, tensor: Tensor, memory: _Changed) -> Value | None:
-        """Return what a tensor holds whose memory changed since it was made."""
+    def read(self, tensor: Tensor, memory: _Changed, known: Value | None = None, since: int = 0) -> Value | None:
+        """Return what a tensor holds whose memory changed since it was known as a value."""
+        held = self._held_at(tensor, memory)
+        if known is None or (known.root or (known,))[0].beneath is None:
+            return held
+        with unrecorded():  # what others changed is as they left it, the rest is as it passed the site
+            left = memory.left(tensor, since)
+            is_all_changed = not bool(left.any())
+        if is_all_changed:
+            return held
+        args = left, known, tensor.detach().clone() if held is None else held
+        value = self._record(aten.where.self, args, (left, tensor, tensor), tensor)
+        self.site_begins(value)
+        return value
+
+    def _held_at(self, tensor: Tensor, memory: _Changed) -> Value | None:
+        """Return what the memory holds where a tensor lies."""
         if memory.value is not None:
             _check_read_alike(tensor, memory.value.dtype)
         if memory.value is None or memory.geometry == geometry(tensor):
@@ -203,7 +223,11 @@ class Memory:
         before = self.whole_before(known, value)
         if before is None:
             return None
-        return self._record(aten.as_strided.default, (before.content, *geometry(tensor)), (before.tensor,), tensor)
+        content, memory = before.content, self.changed.get(known.untyped_storage()._cdata)
+        for one, place, clock in _standing(value, geometry(known)):
+            if clock >= (0 if memory is None else memory.clock):  # else the memory knows
+                content = self._scattered(content, one, place, before.tensor)
+        return self._record(aten.as_strided.default, (content, *geometry(tensor)), (before.tensor,), tensor)
 
     def view(self, known: Tensor, value: Value, tensor: Tensor) -> Value:
         """Return the value of another tensor of the memory of a known one."""
@@ -250,13 +274,14 @@ def _copied(argument: Any, address: int) -> Any:
     return argument
 
 
-def _standing(value: Value | None, place: Any) -> list[tuple[Value, Geometry, int]]:
+def _standing(value: Value, place: Geometry) -> list[tuple[Value, Geometry, float]]:
     """Return what stands where a value lies in memory, sites within sites, from the lowest up; and when each began."""
-    found = []
-    while value is not None:
-        beneath = value.beneath or Beneath(None, None, -1)
-        found.append((value, place, beneath.clock))
-        value, place = beneath.value, beneath.geometry
+    root, where = value.root or (value, place)
+    found = [] if root is value or root.beneath is None else [(value, place, math.inf)]
+    while root is not None:
+        beneath = root.beneath or Beneath(None, None, -1)
+        found.append((root, where, beneath.clock))
+        root, where = beneath.value, beneath.geometry
     return found[::-1]
 
 

@@ -14,13 +14,13 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_scoremap.checks import unrecorded
-from captum_scoremap.rules import Call, Rule, Value
+from captum_scoremap.rules import Rule, Value
 
 from .memory import Memory
 from .module_tracker import ModuleTracker, Site
 from .real_numbers import RealNumbers
 from .sight import Sight
-from .steps import Tape, Tapped
+from .steps import Step, Tape, Tapped
 
 __all__ = ["Run"]
 
@@ -48,7 +48,7 @@ class Run(TorchDispatchMode):
         self.bit = 1  # of the last site
         self.tapped: dict[Site | None, Tapped] = {}  # of the input, None, and of each site that ran
         self.broken: dict[tuple[str, str], None] = {}  # operations, and their modules, whose frozen values empty maps
-        self.unverified: list[tuple[str, Rule, Call]] = []
+        self.unverified: list[tuple[str, Step, list[Tensor], Any]] = []  # steps under rules of the user's
         self._known: dict[int, tuple[weakref.ref[Tensor], Value | None, int]] = {}  # and when it became known
 
     def recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ class Run(TorchDispatchMode):
 
     def made(self, tensor: Tensor, operation: str = "") -> None:
         """Note that a tensor is a constant, from now on, that an operation made."""
-        self._known[id(tensor)] = weakref.ref(tensor), None, 0
+        self._known[id(tensor)] = weakref.ref(tensor), None, self.memory.clock
         if operation:
             self.sight.made(tensor, operation)
 
@@ -83,18 +83,16 @@ class Run(TorchDispatchMode):
         # the entry of a tensor that is gone may stand where another one is now
         if known is not None and known[0]() is not tensor:
             known = None
-        is_live = known is not None and known[1] is not None
-        if self.memory.changed:
-            memory = self.memory.changed.get(tensor.untyped_storage()._cdata)
-            if memory is not None and not (known is not None and is_live and memory.leaves(tensor, known[2])):
-                is_constant = not is_live and memory.was_constant and memory.leaves(tensor, 0)
-                value = None if is_constant else self.memory.read(tensor, memory)
-                if value is not None:
-                    self.name(tensor, value)
-                return value
-        if known is not None:
-            return known[1]
-        return None if type(tensor) is Parameter else self._met(tensor)
+        _, value, since = known or (None, None, 0)
+        memory = self.memory.changed.get(tensor.untyped_storage()._cdata) if self.memory.changed else None
+        if memory is None:
+            return value if known is not None or type(tensor) is Parameter else self._met(tensor)
+        is_known = known is not None or memory.was_constant
+        if not (is_known and memory.leaves(tensor, since)):
+            value = self.memory.read(tensor, memory, value, since)
+            if value is not None:
+                self.name(tensor, value)
+        return value
 
     def symbol(self, argument: Any, live: list[Tensor], values: list[Value]) -> Any:
         """Return an argument with values for its live tensors, which are noted; a number may stand for a tensor."""
@@ -140,6 +138,6 @@ class Run(TorchDispatchMode):
                     value = self.memory.view(known, value, tensor)
                     self.name(tensor, value)
                     return value
-        self._known[id(tensor)] = weakref.ref(tensor), None, 0
+        self._known[id(tensor)] = weakref.ref(tensor), None, self.memory.clock
         self.sight.meet(tensor)
         return None

@@ -1,23 +1,31 @@
 """Rules of the user's are held to what the operation returned."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from captum_scoremap.checks import NoDerivativeError
-from captum_scoremap.rules import Call, Rule, Tangent, substituted, tensors_in
+from captum_scoremap.rules import Call, Tangent, substituted, tensors_in
+
+from .steps import Step
 
 __all__ = ["to_verify", "verify"]
 
 
-def to_verify(call: Call) -> Call:
-    """Return a copy of a call, to be verified later: below autograd, where calls arrive, a rule cannot use autograd."""
-    copy = call.filled([tensor.clone() for tensor in call.live])
-    copy.output = substituted(call.output, torch.clone)
-    return copy
+def to_verify(call: Call) -> tuple[list[Tensor], Any]:
+    """Return copies of a call's live arguments and output, to be verified later.
+
+    Below autograd, where calls arrive, a rule cannot use autograd.
+    """
+    return [tensor.clone() for tensor in call.live], substituted(call.output, torch.clone)
 
 
-def verify(where: str, rule: Rule, call: Call) -> None:
+def verify(where: str, step: Step, live: Iterable[Tensor], output: Any) -> None:
     """Raise unless a user's rule returns at the image what the operation returns; ``where`` is what errors call it."""
+    rule, call = step.rule, step.filled(live)  # constants as they were, which the step knows
+    call.output = output
     try:
         with torch.no_grad():
             expected, frozen = call.output, rule.apply(call, rule.freeze(call))

@@ -51,7 +51,7 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
                 return output
         if not operation.is_trusted:
             where = f"rule for {operation.display!r} ({type(rule).__name__}), in module {run.modules.current_name!r},"
-            run.unverified.append((where, rule, to_verify(call)))
+            run.unverified.append((where, step, *to_verify(call)))
         if is_constant or not rule.is_affine(step):
             step.state = _kept(run, rule.packed(call, rule.freeze(call)), call)
         if is_constant:
