@@ -284,6 +284,38 @@ def test_maps_behind_a_filter_are_laid_over_the_whole_image() -> None:
     assert difference[36:].sum() > 3 * difference[:28].sum()
 
 
+OVERWRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a shift": lambda x: F.pad(x, (0, 0, 1, -1)),
+    "a shift beside": lambda x: F.pad(x, (0, 0, 1, -1), value=0.3) + x,
+    "a shift of numbers": lambda x: F.pad(x, (0, 0, 2, -2), value=0.3),
+    "chosen tokens": lambda x: x.index_put((torch.arange(len(x)), torch.arange(len(x)) + 3), x.new_tensor(0.25)),
+    "a mask": lambda x: x.masked_fill(torch.arange(16)[:, None] % 3 == 0, 0.25),
+    "a mask in place": lambda x: (x := x.clone(), x.__setitem__((slice(None), torch.arange(16) % 3 == 0), 0.25))[0],
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_stands_on_constants_that_were_written_over_tokens_is_not_lost(name: str, count: int) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.mlp = nn.Conv2d(3, 5, 4, stride=4), nn.LayerNorm(5), nn.Linear(5, 5)
+            self.head = nn.Linear(80, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = OVERWRITTEN[name](self.conv(x).flatten(2).transpose(1, 2))
+            return self.head(self.mlp(self.norm(self.mlp(tokens))).flatten(1))
+
+    model, inputs = filled(Model()), images(count, 3, 16, 16)
+    for layer in (None, model.conv):
+        form, parts = linear_form(model, inputs, 1, layer), bias_maps(model, inputs, 1, layer)
+        total = sum(one.sum((1, 2, 3)) for one in parts.maps.values()) + sum(parts.placeless.values())
+        assert_close(total, form.bias, rtol=1e-9, atol=1e-12)
+    complete, placeless = CompleteScoreMap(model, model.conv).attribute(inputs, 1, return_placeless=True)
+    assert_close(complete.sum((1, 2, 3)) + placeless, model(inputs)[:, 1], rtol=1e-9, atol=1e-12)
+
+
 class Unrolled(nn.Module):
     """Tokens window by window, a maximum over each window's cells, and shortcuts on the way, as Hiera has them."""
 

@@ -28,6 +28,9 @@ __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
 # maximum is one of the numbers.
 _MOVING = {"roi_align", "im2col", "index_put", "amax", "amin", "max", "min"}
 
+# What may put constants where elements of as large a tensor stood, so that not all numbers find a way back.
+_OVERWRITING = {"index_put", "constant_pad_nd"}
+
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 256
 
@@ -161,7 +164,8 @@ class Placement:
             return [by_shape]
         if not carried:
             return [(None, self._of_images(self._total(product), product))]
-        if sum(share.numel() for share, _ in carried) < product.numel():  # some stood on padding, or on a constant
+        is_overwritten = display_name(self._steps[value.step].operation) in _OVERWRITING
+        if is_overwritten or sum(share.numel() for share, _ in carried) < product.numel():  # some stood on a constant
             lost = self._total(product) - sum(self._total(share) for share, _ in carried)
             with unrecorded():
                 is_rounding = not bool((lost.abs() > 8 * torch.finfo(lost.dtype).eps * product.abs().sum()).any())
