@@ -103,24 +103,24 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
             raise InvalidTypeError(f"target must hold integers, got {target.dtype}.")
-        target = int(target) if target.numel() == 1 else target.tolist()
+        target = int(target) if target.numel() == 1 else target.long()
     if isinstance(target, np.integer):
         target = int(target)
-    if isinstance(target, bool) or not isinstance(target, (int, tuple, list)):
+    if isinstance(target, bool) or not isinstance(target, (int, tuple, list, Tensor)):
         raise InvalidTypeError(
             "target must be an int, a tuple, a list or a tensor of integers, or a function from the model's output to "
             f"(N,), got {type(target).__name__}."
         )
     if not sizes:
         raise InvalidValueError(
-            f"target must be None for a model that returns one score for each image, ({count},); got {target!r}. "
+            f"target must be None for a model that returns one score for each image, ({count},); got "
+            f"{target.tolist() if isinstance(target, Tensor) else target!r}. "
             "If these are the scores of one image, use inputs[None]."
         )
-    if isinstance(target, list):
+    if isinstance(target, (list, Tensor)):
         if len(target) != count:
             raise InvalidValueError(f"target must have one entry for each of the {count} images, got {len(target)}.")
-        rows = [_index(entry, sizes) for entry in target]
-        columns = [torch.tensor([row[axis] for row in rows], device=output.device) for axis in range(len(sizes))]
+        columns = _indices(target, sizes).to(output.device).unbind(1)
         place: tuple[Any, ...] = (torch.arange(count, device=output.device), *columns)
         return output[place]
     scores: Tensor = output
@@ -389,6 +389,16 @@ def _checked(scores: object, images: int | None) -> Tensor:
             f"a target function must return one score for each image, {wanted}, got {tuple(scores.shape)}."
         )
     return scores
+
+
+def _indices(target: Tensor | list[Any], sizes: tuple[int, ...]) -> Tensor:
+    """Targets of all images as indices into their scores, (N, number of sizes), checked as :func:`_index` does."""
+    if isinstance(target, Tensor) and len(target):
+        for entry in (target[0], target.amin(0), target.amax(0)):  # not each: a metric has thousands
+            _index(entry.tolist(), sizes)
+    else:
+        target = torch.tensor([_index(entry, sizes) for entry in target], dtype=torch.long)
+    return target.reshape(-1, len(sizes))
 
 
 def _index(entry: Any, sizes: tuple[int, ...]) -> tuple[int, ...]:

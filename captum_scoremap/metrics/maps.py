@@ -81,7 +81,8 @@ def attributed(attribute: Attribution, inputs: Tensor, target: CheckedScore) -> 
 def ranks(maps: Tensor) -> Tensor:
     """Return the rank of each pixel in its map ``(N, H, W)``: 0 for the highest; of equal ones the first leads."""
     order = maps.flatten(start_dim=1).argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1).view_as(maps)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).view_as(maps)
 
 
 def unit_maps(attribute: Attribution, inputs: Tensor, target: CheckedScore) -> Tensor:

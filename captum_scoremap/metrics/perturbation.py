@@ -140,14 +140,16 @@ def _curve(
     pixels = inputs.shape[-2] * inputs.shape[-1]
     if not 1 <= steps <= pixels:
         raise ValueError(f"steps must be between 1 and the number of pixels, {pixels}, got {steps}.")
-    rank = ranks(attribution_maps(attribute, inputs, target))[:, None]
-    exchanged = torch.linspace(0, pixels, steps + 1, device=inputs.device).round().long()
+    rank = ranks(attribution_maps(attribute, inputs, target))[:, None].int()
+    exchanged = torch.linspace(0, pixels, steps + 1, device=inputs.device).round().int()
     background = _background(inputs, baseline)
     before, after = (background, inputs) if insert else (inputs, background)
 
     def images(index: Tensor) -> Tensor:
-        which, step = index // (steps + 1), index % (steps + 1)
-        return torch.where(rank[which] < exchanged[step][:, None, None, None], after[which], before[which])
+        which, runs = (index // (steps + 1)).unique_consecutive(return_counts=True)
+        counts = exchanged[index % (steps + 1)][:, None, None, None].split(runs.tolist())
+        pairs = zip(which.tolist(), counts, strict=True)
+        return torch.cat([torch.where(rank[i] < count, after[i], before[i]) for i, count in pairs])
 
     probabilities = in_batches(label_probabilities, forward_func, images, inputs, target, steps + 1, batch_size)
     return PerturbationCurve((exchanged / pixels).to(inputs), probabilities.view(len(inputs), steps + 1))

@@ -31,14 +31,17 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Processor time of the best run, and what it returned."""
+def seconds(runs: Sequence[Callable[[], Any]], repeats: int) -> tuple[list[float], list[Any]]:
+    """Processor time of the best turn of each, and what each returned; they take turns."""
     taken = []
     for _ in range(repeats):
-        start = time.process_time()
-        found = run()
-        taken.append(time.process_time() - start)
-    return min(taken), found
+        turn, found = [], []
+        for run in runs:
+            start = time.process_time()
+            found.append(run())
+            turn.append(time.process_time() - start)
+        taken.append(turn)
+    return [min(one) for one in zip(*taken, strict=True)], found
 
 
 def flipping(images: Tensor, target: Tensor, maps: Tensor, steps: int, repeats: int) -> tuple[float, float, float]:
@@ -48,11 +51,12 @@ def flipping(images: Tensor, target: Tensor, maps: Tensor, steps: int, repeats: 
     options = {"normalise": False, "disable_warnings": True, "return_aggregate": False}
     pixel_flipping = quantus.PixelFlipping(features_in_step=pixels // steps, perturb_baseline=0.0, **options)
     data = {"x_batch": images.numpy(), "y_batch": target.numpy(), "a_batch": maps.numpy(), "channel_first": True}
-    theirs = seconds(lambda: pixel_flipping(model=model, softmax=True, device="cpu", **data), repeats)
-    ours = seconds(
-        lambda: metrics.deletion(model, lambda *_: maps, images, target, steps=steps, batch_size=2048), repeats
+    runs = (
+        lambda: metrics.deletion(model, lambda *_: maps, images, target, steps=steps, batch_size=512),
+        lambda: pixel_flipping(model=model, softmax=True, device="cpu", **data),
     )
-    return ours[0], theirs[0], float(np.abs(ours[1].probabilities[:, 1:].numpy() - np.array(theirs[1])).max())
+    (ours, theirs), (curve, flipped) = seconds(runs, repeats)
+    return ours, theirs, float(np.abs(curve.probabilities[:, 1:].numpy() - np.array(flipped)).max())
 
 
 def imputation(images: Tensor, maps: Tensor, repeats: int) -> tuple[float, float, float]:
@@ -68,8 +72,8 @@ def imputation(images: Tensor, maps: Tensor, repeats: int) -> tuple[float, float
     def ours() -> Tensor:
         return torch.stack([impute(image, hole) for image, hole in zip(images, holes, strict=True)])
 
-    mine, other = seconds(ours, repeats), seconds(theirs, repeats)
-    return mine[0], other[0], float(np.abs(mine[1].numpy() - other[1].reshape(images.shape)).max())
+    taken, (mine, other) = seconds((ours, theirs), repeats)
+    return taken[0], taken[1], float(np.abs(mine.numpy() - other.reshape(images.shape)).max())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32, metavar="N", help="number of images (default 32)")
     parser.add_argument("--size", type=int, default=28, metavar="PIXELS", help="their sides (default 28)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns, of which the best counts (default 3)")
     options = parser.parse_args(arguments)
     generator = torch.Generator().manual_seed(0)
     shape = (options.images, 1, options.size, options.size)
