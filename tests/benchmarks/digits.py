@@ -1,4 +1,4 @@
-"""Digits whose place is known, and a small network that learns them.
+"""Digits whose place is known, and small networks that learn them.
 
 A canvas of noise holds one of scikit-learn's digits, at any place and in any size and light color, and pieces of other
 digits as clutter. Canvases of training and of test share no digit.
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-__all__ = ["SIDE", "AlexNet", "Canvases", "canvases", "train"]
+__all__ = ["SIDE", "AlexNet", "Canvases", "ViT", "canvases", "train"]
 
 SIDE = 48
 _SIZES = (18, 30)  # of a digit, in pixels
@@ -91,6 +92,29 @@ class AlexNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, 48, 48) to scores (N, 10)."""
         scores: Tensor = self.classifier(self.features(x))
+        return scores
+
+
+class ViT(VisionTransformer):  # type: ignore[misc]  # timm is not typed
+    """A vision transformer of four blocks, with a class token and a token for each 8 x 8 pixels.
+
+    Two convolutions stand before its patches (Xiao et al. 2021, *Early Convolutions Help Transformers See Better*):
+    without them it takes many times as long to learn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(img_size=SIDE, patch_size=8, num_classes=10, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2)
+        self.patch_embed.proj = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, 96, 2, stride=2),
+        )
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Tokens of a block (N, 1 + 36, 96) to scores (N, 10), as though it were the last."""
+        scores: Tensor = self.forward_head(self.norm(tokens))
         return scores
 
 

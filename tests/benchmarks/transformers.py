@@ -48,6 +48,7 @@ def rollout(subject: Subject) -> Attribution:
     Read at the class token; where the tokens' mean is what counts, at the mean of the patches.
     """
     model = copy.deepcopy(subject.module)
+    read = slice(0, 1) if getattr(model, "global_pool", "avg") == "token" else slice(1, None)
 
     def attribute(inputs: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad(), _attention_of(model, subject.layers) as (weights, _):
@@ -55,7 +56,7 @@ def rollout(subject: Subject) -> Attribution:
         product = torch.eye(weights[0].shape[-1])
         for attention in weights:
             product = (attention.mean(1) + torch.eye(attention.shape[-1])) / 2 @ product
-        return _on_grid(product[:, 1:].mean(1)[:, 1:])
+        return _on_grid(product[:, read].mean(1)[:, 1:])
 
     return attribute
 
