@@ -316,15 +316,18 @@ def cell(column: Column, values: Values) -> str:
     if not len(sample):
         return "-"
     found, half = interval(column, sample)
+    if math.isnan(found):  # the correlation of a map that is zero everywhere
+        return "-"
     return f"{found:.{column.digits}f}" + (f" ± {half:.{column.digits}f}" if half else "")
 
 
 def best(column: Column, results: dict[str, Values]) -> str | None:
     """Name of the method that is first."""
-    known = {name: sample for name, values in results.items() if len(sample := column.sample(values))}
+    samples = {name: sample for name, values in results.items() if len(sample := column.sample(values))}
+    known = {name: found for name, one in samples.items() if not math.isnan(found := column.statistic(one))}
     if not column.better or not known:
         return None
-    return max(known, key=lambda name: column.better * column.statistic(known[name]))
+    return max(known, key=lambda name: column.better * known[name])
 
 
 def table(results: dict[str, Values]) -> str:
