@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap import metrics
+from captum_scoremap.metrics import remove_and_debias
 from captum_scoremap.metrics.remove_and_debias import impute
 
 WEIGHTS = {(-1, -1): 1 / 12, (-1, 0): 1 / 6, (-1, 1): 1 / 12, (0, -1): 1 / 6}
@@ -140,8 +141,12 @@ def imputed_slowly(image: Tensor, hole: Tensor) -> Tensor:
     return filled
 
 
+@pytest.mark.parametrize("band", [0, remove_and_debias._BAND], ids=["sparse", "band"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_imputation_solves_the_dense_system(share: float, inputs: Tensor, maps: Tensor) -> None:
+def test_imputation_solves_the_dense_system(
+    share: float, band: int, inputs: Tensor, maps: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remove_and_debias, "_BAND", band)
     for image, one in zip(inputs, maps[:, 0], strict=True):
         hole = one > one.flatten().quantile(1 - share)
         torch.testing.assert_close(impute(image, hole), imputed_slowly(image, hole), rtol=1e-10, atol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -368,3 +369,28 @@ def test_what_holds_the_scores_is_named() -> None:
             select_scores(output, 1)
         target = eval(re.search(r"lambda output: \S+ label\]", str(caught.value))[0], {"label": 1})
         assert select_scores(output, target).tolist() == [2.0, 4.0]
+
+
+FORMS = pytest.mark.parametrize("form", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])
+
+
+@FORMS
+def test_labels_anywhere_in_a_batch_are_checked(form: Callable[[Any], Any]) -> None:
+    scores, grids = torch.arange(12.0).view(4, 3), torch.arange(24.0).view(4, 3, 2)
+    assert select_scores(scores, form([0, -1, 2, 1])).tolist() == [0.0, 5.0, 8.0, 10.0]
+    assert select_scores(grids, form([[0, 1], [2, 0], [1, 1], [-1, -1]])).tolist() == [1.0, 10.0, 15.0, 23.0]
+    for output, labels, message in (
+        (scores, [0, 3, 2, 1], "target must be from 0 to 2, got 3."),
+        (scores, [0, 1, -4, 1], "target must be from 0 to 2, got -4."),
+        (grids, [[0, 1], [2, 0], [1, 2], [0, 0]], "target must be from 0 to 1, got 2."),
+        (grids, [0, 1, 2, 0], "target must have 2 indices for scores of shape (N, 3, 2), got 0."),
+        (scores, [0, 1], "target must have one entry for each of the 4 images, got 2."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            select_scores(output, form(labels))
+
+
+@FORMS
+def test_no_images_have_no_scores(form: Callable[[Any], Any]) -> None:
+    labels = form([]) if form is list else form([0])[:0]
+    assert select_scores(torch.zeros(0, 3), labels).shape == (0,)
