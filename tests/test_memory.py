@@ -1355,3 +1355,45 @@ def test_what_new_memory_held_before_it_was_filled_does_not_count(generator: tor
     assert_close(form.coefficients, expected.coefficients, rtol=1e-12, atol=1e-13)
     for bias in (form.bias, torch.stack(list(terms.values())).sum(0), frozen[:, 1]):
         assert_close(bias, expected.bias, rtol=1e-12, atol=1e-13)
+
+
+class Table(nn.Module):
+    """What does not depend on the image, a layer's or not, changed by the image."""
+
+    def __init__(self, layer: nn.Module | None, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(1, 3, 4, 4))
+        self.layer, self.head, self.change = layer, nn.Linear(48, 4), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = (self.table + 0 if self.layer is None else self.layer(self.table + 0)).expand_as(x).contiguous()
+        return self.head(self.change(made, x.relu()).flatten(1))
+
+
+BY_THE_IMAGE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "multiplied": (lambda c, x: c.mul_(x), lambda c, x: c * x),
+    "a part of it": (
+        lambda c, x: (c[:, :2].mul_(x[:, :2]), c)[1],
+        lambda c, x: torch.cat([c[:, :2] * x[:, :2], c[:, 2:]], 1),
+    ),
+    "divided": (lambda c, x: c.div_(1 + x), lambda c, x: c / (1 + x)),
+    "by itself, too": (lambda c, x: c.addcmul_(c, x), lambda c, x: c + c * x),
+    "as an output": (lambda c, x: torch.mul(c, x, out=c), lambda c, x: c * x),
+    "the larger": (lambda c, x: torch.maximum(c, x, out=c), torch.maximum),
+    "twice": (lambda c, x: c.mul_(x).mul_(2.0).add_(x), lambda c, x: 2 * c * x + x),
+}
+
+
+@pytest.mark.parametrize("case", BY_THE_IMAGE)
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.ReLU(inplace=True), nn.Identity(), None])
+def test_a_frozen_model_keeps_a_layers_constants_that_the_image_changes_in_place(
+    case: str, images: int, layer: nn.Module | None, generator: torch.Generator
+) -> None:
+    """At another image it is the model that makes a new tensor, frozen."""
+    in_place, apart = (Table(layer, change).double().eval() for change in BY_THE_IMAGE[case])
+    apart.load_state_dict(in_place.state_dict())
+    here, there = torch.randn(2, images, 3, 4, 4, dtype=torch.float64, generator=generator)
+    assert_close(freeze(in_place, here)(here), in_place(here), **EXACT)
+    assert_close(freeze(in_place, here)(there), freeze(apart, here)(there), **EXACT)
+    assert_close(linear_form(in_place, here, 1).coefficients, linear_form(apart, here, 1).coefficients, **EXACT)

@@ -33,7 +33,8 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
         )
     run.sight.written(target)
     known = run.value_of(target)
-    if known is None or run.memory.held_constants(target):
+    # a layer's constants, too, may be taken for what they are
+    if known is None or not known.sites & 1 or run.memory.held_constants(target):
         run.memory.release_constants(target, step)
     before = run.memory.whole_before(target, known)
     count = len(run.tape.steps)
@@ -47,7 +48,8 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
 
         write(run, operation, call, step, in_place)
     else:
-        if known is None:  # a rule may come back to what the constant was
+        is_constant = isinstance(step.args[where], Tensor)
+        if is_constant:  # a rule may come back to what it was
             call.args = (*call.args[:where], step.args[where], *call.args[where + 1 :])
             run.made(step.args[where])
         output = write(run, operation, call, step, step.operation)
@@ -58,6 +60,8 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
                 f"a tensor must keep its shape when it changes in place, got {tuple(target.shape)} that becomes "
                 f"{tuple(output.shape)} in {operation.display}_. Use torch.{operation.display}(...)."
             )
+        if is_constant:  # to which the steps of a composite refer
+            run.memory.release_constants(target)
         run.memory.about_to_change(target)
         target.copy_(output)
     made = run.tape.steps[-1].outputs if len(run.tape.steps) > count else ()

@@ -30,7 +30,7 @@ def step_of(run: Run, operation: Operation, call: Call, args: tuple[Any, ...], k
     rule: Any = operation.rule  # there is one
     step = Step(operation.functional, args, kwargs, call.values, call.values, rule=rule, module=run.modules.current)
     if run.inspect and not isinstance(rule, Linear):
-        _leave_constants(step, call, operation.changes)
+        _leave_constants(step, call)
     step.rule = rule.variant(step)
     return step
 
@@ -119,14 +119,13 @@ def _kept(run: Run, state: Any, call: Call) -> Any:
     return tuple(map(kept, state)) if type(state) is tuple else kept(state)
 
 
-def _leave_constants(step: Step, call: Call, changes: int | None) -> None:
+def _leave_constants(step: Step, call: Call) -> None:
     """Leave to a step and its call, of their live arguments, those that depend on the image, if any do.
 
     A layer that does not depend on it, such as one that makes another's weight, gives a constant like any other.
     """
     depends = [bool(value.sites & 1) for value in step.values]
-    changed = None if changes is None else step.args[changes]
-    if all(depends) or not any(depends) or any(changed is one and not one.sites & 1 for one in step.values):
+    if all(depends) or not any(depends):
         return
     each: Any = zip(step.values, call.live, depends, strict=True)
     filled = step.filled([value if is_live else tensor for value, tensor, is_live in each])
