@@ -178,18 +178,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = read(options.images, names, slice(options.training), features)
     test = read(options.images, names, slice(options.training, options.training + options.audited), features)
     cases = [(names.index(name), mark) for name in options.labels or names for mark in options.marks]
-    rows = []
+    rows, text = [], ""
     for label, mark in tqdm([*cases, (None, "")], unit="audit"):
         rows.append(run(training, test, features, names, label, mark, options.font))
-        tqdm.write(str(rows[-1]))
-    text = (
-        f"# Mixed sets\n\n`python -m tests.benchmarks mixed --images DIR`, {options.model}, torch {torch.__version__}\n"
-        f"({len(training.images)} photographs to train on, {len(test.images)} an audit)\n\n"
-        f"{markdown(rows)}\n\n{(__doc__ or '').strip()}\n"
-    )
+        text = (
+            f"# Mixed sets\n\n`python -m tests.benchmarks mixed --images DIR`\n({options.model}, torch "
+            f"{torch.__version__}, {len(training.images)} photographs to train on, {len(test.images)} an audit)\n\n"
+            f"{markdown(rows)}\n\n{(__doc__ or '').strip()}\n"
+        )
+        if options.out is not None:  # so far
+            options.out.write_text(text, encoding="utf-8")
     print(text)
-    if options.out is not None:
-        options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
