@@ -26,6 +26,15 @@ CARTON = 478
 MODELS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
+def draw(image: Image.Image, row: int, size: int, font: Path, opacity: int) -> tuple[int, int]:
+    """Draw the characters on an image, white; returns their first and last row."""
+    mask = Image.new("L", image.size)
+    ImageDraw.Draw(mask).text((4, row), TEXT, fill=opacity, font=ImageFont.truetype(str(font), size))
+    image.paste((255, 255, 255), mask=mask)
+    _, first, _, last = mask.getbbox() or (0, 0, 0, 0)
+    return first, last
+
+
 def write(photographs: Sequence[Path], folder: Path, font: Path | None) -> dict[str, tuple[float, float]]:
     """Write the photographs, with the characters where a font is given; returns where these lie."""
     folder.mkdir(parents=True)
@@ -40,12 +49,8 @@ def write(photographs: Sequence[Path], folder: Path, font: Path | None) -> dict[
         size = round(0.13 * VIEW)
         row = draw_at.randrange(0, VIEW - 2 * size)
         if font is not None:
-            letters = ImageFont.truetype(str(font), size)
-            mask = Image.new("L", image.size)
-            ImageDraw.Draw(mask).text((4, row), TEXT, fill=128, font=letters)
-            _, first, _, last = mask.getbbox() or (0, 0, 0, 0)
+            first, last = draw(image, row, size, font, opacity=128)
             bands[f"{path.stem}.png"] = (first / VIEW, last / VIEW)
-            image.paste((255, 255, 255), mask=mask)
         image.resize((SIDE, SIDE)).save(folder / f"{path.stem}.png")
     return bands
 
