@@ -58,8 +58,9 @@ class _Changed:
 
     def left(self, tensor: Tensor, clock: int) -> Tensor:
         """Return which elements of a tensor nothing changed since then; none where that cannot be told."""
-        row = torch.full((self.length,), tensor.element_size() == self._element, device=tensor.device)
-        for when, place in self._changes if bool(row.all()) else ():
+        is_told = tensor.element_size() == self._element
+        row = torch.full((self.length,), is_told, device=tensor.device)
+        for when, place in self._changes if is_told else ():
             if when > clock:
                 row.as_strided(*place).zero_()
         return row.as_strided(*geometry(tensor))
@@ -201,6 +202,8 @@ class Memory:
         with unrecorded():  # what others changed is as they left it, the rest is as it passed the site
             left = memory.left(tensor, since)
             is_all_changed = not bool(left.any())
+            if left.dim() and bool((left == left[:1]).all()):  # in each image the same, whatever their number
+                left = left[:1]
         if is_all_changed:
             return held
         args = left, known, tensor.detach().clone() if held is None else held
