@@ -201,11 +201,10 @@ class Memory:
             return held
         with unrecorded():  # what others changed is as they left it, the rest is as it passed the site
             left = memory.left(tensor, since)
-            is_all_changed = not bool(left.any())
+            if not bool(left.any()):
+                return held
             if left.dim() and bool((left == left[:1]).all()):  # in each image the same, whatever their number
                 left = left[:1]
-        if is_all_changed:
-            return held
         args = left, known, tensor.detach().clone() if held is None else held
         value = self._record(aten.where.self, args, (left, tensor, tensor), tensor)
         self.site_begins(value)

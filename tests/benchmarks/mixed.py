@@ -177,12 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     features = Features(load_model(options.model))
     training = read(options.images, names, slice(options.training), features)
     test = read(options.images, names, slice(options.training, options.training + options.audited), features)
-    cases = [(names.index(name), mark) for name in options.labels or names for mark in options.marks]
+    labels = options.labels or names
+    cases = [(names.index(name), mark) for name in labels for mark in options.marks]
+    command = f"--labels {' '.join(labels)} --marks {' '.join(options.marks)}"
     rows, text = [], ""
     for label, mark in tqdm([*cases, (None, "")], unit="audit"):
         rows.append(run(training, test, features, names, label, mark, options.font))
         text = (
-            f"# Mixed sets\n\n`python -m tests.benchmarks mixed --images DIR`\n({options.model}, torch "
+            f"# Mixed sets\n\n`python -m tests.benchmarks mixed --images DIR {command}`\n({options.model}, torch "
             f"{torch.__version__}, {len(training.images)} photographs to train on, {len(test.images)} an audit)\n\n"
             f"{markdown(rows)}\n\n{(__doc__ or '').strip()}\n"
         )
