@@ -42,7 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-LONGEST = {f"test_{name}.py" for name in "tutorials zoo compiled audit_run audit_findings benchmarks".split()}
+LONGEST = {
+    f"test_{name}.py" for name in "tutorials zoo compiled cli complete audit_run audit_findings benchmarks".split()
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

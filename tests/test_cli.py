@@ -340,9 +340,14 @@ def test_a_single_number_is_explained_without_asking(small: str, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    ("model", "score"), [("named", ["--score", "small_in_this_folder:age"]), ("one", []), ("two", [])]
+    ("model", "score", "maps"),
+    [
+        ("named", ["--score", "small_in_this_folder:age"], "score"),
+        ("named", ["--score", "small_in_this_folder:age"], "fused"),
+        ("one", [], "complete"),
+        ("two", [], "fused"),
+    ],
 )
-@pytest.mark.parametrize("maps", ["score", "complete", "fused"])
 def test_export_of_a_score_of_the_user(
     model: str, score: list[str], maps: str, small: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
