@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import CompleteScoreMap, MultiView, bias_maps, bias_terms, linear_form, prepare
+from captum_scoremap import CompleteScoreMap, LayerScoreMap, MultiView, bias_maps, bias_terms, linear_form, prepare
 from captum_scoremap.layout import resized
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.metrics import cause_game, single_deletion
@@ -265,6 +265,31 @@ def test_the_mean_of_layers_is_the_mean_of_their_maps(generator: torch.Generator
     layers = [model.layer2, model.layer4]
     alone = [linear_form(model, images, 1, layer).complete_map((64, 64)) for layer in layers]
     assert_close(CompleteScoreMap(model, layers).attribute(images, 1), (alone[0] + alone[1]) / 2, rtol=1e-9, atol=1e-9)
+
+
+def test_default_layers_count_less_where_the_score_is_at_the_class_token(generator: torch.Generator) -> None:
+    stem = [torchvision.models.vision_transformer.ConvStemConfig(out, 3, 2) for out in (8, 16)]
+    model = torchvision.models.VisionTransformer(32, 4, 4, 2, 16, 32, num_classes=5, conv_stem_configs=stem)
+    model = model.double().eval()
+    with torch.no_grad():
+        model.heads.head.weight.normal_(generator=generator)  # zero as built
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    found, placeless = CompleteScoreMap(model).attribute(images, 1, return_placeless=True)
+    with torch.no_grad():
+        assert_close(found.sum((1, 2, 3)) + placeless, model(images)[:, 1], rtol=1e-10, atol=1e-10)
+
+    *_, (finer, (before, _)), (coarser, (rows, _)) = main_modules(Subject(model, (images,))).items()
+    tokens = LayerScoreMap(model, coarser).attribute(images, 1)[:, :, 0]
+    at_patches, at_class_token = tokens[:, 1:].sum(1).abs(), tokens[:, 0].abs()
+    assert bool((at_class_token > at_patches).all())
+    weights = torch.stack([torch.full_like(placeless, 1 / before), at_patches / (at_patches + at_class_token) / rows])
+    maps = [linear_form(model, images, 1, layer).complete_map((32, 32)) for layer in (finer, coarser)]
+    by_hand = sum((weight / weights.sum(0)).view(2, 1, 1, 1) * one for weight, one in zip(weights, maps, strict=True))
+    assert_close(found, by_hand, rtol=1e-9, atol=1e-9)
+    named = CompleteScoreMap(model, [finer, coarser]).attribute(images, 1)  # what a user names is not weighed
+    assert_close(named, (maps[0] + maps[1]) / 2, rtol=1e-9, atol=1e-9)
 
 
 def test_a_score_that_does_not_depend_on_the_layer_is_placeless(generator: torch.Generator) -> None:

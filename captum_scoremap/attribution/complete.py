@@ -8,7 +8,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images
-from captum_scoremap.linear import explain_completely
+from captum_scoremap.linear import Ledger, explain_completely
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site
@@ -39,8 +39,9 @@ class CompleteScoreMap(Contract):
         forward_func: The model in evaluation mode, or a function that calls it.
         layers: A module: its complete map on its own grid. Several: the mean of theirs, on the image's size. "image":
             that of the image itself. None for the last main layer of each of the two coarsest resolutions (main layers:
-            those that the fewest modules enclose), weighted by the size of their cells: late layers know what, the ones
-            before know better where. A network of one resolution has one.
+            those that the fewest modules enclose), weighted by the size of their cells, for late layers know what, the
+            ones before know better where; and by how much of a layer's sub-scores stands at its places rather than on
+            class tokens. A network of one resolution has one.
         rules: Operation to rule, to replace or add some.
 
     Example:
@@ -100,11 +101,28 @@ class CompleteScoreMap(Contract):
         books, score = explain_completely(subject, target, sites)
         size = None if self._has_own_grid else (image.shape[2], image.shape[3])
         with torch.no_grad():
-            rows = [book.maps[""].shape[2] if self._modules is None and "" in book.maps else 1 for book in books]
-            weights = [1 / count / sum(1 / each for each in rows) for count in rows]
-            complete = sum(weight * book.complete_map(size) for weight, book in zip(weights, books, strict=True))
-            placeless = sum(
-                weight * book.placeless_sum(score, size) for weight, book in zip(weights, books, strict=True)
-            )
+            weights = _default_weights(books, score) if self._modules is None else torch.ones(len(books), 1)
+            weights = (weights / weights.sum(0)).to(score)
+            each = list(zip(weights, books, strict=True))
+            complete = sum(weight[:, None, None, None] * book.complete_map(size) for weight, book in each)
+            placeless = sum(weight * book.placeless_sum(score, size) for weight, book in each)
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
+
+
+def _default_weights(books: Sequence[Ledger], score: Tensor) -> Tensor:
+    """Return the weights of the default layers' complete maps, (layers, N): the size of a cell times a share.
+
+    The share is that of the layer's sub-scores which stands at places: where a transformer has carried the score over
+    to its class token, the map of its tokens is nearly empty. Without class tokens it is 1.
+    """
+    weights = []
+    for book in books:
+        own = book.maps.get("")
+        share = torch.ones_like(score)
+        if own is not None and "" in book.placeless:
+            placed, rest = own.flatten(1).sum(1).abs(), book.placeless[""].abs()
+            tiny = torch.finfo(placed.dtype).tiny  # of no score at all
+            share = (placed + tiny) / (placed + rest + tiny)
+        weights.append(share / (1 if own is None else own.shape[2]))
+    return torch.stack(weights)
