@@ -389,3 +389,13 @@ def test_frozen_operation_is_its_dense_matrix(case: Case) -> None:
     assert_close(frozen(x), value, rtol=1e-12, atol=1e-12)
     assert_close(torch.stack(columns, 1), tensor(expected.matrix), rtol=1e-12, atol=1e-12)
     assert_close(offset[0], tensor(expected.offset.reshape(expected.shape)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_of_a_frozen_operation_is_its_dense_matrix(case: Case) -> None:
+    y = np.random.default_rng(1).standard_normal(case.shape)
+    x = tensor(y)[None]
+    frozen = freeze(case.function, x)
+    for one in (x, torch.zeros_like(x)):  # the same anywhere
+        jacobian = torch.autograd.functional.jacobian(frozen, one)
+        assert_close(jacobian.reshape(-1, y.size), tensor(case.matrices(y).matrix), rtol=1e-12, atol=1e-12)
