@@ -126,11 +126,18 @@ def _pushed_one_by_one(
     if torch._C._functorch.peek_interpreter_stack() is None:
         with torch.enable_grad():
             _derived(function, points)
-    values, pull = torch.func.vjp(function, *points)[:2]
+    is_derived: list[bool] = []
+
+    def noted(*live: Tensor) -> tuple[Tensor, ...]:
+        outs: tuple[Tensor, ...] = function(*live)
+        is_derived.extend(out.requires_grad for out in outs)
+        return outs
+
+    values, pull = torch.func.vjp(noted, *points)[:2]
     changes = []
     for number, value in enumerate(values):
         change = [torch.zeros_like(value).sum()] * value.numel()
-        for place in range(value.numel()):
+        for place in range(value.numel()) if is_derived[number] else ():
             seeds = [torch.zeros_like(one, memory_format=torch.contiguous_format) for one in values]
             seeds[number].view(-1)[place] = 1.0
             pairs = zip(pull(tuple(seeds)), moves, strict=True)
