@@ -197,6 +197,7 @@ CASES = [
         lambda y: reference.concat(reference.identity(y), reference.affine(y, np.array(-1.0), 1.0)),
     ),
     Case("addition", (2, 3), lambda x: x + x.flip(1), lambda y: reference.identity(y) + flipped(y)),
+    Case("detach", (2, 3), lambda x: 2 * x.detach(), lambda y: reference.affine(y, np.array(2.0))),
     # masks and switches
     Case("relu", (3, 4), F.relu, reference.relu),
     Case("leaky_relu", (3, 4), lambda x: F.leaky_relu(x, 0.1), lambda y: reference.leaky_relu(y, 0.1)),
