@@ -90,8 +90,8 @@ class UnsupportedOperationError(NotImplementedError):
         if self.operations:
             plain = [name for name, _ in self.operations if name != "int_repr" and not name.startswith("quantized")]
             advice = (
-                f'\nSupply one, for instance the tangent at the image: rules={{"{plain[0]}": Tangent()}}, with '
-                "`from captum_scoremap.rules import Tangent`."
+                "\nSupply one, for instance the tangent at the image, where PyTorch has a derivative: "
+                f'rules={{"{plain[0]}": Tangent()}}, with `from captum_scoremap.rules import Tangent`.'
                 if plain
                 else "\nExplain the model as it was before this part was quantized. Of quantized operations, linear "
                 "layers, convolutions, norms, pooling and elementwise ones have rules; of torchao, weights alone."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -378,6 +379,15 @@ def out_of_nothing(x: Tensor) -> Tensor:
         return torch.clamp(x, 0.0, out=torch.empty(0, dtype=x.dtype))
 
 
+def given(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return function(*args, out=torch.empty(0, dtype=torch.float64), **kwargs)
+
+
+def conjugated(z: Tensor) -> Tensor:
+    return torch.zeros_like(z).copy_(z.conj())
+
+
 FULL = torch.ones(4, 4, dtype=torch.bool)
 FULL[1] = False
 INFINITE = torch.tensor([math.inf, 0.0, -math.inf, 0.0], dtype=torch.float64)
@@ -397,6 +407,25 @@ EXACT_ONES: dict[str, Callable[[Tensor], Tensor]] = {
     "a complex constant less what is live": lambda x: ((1 + 2j) - 2j * torch.fft.fft(x)).imag,
     "a complex exponential": lambda x: torch.complex(x, x.flip(1)).exp().imag,
     "a given place of no shape": out_of_nothing,
+    "a given place of rounded quotients": lambda x: x + given(torch.div, x, 0.3, rounding_mode="floor"),
+    "a given place of truncated quotients": lambda x: x * given(torch.div, x, x.flip(1), rounding_mode="trunc"),
+    "a given place of eigenvalues": lambda x: x + given(torch.linalg.eigvalsh, x @ x.mT)[..., None],
+    "a given place of singular values": lambda x: x + given(torch.linalg.svdvals, x)[..., None],
+    "a given place of a conjugate": lambda x: torch.view_as_real(conjugated(torch.complex(x, x.flip(1)))).sum(-1),
+    "a square of complex numbers": lambda x: (torch.fft.fft(x) ** 2).real,
+    "complex powers": lambda x: (torch.complex(x, x + 1) ** (1.5 - 0.5j)).real,
+    "powers by tensors": lambda x: (torch.fft.fft(x) ** torch.arange(-1, 3)).imag,
+    "powers by complex tensors": lambda x: ((x + 5j) ** torch.tensor([1 + 1j, -1, 2j, 0])).imag,
+    "powers by what is live": lambda x: ((2 + 1j) ** torch.complex(x, 0 * x) + torch.fft.fft(x) ** (x + 1j)).imag,
+    "parts of pairs": lambda x: torch.view_as_real(torch.complex(x, x.flip(1)))[..., 1:].sum(-1) + x,
+    "statistics of complex numbers": lambda x: (
+        x + sum(one.real for one in torch.var_mean(torch.fft.fft(x), 3, keepdim=True))
+    ),
+    "how many are not zero": lambda x: x * torch.linalg.vector_norm(x, 0) + torch.linalg.vector_norm(x, 0),
+    "a power of two": lambda x: torch.ldexp(x, torch.arange(4)) + (1 * x).ldexp_(x),
+    "a copy of a part": lambda x: torch.narrow_copy(x, 3, 1, 3).sum(3, keepdim=True) + x,
+    "factors unpacked": lambda x: torch.lu_unpack(*torch.linalg.lu_factor(x + 4 * torch.eye(4)))[2],
+    "several margins": lambda x: x + F.multilabel_margin_loss(x[0, 0], torch.arange(4).expand(4, 4)),
 }
 
 
@@ -600,3 +629,64 @@ def test_a_live_weight_takes_half_of_its_product() -> None:
         )
     ]
     assert_close(both[0].coefficients, both[1].coefficients, rtol=1e-10, atol=1e-12)
+
+
+FEW_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "to": lambda x: x.to(memory_format=torch.channels_last),
+    "to another type": lambda x: x.to(torch.float32, memory_format=torch.channels_last).double(),
+    "clone": lambda x: x.clone(memory_format=torch.channels_last),
+    "pairs": lambda x: torch.view_as_complex(
+        x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).unfold(3, 2, 2)
+    ).abs(),
+    "derived once": lambda x: torch.stack([x.flatten(1).T, *[margins(x)] * 2]),
+    "nothing": lambda x: x[:, :, :0],
+}
+
+
+def margins(x: Tensor) -> Tensor:
+    labels = torch.zeros(x[0].numel(), dtype=torch.long)
+    return F.multi_margin_loss(x.flatten(1).T, labels, reduction="none")[:, None].expand(-1, len(x))
+
+
+class ManyLabels(nn.Module):
+    """A layer with fewer positions than there are labels, so that its maps are taken forward."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.layer, self.function = nn.Conv2d(3, 4, 5), nn.Identity(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function(self.layer(self.conv(x))).reshape(len(x), -1).sum(1, keepdim=True)
+        return y * torch.linspace(-1, 1, 20, dtype=torch.float64) + 1
+
+
+@pytest.mark.parametrize("name", FEW_POSITIONS)
+def test_maps_of_all_labels_taken_forward_are_those_of_each(name: str) -> None:
+    torch.manual_seed(0)
+    model, images = ManyLabels(FEW_POSITIONS[name]).double().eval(), some_images(1)
+    method = LayerScoreMap(model, model.layer)
+    assert_close(method.attribute_targets(images)[:, 3:4], method.attribute(images, 3), rtol=1e-6, atol=1e-7)
+
+
+def test_maps_of_all_labels_of_a_layer_without_elements_are_empty() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Identity()).double().eval()
+    function = lambda x: model[1](model[0](x)[..., :0]).sum((1, 2, 3))[:, None] + x.mean((2, 3))  # noqa: E731
+    assert LayerScoreMap(function, model[1]).attribute_targets(some_images()).shape == (2, 3, 2, 0)
+
+
+@pytest.mark.parametrize("function", [torch.copysign, lambda x, _: torch.angle(x), lambda x, y: x * torch.angle(y)])
+def test_arguments_without_a_slope_cost_no_pass_for_each_element(
+    function: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("captum_scoremap.rules.derivative._pushed_one_by_one")
+    model, images = between(lambda x: x + function(x, x.flip(1))), some_images()
+    assert_exact(model, model.conv, images)
+
+
+def test_norms_of_no_images_are_nothing() -> None:
+    def model(x: Tensor) -> Tensor:
+        empty = (1 * x).flatten()[:0].reshape(0, 4, 3)
+        return F.group_norm(empty, 2).sum() + F.layer_norm(empty, (3,)).sum() + x.sum(1)
+
+    assert_close(linear_form(model, randn(2, 3)).coefficients, torch.ones(2, 3, dtype=torch.float64), **EXACT)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -450,3 +451,15 @@ def test_maps_of_several_images_are_those_of_each(
         alone, placeless = method.attribute(image[None], 1, return_placeless=True)
         assert_close(one[None], alone, rtol=1e-10, atol=1e-12)
         assert_close(other[None], placeless, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_complex_numbers_that_are_cut_into_windows_stand_where_they_are(window: int) -> None:
+    weights = torch.linspace(-1, 1, 39, dtype=torch.float64).reshape(13, 3)
+
+    def model(x: Tensor) -> Tensor:
+        return F.unfold(torch.fft.fft2(x), window).real.flatten(1)[:, :13] @ weights
+
+    image = torch.linspace(-1, 2, 36, dtype=torch.float64).reshape(1, 1, 6, 6)
+    complete, placeless = CompleteScoreMap(model, "image").attribute(image, 1, return_placeless=True)
+    assert_close(complete.sum((1, 2, 3)) + placeless, model(image)[:, 1])

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import linear_form
+from captum_scoremap import LayerScoreMap, freeze, linear_form
+from captum_scoremap.linear import check_exactness
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 
 Function = Callable[[Tensor], Tensor]
@@ -403,3 +404,33 @@ def by_flex(x: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_operators_of_a_higher_order_are_what_they_run(function: Function, plain: Function) -> None:
     assert_as_plain(function, plain)
+
+
+class VmappedLayer(nn.Module):
+    """Two copies of a layer's weights, side by side, as an ensemble has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = {name: torch.stack([one, -2 * one]) for name, one in self.inner.named_parameters()}
+        both = torch.vmap(lambda own, y: torch.func.functional_call(self.inner, own, y), (0, None))
+        return self.head(both(weights, self.conv(x)).relu().sum(0).flatten(1))
+
+
+def test_layers_inside_of_vmap_are_refused_and_in_no_ones_way() -> None:
+    torch.manual_seed(0)
+    model, images = VmappedLayer().double().eval(), some_images()
+    assert_exact(model, model.conv, images)
+    frozen = freeze(model, images)
+    assert_close(frozen(images), model(images), **EXACT)
+    assert check_exactness(model, images[:1], 1).is_exact
+    calls: list[Callable[[], object]] = [
+        lambda: linear_form(model, images, 1, model.inner),
+        lambda: LayerScoreMap(model, model.inner).attribute(images, 1),
+        lambda: LayerScoreMap(model, model.inner).attribute_targets(images),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"layer must run outside of torch.vmap, got a Conv2d .* around it"):
+            call()

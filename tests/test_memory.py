@@ -613,6 +613,66 @@ def test_tensors_that_change_their_shape_in_place_go_on_as_views(name: str) -> N
     assert_exact(model, model.conv, images)
 
 
+def squared_before(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A square of live values, whose factors then change their shape in place, and back."""
+
+    def function(x: Tensor) -> Tensor:
+        row = (1 * x).view(2, 1, 64)
+        square = row * row
+        return (square + change(row).reshape(2, 1, 64)).view(2, 4, 4, 4)
+
+    return function
+
+
+def copied_before(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A constant that live values are copied to, and that then changes its shape in place."""
+
+    def function(x: Tensor) -> Tensor:
+        row = torch.zeros(2, 1, 64, dtype=x.dtype)
+        row.copy_(x.view(2, 1, 64))
+        return 2 * change(row).reshape(2, 4, 4, 4)
+
+    return function
+
+
+IN_ANOTHER_SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
+    "transpose_": lambda row: row.transpose_(1, 2),
+    "squeeze_": lambda row: row.squeeze_(1),
+    "unsqueeze_": lambda row: row.unsqueeze_(0),
+    "swapaxes_": lambda row: row.swapaxes_(1, 2),
+    "as_strided_": lambda row: row.as_strided_((2, 64), (64, 1)),
+}
+
+
+@pytest.mark.parametrize("before", [squared_before, copied_before])
+@pytest.mark.parametrize("name", IN_ANOTHER_SHAPE)
+def test_steps_refer_to_tensors_in_the_shape_that_they_had(
+    name: str, before: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
+) -> None:
+    assert_as_plain(before(IN_ANOTHER_SHAPE[name]), before(lambda row: row))
+    model, images = between(before(IN_ANOTHER_SHAPE[name])), some_images()
+    assert_close(freeze(model, images)(images), model(images), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["squeeze_", "unsqueeze_"])
+def test_a_layers_output_may_change_its_shape_in_place(name: str) -> None:
+    function = IN_ANOTHER_SHAPE[name]
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), ChangesShape(function), nn.Flatten(), nn.Linear(16, 3)).double().eval()
+    layer, images = model[0], some_images()
+    one = LayerScoreMap(model, layer).attribute(images, 1)
+    assert_close(LayerScoreMap(model, layer).attribute_targets(images)[:, 1:2], one, **EXACT)
+    assert_close(linear_form(model, images, 1, layer).residual, torch.zeros(2, dtype=images.dtype), **EXACT)
+
+
+class ChangesShape(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x).reshape(2, 16)
+
+
 def test_an_operation_in_place_that_would_change_a_shape_is_refused() -> None:
     add = lambda x: torch.ones(1, dtype=x.dtype).addbmm_(x[:, 0], x[:, 1])  # noqa: E731
     model = between(lambda x: x + add(x).sum())

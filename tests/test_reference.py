@@ -197,6 +197,7 @@ CASES = [
         lambda y: reference.concat(reference.identity(y), reference.affine(y, np.array(-1.0), 1.0)),
     ),
     Case("addition", (2, 3), lambda x: x + x.flip(1), lambda y: reference.identity(y) + flipped(y)),
+    Case("detach", (2, 3), lambda x: 2 * x.detach(), lambda y: reference.affine(y, np.array(2.0))),
     # masks and switches
     Case("relu", (3, 4), F.relu, reference.relu),
     Case("leaky_relu", (3, 4), lambda x: F.leaky_relu(x, 0.1), lambda y: reference.leaky_relu(y, 0.1)),
@@ -389,3 +390,13 @@ def test_frozen_operation_is_its_dense_matrix(case: Case) -> None:
     assert_close(frozen(x), value, rtol=1e-12, atol=1e-12)
     assert_close(torch.stack(columns, 1), tensor(expected.matrix), rtol=1e-12, atol=1e-12)
     assert_close(offset[0], tensor(expected.offset.reshape(expected.shape)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_of_a_frozen_operation_is_its_dense_matrix(case: Case) -> None:
+    y = np.random.default_rng(1).standard_normal(case.shape)
+    x = tensor(y)[None]
+    frozen = freeze(case.function, x)
+    for one in (x, torch.zeros_like(x)):  # the same anywhere
+        jacobian = torch.autograd.functional.jacobian(frozen, one)
+        assert_close(jacobian.reshape(-1, y.size), tensor(case.matrices(y).matrix), rtol=1e-12, atol=1e-12)

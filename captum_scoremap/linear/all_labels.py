@@ -146,11 +146,11 @@ def _pushed_forward(scores: _Scores, layer: _Layer, positions_at_once: int) -> T
         # one more than there are positions: there, nothing is left of the activations
         for start in range(0, count + 1, positions_at_once):
             chosen = torch.arange(start, min(start + positions_at_once, count + 1), device=activations.device)
-            alone = (torch.arange(count, device=activations.device) == chosen[:, None]).reshape(-1, 1, *shape)
+            alone = (torch.arange(count, device=activations.device) == chosen[:, None]).reshape(len(chosen), 1, *shape)
             parts.append(torch.func.vmap(scores_at)(activations * alone.unsqueeze(channels + 1)))
         found = torch.cat(parts)
     # (positions, N, K) -> (N, ..., K) -> the labels where the channels were
-    maps = (found[:-1] - found[-1]).permute(1, 0, 2).reshape(activations.shape[0], *shape, -1)
+    maps = (found[:-1] - found[-1]).permute(1, 0, 2).reshape(activations.shape[0], *shape, len(scores.labels))
     return maps.movedim(-1, channels)
 
 
@@ -174,4 +174,5 @@ def _labels(output: Any, targets: Sequence[Label] | None) -> list[Label]:
 
 def _positions(activations: Tensor, channel_dim: int) -> int:
     """Return how many positions a layer has: its elements per image and channel."""
-    return math.prod(activations.shape[1:]) // activations.shape[channel_dim]
+    channels = channel_dim % activations.dim()
+    return math.prod(size for axis, size in enumerate(activations.shape) if axis not in {0, channels})

@@ -88,6 +88,10 @@ def _check_sites(recording: Recording, sites: Sequence[Site], below: Site | None
                 f"to_layer must lie below the neuron's layer, got a {name} that runs later or never. Name a layer "
                 "between the input and the neuron."
             )
+        if site not in recording.tapped and calls:
+            raise InvalidValueError(
+                f"layer must run outside of torch.vmap, got a {name} inside of one. Name a layer around it."
+            )
         if site not in recording.tapped:
             raise InvalidValueError(
                 f"layer must run when the model does, got a {name} that never ran. Name a layer on the way to "

@@ -217,10 +217,11 @@ class Placement:
             return
         step = self._steps[value.step]
         if step.rule.moves or display_name(step.operation) in _MOVING:
-            gradients = tuple(product if one is value else None for one in step.outputs)
+            # products are real ones, of complex values too
+            gradients = tuple(product.to(one.dtype) if one is value else None for one in step.outputs)
             for source, share in zip(step.values, step.rule.transpose(step, step.frozen(), gradients), strict=True):
                 if share is not None:
-                    yield share, source
+                    yield share.real if share.is_complex() else share, source
             return
         # of a product whose rows are elsewhere the second factor may be as large by chance, else it has the same places
         sources = row_sources(step, value) if value in self._elsewhere else step.values

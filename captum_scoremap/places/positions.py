@@ -127,7 +127,7 @@ def _chooses_positions(step: Step, images: int) -> bool:
         dims = {dim for dim, one in enumerate(which) if one is not None}
     if source.ndim == 4:
         return bool(dims & {2, 3})
-    return bool(dims - {0}) or source.shape[0] != images
+    return bool(dims - {0}) or source.shape[:1] != (images,)
 
 
 def _are_alike(before: Sequence[int], after: Sequence[int]) -> bool:

@@ -334,12 +334,12 @@ def _chosen(values: tuple[Number, ...], state: Tensor, dtype: torch.dtype) -> Te
 
 def _power_by_sign(x: Tensor, exponent: Tensor) -> Tensor:
     """Return the power where exponents of both signs stand side by side, each under its own rule."""
-    is_positive = exponent > 0
+    is_positive = exponent.real > 0
     others = exponent.masked_fill(is_positive, 0)
     return torch.where(is_positive, x ** exponent.masked_fill(~is_positive, 1), x**others)
 
 
 def _everywhere(exponent: Any, compare: Callable[[Any, float], Any], bound: float) -> bool:
-    """Return whether a constant exponent compares so with a bound."""
+    """Return whether a constant exponent, or its real part, compares so with a bound."""
     with unrecorded():
-        return bool(torch.as_tensor(compare(exponent, bound)).all())
+        return bool(torch.as_tensor(compare(exponent.real, bound)).all())

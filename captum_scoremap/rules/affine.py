@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call, Value
-from .coefficients import cast, conjugate, summed_to
-from .moving import AsStrided, AsStridedScatter, Copy, Placing, Split, View, reshaped
+from .coefficients import conjugate, summed_to
+from .moving import AsComplex, AsReal, AsStrided, AsStridedScatter, Clone, Copy, Placing, Split, View, reshaped
 from .rule import Linear
 
 __all__ = ["AFFINE", "reduced"]
@@ -109,10 +109,7 @@ def _moving(transpose: Callable[[Call, Tensor], Sequence[Tensor | None]]) -> Lin
 AFFINE: dict[str, Linear] = {
     **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), View()),
     **dict.fromkeys("squeeze unsqueeze flatten unflatten".split(), _moving(reshaped)),
-    **dict.fromkeys(
-        "clone _to_copy detach alias lift lift_fresh contiguous to".split(),
-        _moving(lambda call, gradient: [cast(gradient, call.values[0])]),
-    ),
+    **dict.fromkeys("clone _to_copy detach alias lift lift_fresh contiguous to".split(), Clone()),
     "copy": Copy(keeps_gates=True),
     "permute": _moving(_permuted),
     "transpose": _moving(lambda call, gradient: [gradient.transpose(*call.args[1:3])]),
@@ -133,10 +130,12 @@ AFFINE: dict[str, Linear] = {
     ),
     **dict.fromkeys("split split_with_sizes unsafe_split unsafe_split_with_sizes unbind".split(), Split()),
     "as_strided": AsStrided(),
+    "view_as_complex": AsComplex(),
+    "view_as_real": AsReal(),
     **dict.fromkeys(
         """
-        repeat repeat_interleave index _unsafe_index index_select gather take masked_select roll flip rot90 diagonal
-        diag_embed unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+        repeat repeat_interleave index _unsafe_index index_select gather take masked_select narrow_copy roll flip rot90
+        diagonal diag_embed unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
         """.split(),
         Linear(keeps_gates=True, homogeneous=True, moves=True),
     ),
@@ -146,7 +145,7 @@ AFFINE: dict[str, Linear] = {
         replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
         upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
         _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
-        view_as_real view_as_complex _conj conj conj_physical _conj_physical resolve_conj resolve_neg real imag deg2rad
+        _conj conj conj_physical _conj_physical resolve_conj resolve_neg real imag deg2rad
         rad2deg
         """.split(),
         Linear(keeps_gates=True),

@@ -103,6 +103,11 @@ def _nan_to_num(
     return found.masked_fill(input == -torch.inf, limits.min if neginf is None else neginf)
 
 
+def _ldexp(input: Tensor, other: Tensor) -> Tensor:
+    """Multiply by a power of two, in one type."""
+    return input * torch.pow(2.0, other)
+
+
 def _sgn(input: Tensor) -> Tensor:
     """Return the sign, which is a mask; of complex numbers the phase, which is none."""
     return input / input.abs().masked_fill(input == 0, 1.0) if input.is_complex() else input.sign()
@@ -112,6 +117,7 @@ COMPOSITE: dict[str, Rule] = {
     "nan_to_num": Composite(_nan_to_num),
     "nansum": Composite(lambda input, *rest, **named: input.masked_fill(input.isnan(), 0.0).sum(*rest, **named)),
     "sgn": Composite(_sgn),
+    "ldexp": Composite(_ldexp),
     "heaviside": Composite(lambda input, values: torch.where(input == 0, values, (input > 0).to(values.dtype))),
     "bincount": Composite(_bincount),
     "aminmax": Composite(_aminmax),

@@ -17,7 +17,13 @@ __all__ = ["named", "pulled_back", "pushed"]
 Function = Callable[..., Any]
 
 _NO_FORMULA = "no autograd formula is registered for the operation"
-_UNDERIVABLE = (_NO_FORMULA, "is not differentiable with respect to", "derivative for aten::", "has no derivative")
+_UNDERIVABLE = (
+    _NO_FORMULA,
+    "is not differentiable with respect to",
+    "derivative for ",
+    "has no derivative",
+    "ill-defined",
+)
 
 
 def pulled_back(
@@ -56,14 +62,35 @@ def pushed(
     def outputs(*live: Tensor) -> tuple[Tensor, ...]:
         return tuple(floating(function(*live)))
 
+    is_batched = torch._C._functorch.peek_interpreter_stack() is not None
+    if not is_batched and torch.is_grad_enabled() and any(move.requires_grad for move in moves):
+        found = _Pushed.apply(function, tuple(points), *moves)
+        return found[: len(found) // 2], found[len(found) // 2 :]
     with sdpa_kernel(SDPBackend.MATH):  # of the kernels of attention only the plain one can be derived twice
         try:
-            if torch._C._functorch.peek_interpreter_stack() is None:
+            if not is_batched:
                 return _pushed_twice_back(outputs, points, moves)
             values, pull = torch.func.vjp(outputs, *points)[:2]
             return values, torch.func.vjp(pull, tuple(map(torch.ones_like, values)))[1](moves)[0]
         except (RuntimeError, NotImplementedError):  # a kernel that can be derived once
             return _pushed_one_by_one(outputs, points, moves)
+
+
+class _Pushed(torch.autograd.Function):
+    """J·v as autograd sees it: a function of v, linear, whose transpose is u -> Jᵀ·u."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Function, points: tuple[Tensor, ...], *moves: Tensor) -> tuple[Tensor, ...]:
+        """Return the values, which are constants, and J·v."""
+        ctx.function, ctx.points = function, points
+        values, changes = pushed(function, points, moves)
+        ctx.mark_non_differentiable(*values)
+        return (*values, *changes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return Jᵀ·u."""
+        return None, None, *pulled_back(ctx.function, ctx.points, gradients[len(gradients) // 2 :])
 
 
 def _pushed_twice_back(
@@ -72,11 +99,19 @@ def _pushed_twice_back(
     with torch.enable_grad():
         leaves, outs = _derived(function, points)
         derived = [out for out in outs if out.requires_grad]
-        seeds = [torch.ones_like(out, requires_grad=True) for out in derived]
+        # of all sizes, so that no sum of them vanishes by chance
+        seeds = [torch.linspace(1, 2, out.numel()).to(out).reshape(out.shape).requires_grad_() for out in derived]
         pulled = torch.autograd.grad(derived, leaves, seeds, create_graph=True, allow_unused=True)
-    pairs = [(one, move) for one, move in zip(pulled, moves, strict=True) if one is not None]
-    if not pairs or not all(one.requires_grad for one, _ in pairs):
+    # what is zero whatever the seeds, as the slope of a sign is, has no derivative
+    pairs = [
+        (one, move)
+        for one, move in zip(pulled, moves, strict=True)
+        if one is not None and (one.requires_grad or bool(one.any()))
+    ]
+    if all(one is None for one in pulled) or not all(one.requires_grad for one, _ in pairs):
         raise NotImplementedError("the derivative has no derivative")
+    if not pairs:
+        return [out.detach() for out in outs], [torch.zeros_like(out) for out in outs]
     ones, directions = zip(*pairs, strict=True)
     changes = iter(torch.autograd.grad(ones, seeds, directions, allow_unused=True, materialize_grads=True))
     return [out.detach() for out in outs], [
@@ -88,21 +123,27 @@ def _pushed_one_by_one(
     function: Function, points: Sequence[Tensor], moves: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the same by reverse mode alone, one backward pass for each element of the output."""
-    with torch.enable_grad():
-        leaves, outs = _derived(function, points)
-        elements = [out.reshape(-1).unbind() if out.requires_grad else () for out in outs]
-    values, changes = [], []
-    for out, flat in zip(outs, elements, strict=True):
-        change = torch.zeros_like(out.detach()).reshape(-1)
-        for index, element in enumerate(flat):
-            rows = torch.autograd.grad(element, leaves, retain_graph=True, allow_unused=True)
-            if all(row is None for row in rows):
-                raise NotImplementedError(_NO_FORMULA)
-            pairs = zip(rows, moves, strict=True)
-            change[index] = sum(float((row * move).sum()) for row, move in pairs if row is not None)
-        values.append(out.detach())
-        changes.append(change.reshape(out.shape))
-    return values, changes
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        with torch.enable_grad():
+            _derived(function, points)
+    is_derived: list[bool] = []
+
+    def noted(*live: Tensor) -> tuple[Tensor, ...]:
+        outs: tuple[Tensor, ...] = function(*live)
+        is_derived.extend(out.requires_grad for out in outs)
+        return outs
+
+    values, pull = torch.func.vjp(noted, *points)[:2]
+    changes = []
+    for number, value in enumerate(values):
+        change = [torch.zeros_like(value).sum()] * value.numel()
+        for place in range(value.numel()) if is_derived[number] else ():
+            seeds = [torch.zeros_like(one, memory_format=torch.contiguous_format) for one in values]
+            seeds[number].view(-1)[place] = 1.0
+            pairs = zip(pull(tuple(seeds)), moves, strict=True)
+            change[place] = sum(((row * move).sum() for row, move in pairs), change[place])
+        changes.append(torch.stack(change).reshape(value.shape) if change else torch.zeros_like(value))
+    return [value.detach() for value in values], changes
 
 
 def _derived(function: Function, points: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:

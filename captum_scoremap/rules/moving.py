@@ -1,6 +1,7 @@
 """Operations that move elements: parts of a tensor, views by strides, new values for some elements, copies."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,18 @@ from .call import Call, Value
 from .coefficients import cast, summed_to
 from .rule import Gradients, Linear
 
-__all__ = ["AsStrided", "AsStridedScatter", "Copy", "Placing", "Split", "View", "reshaped"]
+__all__ = [
+    "AsComplex",
+    "AsReal",
+    "AsStrided",
+    "AsStridedScatter",
+    "Clone",
+    "Copy",
+    "Placing",
+    "Split",
+    "View",
+    "reshaped",
+]
 
 
 class Split(Linear):
@@ -61,6 +73,60 @@ class View(Linear):
         """Reshape."""
         output: Tensor = call.input.reshape(call.args[1])
         return output
+
+
+class Clone(Linear):
+    """The same numbers as another tensor, maybe of another type or in another order in memory.
+
+    Equation:
+        y = x
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_cast_back, keeps_gates=True, homogeneous=True, moves=True)
+
+    def apply(self, call: Call, state: None) -> Any:
+        """Copy; several at once, as ``vmap`` has them, in any order, since a format is one of four dimensions."""
+        if call.operation is torch.ops.aten.detach.default:  # which would keep gradients from the frozen model
+            return call.input.view_as(call.input)
+        if torch._C._functorch.peek_interpreter_stack() is None or "memory_format" not in call.kwargs:
+            return call.run()
+        kwargs = {name: argument for name, argument in call.kwargs.items() if name != "memory_format"}
+        return call.operation(*call.args, **kwargs)
+
+
+def _cast_back(call: Call, gradient: Tensor) -> list[Tensor]:
+    return [cast(gradient, call.values[0])]
+
+
+class AsComplex(Linear):
+    """Pairs of real numbers, wherever they lie in memory, as complex ones, which PyTorch's view wants side by side.
+
+    Equation:
+        y[i] = x[i, 0] + j x[i, 1]
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lambda call, gradient: [torch.view_as_real(gradient.resolve_conj())], keeps_gates=True)
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Join the pairs."""
+        return torch.complex(*call.input.unbind(-1))
+
+
+class AsReal(Linear):
+    """Complex numbers as pairs of real ones.
+
+    Equation:
+        y[i, 0] = Re x[i], y[i, 1] = Im x[i]
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lambda call, gradient: [torch.complex(*gradient.unbind(-1))], keeps_gates=True)
+
+    def apply(self, call: Call, state: None) -> Tensor:
+        """Part the pairs: as a view, a conjugate by mark alone has none, and coefficients must lie side by side."""
+        return torch.stack((call.input.real, call.input.imag), -1)
 
 
 class Copy(Linear):

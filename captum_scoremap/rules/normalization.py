@@ -122,7 +122,8 @@ class GroupNorm(Standardize):
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return one row for each image and group."""
-        return x.reshape(call.args[3] * call.args[6], -1)
+        images, channels, places, groups = call.args[3:7]
+        return x.reshape(images * groups, channels // groups * places)
 
 
 class BatchNorm(Standardize):

@@ -179,7 +179,8 @@ _NONLINEAR: dict[str, Rule] = {
         linalg_householder_product cholesky_solve cholesky_inverse linalg_lu_factor_ex linalg_lu linalg_lu_solve
         fractional_max_pool2d fractional_max_pool3d frac fmod remainder copysign dist nanmedian polygamma mvlgamma
         special_entr special_erfcx special_i1 special_i1e special_log_ndtr special_ndtri
-        soft_margin_loss multi_margin_loss
+        soft_margin_loss multi_margin_loss multilabel_margin_loss_forward lu_unpack ormqr
+        triangular_solve
         """.split(),
         Tangent(),
     ),

@@ -44,6 +44,20 @@ def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None
     return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
+def _eigh(matrix: Tensor, uplo: str = "L", compute_v: bool = True) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, whose derivative takes the eigenvectors, and those if they are wanted."""
+    values, vectors = aten._linalg_eigh.default(matrix, uplo)
+    return values, vectors if compute_v else vectors.new_empty(0)
+
+
+def _svd(
+    matrix: Tensor, full_matrices: bool = False, compute_uv: bool = True, *, driver: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return singular values, whose derivative takes the singular vectors, between those if they are wanted."""
+    left, values, right = aten._linalg_svd.default(matrix, full_matrices, driver=driver)
+    return (left, values, right) if compute_uv else (left.new_empty(0), values, right.new_empty(0))
+
+
 def _hardsigmoid_backward(gradient: Tensor, x: Tensor) -> Tensor:
     sixth = torch.tensor(1 / 6, dtype=torch.float32).item()  # as the kernel has it, in any type
     return torch.where((x > -3) & (x < 3), gradient * sixth, 0.0 * x)
@@ -60,6 +74,8 @@ _DERIVED_ONCE = (
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
     aten._cdist_forward.default: _distances,
+    aten._linalg_eigh.default: _eigh,
+    aten._linalg_svd.default: _svd,
     aten.sqrt.default: _level(aten.sqrt.default, lambda x: x == 0, 1.0),
     aten.asin.default: _level(aten.asin.default, lambda x: x.abs() == 1, 0.0),
     aten.acos.default: _level(aten.acos.default, lambda x: x.abs() == 1, 0.0),
@@ -69,7 +85,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.hypot.default: _level(aten.hypot.default, lambda x, y: (x == 0) & (y == 0), 1.0),
     aten.atan2.default: _level(aten.atan2.default, lambda x, y: (x == 0) & (y == 0), 1.0),
     aten.xlogy.Tensor: _level(aten.xlogy.Tensor, lambda x, y: (x == 0) & (y == 0), 1.0, moved=1),
-    aten.pow.Tensor_Tensor: _level(aten.pow.Tensor_Tensor, lambda x, n: (x == 0) & (n < 1), 1.0),
+    aten.pow.Tensor_Tensor: _level(aten.pow.Tensor_Tensor, lambda x, n: (x == 0) & (n.real < 1), 1.0),
     **{one: decomposition_table[one] for one in _DERIVED_ONCE},
     aten.hardsigmoid_backward.default: _hardsigmoid_backward,
     aten.std.correction: lambda *args, **kwargs: _root(torch.var(*args, **kwargs)),

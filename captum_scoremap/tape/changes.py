@@ -21,6 +21,8 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
     target: Tensor = call.args[where]
     if operation.changes_shape:  # not what its memory holds: it becomes what is a view of it now
         view = run.recorded(operation.functional, *call.args, **call.kwargs)
+        run.memory.release_constants(target)  # steps that refer to it want it in its old shape
+        run.memory.about_to_change(target)
         func(*call.args, **call.kwargs)
         value = run.value_of(view)
         if value is not None:

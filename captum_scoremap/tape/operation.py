@@ -78,17 +78,23 @@ def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
         overload = overload.removesuffix("out").removesuffix("_") or "default"
     if packet is None:
         return name, None
-    wanted = _argument_types(operation)
+    types, names = _arguments(operation)
     # an overload of TorchScript's numbers may go by the name
     for candidate in (overload, *packet.overloads()):
         functional = getattr(packet, candidate, None)
-        if functional is not None and _argument_types(functional) == wanted and not _writes(functional):
+        if functional is None or _writes(functional):
+            continue
+        own_types, own_names = _arguments(functional)
+        if own_types == types and names <= own_names:
             return name, functional
     return name, None
 
 
-def _argument_types(operation: Any) -> list[str]:
-    return [str(argument.type) for argument in operation._schema.arguments if not argument.kwarg_only]
+def _arguments(operation: Any) -> tuple[list[str], set[str]]:
+    """Return the types of an operation's arguments, and the names of those that have no position but ``out=``."""
+    arguments = operation._schema.arguments
+    types = [str(argument.type) for argument in arguments if not argument.kwarg_only]
+    return types, {argument.name for argument in arguments if argument.kwarg_only and not _is_written(argument)}
 
 
 def _writes(operation: Any) -> bool:

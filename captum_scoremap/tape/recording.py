@@ -114,6 +114,8 @@ class Recording(Run):
         return output
 
     def _at_site(self, site: Site, passing: Any) -> Any:
+        if any(map(torch._C._functorch.is_batchedtensor, tensors_in(passing))):  # no one tensor: a part of one, by vmap
+            return passing
         if site in self._sites:
             passing = tap(self, site, passing)
         if self._stop_at == site:
