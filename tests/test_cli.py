@@ -221,6 +221,25 @@ def test_errors_are_one_line(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "photos/long.png"],
+        ["explain", "sample:chelsea", "photos/long.png"],
+        ["check", "-i", "photos/long.png"],
+    ],
+    ids=["explain", "second", "check"],
+)
+def test_an_image_that_does_not_fit_the_model_is_named(
+    command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "photos").mkdir()
+    Image.new("RGB", (40000, 1)).save(folder / "photos" / "long.png")
+    assert main([*command, "--model", "torchvision:squeezenet1_1", "--weights", "none"]) == 2
+    wanted = "error: image must fit the model, got 'photos/long.png': 40000 x 1 pixels are too long and narrow"
+    assert wanted in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("names", ["a", "abc"])
 @pytest.mark.parametrize("command", [["explain"], ["explain", "--target", "0"], ["check"], ["audit", "photos"]])
 def test_names_of_labels_must_be_as_many_as_scores(

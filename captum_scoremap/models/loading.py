@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import math
 import pickle
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms import InterpolationMode
@@ -53,7 +56,8 @@ def load_model(
         The model in eval mode, with its preprocessing and labels.
 
     Raises:
-        ValueError: Model or weights of this name do not exist, or do not fit each other.
+        ValueError: Model or weights of this name do not exist, or do not fit each other; or images of this size would
+            have more pixels than Pillow holds for safe.
         TypeError: The callable returns something else than a module, or a compiled or scripted one.
         ModuleNotFoundError: An optional package is missing; the message names the extra.
 
@@ -63,6 +67,11 @@ def load_model(
         >>> model.module(model.preprocessing(Image.new("RGB", (640, 480)))[None]).shape
         torch.Size([1, 1000])
     """
+    largest = math.isqrt(Image.MAX_IMAGE_PIXELS or sys.maxsize)
+    if image_size is not None and not 1 <= image_size <= largest:  # before a model is made for it
+        raise ValueError(
+            f"image_size must be from 1 to {largest} pixels, got {image_size}. Larger ones take gigabytes."
+        )
     source, _, rest = name.partition(":")
     path = _weights_file(weights)
     wanted = "none" if path else weights
