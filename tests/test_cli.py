@@ -240,6 +240,24 @@ def test_an_image_that_does_not_fit_the_model_is_named(
     assert wanted in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["explain --bundle filed", "check", "patches . --layer 1", "bench", "export"],
+    ids=lambda line: line.split()[0],
+)
+def test_a_program_that_is_stopped_says_so_and_leaves_nothing(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "stopping.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+    before = set(folder.iterdir())
+    try:
+        assert main([*command.split(), "--model", "stopping:build"]) == 130
+    finally:
+        sys.modules.pop("stopping", None)
+    assert capsys.readouterr() == ("", "captum-scoremap: stopped.\n")
+    assert {path for path in folder.iterdir() if path.name != "__pycache__"} == before
+
+
 @pytest.mark.parametrize("names", ["a", "abc"])
 @pytest.mark.parametrize("command", [["explain"], ["explain", "--target", "0"], ["check"], ["audit", "photos"]])
 def test_names_of_labels_must_be_as_many_as_scores(
