@@ -128,8 +128,8 @@ class CompiledMap:
     """A map as a compiled graph; made by :func:`compile_map`.
 
     It goes by the model's weights as they are at each call. Other numbers of images than it was compiled for go through
-    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is (its
-    structure, hooks, ``rules``, the options) is as it was when it was compiled.
+    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is (numbers
+    that are no tensors, hooks, ``rules``, the options) is as it was when it was compiled; replaced modules are refused.
 
     Args:
         method: The method.
@@ -208,9 +208,10 @@ class CompiledMap:
         """Write the map as a file that runs without this package.
 
         Its arguments are the image (or images, one by one), (N, C, H, W), and, unless there is but one score or the
-        target is a function, the labels, (N,) int64. It returns, by name: ``scores``, what the model returns; ``map``,
-        or ``map.layer`` for each of several layers; of the same layers ``bias``, B of S = A·Y + B, and ``residual``,
-        S - (A·Y + B), zero but for rounding. A complete map has ``placeless`` in place of B, and a fused map neither.
+        target is a function, the labels, (N,) int64; where an image has scores of several dimensions, the place among
+        all of them, row by row. It returns, by name: ``scores``, what the model returns; ``map``, or ``map.layer`` for
+        each of several layers; of the same layers ``bias``, B of S = A·Y + B, and ``residual``, S - (A·Y + B), zero but
+        for rounding. A complete map has ``placeless`` in place of B, and a fused map neither.
 
         Args:
             path: Where to; ``.pt2`` for ``torch.export.load``, ``.onnx`` for onnxruntime and others.
