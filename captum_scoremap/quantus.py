@@ -36,8 +36,8 @@ def explain_func(
 
     Args:
         model: The model in evaluation mode.
-        inputs: Images, (N, C, H, W).
-        targets: Label of each image, (N,).
+        inputs: Images, (N, C, H, W); they are computed in the model's floating-point type.
+        targets: Label of each image, (N,) or (N, 1), as whole numbers of any type.
         layer: Name of the layer, because Quantus also explains copies of the model; None for the image itself.
         relu_attributions: Whether to return the positive part only.
         rules: Operation to rule, to replace or add some.
@@ -45,11 +45,13 @@ def explain_func(
         method: What ``quantus.evaluate`` calls this function; not used.
 
     Returns:
-        In logits: sub-scores, (N, C, H, W), or with a layer score maps, (N, 1, H, W).
+        In logits: sub-scores, (N, C, H, W), or with a layer score maps, (N, 1, H, W). Their type is the model's;
+        float32 for bfloat16, which NumPy lacks.
 
     Raises:
-        TypeError: If ``layer`` is no name.
-        ValueError: If the model has no such layer, or its map has not as many dimensions as the image.
+        TypeError: If the model is no module, images or labels are no numbers, or ``layer`` is no name.
+        ValueError: If a label is no whole number, or images have several; if the model has no such layer, or its map
+            has not as many dimensions as the image; or as ``ScoreMap.attribute``.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
@@ -59,16 +61,52 @@ def explain_func(
         >>> explain_func(model, images, labels, layer="1").shape
         (2, 1, 6, 6)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}. Put a function into a module.")
     like = next(model.parameters(), torch.empty(0))
-    images = torch.as_tensor(np.asarray(inputs), dtype=like.dtype, device=device or like.device)
-    labels = torch.as_tensor(np.asarray(targets), dtype=torch.int64, device=images.device).reshape(-1)
+    images = torch.as_tensor(_numbers("inputs", inputs), dtype=like.dtype, device=device or like.device)
+    labels = torch.as_tensor(_labels(targets), device=images.device)
     if layer is None:
         maps = ScoreMap(model, rules=rules).attribute(images, labels)
     else:
         maps = _on_image(
             LayerScoreMap(model, _module(model, layer), rules=rules).attribute(images, labels), layer, images
         )
-    return (maps.clamp(min=0) if relu_attributions else maps).cpu().numpy()  # type: ignore[no-any-return]
+    maps = (maps.clamp(min=0) if relu_attributions else maps).cpu()
+    return (maps.float() if maps.dtype == torch.bfloat16 else maps).numpy()  # type: ignore[no-any-return]
+
+
+def _numbers(what: str, values: object) -> NDArray[Any]:
+    """Return values as an array that PyTorch reads: of numbers, its strides positive.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if found.dtype == object:  # as pandas has columns of numbers
+        found = np.asarray(found.tolist())
+    if found.dtype.kind not in "fiu":
+        raise TypeError(f"{what} must be an array of numbers, got one of {found.dtype}. Convert it first.")
+    return np.ascontiguousarray(found)
+
+
+def _labels(targets: object) -> NDArray[np.int64]:
+    """Return the label of each image, (N,).
+
+    Raises:
+        TypeError: If they are no numbers.
+        ValueError: If they are no whole numbers, or several for an image.
+    """
+    found = np.atleast_1d(_numbers("targets", targets))
+    if found.size != len(found):
+        raise ValueError(
+            f"targets must be one label for each image, (N,), got {found.shape}. Take targets.argmax(1) of one-hot "
+            "rows, and explain an image of several labels once for each."
+        )
+    wrong = found[~np.isfinite(found) | (np.trunc(found) != found)]
+    if wrong.size:
+        raise ValueError(f"targets must be whole numbers, got {wrong[0]}.")
+    return found.reshape(-1).astype(np.int64)
 
 
 def _module(model: nn.Module, layer: object) -> nn.Module:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -359,6 +360,24 @@ def test_a_selection_is_saved_as_csv(page, odd_report, digits_report):
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert {row["predicted_label"] for row in rows} == {EVIL}
     assert "<img src=x onerror=alert(1)>&\"'.png" in {row["name"] for row in rows}
+
+
+@pytest.mark.browser
+def test_names_that_are_formulas_to_a_spreadsheet_are_saved_as_text(page, tmp_path):
+    names = ["=1+1.png", "+1.png", "-1.png", "@SUM(1).png", "\tx.png", '="a",b.png', "plain=.png"]
+    write_digits(tmp_path / "in", len(names))
+    for path, name in zip(sorted((tmp_path / "in").iterdir()), names, strict=True):
+        path.rename(path.with_name(name))
+    model = tiny_model()
+    model = LoadedModel("tiny", model.module, model.preprocessing, tuple(f"={label}" for label in range(10)))
+    opened(page, audit(tmp_path / "in", model, out=tmp_path / "out", progress=False).report)
+    with page.expect_download() as download:
+        page.locator("#csv").click()
+    text = Path(download.value.path()).read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert {row["name"] for row in rows} == {name if name == "plain=.png" else f"'{name}" for name in names}
+    assert all(row["predicted_label"] == f"'={row['predicted']}" for row in rows)
+    assert all(math.isfinite(float(row["score"])) for row in rows)  # negative numbers are numbers
 
 
 @pytest.mark.browser

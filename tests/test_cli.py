@@ -221,6 +221,65 @@ def test_errors_are_one_line(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "photos/long.png"],
+        ["explain", "sample:chelsea", "photos/long.png"],
+        ["check", "-i", "photos/long.png"],
+    ],
+    ids=["explain", "second", "check"],
+)
+def test_an_image_that_does_not_fit_the_model_is_named(
+    command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "photos").mkdir()
+    Image.new("RGB", (40000, 1)).save(folder / "photos" / "long.png")
+    assert main([*command, "--model", "torchvision:squeezenet1_1", "--weights", "none"]) == 2
+    wanted = "error: image must fit the model, got 'photos/long.png': 40000 x 1 pixels are too long and narrow"
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["explain --bundle filed", "check", "patches . --layer 1", "bench", "export"],
+    ids=lambda line: line.split()[0],
+)
+def test_a_program_that_is_stopped_says_so_and_leaves_nothing(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "stopping.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+    before = set(folder.iterdir())
+    try:
+        assert main([*command.split(), "--model", "stopping:build"]) == 130
+    finally:
+        sys.modules.pop("stopping", None)
+    assert capsys.readouterr() == ("", "captum-scoremap: stopped.\n")
+    assert {path for path in folder.iterdir() if path.name != "__pycache__"} == before
+
+
+@pytest.mark.parametrize("names", ["a", "abc"])
+@pytest.mark.parametrize("command", [["explain"], ["explain", "--target", "0"], ["check"], ["audit", "photos"]])
+def test_names_of_labels_must_be_as_many_as_scores(
+    command: list[str], names: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "photos" / "a.png")
+    (folder / "misnamed.py").write_text(
+        "from torch.nn import Conv2d, Flatten, Linear, ReLU, Sequential\n"
+        "from captum_scoremap.models import LoadedModel, Preprocessing\n"
+        "def build():\n"
+        "    network = Sequential(Conv2d(3, 4, 3), ReLU(), Flatten(), Linear(4 * 30 * 30, 2))\n"
+        f"    return LoadedModel('', network, Preprocessing(32, 32), tuple('{names}'))\n"
+    )
+    try:
+        assert main([*command, "--model", "misnamed:build"]) == 2
+    finally:
+        sys.modules.pop("misnamed", None)
+    wanted = f"labels of misnamed:build must be as many as its scores, got {len(names)} names for 2 scores. Return"
+    assert wanted in capsys.readouterr().err
+
+
 def test_models_without_one_score_a_label_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "pixels_in_this_folder.py").write_text(
         "from torch.nn import Conv2d\ndef build():\n    return Conv2d(3, 2, 3)\n"

@@ -673,3 +673,60 @@ def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(gener
     assert_close(module(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
     types = {node.args[0].args[1] for node in held}
     assert types == {torch.uint8}
+
+
+def small() -> nn.Sequential:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, LABELS))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), head).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("2.2", lambda model: setattr(model[2], "2", nn.Linear(4, LABELS))),
+        ("2.2", lambda model: setattr(model[2], "2", nn.Linear(4, LABELS + 1))),
+        ("1", lambda model: setattr(model, "1", nn.GELU())),
+        ("2", lambda model: setattr(model, "2", small()[2])),
+        ("1", lambda model: model.__delitem__(1)),
+    ],
+    ids=["head", "other labels", "without tensors", "with children", "gone"],
+)
+def test_modules_that_have_been_replaced_are_refused(name: str, change: Callable[[nn.Module], None]) -> None:
+    model, images = small(), torch.rand(2, 3, 8, 8)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    change(model)
+    with pytest.raises(ValueError, match=rf"compiled with, got another one for '{name}'\. Compile it again"):
+        compiled(images, 1)
+    again = compile_map(ScoreMap(model), images, 1, backend="graph")
+    assert_close(again(images, 2), ScoreMap(model).attribute(images, 2))
+
+
+def test_maps_with_gradients_are_refused() -> None:
+    model, images = small(), torch.rand(2, 3, 8, 8)
+    for method in (ScoreMap(model), LayerScoreMap(model, model[0])):
+        with pytest.raises(ValueError, match=r"grad_kwargs must be left out, got create_graph: .*method\.attribute"):
+            compile_map(method, images, 1, backend="graph", grad_kwargs={"create_graph": True})
+
+
+def test_files_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, images = small(), torch.rand(1, 3, 8, 8)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    for name in ("MAP.PT2", "~/of mine ä.pt2"):
+        written = compiled.export(tmp_path / name if name[0] != "~" else name, any_number=False).path
+        assert capfd.readouterr().err == ""
+        assert written.parent == tmp_path
+        assert_close(read_back(written, ["image", "target"], ["map"])(images, torch.tensor([1])), [compiled(images, 1)])
+        capfd.readouterr()  # PyTorch says something of the suffix here
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(ValueError, match=r"path must be a file, got '.*folder\.pt2', a folder\. Name a file in it"):
+        compiled.export(tmp_path / "folder.pt2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["MAP.PT2", "folder.pt2", "of mine ä.pt2"]
+
+
+def test_what_onnxruntime_refuses_is_said_without_the_name_of_a_draft(tmp_path: Path) -> None:
+    model, images = small().bfloat16(), torch.rand(1, 3, 8, 8).bfloat16()
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    with pytest.raises(ValueError, match=r"onnxruntime, which says: This is an invalid model") as raised:
+        compiled.export(tmp_path / "map.onnx", any_number=False)
+    assert str(tmp_path) not in str(raised.value)

@@ -1,5 +1,6 @@
 """Loading models: what comes out is what the zoos and an independent forward pass give."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -249,6 +250,65 @@ def test_what_cannot_be_loaded(
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("lines", "function", "message"),
+    [
+        (
+            "raise ValueError('no license')",
+            "build",
+            "importable, got 'own:build', which raises ValueError: no license (ow",
+        ),
+        ("assert False", "build", "got 'own:build', which raises AssertionError (own.py, line 1)."),
+        ("import sys; sys.exit(7)", "build", "got 'own:build', which raises SystemExit: 7 (own.py, line 1)."),
+        ("def build(:", "build", "got 'own:build', which raises SyntaxError: invalid syntax (own.py, line 1)."),
+        (
+            "from torch.nn import Flatten; net = Flatten()",
+            "net",
+            "must name a function, got 'own:net', a Flatten itself",
+        ),
+        ("sizes = [1]", "sizes", "must name a callable, got 'own:sizes'. It is a list."),
+        (
+            "def build(labels): ...",
+            "build",
+            "called without arguments, got 'own:build': missing a required argument: 'l",
+        ),
+        ("class Net:\n    def __init__(self, *, k): ...", "Net", "missing a required argument: 'k'. Write one that"),
+        ("import no_such_module_of_mine", "build", "No module named 'no_such_module_of_mine'"),
+    ],
+)
+def test_modules_of_the_user_that_are_none(
+    lines: str, function: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(lines + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    with pytest.raises((ValueError, ModuleNotFoundError)) as raised:
+        load_model(f"own:{function}")
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("side", [0, -3, 9460, 100_000])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "timm:vit_tiny_patch16_224", "torchvision:resnet18"])
+def test_images_of_impossible_size_are_refused_before_they_take_memory(name: str, side: int) -> None:
+    with pytest.raises(ValueError, match=rf"image_size must be from 1 to 9459 pixels, got {side}\."):
+        load_model(name, "none", image_size=side)
+
+
+def test_a_module_is_named_by_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "nets.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for path in ("pack/nets.py", "./pack/nets.py"):
+        with pytest.raises(ValueError, match=rf"got '{path}:build'\. Did you mean 'pack\.nets:build'\?"):
+            load_model(f"{path}:build")
+    for wrong in ("pack/no.py:build", ":build", "..nets:build", "a b:build"):
+        with pytest.raises(ValueError, match=rf"model must be module\.path:function, got '{re.escape(wrong)}'\."):
+            load_model(wrong)
+    with pytest.raises(ValueError, match=r"no module 'torchvison'\. Did you mean 'torchvision'"):
+        load_model("torchvison:resnet18")
+
+
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(squeezenet1_1(num_classes=10).state_dict(), path)
@@ -263,17 +323,27 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be a state dict .* a list"):
         load_model("torchvision:squeezenet1_1", str(path))
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save, .* empty or cut off"):
+    with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save, .* is empty, cut off"):
         load_model("torchvision:squeezenet1_1", str(path))
-    path.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save"):
+    for other in (b"no weights", b"hello", bytes(range(256))):
+        path.write_bytes(other)
+        with pytest.raises(
+            ValueError, match=r"must be a state dict saved by torch.save, .*: (Invalid magic|.* or of another kind)"
+        ):
+            load_model("torchvision:squeezenet1_1", str(path))
+    weights = squeezenet1_1().state_dict()
+    weights["classifier.1.bias"][3] = torch.nan
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"1 with NaN \(classifier\.1\.bias\) of 52 tensors"):
         load_model("torchvision:squeezenet1_1", str(path))
 
 
 def test_a_pickled_model_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(resnet18(), path)
-    with pytest.raises(ValueError, match=r"must be a state dict saved by torch.save"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt': it holds more than tensors, such as a whole model; save model\.st"
+    ):
         load_model("torchvision:resnet18", str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import weakref
@@ -19,6 +20,7 @@ from torchvision.ops import box_iou
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, receptive_field, semantic_patches
 from captum_scoremap.cli import main
 from captum_scoremap.models import LoadedModel, Preprocessing
+from captum_scoremap.patches import Patch
 from captum_scoremap.patches.geometry import geometry
 from captum_scoremap.visualization import visualize_patches
 
@@ -364,6 +366,26 @@ def folder(tmp_path: Path) -> Path:
 
 
 MODEL = ["--model", "tests.test_patches:small_model"]
+
+
+def test_images_that_do_not_fit_the_model_are_left_out_by_name(bright: nn.Sequential, tmp_path: Path) -> None:
+    planted((24, 8)).save(tmp_path / "a.png")
+    long = Image.new("RGB", (100_000, 1))
+    long.save(tmp_path / "long.png")
+    left_out: dict[Path, ValueError] = {}
+
+    def patches_of(images: list[Any], **options: Any) -> list[Patch]:
+        return semantic_patches(bright, bright[1], images, 0, k=1, preprocess=Preprocessing(32, 32), **options)
+
+    files: list[Any] = [tmp_path / "long.png", tmp_path / "a.png"]
+    assert [patch.image for patch in patches_of(files, on_unreadable=left_out.__setitem__)] == files[1:]
+    reason = r"long\.png': 100000 x 1 pixels are too long and narrow"
+    assert list(left_out) == files[:1]
+    assert re.search(reason, str(left_out[files[0]]))
+    with pytest.raises(ValueError, match=rf"image must fit the model, got '.*{reason}"):
+        patches_of(files)
+    with pytest.raises(ValueError, match="100000 x 1 pixels are too long and narrow"):
+        patches_of([long], on_unreadable=left_out.__setitem__)
 
 
 def test_command_draws_and_lists(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,80 @@ def test_layer_must_lie_on_the_image(make: Any, layer: str, shape: str) -> None:
         explain_func(built(make), images, labels, layer=layer)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images: images[..., ::-1],
+        lambda images: torch.from_numpy(images[..., ::-1].copy()).requires_grad_(),
+        lambda images: list(images[..., ::-1]),
+        lambda images: images[..., ::-1].astype(object),
+    ],
+    ids=["flipped", "tensor", "list", "objects"],
+)
+def test_images_of_any_kind_of_array(change: Any) -> None:
+    model, images, labels = batch()
+    assert_allclose(
+        explain_func(model, change(images), labels), explain_func(model, images[..., ::-1].copy(), labels), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda labels: labels.astype(object),
+        lambda labels: labels.astype(np.uint8),
+        lambda labels: labels.astype(float),
+        lambda labels: labels[:, None],
+        lambda labels: torch.from_numpy(labels),
+        lambda labels: labels.tolist(),
+    ],
+    ids=["objects", "bytes", "floats", "column", "tensor", "list"],
+)
+def test_labels_of_any_kind_of_array(change: Any) -> None:
+    model, images, labels = batch()
+    assert_allclose(explain_func(model, images, change(labels)), explain_func(model, images, labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (np.array([0.0, 1.5, 2.0]), ValueError, r"targets must be whole numbers, got 1\.5"),
+        (np.array([0.0, np.nan, 2.0]), ValueError, "targets must be whole numbers, got nan"),
+        (np.eye(3), ValueError, r"one label for each image, \(N,\), got \(3, 3\)\. Take targets\.argmax\(1\)"),
+        (np.array(["cat", "dog", "cat"]), TypeError, "targets must be an array of numbers, got one of <U3"),
+        (np.array([True, False, True]), TypeError, "got one of bool"),
+        (None, TypeError, "targets must be an array of numbers, got one of object"),
+        (np.array([0, 1]), ValueError, "one entry for each of the 3 images, got 2"),
+    ],
+    ids=["fraction", "nan", "one-hot", "names", "booleans", "none", "too few"],
+)
+def test_labels_must_be_whole_numbers(labels: Any, error: type[Exception], message: str) -> None:
+    model, images, _ = batch()
+    with pytest.raises(error, match=message):
+        explain_func(model, images, labels)
+
+
+def test_images_must_be_real_numbers() -> None:
+    model, images, labels = batch()
+    for wrong, kind in ((images + 1j, "complex64"), ("cat.png", "<U7"), (images > 0, "bool")):
+        with pytest.raises(TypeError, match=f"inputs must be an array of numbers, got one of {kind}"):
+            explain_func(model, wrong, labels)
+
+
+def test_model_must_be_a_module() -> None:
+    model, images, labels = batch()
+    function: Any = model.forward
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got method"):
+        explain_func(function, images, labels)
+
+
+def test_maps_of_bfloat16_are_float32() -> None:
+    model, images, labels = batch()
+    found = explain_func(copy.deepcopy(model).bfloat16(), images, labels)
+    assert found.dtype == np.float32
+    assert_allclose(found, explain_func(model, images, labels), atol=0.05)
+
+
 # --- Quantus itself --------------------------------------------------------------------------------------------------
 
 

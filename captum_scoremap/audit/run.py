@@ -196,6 +196,8 @@ def audit(
         compiled=plan.count >= ENOUGH if compile_maps is None else compile_maps,
     )
     count = _count_scores(module, inputs)
+    if count is not None:
+        worker.model.check_labels(count)
     _check_labels(opened, count)
     if metrics and count == 1:
         raise ValueError(

@@ -5,8 +5,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +29,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-app.command()(explain)
-app.command(cls=AuditCommand)(audit)
-app.command()(check)
-app.command()(patches)
-app.command()(bench)
-app.command()(export)
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command say that the user stopped it."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            print("captum-scoremap: stopped.", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+app.command()(_stoppable(explain))
+app.command(cls=AuditCommand)(audit)  # says itself what it keeps
+app.command()(_stoppable(check))
+app.command()(_stoppable(patches))
+app.command()(_stoppable(bench))
+app.command()(_stoppable(export))
 
 
 def _show_version(wanted: bool) -> None:

@@ -21,7 +21,7 @@ from captum_scoremap.cli.options import (
     chosen_device,
 )
 from captum_scoremap.cli.questions import questions
-from captum_scoremap.data.pictures import SAMPLE_PREFIX
+from captum_scoremap.data.pictures import SAMPLE_PREFIX, image_named
 from captum_scoremap.linear import Exactness, LayerExactness, check_exactness
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, load_model, read_image
 
@@ -78,7 +78,8 @@ def check(
     """
     place = chosen_device(device)
     loaded = load_model(model, weights, place, dtype.torch, image_size)
-    inputs = loaded.preprocessing(read_image(image))[None].to(place, dtype.torch)
+    with image_named(image):
+        inputs = loaded.preprocessing(read_image(image))[None].to(place, dtype.torch)
     question, *more = questions(score, target, None, loaded)(loaded.module, inputs)
     if more:
         raise ValueError(f"--target must be one label, got {target!r}. Check them one by one.")

@@ -36,7 +36,7 @@ from captum_scoremap.cli.options import (
 )
 from captum_scoremap.cli.questions import Question, questions
 from captum_scoremap.data.ahead import map_ahead
-from captum_scoremap.data.pictures import SAMPLE_PREFIX
+from captum_scoremap.data.pictures import SAMPLE_PREFIX, image_named
 from captum_scoremap.linear import linear_form, main_layers
 from captum_scoremap.models import DEFAULT_MODEL, SAMPLES, LoadedModel, load_model, prepare, read_image
 from captum_scoremap.multiview import MultiView
@@ -169,7 +169,9 @@ def explain(
 
     def read(name: str) -> tuple[str, Tensor, Image.Image]:
         picture = read_image(name)
-        return name, preprocess(picture)[None].to(place, dtype.torch), picture
+        with image_named(name):
+            inputs = preprocess(picture)[None]
+        return name, inputs.to(place, dtype.torch), picture
 
     with closing(map_ahead(read, names, ahead=1)) as pictures:
         first = next(pictures)

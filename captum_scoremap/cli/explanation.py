@@ -72,7 +72,10 @@ class Explanation:
     def where_it_is(self) -> str:
         """Return how much of the score has a place, in a sentence."""
         held = self.score - self.placeless
-        return f"The complete map holds {held:.4f} of S; {self.placeless:.4f} has no place in the image."
+        return (
+            f"The complete map holds {held:.4f} of S = {self.score:.4f} logits; {self.placeless:.4f} have no place in "
+            "the image."
+        )
 
     def table(self) -> Table:
         """Return the numbers of all layers, to be printed."""

@@ -72,6 +72,7 @@ def questions(
         if target is contrast is None and are_single(output, len(inputs)):
             return [Question("score", None)]
         scores = _label_scores(output, loaded.name)
+        loaded.check_labels(scores.shape[1])
         targets = _targets(target or _BEST, scores, loaded)
         if contrast is None:
             return [of_label(index, None) for index in targets]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
-from captum_scoremap.checks import as_tuple_of_arguments, check_inputs, unwrap_parallel
+from captum_scoremap.checks import as_tuple_of_arguments, check_grad_kwargs, check_inputs, unwrap_parallel
 from captum_scoremap.scores import Positions, Target, is_function, logits_in, select_scores
 from captum_scoremap.tape import root_module
 
@@ -62,7 +62,7 @@ def compile_map(
     Raises:
         TypeError: If the method is none of these, or as ``method.attribute``.
         ValueError: If the map is no graph, as where the model branches on numbers of the image, with where it does; if
-            the graph differs from the eager map; or as ``method.attribute``.
+            the graph differs from the eager map; if the map is to have gradients; or as ``method.attribute``.
         RuntimeError: As ``method.attribute``.
         UnsupportedOperationError: As ``method.attribute``.
 
@@ -84,6 +84,11 @@ def compile_map(
         raise ValueError(f'backend must be "inductor" or "graph", got {backend!r}.')
     if mode not in {"default", "reduce-overhead"}:
         raise ValueError(f'mode must be "default" or "reduce-overhead", got {mode!r}.')
+    if check_grad_kwargs(options.get("grad_kwargs")):
+        raise ValueError(
+            "grad_kwargs must be left out, got create_graph: compiled maps have no gradients. Train through "
+            "method.attribute."
+        )
     devices = {tensor.device.type for tensor in check_inputs(inputs, indices=True)}
     if mode == "reduce-overhead" and devices != {"cuda"}:
         raise ValueError(
@@ -123,8 +128,8 @@ class CompiledMap:
     """A map as a compiled graph; made by :func:`compile_map`.
 
     It goes by the model's weights as they are at each call. Other numbers of images than it was compiled for go through
-    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is (its
-    structure, hooks, ``rules``, the options) is as it was when it was compiled.
+    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is (numbers
+    that are no tensors, hooks, ``rules``, the options) is as it was when it was compiled; replaced modules are refused.
 
     Args:
         method: The method.
@@ -161,6 +166,12 @@ class CompiledMap:
         self._sizes: tuple[int, ...] = ()
         self._spec = pytree.tree_structure(None)
         self._batches = self._compiled(tensors, target)
+        self._children = [
+            (module._modules, key, child, f"{prefix}.{key}" if prefix else key)
+            for root in self._modules()
+            for prefix, module in root.named_modules()
+            for key, child in module._modules.items()
+        ]
 
     def __call__(self, inputs: Inputs, target: Target = None) -> Any:
         """Return what ``method.attribute(inputs, target)`` returns.
@@ -174,7 +185,8 @@ class CompiledMap:
 
         Raises:
             TypeError: If an input is no tensor, or a target has no known form.
-            ValueError: If an input is not as the map was compiled for, or the target is not as it must be.
+            ValueError: If an input is not as the map was compiled for, the target is not as it must be, or a module of
+                the model has been replaced or has tensors of other shapes or types.
             RuntimeError: If ``torch.inference_mode`` is on.
         """
         tensors = check_inputs(inputs, indices=True)
@@ -184,15 +196,22 @@ class CompiledMap:
                 f"inputs must be as the map was compiled for, {_described(self._layout, self._is_tensor)}, got "
                 f"{_described(got, isinstance(inputs, Tensor))}. Compile a map for these, too."
             )
+        replaced = [name for modules, key, child, name in self._children if modules.get(key) is not child]
+        if replaced:
+            raise ValueError(
+                "the model's modules must be those that the map was compiled with, got another one for "
+                f"{replaced[0]!r}. Compile it again."
+            )
         return pytree.tree_unflatten(self._batches(*tensors, *self._positions(target, tensors)), self._spec)
 
     def export(self, path: str | Path, any_number: bool = True) -> "Exported":
         """Write the map as a file that runs without this package.
 
         Its arguments are the image (or images, one by one), (N, C, H, W), and, unless there is but one score or the
-        target is a function, the labels, (N,) int64. It returns, by name: ``scores``, what the model returns; ``map``,
-        or ``map.layer`` for each of several layers; of the same layers ``bias``, B of S = A·Y + B, and ``residual``,
-        S - (A·Y + B), zero but for rounding. A complete map has ``placeless`` in place of B, and a fused map neither.
+        target is a function, the labels, (N,) int64; where an image has scores of several dimensions, the place among
+        all of them, row by row. It returns, by name: ``scores``, what the model returns; ``map``, or ``map.layer`` for
+        each of several layers; of the same layers ``bias``, B of S = A·Y + B, and ``residual``, S - (A·Y + B), zero but
+        for rounding. A complete map has ``placeless`` in place of B, and a fused map neither.
 
         Args:
             path: Where to; ``.pt2`` for ``torch.export.load``, ``.onnx`` for onnxruntime and others.
@@ -204,18 +223,20 @@ class CompiledMap:
             What the file takes and returns.
 
         Raises:
-            ValueError: If the suffix is neither, the map has operations that ONNX lacks, or the file, read again,
-                gives other numbers.
+            ValueError: If the suffix is neither, the path is a folder, the map has operations that ONNX lacks, or the
+                file, read again, gives other numbers.
             FileNotFoundError: If the path's folder does not exist.
             ImportError: If the extra ``onnx`` is not installed.
         """
         from .export import FORMATS  # a second
 
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"path must end in {' or '.join(FORMATS)}, got {str(path)!r}.")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}. Make {path.parent}/.")
+        if path.is_dir():
+            raise ValueError(f"path must be a file, got {str(path)!r}, a folder. Name a file in it.")
         cases = [self._example, self._elsewhere(self._example)]
         if any_number:
             both = [torch.cat(pair) for pair in zip(*cases, strict=True)]
@@ -269,7 +290,7 @@ class CompiledMap:
         given = given[: len(examples[0])]
         results = []
         with TemporaryDirectory(dir=path.parent) as folder:
-            draft = Path(folder) / path.name
+            draft = Path(folder) / f"draft{path.suffix.lower()}"  # PyTorch knows its files by a suffix in small letters
             write(graphs, given, names, draft)
             program = read_back(draft, given, names)
             for case in cases:

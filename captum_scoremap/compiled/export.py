@@ -151,8 +151,9 @@ def _refusals() -> Iterator[None]:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         said = str(error).strip().splitlines()[0].rpartition(" : ")[2]
+        said = re.sub(r"^Load model from .* failed:", "", said).rstrip(".")  # a draft's name by then
         raise ValueError(
-            f"the file must run in onnxruntime, which says: {said} Compute in float32, of which it has more "
+            f"the file must run in onnxruntime, which says: {said}. Compute in float32, of which it has more "
             "operations, or export to .pt2."
         ) from error
 

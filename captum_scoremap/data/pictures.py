@@ -17,6 +17,7 @@ __all__ = [
     "SAMPLES",
     "SAMPLE_PREFIX",
     "UnreadableError",
+    "image_named",
     "is_picture_name",
     "read_image",
     "read_picture",
@@ -63,6 +64,28 @@ def is_picture_name(name: str) -> bool:
     """
     suffix = Path(name).suffix.lower()
     return suffix in _OTHER_KINDS or Image.registered_extensions().get(suffix) in Image.OPEN
+
+
+@contextmanager
+def image_named(source: object) -> Iterator[None]:
+    """Let errors say which image it is that cannot be taken.
+
+    Args:
+        source: How the user calls it.
+
+    Raises:
+        ValueError: What is done with the image raises `UnreadableError`.
+
+    Example:
+        >>> with image_named("long.png"):
+        ...     raise UnreadableError("it has no pixels")
+        Traceback (most recent call last):
+        ValueError: image must fit the model, got 'long.png': it has no pixels.
+    """
+    try:
+        yield
+    except UnreadableError as error:
+        raise ValueError(f"image must fit the model, got {str(source)!r}: {error}.") from error
 
 
 @contextmanager

@@ -69,6 +69,24 @@ class LoadedModel:
         noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
         return self.preprocessing(Image.fromarray(noise))[None]
 
+    def check_labels(self, count: int) -> None:
+        """Raise unless there is a name for each score, or none for any.
+
+        Args:
+            count: Scores that the network gives an image.
+
+        Raises:
+            ValueError: There are names, of another number.
+
+        Example:
+            >>> LoadedModel("two", nn.Identity(), labels=("cat", "dog")).check_labels(2)
+        """
+        if self.labels and len(self.labels) != count:
+            raise ValueError(
+                f"labels of {self.name} must be as many as its scores, got {len(self.labels)} names for {count} "
+                "scores. Return a LoadedModel with a name for each, or without names."
+            )
+
     def label_name(self, index: int) -> str:
         """Return the name of a label, or ``"label 7"`` where names are not known."""
         return self.labels[index] if index < len(self.labels) else f"label {index}"

@@ -2,7 +2,10 @@
 
 import importlib
 import inspect
+import math
 import pickle
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms import InterpolationMode
@@ -23,6 +27,7 @@ from captum_scoremap.models.loaded import LoadedModel, readable_download, seeded
 from captum_scoremap.models.preprocessing import IMAGENET_MEAN, Preprocessing
 
 DEFAULT_MODEL = efficientnet_lite.NAMES[0]
+_ZOOS = ("torchvision", "timm", "transformers")
 
 
 def load_model(
@@ -51,7 +56,8 @@ def load_model(
         The model in eval mode, with its preprocessing and labels.
 
     Raises:
-        ValueError: Model or weights of this name do not exist, or do not fit each other.
+        ValueError: Model or weights of this name do not exist, or do not fit each other; or images of this size would
+            have more pixels than Pillow holds for safe.
         TypeError: The callable returns something else than a module, or a compiled or scripted one.
         ModuleNotFoundError: An optional package is missing; the message names the extra.
 
@@ -61,6 +67,11 @@ def load_model(
         >>> model.module(model.preprocessing(Image.new("RGB", (640, 480)))[None]).shape
         torch.Size([1, 1000])
     """
+    largest = math.isqrt(Image.MAX_IMAGE_PIXELS or sys.maxsize)
+    if image_size is not None and not 1 <= image_size <= largest:  # before a model is made for it
+        raise ValueError(
+            f"image_size must be from 1 to {largest} pixels, got {image_size}. Larger ones take gigabytes."
+        )
     source, _, rest = name.partition(":")
     path = _weights_file(weights)
     wanted = "none" if path else weights
@@ -208,6 +219,7 @@ def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedMode
     if weights != "default":
         raise ValueError(f"weights of {name} must be default or a state-dict file, got {weights!r}.")
     build = imported("model", name)
+    _check_without_arguments(build, name)
     with seeded():
         built = build()
     if isinstance(built, LoadedModel):
@@ -217,6 +229,20 @@ def _load_callable(module_path: str, attribute: str, weights: str) -> LoadedMode
     first = next((module for module in built.modules() if isinstance(module, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else len(IMAGENET_MEAN)
     return LoadedModel(name, built, Preprocessing().for_channels(channels))
+
+
+def _check_without_arguments(build: Callable[..., Any], name: str) -> None:
+    try:
+        signature = inspect.signature(build)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ValueError(
+            f"model must be a function that is called without arguments, got {name!r}: {error}. "
+            "Write one that calls it."
+        ) from None
 
 
 def imported(what: str, name: str) -> Callable[..., Any]:
@@ -230,21 +256,37 @@ def imported(what: str, name: str) -> Callable[..., Any]:
         The function.
 
     Raises:
-        ValueError: There is no such module, or no such function in it.
+        ValueError: There is no such module, it raises something, or there is no such function in it.
         ModuleNotFoundError: The module imports another one that is not there.
     """
     module_path, _, attribute = name.partition(":")
+    if not all(map(str.isidentifier, module_path.split("."))):
+        dotted = ".".join(Path(module_path.removesuffix(".py")).parts)
+        hint = f" Did you mean '{dotted}:{attribute}'?" if module_path and Path(module_path).exists() else ""
+        raise ValueError(f"{what} must be module.path:function, got {name!r}.{hint}")
     try:
         module = importlib.import_module(module_path)
-    except ValueError as error:
-        raise ValueError(f"{what} must be module:function, got {name!r}.") from error
     except ModuleNotFoundError as error:
         if error.name is None or not module_path.startswith(error.name):
             raise
-        raise ValueError(f"{what} must be importable, got {name!r}: there is no module {error.name!r}.") from None
+        raise ValueError(
+            f"{what} must be importable, got {name!r}: there is no module {error.name!r}.{nearest(error.name, _ZOOS)}"
+        ) from None
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = "" if isinstance(error, SyntaxError) else f" ({Path(where.filename).name}, line {where.lineno})"
+        said = f": {error}" if str(error) else ""
+        raise ValueError(
+            f"{what} must be importable, got {name!r}, which raises {type(error).__name__}{said}{at}."
+        ) from error
     found = getattr(module, attribute, None)
+    if isinstance(found, nn.Module):
+        raise ValueError(
+            f"{what} must name a function, got {name!r}, a {type(found).__name__} itself. Name one that returns it."
+        )
     if not callable(found):
-        raise ValueError(f"{what} must name a callable, got {name!r}.{nearest(attribute, vars(module))}")
+        hint = f" It is a {type(found).__name__}." if hasattr(module, attribute) else nearest(attribute, vars(module))
+        raise ValueError(f"{what} must name a callable, got {name!r}.{hint}")
     return found  # type: ignore[no-any-return]
 
 
@@ -252,9 +294,10 @@ def _load_file(model: LoadedModel, path: Path) -> None:
     """Put the state dict of a file into the model."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "the file is empty or cut off"  # EOFError has no text
-        raise ValueError(f"weights must be a state dict saved by torch.save, got {str(path)!r}: {reason}") from error
+    except Exception as error:  # of whatever kind the bytes of another file lead to
+        raise ValueError(
+            f"weights must be a state dict saved by torch.save, got {str(path)!r}: {_unloadable(error)}."
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -267,6 +310,15 @@ def _load_file(model: LoadedModel, path: Path) -> None:
     model.module.load_state_dict(loaded)
 
 
+def _unloadable(error: Exception) -> str:
+    """Return why a file holds no weights; what PyTorch says of it advises to run the code in it."""
+    if isinstance(error, (RuntimeError, OSError)):
+        return str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+        return "it holds more than tensors, such as a whole model; save model.state_dict()"
+    return "the file is empty, cut off, or of another kind"
+
+
 def _check_fit(own: dict[str, Tensor], loaded: dict[str, Tensor], name: str, path: Path) -> None:
     """Raise, with the first name of each kind, unless the file has exactly the tensors of the model."""
     wrong_shape = [key for key in own if key in loaded and own[key].shape != loaded[key].shape]
@@ -274,6 +326,7 @@ def _check_fit(own: dict[str, Tensor], loaded: dict[str, Tensor], name: str, pat
         ("missing", [key for key in own if key not in loaded]),
         ("unknown", [key for key in loaded if key not in own]),
         ("of another shape", wrong_shape),
+        ("with NaN", [key for key in own if key in loaded and bool(loaded[key].isnan().any())]),
     )
     found = [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in faults if keys]
     if found:

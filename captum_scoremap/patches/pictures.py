@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from captum_scoremap.data.ahead import map_ahead
-from captum_scoremap.data.pictures import read_image
+from captum_scoremap.data.pictures import UnreadableError, read_image
 from captum_scoremap.patches.geometry import Box, Geometry, geometry
 
 __all__ = ["Example", "Picture", "Preprocess", "Unreadable", "batches", "examples"]
@@ -102,9 +102,14 @@ def examples(
         except ValueError as error:
             return _path(picture), error
         key = (image.size, image.mode)
-        if key not in geometries:
-            geometries[key] = geometry(preprocess, image)
-        return Example(name, image, preprocess(image), target, geometries[key])
+        try:
+            if key not in geometries:
+                geometries[key] = geometry(preprocess, image)
+            return Example(name, image, preprocess(image), target, geometries[key])
+        except UnreadableError as error:
+            if isinstance(picture, Image.Image):
+                raise
+            return _path(picture), ValueError(f"image must fit the model, got {str(picture)!r}: {error}.")
 
     with closing(map_ahead(read, _labeled(images, targets), ahead)) as found:
         for example in found:

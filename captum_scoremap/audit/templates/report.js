@@ -280,7 +280,8 @@
       ["true", "predicted", "runner_up"].includes(name) ? [name, `${name}_label`] : [name]);
     const cell = (image, name) => {
       const value = name.endsWith("_label") ? labels[image[name.slice(0, -6)]] : image[name];
-      const text = value === null || value === undefined ? "" : String(value);
+      const isFormula = typeof value === "string" && /^[=+\-@\t\r]/.test(value); // to a spreadsheet, which runs it
+      const text = value === null || value === undefined ? "" : isFormula ? `'${value}` : String(value);
       return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     };
     return [withLabels, ...shown.map((image) => withLabels.map((name) => cell(image, name)))]
