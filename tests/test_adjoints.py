@@ -690,3 +690,24 @@ def test_norms_of_no_images_are_nothing() -> None:
         return F.group_norm(empty, 2).sum() + F.layer_norm(empty, (3,)).sum() + x.sum(1)
 
     assert_close(linear_form(model, randn(2, 3)).coefficients, torch.ones(2, 3, dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda x: torch.index_put(x, [torch.tensor([0, 1, 1])], x[1:]),
+        lambda x: x.index_copy(0, torch.tensor([2, 2]), x[:2]),
+        lambda x: x.scatter(0, torch.tensor([[3, 0, 0], [3, 1, 1]]), x[1:3]),
+        lambda x: F.max_unpool1d(x[None], torch.tensor([[[0, 0, 5]] * 4]), 2)[0],
+        lambda x: x.put(torch.tensor([4, 4]), x[0, 1:]),
+    ],
+)
+def test_gradients_of_frozen_models_count_the_value_that_stays(place: Callable[[Tensor], Tensor]) -> None:
+    def model(x: Tensor) -> Tensor:
+        placed = place(x[0]).flatten()
+        return (placed * torch.arange(1.0, len(placed) + 1)).sum(0, keepdim=True)
+
+    x = randn(1, 4, 3)
+    leaf = torch.zeros_like(x, requires_grad=True)
+    (found,) = torch.autograd.grad(freeze(model, x)(leaf), leaf)
+    assert_close(found, linear_form(model, x).coefficients, **EXACT)

@@ -186,17 +186,34 @@ class Placing(Linear):
         super().__init__()
         self.source = source
 
+    def apply(self, call: Call, state: None) -> Any:
+        """Run the operation; where gradients are taken, as a gather of what stays."""
+        source = call.args[self.source]
+        if not torch.is_grad_enabled() or _adds(call) or not isinstance(source, Tensor):
+            return call.run()
+        placed = self._placed(call)
+        stays = torch.cat((source.new_zeros(1), source.reshape(-1)))[placed]
+        return torch.where(placed == 0, call.args[0], stays) if self.source else stays
+
+    def _placed(self, call: Call) -> Tensor:
+        """Return the number of the new value that stays at each place, counted from 1; 0 where there is none."""
+        source, args = call.args[self.source], list(call.args)
+        is_one = not isinstance(source, (Tensor, Value))
+        count, device = 1 if is_one else source.shape.numel(), call.values[0].device
+        numbers = torch.arange(1.0, count + 1, dtype=torch.float64, device=device)
+        args[self.source] = 1.0 if is_one else numbers.reshape(source.shape)
+        if self.source:
+            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=device)
+        placed: Tensor = call.operation(*args, **call.kwargs).long()
+        return placed
+
     def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
         """Return the coefficients of what was not overwritten, and of each new value that was not."""
         (gradient,), source = gradients, call.args[self.source]
-        if any(argument is True for argument in (*call.args, *call.kwargs.values())):  # it adds
+        if _adds(call):
             return super().transpose(call, state, gradients)
-        count, args = source.shape.numel() if isinstance(source, (Tensor, Value)) else 1, list(call.args)
-        numbers = torch.arange(1.0, count + 1, dtype=torch.float64, device=gradient.device)
-        args[self.source] = numbers.reshape(source.shape) if isinstance(source, (Tensor, Value)) else 1.0
-        if self.source:
-            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=gradient.device)
-        placed = call.operation(*args, **call.kwargs).long()
+        count = source.shape.numel() if isinstance(source, (Tensor, Value)) else 1
+        placed = self._placed(call)
         found: list[Tensor | None] = []
         if self.source and isinstance(call.args[0], Value):
             found.append(cast(gradient.masked_fill(placed != 0, 0), call.args[0]))
@@ -205,6 +222,11 @@ class Placing(Linear):
             share = row.index_add(0, placed.reshape(-1), gradient.reshape(-1))[1:].reshape(source.shape)
             found.append(cast(share, source))
         return found
+
+
+def _adds(call: Call) -> bool:
+    """Return whether new values are added to what is there."""
+    return any(argument is True for argument in (*call.args, *call.kwargs.values()))
 
 
 class AsStrided(Linear):
