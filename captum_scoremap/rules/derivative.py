@@ -125,7 +125,7 @@ def _pushed_one_by_one(
     """Return the same by reverse mode alone, one backward pass for each element of the output."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         with torch.enable_grad():
-            _derived(function, points)
+            _derived(function, points)  # raises where autograd knows no derivative, which vjp takes for zero
     is_derived: list[bool] = []
 
     def noted(*live: Tensor) -> tuple[Tensor, ...]:
