@@ -123,9 +123,39 @@ def _pushed_one_by_one(
     function: Function, points: Sequence[Tensor], moves: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the same by reverse mode alone, one backward pass for each element of the output."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        with torch.enable_grad():
-            _derived(function, points)  # raises where autograd knows no derivative, which vjp takes for zero
+    is_batched = torch._C._functorch.peek_interpreter_stack() is not None
+    values, is_derived, pull = (_pulls_of_batches if is_batched else _pulls)(function, points)
+    changes = []
+    for number, value in enumerate(values):
+        change = [torch.zeros_like(value).sum()] * value.numel()
+        for place in range(value.numel()) if is_derived[number] else ():
+            seed = torch.zeros_like(value, memory_format=torch.contiguous_format)
+            seed.view(-1)[place] = 1.0
+            pairs = zip(pull(number, seed), moves, strict=True)
+            change[place] = sum(((row * move).sum() for row, move in pairs), change[place])
+        changes.append(torch.stack(change).reshape(value.shape) if change else torch.zeros_like(value))
+    return values, changes
+
+
+Pull = Callable[[int, Tensor], Sequence[Tensor]]
+"""From the number of an output and its coefficients to those of the arguments."""
+
+
+def _pulls(function: Function, points: Sequence[Tensor]) -> tuple[list[Tensor], list[bool], Pull]:
+    """Return a function's values, whether each depends on the arguments, and what pulls its coefficients back."""
+    with torch.enable_grad():
+        leaves, outs = _derived(function, points)
+
+    def pull(number: int, seed: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(
+            outs[number], leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    return [out.detach() for out in outs], [out.requires_grad for out in outs], pull
+
+
+def _pulls_of_batches(function: Function, points: Sequence[Tensor]) -> tuple[list[Tensor], list[bool], Pull]:
+    """Return the same inside of functorch's transforms, which some operations do not bear."""
     is_derived: list[bool] = []
 
     def noted(*live: Tensor) -> tuple[Tensor, ...]:
@@ -133,17 +163,14 @@ def _pushed_one_by_one(
         is_derived.extend(out.requires_grad for out in outs)
         return outs
 
-    values, pull = torch.func.vjp(noted, *points)[:2]
-    changes = []
-    for number, value in enumerate(values):
-        change = [torch.zeros_like(value).sum()] * value.numel()
-        for place in range(value.numel()) if is_derived[number] else ():
-            seeds = [torch.zeros_like(one, memory_format=torch.contiguous_format) for one in values]
-            seeds[number].view(-1)[place] = 1.0
-            pairs = zip(pull(tuple(seeds)), moves, strict=True)
-            change[place] = sum(((row * move).sum() for row, move in pairs), change[place])
-        changes.append(torch.stack(change).reshape(value.shape) if change else torch.zeros_like(value))
-    return [value.detach() for value in values], changes
+    values, pull_all = torch.func.vjp(noted, *points)[:2]
+
+    def pull(number: int, seed: Tensor) -> Sequence[Tensor]:
+        seeds = tuple(seed if at == number else torch.zeros_like(value) for at, value in enumerate(values))
+        found: Sequence[Tensor] = pull_all(seeds)
+        return found
+
+    return [value.detach() for value in values], is_derived, pull
 
 
 def _derived(function: Function, points: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
