@@ -5,13 +5,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from captum_scoremap import __version__
 from captum_scoremap.cli.audit import AuditCommand, audit
@@ -21,7 +21,21 @@ from captum_scoremap.cli.explain import explain
 from captum_scoremap.cli.export import export
 from captum_scoremap.cli.patches import patches
 
+
+class _Commands(TyperGroup):
+    """The commands, each of which says so when the user stops it; an audit says itself what it keeps."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("captum-scoremap: stopped.", file=sys.stderr)
+            sys.exit(130)
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="captum-scoremap",
     no_args_is_help=True,
     add_completion=False,
@@ -29,28 +43,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-
-
-def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command say that the user stopped it."""
-
-    @wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        try:
-            command(*arguments, **options)
-        except KeyboardInterrupt:
-            print("captum-scoremap: stopped.", file=sys.stderr)
-            sys.exit(130)
-
-    return run
-
-
-app.command()(_stoppable(explain))
-app.command(cls=AuditCommand)(audit)  # says itself what it keeps
-app.command()(_stoppable(check))
-app.command()(_stoppable(patches))
-app.command()(_stoppable(bench))
-app.command()(_stoppable(export))
+app.command()(explain)
+app.command(cls=AuditCommand)(audit)
+app.command()(check)
+app.command()(patches)
+app.command()(bench)
+app.command()(export)
 
 
 def _show_version(wanted: bool) -> None:
