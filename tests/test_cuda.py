@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -20,6 +22,7 @@ from captum_scoremap import (
     ScoreMap,
     bias_terms,
     compile_map,
+    freeze,
     linear_form,
     prepare,
 )
@@ -35,7 +38,7 @@ DEVICE = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CLOSE = 1e-9  # of the largest coefficient: other kernels round otherwise
-SINGLE = 1e-4  # with hard swishes, which multiply by a sixth in single precision there, whatever the type
+SINGLE = 1e-4  # with hard swishes and sigmoids, which multiply by a sixth in single precision there, whatever the type
 CASES = [(table, name) for table, cases in TABLES.items() for name, case in cases.items() if not case.refused]
 
 
@@ -44,7 +47,7 @@ def there(model: nn.Module) -> Any:
 
 
 def closeness(model: nn.Module) -> float:
-    return SINGLE if "hardswish" in repr(model).lower() else CLOSE
+    return SINGLE if {"hardswish", "hardsigmoid"} & set(re.findall(r"\w+", repr(model).lower())) else CLOSE
 
 
 def assert_same(on_device: Any, on_cpu: Any, close: float = CLOSE) -> None:
@@ -102,6 +105,11 @@ def test_what_people_hand_over(table: str, name: str) -> None:
         model.double().eval()
         if case.random:
             randomize(model, inputs, torch.Generator().manual_seed(0))
+        try:
+            with torch.random.fork_rng():
+                copy.deepcopy(model)(inputs.clone())
+        except RuntimeError:  # as frozen TorchScript does unfused
+            pytest.skip("the model itself does not run")
         names = layers_of_images(model, inputs) if case.layers is None else case.layers
         here = [form_at(model, inputs, case, layer) for layer in (None, *names)]
         reason = ""
@@ -127,6 +135,41 @@ def test_what_people_hand_over(table: str, name: str) -> None:
 
 def form_at(model: nn.Module, inputs: Tensor, case: Case, layer: str | None) -> Any:
     return linear_form(model, inputs, case.target, None if layer is None else model.get_submodule(layer))
+
+
+class Adaptive(nn.Module):
+    """A norm whose weight and bias depend on the image, by running statistics or those of the image, and dropout."""
+
+    def __init__(self, of_image: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, 3)
+        self.of_image, self.dropout = of_image, nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        weight, bias = x.mean((0, 2, 3)), x.amax((0, 2, 3))
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        x = F.batch_norm(x, mean.clone(), variance.clone(), weight, bias, self.of_image)
+        scores: Tensor = self.head(self.dropout(F.hardsigmoid(x)).flatten(1))
+        return scores
+
+
+@needs_cuda
+@pytest.mark.parametrize("of_image", [False, True])
+def test_norms_with_weights_of_the_image_and_dropout_that_draws(of_image: bool) -> None:
+    torch.manual_seed(0)
+    model = Adaptive(of_image).double().to(DEVICE).eval()
+    model.dropout.train()
+    inputs = torch.randn(1, 3, 8, 8, dtype=torch.float64, device=DEVICE)
+    for layer in (None, model.conv):
+        with pytest.warns(UserWarning, match="dropout is in training mode"):
+            form = linear_form(model, inputs, 1, layer)
+        assert relative_residual(form.score, form.sums, form.bias) <= 1e-10
+    with pytest.warns(UserWarning, match="dropout is in training mode"):
+        frozen = freeze(model, inputs)
+    step = torch.randn_like(inputs)
+    there_and_back = frozen(inputs + step) + frozen(inputs - step) - 2 * frozen(inputs)
+    assert float(there_and_back.abs().max()) <= 1e-10
 
 
 METHODS: dict[str, Callable[[nn.Module], Any]] = {

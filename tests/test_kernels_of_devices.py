@@ -5,6 +5,7 @@ Their operations reach the tape before any device does, so that the CPU can reco
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from captum_scoremap import linear_form
+from captum_scoremap import freeze, linear_form
 from captum_scoremap.rules import DEFAULT, Tangent
 
 aten = torch.ops.aten
@@ -217,3 +218,82 @@ def test_warps_by_cudnn(rules: Any) -> None:
             assert_close(found.score, model(inputs)[:, 1], rtol=1e-12, atol=1e-14)
             assert_close(found.coefficients, expected.coefficients, rtol=1e-10, atol=1e-13)
             assert_close(found.bias, expected.bias, rtol=1e-10, atol=1e-13)
+
+
+class Adaptive(nn.Module):
+    """A norm whose weight, bias or statistics depend on the image, by one kernel or another."""
+
+    def __init__(self, norm: Any, live: str, of_image: bool) -> None:
+        super().__init__()
+        self.norm, self.live, self.of_image = norm, live, of_image
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4 * 25, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        own = {"weight": torch.ones_like, "bias": torch.zeros_like, "mean": torch.zeros_like, "var": torch.ones_like}
+        of_image = {"weight": x.amax((0, 2, 3)), "bias": x.mean((0, 2, 3))}
+        of_image |= {"mean": x.mean((0, 2, 3)), "var": x.var((0, 2, 3))}
+        given = [of_image[name] if name in self.live else make(self.conv.bias.detach()) for name, make in own.items()]
+        scores: Tensor = self.head(self.norm(x, *given, self.of_image, 0.1, 1e-5)[0].relu().flatten(1))
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("live", "of_image"),
+    [
+        *product(["weight", "bias", "weight bias", "mean var", "weight mean"], [False]),
+        *product(["weight", "bias", "weight bias"], [True]),
+    ],
+)
+@pytest.mark.parametrize("vendor", ["cudnn_batch_norm", "miopen_batch_norm"])
+def test_norms_of_vendors_with_weights_of_the_image(vendor: str, live: str, of_image: bool) -> None:
+    """Their kernels must have a weight, and one of them returns more than PyTorch's own."""
+    extra = len(getattr(aten, vendor).default._schema.returns) - 3
+
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        assert args[1] is not None
+        return *aten.native_batch_norm(*args), *[torch.empty(0, dtype=torch.uint8)] * extra
+
+    torch.manual_seed(0)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(vendor, kernel, "CPU")
+        model = Adaptive(aten.native_batch_norm, live, of_image).double().eval()
+        twin = Adaptive(getattr(aten, vendor), live, of_image).double().eval()
+        twin.load_state_dict(model.state_dict())
+        inputs = torch.randn(1, 2, 7, 7, dtype=torch.float64)
+        with torch.no_grad():
+            score = model(inputs)[:, 1]
+        for layer in ("", "conv"):
+            expected, found = (
+                linear_form(one, inputs, 1, one.get_submodule(layer) if layer else None) for one in (model, twin)
+            )
+            assert_close(found.score, score, rtol=1e-12, atol=1e-14)
+            assert_close(found.coefficients, expected.coefficients, rtol=1e-10, atol=1e-13)
+            assert_close(found.bias, expected.bias, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("is_training", [True, False, None])
+def test_dropout_by_one_kernel(share: float, is_training: bool | None) -> None:
+    """CUDA draws and multiplies at once; the CPU has that kernel, too, though none of its layers calls it."""
+    torch.manual_seed(0)
+    conv, head = nn.Conv2d(2, 4, 3).double(), nn.Linear(100, 3).double()
+    kept: list[Tensor] = []
+
+    def model(x: Tensor) -> Tensor:
+        dropped, mask = torch.native_dropout(conv(x).relu(), share, is_training)
+        kept.append(mask.double() / (1 - share) if is_training is not False and share < 1 else mask.double())
+        scores: Tensor = head(dropped.flatten(1))
+        return scores
+
+    inputs = torch.randn(2, 2, 7, 7, dtype=torch.float64)
+    form = linear_form(model, inputs, 1, conv)
+    coefficients = head.weight[1].reshape(4, 5, 5) * kept[0] * (conv(inputs) > 0)
+    assert_close(form.coefficients, coefficients, rtol=1e-12, atol=1e-15)
+    assert_close(form.bias, head.bias[1].expand(2), rtol=1e-12, atol=1e-14)
+    assert_close(form.score, form.sums + form.bias, rtol=1e-12, atol=1e-14)
+    kept.clear()
+    frozen = freeze(model, inputs)
+    scale = kept[0]
+    assert_close(frozen(2 * inputs), head(((conv(2 * inputs) * (conv(inputs) > 0)) * scale).flatten(1)))
+    assert all("dropout" not in name for name in frozen.switches)

@@ -15,6 +15,8 @@ from .rule import Composite, Gradients, Rule
 
 __all__ = ["BatchNorm", "GroupNorm", "LayerNorm"]
 
+aten = torch.ops.aten
+
 _EPS = ("eps", "epsilon")
 
 
@@ -41,10 +43,14 @@ class Standardize(Rule):
         def expanded(*args: Any) -> tuple[Tensor, ...]:
             weight, bias = self.affine(Call(operation, args, {}, (), ()))
             bare = *args[: self.weight], None, None, *args[self.weight + 2 :]
-            output, *statistics = operation(*bare)
-            return (_weighted(output, weight, bias), *statistics)
+            output, *statistics = self.without_weight(operation)(*bare)
+            return _all_outputs(operation, _weighted(output, weight, bias), *statistics)
 
         return Composite(expanded)
+
+    def without_weight(self, operation: Any) -> Any:
+        """Return the operation that standardizes as this one does, and may have no weight."""
+        return operation
 
     def grouped(self, call: Call, x: Tensor) -> Tensor:
         """Return the argument in the shape in which each of its rows, the last dimension, has statistics of its own."""
@@ -160,9 +166,14 @@ class BatchNorm(Standardize):
             x, (mean, variance) = args[0], args[3:5]
             weight, bias = self.affine(Call(call.operation, args, {}, (), ()))
             output = (x - _shaped(mean, x)) * _shaped((variance + call.argument(*_EPS)).rsqrt(), x)
-            return _weighted(output, weight, bias), mean.new_empty(0), mean.new_empty(0)
+            return _all_outputs(call.operation, _weighted(output, weight, bias))
 
         return Composite(expanded)
+
+    def without_weight(self, operation: Any) -> Any:
+        """Return PyTorch's own kernel for those of vendors, which want a weight."""
+        is_of_vendor = operation in {aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
+        return aten.native_batch_norm.default if is_of_vendor else operation
 
     def is_affine(self, call: Call) -> bool:
         """Return whether it uses running statistics."""
@@ -215,6 +226,12 @@ class BatchNorm(Standardize):
         scale = (variance + call.argument(*_EPS)).rsqrt()
         scale = scale if weight is None else scale * weight
         return _shaped(scale.to(call.input.dtype), call.input)
+
+
+def _all_outputs(operation: Any, output: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+    """Return as many outputs as the operation has; empty ones for by-products that only its backward pass reads."""
+    missing = len(operation._schema.returns) - 1 - len(statistics)
+    return (output, *statistics, *(output.new_empty(0) for _ in range(missing)))
 
 
 def _weighted(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

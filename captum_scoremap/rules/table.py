@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, Power, PReLU
+from .activations import Breakpoints, Choice, Clamp, Dropout, Gate, PiecewiseLinear, Power, PReLU
 from .affine import AFFINE
 from .attention import Attention
 from .composite import COMPOSITE, gated_half
@@ -60,6 +60,14 @@ def _rrelu(
 
 def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0) -> Breakpoints:
     return Breakpoints(((operator.gt, min_val), (operator.ge, max_val)), (0.0, 1.0, 0.0), (min_val, 0.0, max_val))
+
+
+_SIXTH_IN_SINGLE_PRECISION = torch.tensor(1 / 6, dtype=torch.float32).item()
+
+
+def _hardsigmoid(input: Any) -> Breakpoints:
+    sixth = _SIXTH_IN_SINGLE_PRECISION if input.device.type == "cuda" else 1 / 6  # as the kernels multiply, in any type
+    return Breakpoints(((operator.gt, -3.0), (operator.ge, 3.0)), (0.0, sixth, 0.0), (0.0, 3 * sixth, 6 * sixth))
 
 
 def _threshold(input: Any, threshold: float, value: float) -> Breakpoints:
@@ -158,10 +166,8 @@ _NONLINEAR: dict[str, Rule] = {
         """.split(),
         Tangent(gate=True),
     ),
-    "hardsigmoid": PiecewiseLinear(
-        _fixed((operator.gt, -3.0), (operator.ge, 3.0), slopes=(0.0, 1 / 6, 0.0), offsets=(0.0, 0.5, 1.0)),
-        gate=True,
-    ),
+    "hardsigmoid": PiecewiseLinear(_hardsigmoid, gate=True),
+    "native_dropout": Dropout(),
     # scales
     "native_layer_norm": LayerNorm(),
     "native_group_norm": GroupNorm(),

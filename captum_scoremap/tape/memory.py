@@ -176,8 +176,7 @@ class Memory:
         address = target.untyped_storage()._cdata
         memory = self.changed.get(address)
         if memory is None:
-            # the tensor and the storage's own handle: nobody else reads this memory
-            if before is None and torch._C._storage_Use_Count(address) <= 2:
+            if before is None and _uses(target) <= _ALONE:  # nobody else reads this memory
                 return
             memory = self.changed[address] = _Changed(target)
             memory.was_constant = before is not None and not isinstance(before.content, Value)
@@ -265,6 +264,14 @@ class Memory:
         step = Step(operation, args, {}, values, values, rule=rule, module=self._modules.current)
         (made,) = self._tape.write(step, [like], gate=all(value.gate for value in values))
         return made
+
+
+def _uses(tensor: Tensor) -> int:
+    """Return how often a tensor's memory is referred to."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+_ALONE = _uses(torch.empty(1))  # by the tensor alone and, as some versions of PyTorch count, the storage's own handle
 
 
 def _copied(argument: Any, address: int) -> Any:

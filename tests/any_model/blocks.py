@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
+from tests.configurations import parallel_on_cpu
+
 from . import Case, Model
 
 Function = Callable[[Tensor], Tensor]
@@ -537,7 +539,7 @@ CASES = {
             torch.randn(2, 5, 8, dtype=torch.float64),
         )
     ),
-    "DataParallel": Case(lambda: (nn.DataParallel(small()), image()), layers=("module.0", "module.2")),
+    "DataParallel": Case(lambda: (parallel_on_cpu(small()), image()), layers=("module.0", "module.2")),
     "functional_call": Case(functional),
     "ensemble by vmap": Case(ensemble),
     "channels last": Case(channels_last),
