@@ -1299,6 +1299,10 @@ WRITTEN_OVER: dict[str, Callable[[Tensor], Tensor]] = {
     "a table by index": lambda part: part.__setitem__(slice(None), torch.full_like(part, 0.4)) or part,
     "noise": lambda part: part.uniform_(0.4, 0.4 + 1e-12),
     "a part of it": lambda part: part.fill_(0.4)[:, :2],
+    "through another view": lambda part: (part.detach().copy_(torch.full_like(part, 0.4)), part)[1],
+    "column by column": lambda part: ([column.fill_(0.4) for column in part.unbind(1)], part)[1],
+    "by a slice": lambda part: part.__setitem__((slice(None), slice(0, 2)), 0.4) or part,
+    "and changed after it is read": lambda part: (part.detach().fill_(0.2), 2 * part, part.detach().fill_(7.0))[1],
 }
 
 
@@ -1311,6 +1315,25 @@ def test_a_factor_that_constants_were_written_over_is_a_constant(name: str) -> N
 
     form = linear_form(model, torch.rand(1, 4, dtype=torch.float64) + 1, lambda output: output.sum(1))
     assert_close(form.coefficients, torch.tensor([[0.0, 0.4, 1.4, 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("is_written_later", [False, True])
+def test_a_margin_around_live_numbers_is_a_constant(is_written_later: bool) -> None:
+    """As of an image that is copied into a canvas: what it lies in is not all of the image."""
+
+    def model(x: Tensor) -> Tensor:
+        canvas = torch.full((1, 6), 0.4, dtype=x.dtype)
+        canvas[:, 1:5] = x
+        product = x * canvas[:, :1] + x[:, :1] * canvas[:, 5:]
+        if is_written_later:
+            canvas[:, :] = 7.0
+        return product + canvas[:, 1:5]
+
+    inputs = torch.rand(1, 4, dtype=torch.float64) + 1
+    form = linear_form(model, inputs, lambda output: output.sum(1))
+    own = 0.0 if is_written_later else 1.0
+    assert_close(form.coefficients, torch.tensor([[2.0, 0.4, 0.4, 0.4]], dtype=torch.float64) + own)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
 
 
 @pytest.mark.parametrize("operation", ["mul", "sub", "maximum", "addcmul"])

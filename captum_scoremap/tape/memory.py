@@ -34,6 +34,7 @@ class _Changed:
         self.length = tensor.untyped_storage().nbytes() // tensor.element_size()  # in elements
         self.clock = 0  # when it was changed last
         self.value: Value | None = None  # what it holds; None for constants
+        self.live: Tensor | None = None  # which elements are live, where constants may lie among them
         self.geometry = geometry(tensor)  # where that value lies in it
         self.was_constant = False  # whether it held constants alone before it was changed
         self.has_site = False  # whether a value begins in it at a site, where a constant was
@@ -46,6 +47,12 @@ class _Changed:
         self._changes.append((clock, geometry(tensor)))
         if tensor.element_size() != self._element:
             self._element = 0  # places of elements of several sizes are not compared
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Return whether it is known that constants alone lie where a tensor does, in memory that holds live ones."""
+        if self.live is None or tensor.element_size() != self._element:
+            return False
+        return not bool(self.live.as_strided(*geometry(tensor)).any())
 
     def leaves(self, tensor: Tensor, clock: int) -> bool:
         """Return whether nothing changed, since then, where a tensor lies."""
@@ -156,10 +163,15 @@ class Memory:
         value.beneath = Beneath(root, place, self.clock)
         value.root = None
 
+    def holds_constants(self, view: Tensor) -> bool:
+        """Return whether constants alone lie where a view of a live tensor does."""
+        memory = self.changed.get(view.untyped_storage()._cdata) if self.changed else None
+        return memory is not None and memory.is_constant(view)
+
     def held_constants(self, tensor: Tensor) -> bool:
         """Return whether the memory of a live tensor may hold constants, or held some that steps refer to."""
         memory = self.changed.get(tensor.untyped_storage()._cdata)
-        return memory is not None and (memory.was_constant or memory.has_site)
+        return memory is not None and (memory.was_constant or memory.has_site or memory.live is not None)
 
     def constant_begins(self, constant: Tensor) -> None:
         """Note that a value begins at a site where a constant was: its memory may change as that of constants."""
@@ -182,11 +194,15 @@ class Memory:
             memory.was_constant = before is not None and not isinstance(before.content, Value)
         memory.changed_at(target, self.clock)
         if before is None:
-            memory.value, memory.geometry = value, geometry(target)
+            memory.value, memory.geometry, memory.live = value, geometry(target), None
             return
-        if value is None and not isinstance(before.content, Value):
+        was_live = isinstance(before.content, Value)
+        if value is None and not was_live:
             memory.value = None
             return
+        if memory.live is None:
+            memory.live = torch.full((memory.length,), was_live, device=target.device)
+        memory.live.as_strided(*geometry(target)).fill_(value is not None)
         source: Any = target.detach().clone() if value is None else value
         flat = target.detach().as_strided((memory.length,), (1,), 0)
         args = before.content, source, *geometry(target)
@@ -210,10 +226,13 @@ class Memory:
         return value
 
     def _held_at(self, tensor: Tensor, memory: _Changed) -> Value | None:
-        """Return what the memory holds where a tensor lies."""
-        if memory.value is not None:
-            _check_read_alike(tensor, memory.value.dtype)
-        if memory.value is None or memory.geometry == geometry(tensor):
+        """Return what the memory holds where a tensor lies; None for constants alone."""
+        if memory.value is None:
+            return None
+        _check_read_alike(tensor, memory.value.dtype)
+        if memory.is_constant(tensor):
+            return None
+        if memory.geometry == geometry(tensor):
             return memory.value
         flat = tensor.detach().as_strided((memory.length,), (1,), 0)
         args = self._flat(memory, tensor), *geometry(tensor)

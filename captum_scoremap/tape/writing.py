@@ -68,6 +68,8 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
             if isinstance(tensor, Tensor) and tensor.numel():
                 run.made(tensor)
     for tensor, value in zip(tensors, run.tape.write(step, tensors, gate=rule.makes_gate(step)), strict=True):
+        if operation.is_view and run.memory.holds_constants(tensor):
+            continue
         run.name(tensor, value)
         if operation.is_view:
             value.root = values[0].root or (values[0], geometry(call.live[0]))
