@@ -38,7 +38,7 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
             warnings.simplefilter("ignore")  # such as that TF32 would be faster
             example: list[Any] = [*arguments, *graph.read()]
             module = hold_masks(graph.module, example)
-            returned: Any = module.graph.output_node().args[0]
+            returned: Any = list(module.graph.nodes)[-1].args[0]
             # Inductor moves each operation to where its result is used, which spares memory; but what is returned is
             # used at the end, and with the maps of all layers every A and Y would be held until then
             options = {"reorder_for_locality": len(returned) == 1}

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,14 @@ def trace(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     noise = _noise_state(arguments)
+    # of newer versions of PyTorch, for errors that say where
+    traces: dict[str, Any] = (
+        {"record_stack_traces": True} if "record_stack_traces" in signature(make_fx).parameters else {}
+    )
     with torch.no_grad(), plainly(), exits_refused(_depends), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have been shown when the function ran
         try:
-            traced = make_fx(lambda *tensors: tuple(function(*tensors)), record_stack_traces=True)(*arguments)
+            traced = make_fx(lambda *tensors: tuple(function(*tensors)), **traces)(*arguments)
         except RuntimeError as error:
             if "get value out of a tracing tensor" not in str(error):
                 raise
