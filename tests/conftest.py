@@ -42,17 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-LONGEST = {
-    f"test_{name}.py" for name in "tutorials zoo compiled cli complete audit_run audit_findings benchmarks".split()
-}
+LONGEST = [
+    f"test_{name}.py"
+    for name in """
+        tutorials any_model compiled cli zoo audit_findings benchmarks audit_run audit_terminal docs cost audit_report
+        random_networks
+    """.split()
+]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the sweeps over whole model zoos and what starts a cluster, unless ``-m`` asks for something.
 
-    The files that take longest come first, so that no process is left alone with one at the end.
+    The files that take longest come first, the longest of all before the others, so that no process is left alone with
+    one at the end.
     """
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     if config.option.markexpr:
         return
     by_hand = [item for item in items if item.get_closest_marker("sweep") or item.get_closest_marker("ray")]

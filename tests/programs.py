@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +40,7 @@ class Program:
 
     Args:
         arguments: What is typed after its name.
+        closed: Which of its streams it starts without, 1 and 2.
 
     Attributes:
         process: Its process.
@@ -47,9 +48,9 @@ class Program:
         errors: Its error stream, to be read.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, closed: Sequence[int] = ()) -> None:
         pipes = [multiprocessing.Pipe(duplex=False) for _ in "oe"]
-        self.process = start(_run, arguments, *(writes for _, writes in pipes))
+        self.process = start(_run, arguments, *(writes for _, writes in pipes), closed)
         for _, writes in pipes:
             writes.close()
         self.output, self.errors = (os.fdopen(os.dup(reads.fileno()), encoding="utf-8") for reads, _ in pipes)
@@ -69,7 +70,7 @@ class Program:
         return self.process.exitcode, printed, said
 
 
-def _run(arguments: tuple[str, ...], output: Connection, errors: Connection) -> None:
+def _run(arguments: tuple[str, ...], output: Connection, errors: Connection, closed: Sequence[int]) -> None:
     from captum_scoremap.__main__ import run
 
     sys.argv[1:] = arguments
@@ -80,4 +81,8 @@ def _run(arguments: tuple[str, ...], output: Connection, errors: Connection) -> 
     # as a new interpreter opens pipes
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        if stream in closed:
+            os.close(stream)
+            setattr(sys, name, None)
     run()

@@ -1,16 +1,19 @@
 """Score maps, sums and B of a batch: exact at every layer, also where something bypasses it or it changes in place."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import get_model
 
 from captum_scoremap import CompleteScoreMap, linear_form
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import MapLayer, explain, map_layers
 from captum_scoremap.linear import main_layers
 from captum_scoremap.models import prepare
+from tests import families
+from tests.zoo import small_vit
 
 
 class Bypassing(nn.Module):
@@ -145,7 +148,7 @@ def test_a_module_that_is_used_three_times_does_no_harm(tmp_path):
 )
 def test_relus_in_place_above_several_layers(tmp_path, name, layers):
     torch.manual_seed(0)
-    model = get_model(name).eval()
+    model = families.with_fewer_channels(name).build().eval()
     data = [(torch.randn(3, 64, 64), 0) for _ in range(2)]
     done = audit(data, model, out=tmp_path, layers=layers, progress=False, prepare_model=False)
     scores = {image["index"]: abs(image["score"]) for image in done.images.to_pylist()}
@@ -191,11 +194,21 @@ def test_layers_that_the_scores_do_not_depend_on(images):
     assert explain(Idle().double().eval(), [MapLayer("second")], images, true).residuals["second"].max() < 1e-12
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "vit_b_32", "swin_t", "convnext_tiny"])
-def test_default_layers_of_networks_of_every_kind_are_exact(name):
+@pytest.mark.parametrize(
+    "build",
+    [
+        families.small_resnet,
+        families.small_densenet,
+        small_vit,
+        partial(families.small_swin, 1),
+        families.small_convnext,
+    ],
+)
+def test_default_layers_of_networks_of_every_kind_are_exact(build):
     torch.manual_seed(0)
-    images = torch.rand(2, 3, 224 if name == "vit_b_32" else 96, 224 if name == "vit_b_32" else 96)
-    model = prepare(get_model(name).eval(), images[:1])
+    side = 32 if build is small_vit else 96
+    images = torch.rand(2, 3, side, side)
+    model = prepare(build().eval(), images[:1])
     layers = map_layers(model, main_layers(model, images[:1])[-3:], images[:1])
     found = explain(model, layers, images, torch.tensor([3, -1]))
     for residual in found.residuals.values():

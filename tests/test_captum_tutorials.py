@@ -25,6 +25,7 @@ from torch.testing import assert_close
 from torchvision.transforms import functional as TF
 
 from captum_scoremap import CompleteScoreMap, LayerScoreMap, ScoreMap
+from tests.families import narrow
 from tests.test_captum_tools import MeanDifference, drawn
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}  # float64; sums in another order
@@ -170,7 +171,8 @@ def test_vgg() -> None:
 
 
 def test_segmentation() -> None:
-    fcn = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None).double().eval()
+    with narrow():
+        fcn = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None).double().eval()
     photograph = torch.rand(3, 40, 56, dtype=torch.float64)
     image = TF.normalize(photograph, *IMAGENET).unsqueeze(0)
     image.requires_grad = True
@@ -255,12 +257,13 @@ def slopes(model: nn.Module, layer: str, direction: Tensor, images: Tensor, labe
 def test_tcav(tmp_path: Path) -> None:
     """The share of images whose score rises as the layer moves toward a concept, for pairs of concepts and three."""
     layers = ["inception4c", "inception4d", "inception4e"]
-    model = torchvision.models.googlenet(weights=None, aux_logits=False, init_weights=False).eval()
+    with narrow():
+        model = torchvision.models.googlenet(weights=None, aux_logits=False, init_weights=False).eval()
     names = ["striped", "zigzagged", "dotted", "random_0", "random_1"]
     striped, zigzagged, dotted, first, second = (concept(tmp_path, number, name) for number, name in enumerate(names))
     method = LayerScoreMap(model, None, multiply_by_inputs=False)
     tcav = TCAV(model, layers, classifier=MeanDifference(), layer_attr_method=method, save_path=str(tmp_path))
-    images, label = torch.randn(6, 3, 64, 64), 340
+    images, label = torch.randn(6, 3, 64, 64), 34
     for sets in ([[striped, first], [striped, second]], [[striped, zigzagged, dotted]]):
         scores = tcav.interpret(inputs=images, experimental_sets=sets, target=label, attr_dim_summation=False)
         for key, layer in ((concepts_to_str(concepts), layer) for concepts in sets for layer in layers):

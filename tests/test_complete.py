@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -17,30 +18,27 @@ from captum_scoremap import CompleteScoreMap, LayerScoreMap, MultiView, bias_map
 from captum_scoremap.layout import resized
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.metrics import cause_game, single_deletion
+from tests import families
 from tests.state import untouched
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet18": (lambda: torchvision.models.resnet18(weights=None), 64),
-    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(weights=None), 64),
-    "densenet121": (lambda: torchvision.models.densenet121(weights=None), 64),
-    "googlenet": (lambda: torchvision.models.googlenet(weights=None, init_weights=False), 64),
-    "convnext_tiny": (lambda: torchvision.models.convnext_tiny(weights=None), 64),
-    "swin_t": (lambda: torchvision.models.swin_t(weights=None), 64),
-    "vit_tiny": (
-        lambda: timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64, depth=3),
-        64,
-    ),
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": families.small_resnet,
+    "mobilenet_v3": families.small_mobilenet_v3,
+    "densenet": families.small_densenet,
+    "googlenet": families.with_fewer_channels("googlenet").build,
+    "convnext": families.small_convnext,
+    "swin": partial(families.small_swin, 1),
+    "vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64, depth=3),
 }
 
 
 def drawn(name: str, generator: torch.Generator) -> tuple[nn.Module, Tensor]:
-    build, side = NETWORKS[name]
-    model = build().double().eval()
+    model = NETWORKS[name]().double().eval()
     with torch.no_grad():
         for name_of, parameter in model.named_parameters():  # biases are zero as built
             if name_of.endswith("bias"):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return model, torch.randn(2, 3, side, side, generator=generator, dtype=torch.float64)
+    return model, torch.randn(2, 3, 64, 64, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -84,9 +82,11 @@ def test_bias_maps_of_tokens_leave_out_the_class_token(generator: torch.Generato
     assert_close(complete.sum((1, 2, 3)) + placeless, form.score, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["alexnet", "resnet18"])
-def test_multi_view_networks_have_complete_maps_of_the_whole_image(name: str, generator: torch.Generator) -> None:
-    model = torchvision.models.get_model(name).double().eval()
+@pytest.mark.parametrize("build", [families.with_fewer_channels("alexnet").build, families.small_resnet])
+def test_multi_view_networks_have_complete_maps_of_the_whole_image(
+    build: Callable[[], nn.Module], generator: torch.Generator
+) -> None:
+    model = build().double().eval()
     views = MultiView.from_classifier(model)
     images = torch.randn(2, 3, 256, 288, generator=generator, dtype=torch.float64)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_multi_view_networks_have_complete_maps_of_the_whole_image(name: str, ge
 
 def test_the_preprocessing_mean_moves_score_between_map_and_bias_at_the_same_place(generator: torch.Generator) -> None:
     """What an origin of the pixels takes from A·Y it gives to the constant at the same place: regional sums stay."""
-    model, images = drawn("resnet18", generator)
+    model, images = drawn("resnet", generator)
     mean = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64).view(3, 1, 1)
     shifted = nn.Sequential(AddConstant(mean), model).eval()
     assert_close(shifted(images - mean), model(images))
@@ -160,7 +160,7 @@ def test_constants_inside_windows_stand_at_their_positions(scale: float, generat
     assert_close(layer, CompleteScoreMap(direct, direct.linear).attribute(images, 1), **near)
 
 
-@pytest.mark.parametrize("build", [torchvision.models.swin_t, torchvision.models.swin_v2_t, "vit"])
+@pytest.mark.parametrize("build", [partial(families.small_swin, 1), partial(families.small_swin, 2), "vit"])
 def test_every_image_of_a_batch_has_its_own(build: Any, generator: torch.Generator) -> None:
     """Windows and tokens before images in memory: rows of several images lie between each other."""
     if build == "vit":
@@ -246,7 +246,7 @@ def test_a_network_by_hand(generator: torch.Generator) -> None:
 
 
 def test_folding_norms_does_not_change_the_map(generator: torch.Generator) -> None:
-    model = torchvision.models.resnet18(weights=None).double().eval()
+    model = families.small_resnet().double().eval()
     with torch.no_grad():
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -262,7 +262,7 @@ def test_folding_norms_does_not_change_the_map(generator: torch.Generator) -> No
 
 
 def test_the_mean_of_layers_is_the_mean_of_their_maps(generator: torch.Generator) -> None:
-    model, images = drawn("resnet18", generator)
+    model, images = drawn("resnet", generator)
     layers = [model.layer2, model.layer4]
     alone = [linear_form(model, images, 1, layer).complete_map((64, 64)) for layer in layers]
     assert_close(CompleteScoreMap(model, layers).attribute(images, 1), (alone[0] + alone[1]) / 2, rtol=1e-9, atol=1e-9)
@@ -270,7 +270,9 @@ def test_the_mean_of_layers_is_the_mean_of_their_maps(generator: torch.Generator
 
 def test_default_layers_count_less_where_the_score_is_at_the_class_token(generator: torch.Generator) -> None:
     stem = [torchvision.models.vision_transformer.ConvStemConfig(out, 3, 2) for out in (8, 16)]
-    model = torchvision.models.VisionTransformer(32, 4, 4, 2, 16, 32, num_classes=5, conv_stem_configs=stem)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torchvision.models.VisionTransformer(32, 4, 4, 2, 16, 32, num_classes=5, conv_stem_configs=stem)
     model = model.double().eval()
     with torch.no_grad():
         model.heads.head.weight.normal_(generator=generator)  # zero as built

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -15,8 +14,9 @@ from captum_scoremap import LayerScoreMap, ScoreMap, freeze, linear_form
 from captum_scoremap.linear import Reduction, definition
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.tape import Recording, Site, Tape
+from tests.families import PIECEWISE_LINEAR, SMOOTH, small_resnet, small_swin
 from tests.layers import called_once
-from tests.zoo import IN_THE_CHECK, SMOOTH, entry, random_entry, spread
+from tests.zoo import Entry, random_entry, spread
 
 LABELS = 4
 
@@ -63,12 +63,8 @@ NETWORKS = {
     "residual": Network(Residual, ("stem", "norm", "inner", "pool")),
     "residual, one image": Network(Residual, ("stem", "inner"), images=1),
     "transformer": Network(Tokens, ("blocks.0", "blocks.1.linear1"), -1),
-    "resnet18": Network(
-        lambda: torchvision.models.resnet18(weights=None, num_classes=LABELS), ("layer1", "layer3.0.conv1"), size=32
-    ),
-    "swin_t": Network(
-        lambda: torchvision.models.swin_t(weights=None, num_classes=LABELS), ("features.3", "features.7.1.mlp"), -1, 64
-    ),
+    "resnet": Network(lambda: small_resnet(LABELS), ("layer1", "layer3.0.conv1"), size=32),
+    "swin": Network(lambda: small_swin(1, LABELS), ("features.1", "features.3.1.mlp"), -1, 32),
 }
 
 
@@ -181,9 +177,9 @@ def by_autograd(model: nn.Module, inputs: Tensor, label: int, layers: dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore:the score map of:UserWarning")  # of layers inside a window's attention
-@pytest.mark.parametrize("name", [*IN_THE_CHECK, *SMOOTH])
-def test_maps_of_the_zoo_are_gradients_of_frozen_models(name: str) -> None:
-    model, inputs = random_entry(entry(name), images=2)
+@pytest.mark.parametrize("item", [*PIECEWISE_LINEAR, *SMOOTH], ids=str)
+def test_maps_of_the_zoo_are_gradients_of_frozen_models(item: Entry) -> None:
+    model, inputs = random_entry(item, images=2)
     with torch.no_grad():
         label = int(model(inputs.clone())[0].argmax())
     every = called_once(model, inputs)

@@ -417,6 +417,13 @@ def test_main_layers(name: str, expected: list[str]) -> None:
     assert not any(part._forward_hooks for part in module.modules())
 
 
+def test_what_is_finer_inside_a_module_is_no_main_layer() -> None:
+    inside = nn.Sequential(nn.Upsample((6, 6)), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(4))
+    stages = [nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), inside, nn.MaxPool2d(2)]
+    network = nn.Sequential(*stages, nn.Flatten(), nn.Linear(16, 2)).eval()
+    assert main_layers(network, torch.rand(1, 3, 8, 8)) == ["0", "2", "3"]
+
+
 def test_main_layers_leave_no_hooks_where_the_model_raises() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(7, 2))
     with pytest.raises(RuntimeError):

@@ -15,10 +15,9 @@ from torchvision.models.resnet import BasicBlock
 from captum_scoremap import LayerScoreMap, bias_terms, linear_form
 from captum_scoremap.models import load_model, read_image
 from tests import hugging_face
+from tests.families import PIECEWISE_LINEAR, SMOOTH
 from tests.state import untouched
 from tests.zoo import (
-    IN_THE_CHECK,
-    SMOOTH,
     Entry,
     all_of_torchvision,
     all_of_transformers,
@@ -44,14 +43,14 @@ def holds(item: Entry, tolerance: float, most: int | None = None) -> None:
     assert row.at_layers <= tolerance, f"residual {row.at_layers:.1e} at {row.worst}"
 
 
-@pytest.mark.parametrize("name", IN_THE_CHECK)
-def test_identity_holds_at_layers_from_first_to_last(name: str) -> None:
-    holds(entry(name), 1e-10, most=32)  # all of them in the sweep
+@pytest.mark.parametrize("item", PIECEWISE_LINEAR, ids=str)
+def test_identity_holds_at_every_layer(item: Entry) -> None:
+    holds(item, 1e-10)
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_identity_holds_for_networks_that_are_not_piecewise_linear(name: str) -> None:
-    holds(entry(name), 1e-9, most=32)
+@pytest.mark.parametrize("item", SMOOTH, ids=str)
+def test_identity_holds_for_networks_that_are_not_piecewise_linear(item: Entry) -> None:
+    holds(item, 1e-9)
 
 
 @pytest.mark.sweep

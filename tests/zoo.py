@@ -210,11 +210,6 @@ SMOOTH = (
 )
 
 
-# Large ones whose layers another one has, too; the sweep of torchvision has them.
-TWINS = ("vgg11",)
-IN_THE_CHECK = tuple(name for name in PIECEWISE_LINEAR if name not in TWINS)
-
-
 def entry(name: str) -> Entry:
     return EXTRA.get(name) or torchvision_entry(name)
 

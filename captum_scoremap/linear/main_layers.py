@@ -82,10 +82,20 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
 
 def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Module, Grid]:
     """Return the main modules among those that returned something."""
+
+    @cache  # each call encloses many
+    def is_coarser(call: ModuleCall, grid: Grid) -> bool:
+        sides = [
+            _map_grid(call.module, shape, image) or patch_grid(_tokens(shape, image), image)
+            for shape in (call.given, call.returned)
+        ]
+        return all(side is not None and math.prod(side) < math.prod(grid) for side in sides)
+
     maps: dict[Grid, list[ModuleCall]] = {}
     for output in outputs:
         grid = _map_grid(output.module, output.returned, image, output.parent)
-        if grid is not None and not _is_finer_inside(output, grid, image):
+        # what is finer inside a module than what that is given and returns is beside the path
+        if grid is not None and not any(is_coarser(call, grid) for call in output.outer):
             maps.setdefault(grid, []).append(output)
     tokens: dict[Grid, list[ModuleCall]] = {}
     for output in outputs:
@@ -135,23 +145,12 @@ def _has_channels_last(module: nn.Module, shape: Sequence[int]) -> bool:
 
     The last axis holds the channels of one of its parts, the second those of none.
     """
+    if any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()):
+        return False
     parts = list(module.modules())
     widths = {part.out_features for part in parts if isinstance(part, nn.Linear)}
     widths |= {part.normalized_shape[-1] for part in parts if isinstance(part, nn.LayerNorm)}
-    is_convolved = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
-    return shape[-1] in widths and shape[1] not in widths and not is_convolved
-
-
-def _is_finer_inside(output: ModuleCall, grid: Grid, image_shape: tuple[int, ...]) -> bool:
-    """Return whether a module encloses it that was given a coarser map and returned a coarser one."""
-    for call in output.outer:
-        sides = [
-            _map_grid(call.module, shape, image_shape) or patch_grid(_tokens(shape, image_shape), image_shape)
-            for shape in (call.given, call.returned)
-        ]
-        if all(side is not None and math.prod(side) < math.prod(grid) for side in sides):
-            return True
-    return False
+    return shape[-1] in widths and shape[1] not in widths
 
 
 def _tokens(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
