@@ -1,7 +1,7 @@
 """A function of images that is compiled for one number of them, and computes any number with it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Batches:
         eager: What it must equal.
         arguments: An example.
         elsewhere: From an example to another one, at which it must be equal, too.
-        modules: Where the names of parameters come from.
+        modules: Those of the function, by name: their tensors are read anew at each call.
         backend: What runs the graph.
         mode: "reduce-overhead" to replay its kernels as a CUDA graph.
     """
@@ -44,12 +44,12 @@ class Batches:
         eager: Function,
         arguments: Sequence[Tensor],
         elsewhere: Callable[[Sequence[Tensor]], Sequence[Tensor]],
-        modules: Iterable[nn.Module],
+        modules: Mapping[str, nn.Module],
         backend: Backend,
         mode: Mode = "default",
     ) -> None:
         self._function, self._eager, self._elsewhere = function, eager, elsewhere
-        self._modules, self._backend, self._mode = list(modules), backend, mode
+        self._modules, self._backend, self._mode = modules, backend, mode
         self._programs: dict[int, _Compiled] = {}
         self._compile(arguments)
 

@@ -15,13 +15,14 @@ from torch.utils import _pytree as pytree
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
 from captum_scoremap.checks import as_tuple_of_arguments, check_grad_kwargs, check_inputs, unwrap_parallel
 from captum_scoremap.scores import Positions, Target, is_function, logits_in, select_scores
-from captum_scoremap.tape import root_module
+from captum_scoremap.tape import ModuleTracker
 
 from .backends import Backend, Mode
 from .batches import COMPILED, Batches, tolerance
 from .checked import check, elsewhere, run
 from .graph import trace
 from .parts import Method, parts
+from .settings import Settings
 
 __all__ = ["CompiledMap", "compile_map"]
 
@@ -128,8 +129,10 @@ class CompiledMap:
     """A map as a compiled graph; made by :func:`compile_map`.
 
     It goes by the model's weights as they are at each call. Other numbers of images than it was compiled for go through
-    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is (numbers
-    that are no tensors, hooks, ``rules``, the options) is as it was when it was compiled; replaced modules are refused.
+    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is, is part of
+    the graph: the mode of each module, training or not, its attributes, hooks, parametrizations and children, and those
+    of the method. Where one of them has changed since, the map is refused. What a function or an object reads elsewhere
+    cannot be seen, and is as it was when the map was compiled.
 
     Args:
         method: The method.
@@ -165,13 +168,12 @@ class CompiledMap:
         self._example: tuple[Tensor, ...] = ()
         self._sizes: tuple[int, ...] = ()
         self._spec = pytree.tree_structure(None)
+        with torch.no_grad():
+            self._attribute(tensors, target)  # says what is wrong with them, before anything else does
+        self._modules = self._run(tensors)
+        self._settings = Settings({"method": method, **self._modules})
         self._batches = self._compiled(tensors, target)
-        self._children = [
-            (module._modules, key, child, f"{prefix}.{key}" if prefix else key)
-            for root in self._modules()
-            for prefix, module in root.named_modules()
-            for key, child in module._modules.items()
-        ]
+        self._settings.leave_what_runs_set()
 
     def __call__(self, inputs: Inputs, target: Target = None) -> Any:
         """Return what ``method.attribute(inputs, target)`` returns.
@@ -185,8 +187,8 @@ class CompiledMap:
 
         Raises:
             TypeError: If an input is no tensor, or a target has no known form.
-            ValueError: If an input is not as the map was compiled for, the target is not as it must be, or a module of
-                the model has been replaced or has tensors of other shapes or types.
+            ValueError: If an input is not as the map was compiled for, the target is not as it must be, or the model
+                has changed since, but for the numbers in its tensors.
             RuntimeError: If ``torch.inference_mode`` is on.
         """
         tensors = check_inputs(inputs, indices=True)
@@ -196,12 +198,7 @@ class CompiledMap:
                 f"inputs must be as the map was compiled for, {_described(self._layout, self._is_tensor)}, got "
                 f"{_described(got, isinstance(inputs, Tensor))}. Compile a map for these, too."
             )
-        replaced = [name for modules, key, child, name in self._children if modules.get(key) is not child]
-        if replaced:
-            raise ValueError(
-                "the model's modules must be those that the map was compiled with, got another one for "
-                f"{replaced[0]!r}. Compile it again."
-            )
+        self._check_settings()
         return pytree.tree_unflatten(self._batches(*tensors, *self._positions(target, tensors)), self._spec)
 
     def export(self, path: str | Path, any_number: bool = True) -> "Exported":
@@ -223,8 +220,8 @@ class CompiledMap:
             What the file takes and returns.
 
         Raises:
-            ValueError: If the suffix is neither, the path is a folder, the map has operations that ONNX lacks, or the
-                file, read again, gives other numbers.
+            ValueError: If the suffix is neither, the path is a folder, the map has operations that ONNX lacks, the
+                model has changed as it must not for a call, or the file, read again, gives other numbers.
             FileNotFoundError: If the path's folder does not exist.
             ImportError: If the extra ``onnx`` is not installed.
         """
@@ -237,6 +234,7 @@ class CompiledMap:
             raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}. Make {path.parent}/.")
         if path.is_dir():
             raise ValueError(f"path must be a file, got {str(path)!r}, a folder. Name a file in it.")
+        self._check_settings()
         cases = [self._example, self._elsewhere(self._example)]
         if any_number:
             both = [torch.cat(pair) for pair in zip(*cases, strict=True)]
@@ -285,7 +283,7 @@ class CompiledMap:
             names[:] = found
             return list(found.values())
 
-        graphs = [(trace(function, arguments, self._modules()), arguments) for arguments in examples]
+        graphs = [(trace(function, arguments, self._modules), arguments) for arguments in examples]
         given = [*(["image"] if count == 1 else [f"image_{number}" for number in range(count)]), "target"]
         given = given[: len(examples[0])]
         results = []
@@ -314,12 +312,29 @@ class CompiledMap:
     def _attribute(self, tensors: Sequence[Tensor], target: Target) -> Any:
         return self._method.attribute(self._given(tensors), target, **self._options)
 
-    def _sizes_of_scores(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-        """Return the shape of what the model returns for one image."""
+    def _run(self, tensors: Sequence[Tensor]) -> dict[str, nn.Module]:
+        """Run the model, and return its modules, and all that ran, by name; note the shape of one image's scores."""
+        function = unwrap_parallel(self._method.forward_func)
         additional = as_tuple_of_arguments(self._options.get("additional_forward_args"))
-        with torch.no_grad():
-            output = unwrap_parallel(self._method.forward_func)(*(one.detach().clone() for one in tensors), *additional)
-        return tuple(logits_in(output).shape[1:])
+        tracker = ModuleTracker(function)
+        with torch.no_grad(), tracker.watched():
+            output = function(*(one.detach().clone() for one in tensors), *additional)
+        if self._function is None:
+            self._sizes = tuple(logits_in(output).shape[1:])
+        return tracker.named_modules()
+
+    def _check_settings(self) -> None:
+        """Raise if the model or the method is another than the one that was compiled.
+
+        Raises:
+            ValueError: If so.
+        """
+        change = self._settings.change()
+        if change:
+            raise ValueError(
+                "the model must be as it was when the map was compiled, but for the numbers in its tensors; got "
+                f"another {change}. Set it back, or compile the map again."
+            )
 
     def _target(self, arguments: Sequence[Tensor]) -> Target:
         """Return the target of the graph's function: the labels among its arguments."""
@@ -351,10 +366,6 @@ class CompiledMap:
 
     def _compiled(self, tensors: tuple[Tensor, ...], target: Target) -> Batches:
         """Compile the map at these inputs."""
-        if self._function is None:
-            with torch.no_grad():
-                self._attribute(tensors, target)  # says what is wrong with them, before anything else does
-            self._sizes = self._sizes_of_scores(tensors)
         arguments = (*tensors, *self._positions(target, tensors))
         self._example = tuple(argument.detach().clone() for argument in arguments)
 
@@ -368,11 +379,7 @@ class CompiledMap:
             )
             return leaves
 
-        return Batches(function, eager, arguments, self._elsewhere, self._modules(), self._backend, self._mode)
-
-    def _modules(self) -> list[nn.Module]:
-        root = root_module(unwrap_parallel(self._method.forward_func))
-        return [] if root is None else [root]
+        return Batches(function, eager, arguments, self._elsewhere, self._modules, self._backend, self._mode)
 
     def _elsewhere(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return random inputs, and random labels."""
