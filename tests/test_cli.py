@@ -303,9 +303,9 @@ def test_a_program_that_is_stopped_says_so_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("names", ["a", "abc"])
-@pytest.mark.parametrize("command", [["explain"], ["explain", "--target", "0"], ["check"], ["audit", "photos"]])
+@pytest.mark.parametrize("command", ["explain", "explain --target 0", "check", "audit photos", "patches photos -l 0"])
 def test_names_of_labels_must_be_as_many_as_scores(
-    command: list[str], names: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str, names: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "photos").mkdir()
     Image.new("RGB", (32, 32)).save(folder / "photos" / "a.png")
@@ -317,7 +317,7 @@ def test_names_of_labels_must_be_as_many_as_scores(
         f"    return LoadedModel('', network, Preprocessing(32, 32), tuple('{names}'))\n"
     )
     try:
-        assert main([*command, "--model", "misnamed:build"]) == 2
+        assert main([*command.split(), "--model", "misnamed:build"]) == 2
     finally:
         sys.modules.pop("misnamed", None)
     wanted = f"labels of misnamed:build must be as many as its scores, got {len(names)} names for 2 scores. Return"

@@ -823,6 +823,24 @@ def test_files_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert sorted(path.name for path in tmp_path.iterdir()) == ["MAP.PT2", "folder.pt2", "of mine ä.pt2"]
 
 
+@pytest.mark.parametrize("name", ["map.pt2", "map.onnx"])
+def test_what_a_killed_export_leaves_is_gone_after_the_next(name: str, tmp_path: Path) -> None:
+    code = (
+        "import os, sys, torch\n"
+        "from torch import nn\n"
+        "from captum_scoremap import ScoreMap, compile_map\n"
+        "from captum_scoremap.compiled import export\n"
+        "export.read_back = lambda *_: os._exit(9)  # once it is written\n"
+        "model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()\n"
+        "compile_map(ScoreMap(model), torch.rand(1, 3, 2, 2), 1, backend='graph').export(sys.argv[1])\n"
+    )
+    path = tmp_path / name
+    assert subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False).returncode == 9
+    assert not path.exists()
+    compile_map(ScoreMap(small()), torch.rand(1, 3, 8, 8), 1, backend="graph").export(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_onnxruntime_refuses_is_said_without_the_name_of_a_draft(tmp_path: Path) -> None:
     model, images = small().bfloat16(), torch.rand(1, 3, 8, 8).bfloat16()
     compiled = compile_map(ScoreMap(model), images, 1, backend="graph")

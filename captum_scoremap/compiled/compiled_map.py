@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -114,6 +113,7 @@ class Exported:
         >>> from captum_scoremap import ScoreMap
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
         >>> compiled = compile_map(ScoreMap(model), torch.rand(1, 3, 6, 6), target=7, backend="graph")
+        >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     exported = compiled.export(Path(folder) / "maps.pt2")
         >>> exported.takes["image"], list(exported.returns)
@@ -287,8 +287,9 @@ class CompiledMap:
         given = [*(["image"] if count == 1 else [f"image_{number}" for number in range(count)]), "target"]
         given = given[: len(examples[0])]
         results = []
-        with TemporaryDirectory(dir=path.parent) as folder:
-            draft = Path(folder) / f"draft{path.suffix.lower()}"  # PyTorch knows its files by a suffix in small letters
+        # PyTorch knows its files by a suffix in small letters; what a run that was killed has left is written over
+        draft = path.with_name(f".{path.name}.draft{path.suffix.lower()}")
+        try:
             write(graphs, given, names, draft)
             program = read_back(draft, given, names)
             for case in cases:
@@ -302,6 +303,8 @@ class CompiledMap:
                 check(f"the file {path.name}", got, expected, tolerance(COMPILED, case))
                 results.append(wanted)
             draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
         return Exported(path, _shapes(given, cases[0], cases[-1]), _shapes(names, results[0], results[-1]))
 
     # -- what is compiled
