@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import shutil
 import subprocess
@@ -138,10 +140,11 @@ class Mixed(nn.Module):
         return found
 
 
-def test_images_that_mix_are_compiled_for_each_number(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_images_that_mix_are_compiled_for_each_number(size: int, generator: torch.Generator) -> None:
     method = ScoreMap(Mixed().eval())
-    compiled = compile_map(method, torch.randn(3, 4, generator=generator), 1, backend="graph")
-    for count in (2, 3, 5):
+    compiled = compile_map(method, torch.randn(size, 4, generator=generator), 1, backend="graph")
+    for count in (1, 2, 3, 5):
         other = torch.randn(count, 4, generator=generator)
         assert_close(compiled(other, 2), method.attribute(other, 2))
     one = ScoreMap(Mixed(1).eval())
@@ -781,6 +784,41 @@ def test_a_method_that_has_changed_is_refused() -> None:
     compiled = compile_map(method, images, 1, backend="graph")
     method.layer = model.act
     with pytest.raises(ValueError, match=r"got another 'method\.layer'"):
+        compiled(images, 1)
+
+
+def test_copies_go_by_the_model_that_is_copied_with_them() -> None:
+    model = nn.Sequential(Mixed(), nn.LeakyReLU(0.1)).eval()
+    images = torch.rand(2, 4)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    expected = compiled(images, 1)
+    other, copied = copy.deepcopy((model, compiled))
+    with torch.no_grad():
+        other[0].linear.weight.neg_()
+    for count in (2, 3):  # this one is compiled for each
+        more = torch.rand(count, 4)
+        assert_close(copied(more, 1), ScoreMap(other).attribute(more, 1))
+    other[1].negative_slope = 0.5
+    with pytest.raises(ValueError, match=r"another '1\.negative_slope', 0\.5 for 0\.1"):
+        copied(images, 1)
+    assert_close(compiled(images, 1), expected)
+    assert copy.copy(compiled) is compiled
+
+
+def test_compiled_maps_are_not_pickled() -> None:
+    compiled = compile_map(ScoreMap(small()), torch.rand(1, 3, 8, 8), 1, backend="graph")
+    with pytest.raises(TypeError, match=r"must stay in its process, .* as a file: compiled\.export\(path\)"):
+        pickle.dumps(compiled)
+
+
+def test_weights_of_another_type_or_layout_are_told_apart() -> None:
+    model, images = small(), torch.rand(1, 3, 8, 8)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"strides \(27, 9, 3, 1\); got .* strides \(27, 1, 9, 3\) for '0\.weight'"):
+        compiled(images, 1)
+    model.to(memory_format=torch.contiguous_format).half()
+    with pytest.raises(ValueError, match=r"float32, on cpu, .*; got .*float16"):
         compiled(images, 1)
 
 

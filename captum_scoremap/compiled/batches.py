@@ -108,16 +108,18 @@ class Batches:
         self._programs[found.size] = found
 
     def _find_axes(self, program: "_Compiled", arguments: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Find along which dimension of each result the images lie, and try another number of them."""
-        count = program.size - 1 or 2
-        images = [one[:count] for one in arguments]
+        """Find along which dimension of each result the images lie, and try fewer of them, and more.
+
+        One image alone, repeated to fill up, may hide that images mix: their mean is the image.
+        """
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                wanted = list(self._eager(*images))
-            axes = [_axis_that_differs(one, whole) for one, whole in zip(wanted, results, strict=True)]
-            program.axes = axes
-            check("the graph", self._in_parts(program, images), wanted, tolerance(COMPILED, images))
+            for count in {program.size - 1 or 2, program.size + 1}:
+                images = [one[:count] for one in arguments]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    wanted = list(self._eager(*images))
+                program.axes = [_axis_that_differs(one, whole) for one, whole in zip(wanted, results, strict=True)]
+                check("the graph", self._in_parts(program, images), wanted, tolerance(COMPILED, images))
         except (RuntimeError, TypeError, ValueError, IndexError):
             # a model that takes one number of images, or mixes them
             program.axes = None

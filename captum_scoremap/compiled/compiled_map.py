@@ -1,5 +1,6 @@
 """A map as a graph that is compiled once, runs without Python's time for each operation, and can leave Python."""
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -201,6 +202,22 @@ class CompiledMap:
         self._check_settings()
         return pytree.tree_unflatten(self._batches(*tensors, *self._positions(target, tensors)), self._spec)
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled."""
+        raise TypeError(
+            "a compiled map must stay in its process, got a request to pickle it. Compile it again where it is needed, "
+            "or write it as a file: compiled.export(path)."
+        )
+
+    def __copy__(self) -> "CompiledMap":
+        return self  # nothing of it ever changes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledMap":
+        """Return the same map of a copy of the model: of the same copy where both are copied together."""
+        twin = memo[id(self)] = object.__new__(CompiledMap)
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
     def export(self, path: str | Path, any_number: bool = True) -> "Exported":
         """Write the map as a file that runs without this package.
 
@@ -372,17 +389,17 @@ class CompiledMap:
         arguments = (*tensors, *self._positions(target, tensors))
         self._example = tuple(argument.detach().clone() for argument in arguments)
 
-        def function(*arguments: Tensor) -> list[Tensor]:
-            found = self._attribute(arguments[: len(tensors)], self._target(arguments))
-            return pytree.tree_leaves(found)
+        return Batches(self._traced, self._eager, arguments, self._elsewhere, self._modules, self._backend, self._mode)
 
-        def eager(*arguments: Tensor) -> list[Tensor]:
-            leaves, self._spec = pytree.tree_flatten(
-                self._attribute(arguments[: len(tensors)], self._labels(arguments))
-            )
-            return leaves
+    # methods, not functions made here, so that a deep copy has those of its own model
 
-        return Batches(function, eager, arguments, self._elsewhere, self._modules, self._backend, self._mode)
+    def _traced(self, *arguments: Tensor) -> list[Tensor]:
+        return pytree.tree_leaves(self._attribute(arguments[: len(self._layout)], self._target(arguments)))
+
+    def _eager(self, *arguments: Tensor) -> list[Tensor]:
+        found = self._attribute(arguments[: len(self._layout)], self._labels(arguments))
+        leaves, self._spec = pytree.tree_flatten(found)
+        return leaves
 
     def _elsewhere(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return random inputs, and random labels."""

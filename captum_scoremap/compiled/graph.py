@@ -58,7 +58,8 @@ class State:
         """
         tensor: Tensor | None = self._tensor if self._owner is None else self._owner.get(self._key)
         if tensor is None or _layout(tensor) != self._layout:
-            got, expected = map(_described, (tensor, self._tensor))
+            expected = _described(self._layout)
+            got = "none" if tensor is None else _described(_layout(tensor))
             raise ValueError(
                 f"the model's tensors must be as they were when the map was compiled, {expected}; got {got} for "
                 f"{self.name!r}. Compile it again."
@@ -66,8 +67,9 @@ class State:
         return tensor
 
 
-def _described(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+def _described(layout: tuple[Any, ...]) -> str:
+    shape, strides, dtype, device = layout
+    return f"{tuple(shape)}, {dtype}, on {device}, with strides {strides}"
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

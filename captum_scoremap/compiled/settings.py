@@ -1,5 +1,6 @@
 """What a graph holds of a model besides its tensors: numbers, choices, hooks, modules. A change of it is noticed."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any
@@ -53,13 +54,19 @@ class Settings:
 
     def leave_what_runs_set(self) -> None:
         """Compare no longer what has changed by now, while the model did nothing but run; nor lists that it fills."""
-        attributes = {id(vars(owner)) for owner in self._owners.values()}
         for one in list(self._all):
             keys = one.changed()
-            if keys and id(one.container) not in attributes:
+            if keys and one.owner is None:
                 self._all.remove(one)
             one.leave(keys)
         self._prepare()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Settings":
+        """Return the same of copies of the objects."""
+        twin = copy.copy(self)
+        twin._owners, twin._all = copy.deepcopy((self._owners, self._all), memo)
+        twin._prepare()
+        return twin
 
     def change(self) -> str:
         """Return the name of something that has changed, with what it is and was; nothing where all is as it was."""
@@ -89,16 +96,24 @@ class _Values:
         name: What they belong to.
         container: What holds them.
         is_none: Which of them do not count.
+        owner: The object whose attributes they are; None for others.
 
     Attributes:
-        container: What holds them.
+        owner: The same.
     """
 
-    def __init__(self, name: str, container: Any, is_none: Callable[[Any], bool] = lambda _: False) -> None:
-        self.container = container
+    def __init__(
+        self, name: str, container: Any, is_none: Callable[[Any], bool] = lambda _: False, owner: object = None
+    ) -> None:
+        self._container, self.owner = container, owner
         self._name, self._is_none = name, is_none
         self._free: set[Any] = set()
         self._before = self._now()
+
+    @property
+    def container(self) -> Any:
+        """What holds them; the attributes of an object are looked up, for a deep copy has its own."""
+        return self._container if self.owner is None else vars(self.owner)
 
     def leave(self, keys: Iterable[Any]) -> None:
         """Go by what the values are now, and no longer by those of some keys."""
@@ -136,7 +151,7 @@ class _Values:
 
 def _values_of(name: str, owner: object) -> Iterator[_Values]:
     """Return what an object has: its attributes, and what is in lists and dictionaries among them."""
-    yield _Values(name, vars(owner))
+    yield _Values(name, None, owner=owner)
     if isinstance(owner, nn.Module):
         yield _Values(name, owner._modules)
         for tensors in (owner._parameters, owner._buffers):
