@@ -439,6 +439,56 @@ def test_forms_that_nothing_may_be_missing_of(name: str) -> None:
     assert form.coefficients.abs().max() > 1e-3
 
 
+def complex_of(x: Tensor) -> Tensor:
+    return torch.complex(x, x.flip(1).cos() + 1)
+
+
+DERIVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "polygamma in place": lambda x: x.abs().add(1).polygamma_(1),
+    "polygamma of a part in place": lambda x: torch.cat([x.abs().add(1)[:, :2].polygamma_(2), x[:, 2:]], 1),
+    "complex nuclear norms": lambda x: x + torch.linalg.matrix_norm(complex_of(x), "nuc", keepdim=True),
+    "complex singular values": lambda x: x + torch.linalg.svdvals(complex_of(x))[..., None],
+    "complex spectral norms": lambda x: x + torch.linalg.matrix_norm(complex_of(x), 2, keepdim=True),
+    "complex pseudo-inverse": lambda x: torch.linalg.pinv(complex_of(x)).real,
+    "complex pseudo-inverse of a rectangle": lambda x: F.pad(torch.pinverse(complex_of(x)[..., :3]).imag.mT, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_functions_that_go_by_their_slope_alone(name: str) -> None:
+    assert_is_gradient(DERIVED[name])
+
+
+KERNELS_OF_NORMS: dict[str, bool | None] = {  # whether they take statistics of the image
+    "_native_batch_norm_legit": None,
+    "_batch_norm_no_update": False,
+    "_batch_norm_with_update": True,
+    "_batch_norm_with_update_functional": True,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", KERNELS_OF_NORMS)
+def test_kernels_of_norms_that_have_a_name_of_their_own(name: str, training: bool) -> None:
+    if KERNELS_OF_NORMS[name] not in {None, training}:
+        return
+    weight, bias, kernel = randn(4), randn(4, seed=1), getattr(torch.ops.aten, name)
+    ways = (training,) if KERNELS_OF_NORMS[name] is None else ()
+
+    def normed(x: Tensor) -> Tensor:
+        return kernel(x, weight, bias, randn(4), randn(4).abs(), *ways, 0.1, 1e-5)[0]
+
+    def plain(x: Tensor) -> Tensor:
+        return F.batch_norm(x, randn(4), randn(4).abs(), weight, bias, training)
+
+    form, expected = (linear_form(between(one), some_images(1), 1) for one in (normed, plain))
+    assert_close(form.coefficients, expected.coefficients, **EXACT)
+    assert_close(form.bias, expected.bias, **EXACT)
+    if training:
+        with pytest.raises(ValueError, match=r"a score is not a function of one image.* Call model\.eval\(\)"):
+            linear_form(between(normed), some_images(2), 1)
+
+
 def test_shares_of_a_score_that_is_constant_are_the_score() -> None:
     shares = bias_terms(lambda x: x.round().sum((1, 2, 3))[:, None], some_images(), 0)
     assert_close(shares["score"], some_images().round().sum((1, 2, 3)), **EXACT)

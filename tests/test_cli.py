@@ -173,6 +173,50 @@ def test_a_score_of_the_user(folder: Path, capsys: pytest.CaptureFixture[str]) -
         assert int(maps["0/target"]) == -1
 
 
+@pytest.mark.parametrize(
+    "names", [["gone.png", "sample:coffee", "text.png"], ["sample:coffee", "gone.png", "text.png"]]
+)
+def test_what_is_done_of_several_images_is_kept_where_others_cannot_be_read(
+    folder: Path, names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "text.png").write_text("no picture")
+    arguments = ["explain", *names, "sample:chelsea", "-l", "bn2", "--save-maps", "maps.npz"]
+    reasons = [
+        "image must be a readable file, got 'gone.png': no such file.",
+        "image must be a readable file, got 'text.png': not an image file that Pillow knows.",
+    ]
+    for more, place in ([], folder), (["--bundle", "filed"], folder / "filed"):
+        assert main([*arguments, *more]) == 2
+        assert capsys.readouterr().err == "captum-scoremap: error: " + "\n".join(reasons) + "\n"
+        with np.load(place / "maps.npz") as maps:
+            assert [str(maps[f"{number}/image"]) for number in range(2)] == ["sample:coffee", "sample:chelsea"]
+        assert len(list(place.glob("score_maps_*.png"))) == 2
+    assert json.loads((folder / "filed" / "manifest.json").read_text())["left_out"] == reasons
+
+
+def test_what_is_done_is_kept_where_the_next_image_ends_in_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "positive_in_this_folder.py").write_text(
+        "def positive(scores):\n"
+        "    if float(scores[0, 0]) < 0:  # of the second\n"
+        "        raise ValueError('below zero')\n"
+        "    return scores[:, 0]\n"
+    )
+    arguments = ["explain", "sample:coffee", "sample:chelsea", "-l", "bn2", "--save-maps", "maps.npz"]
+    arguments += ["--score", "positive_in_this_folder:positive"]
+    try:
+        assert main(arguments) == 2
+        assert main([*arguments, "--bundle", "filed"]) == 2
+    finally:
+        sys.modules.pop("positive_in_this_folder", None)
+    with np.load(folder / "maps.npz") as maps:
+        assert "0/score" in maps
+        assert "1/score" not in maps
+    assert not (folder / "filed").exists()
+    assert "Maps: filed" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", ["pdf", "svg"])
 def test_vector_formats(folder: Path, suffix: str) -> None:
     assert main(["explain", "-l", "bn2", "-o", f"maps.{suffix}"]) == 0
@@ -260,9 +304,9 @@ def test_a_program_that_is_stopped_says_so_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("names", ["a", "abc"])
-@pytest.mark.parametrize("command", [["explain"], ["explain", "--target", "0"], ["check"], ["audit", "photos"]])
+@pytest.mark.parametrize("command", ["explain", "explain --target 0", "check", "audit photos", "patches photos -l 0"])
 def test_names_of_labels_must_be_as_many_as_scores(
-    command: list[str], names: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str, names: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "photos").mkdir()
     Image.new("RGB", (32, 32)).save(folder / "photos" / "a.png")
@@ -274,7 +318,7 @@ def test_names_of_labels_must_be_as_many_as_scores(
         f"    return LoadedModel('', network, Preprocessing(32, 32), tuple('{names}'))\n"
     )
     try:
-        assert main([*command, "--model", "misnamed:build"]) == 2
+        assert main([*command.split(), "--model", "misnamed:build"]) == 2
     finally:
         sys.modules.pop("misnamed", None)
     wanted = f"labels of misnamed:build must be as many as its scores, got {len(names)} names for 2 scores. Return"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,22 @@ def test_an_occupied_folder_is_left_alone(photograph: Path, capsys: pytest.Captu
 def test_a_failed_run_leaves_no_bundle(photograph: Path, capsys: pytest.CaptureFixture[str], existed: bool) -> None:
     if existed:
         Path("evidence").mkdir()
-    Path("broken.png").write_bytes(b"no picture")
-    assert main(["explain", photograph.name, "broken.png", "-l", "bn2", "--bundle", "evidence"]) == 2
-    assert "broken.png" in capsys.readouterr().err
+    Path("fails_in_this_folder.py").write_text(
+        "first = []\n"
+        "def fails(scores):\n"
+        "    first.append(float(scores[0, 0]))\n"
+        "    if first[-1] != first[0]:\n"
+        "        raise ValueError('another image')\n"
+        "    return scores[:, 0]\n"
+    )
+    try:
+        images = [photograph.name, "sample:coffee"]
+        arguments = ["explain", *images, "-l", "bn2", "--score", "fails_in_this_folder:fails"]
+        assert main([*arguments, "--bundle", "evidence"]) == 2
+    finally:
+        sys.modules.pop("fails_in_this_folder", None)
+    output = capsys.readouterr()
+    assert "another image" in output.err
+    assert output.out.count("Picture: ") == 1
     assert Path("evidence").exists() == existed
     assert not existed or not list(Path("evidence").iterdir())

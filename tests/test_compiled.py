@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
 from captum_scoremap import (
@@ -135,10 +140,11 @@ class Mixed(nn.Module):
         return found
 
 
-def test_images_that_mix_are_compiled_for_each_number(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_images_that_mix_are_compiled_for_each_number(size: int, generator: torch.Generator) -> None:
     method = ScoreMap(Mixed().eval())
-    compiled = compile_map(method, torch.randn(3, 4, generator=generator), 1, backend="graph")
-    for count in (2, 3, 5):
+    compiled = compile_map(method, torch.randn(size, 4, generator=generator), 1, backend="graph")
+    for count in (1, 2, 3, 5):
         other = torch.randn(count, 4, generator=generator)
         assert_close(compiled(other, 2), method.attribute(other, 2))
     one = ScoreMap(Mixed(1).eval())
@@ -677,7 +683,7 @@ def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(gener
     ).eval()  # fmt: skip
     x, other = torch.randn(2, 2, 3, 24, 24, generator=generator)
     method = ScoreMap(model)
-    graph = trace(lambda x: [method.attribute(x, 1)], (x,), [model])
+    graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
     state = graph.read()
     module = hold_masks(graph.module, [x, *state])
     held = [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
@@ -687,30 +693,161 @@ def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(gener
     assert types == {torch.uint8}
 
 
+class Small(nn.Module):
+    """One of each kind of thing that a graph holds besides tensors, and what its runs leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.act, self.drop = nn.Sequential(nn.LeakyReLU(0.1)), nn.Dropout(0.5)
+        self.head = nn.Linear(4, LABELS)
+        self.scale, self.shift, self.powers = 1.5, torch.tensor([1.0, 2, 3, 4])[:, None, None], {"used": [2, 3]}
+        self.unlisted, self.rows = [nn.Linear(4, 4)], np.array([1, 2])
+        self.runs, self.seen, self.history = 0, None, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(x))) * self.scale + self.shift
+        x = x ** self.powers["used"][0] * float(self.rows[0])
+        self.runs, self.seen = self.runs + 1, x
+        self.history.append(x.shape)
+        found: Tensor = self.head(self.drop(self.unlisted[0](x.mean((2, 3)))))
+        return found
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def at(name: str, value: object) -> Callable[[Small], object]:
+    """Return what puts a value in a place of a model."""
+    owner, _, key = name.rpartition(".")
+    return lambda model: setattr(model.get_submodule(owner), key, value)
+
+
+CHANGES: dict[str, tuple[str, Callable[[Small], object]]] = {
+    "another head": ("head", at("head", nn.Linear(4, LABELS))),
+    "a head of other labels": ("head", at("head", nn.Linear(4, LABELS + 1))),
+    "a module without tensors": ("act.0", lambda model: setattr(model.act, "0", nn.GELU())),
+    "a module with children": ("act", at("act", nn.Sequential(nn.LeakyReLU(0.1)))),
+    "a module less": ("act.0", lambda model: model.act.__delitem__(0)),
+    "a module more": ("act.1", lambda model: model.act.append(nn.Tanh())),
+    "training": ("training', True for False", lambda model: model.train()),
+    "training of one": ("drop.training", lambda model: model.drop.train()),
+    "a slope": ("act.0.negative_slope', 0.9 for 0.1", at("act.0.negative_slope", 0.9)),
+    "eps": ("norm.eps', 0.1 for 1e-05", at("norm.eps", 0.1)),
+    "a stride": ("conv.stride", at("conv.stride", (2, 2))),
+    "a number": ("scale', 3.0 for 1.5", at("scale", 3.0)),
+    "a number that is gone": ("scale", lambda model: delattr(model, "scale")),
+    "a tensor": ("shift", at("shift", torch.ones(4, 1, 1))),
+    "an array": ("rows", at("rows", np.array([3, 4]))),
+    "a number in a list": ("powers.used.0', 3 for 2", lambda model: model.powers["used"].__setitem__(0, 3)),
+    "a module in a list": ("unlisted.0", lambda model: model.unlisted.__setitem__(0, nn.Linear(4, 4))),
+    "a forward pass": ("act.0.forward", at("act.0.forward", torch.tanh)),
+    "a class": ("act.0', a ReLU for a LeakyReLU", at("act.0.__class__", nn.ReLU)),
+    "a parametrization": (
+        "head', a ParametrizedLinear for a Linear",
+        lambda model: parametrize.register_parametrization(model.head, "weight", Doubled()),
+    ),
+    "a pruned weight": ("head.weight", lambda model: prune.l1_unstructured(model.head, "weight", 0.5)),
+    "a hook": ("head.hooks.", lambda model: model.head.register_forward_hook(lambda _, __, output: output * 2)),
+    "a hook before": ("head.hooks.", lambda model: model.head.register_forward_pre_hook(lambda _, args: args)),
+    "a bias that there was none of": ("conv.bias", at("conv.bias", nn.Parameter(torch.ones(4)))),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_model_that_has_changed_otherwise_than_in_its_weights_is_refused(case: str) -> None:
+    what, change = CHANGES[case]
+    images = torch.rand(2, 3, 8, 8)
+    for called in (lambda model: model, lambda model: lambda x: model(x), lambda model: model.forward):
+        model = Small().eval()
+        compiled = compile_map(ScoreMap(called(model)), images, 1, backend="graph")
+        model(images)  # what a run leaves behind is no change
+        assert_close(compiled(images, 2), ScoreMap(model).attribute(images, 2))
+        change(model)
+        with pytest.raises(ValueError, match=rf"as it was when .* got another '{re.escape(what)}.*compile the map aga"):
+            compiled(images, 1)
+        with pytest.raises(ValueError, match=rf"as it was when .* got another '{re.escape(what)}"):
+            compiled.export("never.pt2")
+
+
+def test_a_model_that_is_set_back_is_as_it_was_and_one_that_is_compiled_again_is_followed() -> None:
+    model, images = Small().eval(), torch.rand(2, 3, 8, 8)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    expected = compiled(images, 1)
+    model.train()
+    model.eval()
+    model.norm.eps, model.conv.stride, model.powers = float("1e-5"), (1, 1), {"used": [2, 3]}
+    with model.head.register_forward_hook(lambda _, __, output: output * 2):
+        doubled = compile_map(ScoreMap(model), images, 1, backend="graph")
+        assert_close(doubled(images, 1), expected * 2)
+    assert_close(compiled(images, 1), expected)
+    with pytest.raises(ValueError, match=r"another 'head\.hooks"):
+        doubled(images, 1)
+    model.head.weight = None
+    with pytest.raises(ValueError, match=r"tensors must be as they were .* got none for 'head\.weight'"):
+        compiled(images, 1)
+
+
+def test_a_method_that_has_changed_is_refused() -> None:
+    model, images = Small().eval(), torch.rand(2, 3, 8, 8)
+    method = LayerScoreMap(model, model.conv)
+    compiled = compile_map(method, images, 1, backend="graph")
+    method.layer = model.act
+    with pytest.raises(ValueError, match=r"got another 'method\.layer'"):
+        compiled(images, 1)
+
+
+def test_copies_go_by_the_model_that_is_copied_with_them() -> None:
+    model = nn.Sequential(Mixed(), nn.LeakyReLU(0.1)).eval()
+    images = torch.rand(2, 4)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    expected = compiled(images, 1)
+    other, copied = copy.deepcopy((model, compiled))
+    with torch.no_grad():
+        other[0].linear.weight.neg_()
+    for count in (2, 3):  # this one is compiled for each
+        more = torch.rand(count, 4)
+        assert_close(copied(more, 1), ScoreMap(other).attribute(more, 1))
+    other[1].negative_slope = 0.5
+    with pytest.raises(ValueError, match=r"another '1\.negative_slope', 0\.5 for 0\.1"):
+        copied(images, 1)
+    assert_close(compiled(images, 1), expected)
+    assert copy.copy(compiled) is compiled
+
+
+def test_compiled_maps_are_not_pickled() -> None:
+    compiled = compile_map(ScoreMap(small()), torch.rand(1, 3, 8, 8), 1, backend="graph")
+    with pytest.raises(TypeError, match=r"must stay in its process, .* as a file: compiled\.export\(path\)"):
+        pickle.dumps(compiled)
+
+
+def test_weights_of_another_type_or_layout_are_told_apart() -> None:
+    model, images = small(), torch.rand(1, 3, 8, 8)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"strides \(27, 9, 3, 1\); got .* strides \(27, 1, 9, 3\) for '0\.weight'"):
+        compiled(images, 1)
+    model.to(memory_format=torch.contiguous_format).half()
+    with pytest.raises(ValueError, match=r"float32, on cpu, .*; got .*float16"):
+        compiled(images, 1)
+
+
+def test_maps_that_other_threads_compute_of_a_model_change_nothing() -> None:
+    model, images = Small().eval(), torch.rand(2, 3, 8, 8)
+    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
+    expected = compiled(images, 1)
+    with ThreadPoolExecutor(1) as pool:
+        for layer in (model.act, model.conv):
+            eager = [pool.submit(LayerScoreMap(model, layer).attribute, images, 1) for _ in range(10)]
+            while not all(one.done() for one in eager):
+                assert_close(compiled(images, 1), expected)
+
+
 def small() -> nn.Sequential:
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, LABELS))
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), head).eval()
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("2.2", lambda model: setattr(model[2], "2", nn.Linear(4, LABELS))),
-        ("2.2", lambda model: setattr(model[2], "2", nn.Linear(4, LABELS + 1))),
-        ("1", lambda model: setattr(model, "1", nn.GELU())),
-        ("2", lambda model: setattr(model, "2", small()[2])),
-        ("1", lambda model: model.__delitem__(1)),
-    ],
-    ids=["head", "other labels", "without tensors", "with children", "gone"],
-)
-def test_modules_that_have_been_replaced_are_refused(name: str, change: Callable[[nn.Module], None]) -> None:
-    model, images = small(), torch.rand(2, 3, 8, 8)
-    compiled = compile_map(ScoreMap(model), images, 1, backend="graph")
-    change(model)
-    with pytest.raises(ValueError, match=rf"compiled with, got another one for '{name}'\. Compile it again"):
-        compiled(images, 1)
-    again = compile_map(ScoreMap(model), images, 1, backend="graph")
-    assert_close(again(images, 2), ScoreMap(model).attribute(images, 2))
 
 
 def test_maps_with_gradients_are_refused() -> None:
@@ -734,6 +871,24 @@ def test_files_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     with pytest.raises(ValueError, match=r"path must be a file, got '.*folder\.pt2', a folder\. Name a file in it"):
         compiled.export(tmp_path / "folder.pt2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["MAP.PT2", "folder.pt2", "of mine ä.pt2"]
+
+
+@pytest.mark.parametrize("name", ["map.pt2", "map.onnx"])
+def test_what_a_killed_export_leaves_is_gone_after_the_next(name: str, tmp_path: Path) -> None:
+    code = (
+        "import os, sys, torch\n"
+        "from torch import nn\n"
+        "from captum_scoremap import ScoreMap, compile_map\n"
+        "from captum_scoremap.compiled import export\n"
+        "export.read_back = lambda *_: os._exit(9)  # once it is written\n"
+        "model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()\n"
+        "compile_map(ScoreMap(model), torch.rand(1, 3, 2, 2), 1, backend='graph').export(sys.argv[1])\n"
+    )
+    path = tmp_path / name
+    assert subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False).returncode == 9
+    assert not path.exists()
+    compile_map(ScoreMap(small()), torch.rand(1, 3, 8, 8), 1, backend="graph").export(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_onnxruntime_refuses_is_said_without_the_name_of_a_draft(tmp_path: Path) -> None:

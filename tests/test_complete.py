@@ -14,7 +14,16 @@ import torchvision
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import CompleteScoreMap, LayerScoreMap, MultiView, bias_maps, bias_terms, linear_form, prepare
+from captum_scoremap import (
+    CompleteScoreMap,
+    FusedScoreMap,
+    LayerScoreMap,
+    MultiView,
+    bias_maps,
+    bias_terms,
+    linear_form,
+    prepare,
+)
 from captum_scoremap.layout import resized
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.metrics import cause_game, single_deletion
@@ -316,6 +325,20 @@ def test_a_score_that_does_not_depend_on_the_layer_is_placeless(generator: torch
 def test_resizing_keeps_sums(size: tuple[int, int], generator: torch.Generator) -> None:
     one = torch.randn(2, 1, 4, 3, generator=generator, dtype=torch.float64)
     assert_close(resized(one, size).sum((2, 3)), one.sum((2, 3)))
+
+
+@pytest.mark.parametrize("build", [CompleteScoreMap, FusedScoreMap])
+def test_default_layers_are_those_of_the_model_as_it_is(build: Any, generator: torch.Generator) -> None:
+    def block(channels: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU())
+
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    model = nn.Sequential(block(3), nn.MaxPool2d(2), block(8), *head).eval()
+    images = torch.rand(2, 3, 12, 12, generator=generator)
+    method = build(model)
+    method.attribute(images, 1)
+    model[2] = block(8)
+    assert_close(method.attribute(images, 1), build(model).attribute(images, 1))
 
 
 def test_bad_layers_are_named() -> None:

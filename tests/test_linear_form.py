@@ -340,6 +340,15 @@ def test_a_form_says_what_it_is_in_a_line(small: tuple[nn.Sequential, Tensor]) -
     assert form._repr_html_().startswith("<table>")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_frozen_models_say_which_type_they_take(small: tuple[nn.Sequential, Tensor], dtype: torch.dtype) -> None:
+    model, image = small
+    frozen = freeze(model.double(), image.double())
+    for use in (frozen, frozen.distance_to_boundary):
+        with pytest.raises(ValueError, match=rf"of torch.float64 on cpu; got {dtype} on cpu\. Convert them first"):
+            use(image.to(dtype))
+
+
 def test_frozen_models_are_their_own_copies_and_are_not_pickled(small: tuple[nn.Sequential, Tensor]) -> None:
     frozen = freeze(*small)
     assert copy.deepcopy(frozen) is copy.copy(frozen) is frozen
@@ -627,7 +636,17 @@ def shifted(model: nn.Module, image: Tensor) -> None:
         model[0].bias.add_(1)
 
 
-@pytest.mark.parametrize("change", [trained, loaded_again, shifted])
+def other_data(model: nn.Module, image: Tensor) -> None:
+    model[0].weight.data = 2 * model[0].weight.data
+
+
+def converted(model: nn.Module, image: Tensor) -> None:
+    kind = image.dtype
+    model.half()
+    model.to(kind)
+
+
+@pytest.mark.parametrize("change", [trained, loaded_again, shifted, other_data, converted])
 def test_what_shares_weights_says_that_they_changed(
     small: tuple[nn.Sequential, Tensor], change: Callable[[nn.Module, Tensor], None]
 ) -> None:

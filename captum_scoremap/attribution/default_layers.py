@@ -27,17 +27,21 @@ def named_layers(
 
 
 class DefaultLayers:
-    """The last main layer of each resolution of a model, found once for each size of the image.
+    """The last main layer of each resolution of a model, found once for each size of the image and set of modules.
 
     Of a multi-view network those below the sliding layer count: above it, a position is a view, not a place.
     """
 
     def __init__(self) -> None:
         self._found: dict[torch.Size, dict[nn.Module, tuple[int, int]]] = {}
+        self._modules: list[nn.Module] = []
 
     def __call__(self, subject: Subject) -> dict[nn.Module, tuple[int, int]]:
         """Return layers, finest first, to their rows and columns; the model runs once for each size of the image."""
         model, size = unwrap_parallel(subject.forward_func), subject.inputs[0].shape[1:]
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        if modules != self._modules:  # some have been replaced
+            self._found, self._modules = {}, modules
         if size not in self._found:
             if not isinstance(model, MultiView):
                 self._found[size] = main_modules(replace(subject, forward_func=model))

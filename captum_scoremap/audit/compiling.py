@@ -79,9 +79,8 @@ class Explainer:
             return *elsewhere(arguments[:1]), arguments[1].flip(0)
 
         try:
-            self._batches = Batches(
-                tensors(self._passes), tensors(None), (inputs, true), other, [self._model], _BACKEND
-            )
+            modules = dict(self._model.named_modules())
+            self._batches = Batches(tensors(self._passes), tensors(None), (inputs, true), other, modules, _BACKEND)
             self._shape, self._spec = inputs.shape[1:], pytree.tree_structure(vars(found))
         except Exception as error:  # whatever a compiler raises, the maps can be had without it
             reason = str(error).strip().partition("\n")[0]

@@ -62,13 +62,20 @@ class Bundle:
         if not self._existed:
             shutil.rmtree(self.folder)
 
-    def write(self, context: typer.Context, network: nn.Module, explanations: Sequence[Explanation]) -> None:
+    def write(
+        self,
+        context: typer.Context,
+        network: nn.Module,
+        explanations: Sequence[Explanation],
+        left_out: Sequence[ValueError] = (),
+    ) -> None:
         """Write the manifest, from which the run can be checked and repeated.
 
         Args:
             context: The command, with the values of all its options.
             network: The network that was explained.
             explanations: What was found, in the order of the pictures.
+            left_out: Why other images could not be explained.
         """
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
         settings = {name: _plain(value) for name, value in context.params.items() if name != "bundle"}
@@ -84,6 +91,7 @@ class Bundle:
             },
             "network_sha256": _fingerprint(network),
             "images": {name: _image(name) for name in dict.fromkeys(one.image for one in explanations)},
+            "left_out": [str(reason) for reason in left_out],
             "explanations": [_numbers(one) for one in explanations],
             "files": {path.name: _sha256(path) for path in files},
         }

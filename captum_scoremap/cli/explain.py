@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from enum import Enum
 from itertools import chain, count
@@ -136,6 +137,7 @@ def explain(
     red adds to the score, blue takes from it. B is the sum of all constants above the layer; the complete map
     adds each of them where it arises, and so adds up to S. Read its sums over regions: red and blue cancel.
     The table has A·Y, B, and the residual |S − (A·Y + B)| / (|S| + |A·Y|), which is rounding only.
+    Images that cannot be read are named at the end; all others are explained.
 
     **Examples**
 
@@ -167,45 +169,81 @@ def explain(
     preprocess = loaded.preprocessing if view is View.single else loaded.preprocessing.whole
     console = make_console()
 
-    def read(name: str) -> tuple[str, Tensor, Image.Image]:
-        picture = read_image(name)
-        with image_named(name):
-            inputs = preprocess(picture)[None]
+    def read(name: str) -> "Read | ValueError":
+        try:
+            picture = read_image(name)
+            with image_named(name):
+                inputs = preprocess(picture)[None]
+        except ValueError as error:
+            return error
         return name, inputs.to(place, dtype.torch), picture
 
-    with closing(map_ahead(read, names, ahead=1)) as pictures:
-        first = next(pictures)
+    arrays: dict[str, Any] = {}
+
+    def save() -> None:
+        if save_maps and arrays:
+            np.savez_compressed(save_maps, **arrays)
+            console.print(f"Maps: {save_maps}", soft_wrap=True)
+
+    left_out: list[ValueError] = []
+    with closing(map_ahead(read, names, ahead=1)) as found_or_not:
+        pictures = _taken(found_or_not, left_out)
+        first = next(pictures, None)
+        if first is None:
+            raise _error(left_out)
         network = prepare(loaded.module, first[1]) if prepare_model else loaded.module
         if view is View.multi:
             network = MultiView.from_classifier(network, view_size=loaded.preprocessing.crop)
         found = find_layers(network, names_in(layers) or _default_layers(network, first[1]))
         asked = questions(score, target, contrast, loaded)
         total = len(names) * len(asked(network, first[1]))
-        arrays: dict[str, Any] = {}
         explanations: list[Explanation] = []
         numbers = count(1)
-        with tqdm(total=total * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
-            for name, inputs, picture in chain([first], pictures):
-                if view is View.multi:
-                    _note_enlarged(console, name, picture.size, loaded.preprocessing.crop)
-                for question in asked(network, inputs):
-                    explanation = _answer(network, name, inputs, question, found, progress)
-                    number = next(numbers)
-                    path = out if total == 1 else _numbered(out, number, explanation)
-                    _draw(explanation, loaded, maps, picture if view is View.single else None, path)
-                    explanations.append(explanation)
-                    if save_maps:
-                        arrays |= {f"{number - 1}/{key}": value for key, value in explanation.arrays().items()}
-                    with tqdm.external_write_mode():
-                        console.print(explanation.table())
-                        console.print(explanation.where_it_is(), soft_wrap=True)
-                        console.print(f"Picture: {path}", soft_wrap=True)
-    if save_maps:
-        np.savez_compressed(save_maps, **arrays)
-        console.print(f"Maps: {save_maps}", soft_wrap=True)
+        try:
+            with tqdm(total=total * len(found), delay=1.0, disable=None, unit="layer", leave=False) as progress:
+                for name, inputs, picture in chain([first], pictures):
+                    if view is View.multi:
+                        _note_enlarged(console, name, picture.size, loaded.preprocessing.crop)
+                    for question in asked(network, inputs):
+                        explanation = _answer(network, name, inputs, question, found, progress)
+                        number = next(numbers)
+                        path = out if total == 1 else _numbered(out, number, explanation)
+                        _draw(explanation, loaded, maps, picture if view is View.single else None, path)
+                        explanations.append(explanation)
+                        if save_maps:
+                            arrays |= {f"{number - 1}/{key}": value for key, value in explanation.arrays().items()}
+                        with tqdm.external_write_mode():
+                            console.print(explanation.table())
+                            console.print(explanation.where_it_is(), soft_wrap=True)
+                            console.print(f"Picture: {path}", soft_wrap=True)
+        except BaseException:
+            if filed is None:  # a folder that is filed is whole, or not there
+                save()
+            raise
+    save()
     if filed is not None:
-        filed.write(context, loaded.module, explanations)
+        filed.write(context, loaded.module, explanations, left_out)
         console.print(f"Bundle: {bundle}", soft_wrap=True)
+    if left_out:
+        raise _error(left_out)
+
+
+Read = tuple[str, Tensor, Image.Image]
+"""An image: its name, what the network takes, the picture."""
+
+
+def _taken(images: Iterable[Read | ValueError], left_out: list[ValueError]) -> Iterator[Read]:
+    """Return the images that could be taken, and note why others could not."""
+    for image in images:
+        if isinstance(image, ValueError):
+            left_out.append(image)
+        else:
+            yield image
+
+
+def _error(left_out: list[ValueError]) -> ValueError:
+    """Return the error that names all images that could not be taken."""
+    return ValueError("\n".join(map(str, left_out)))
 
 
 def _note_enlarged(console: Console, name: str, size: tuple[int, int], view_size: int | None) -> None:

@@ -26,7 +26,7 @@ from captum_scoremap.cli.options import (
     check_writable,
     chosen_device,
 )
-from captum_scoremap.cli.questions import score_function
+from captum_scoremap.cli.questions import questions, score_function
 from captum_scoremap.data.sources import FileSource, open_source
 from captum_scoremap.models import DEFAULT_MODEL, LoadedModel, load_model, prepare
 from captum_scoremap.patches import By, Patch, semantic_patches
@@ -124,8 +124,10 @@ def patches(
     _check_picture(out)
     place = chosen_device(device)
     loaded = load_model(model, weights, place, dtype.torch, image_size)
-    network = prepare(loaded.module, loaded.example().to(place, dtype.torch)) if prepare_model else loaded.module
+    example = loaded.example().to(place, dtype.torch)
+    network = prepare(loaded.module, example) if prepare_model else loaded.module
     modules = _modules(network, layers)
+    questions(score, None, None, loaded)(network, example)  # says if there is no score, or no name for each
     files, targets = _files(folder, labels, label, loaded)
 
     function = score_function(score)

@@ -1,7 +1,7 @@
 """A function of images that is compiled for one number of them, and computes any number with it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Batches:
         eager: What it must equal.
         arguments: An example.
         elsewhere: From an example to another one, at which it must be equal, too.
-        modules: Where the names of parameters come from.
+        modules: Those of the function, by name: their tensors are read anew at each call.
         backend: What runs the graph.
         mode: "reduce-overhead" to replay its kernels as a CUDA graph.
     """
@@ -44,12 +44,12 @@ class Batches:
         eager: Function,
         arguments: Sequence[Tensor],
         elsewhere: Callable[[Sequence[Tensor]], Sequence[Tensor]],
-        modules: Iterable[nn.Module],
+        modules: Mapping[str, nn.Module],
         backend: Backend,
         mode: Mode = "default",
     ) -> None:
         self._function, self._eager, self._elsewhere = function, eager, elsewhere
-        self._modules, self._backend, self._mode = list(modules), backend, mode
+        self._modules, self._backend, self._mode = modules, backend, mode
         self._programs: dict[int, _Compiled] = {}
         self._compile(arguments)
 
@@ -108,16 +108,18 @@ class Batches:
         self._programs[found.size] = found
 
     def _find_axes(self, program: "_Compiled", arguments: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Find along which dimension of each result the images lie, and try another number of them."""
-        count = program.size - 1 or 2
-        images = [one[:count] for one in arguments]
+        """Find along which dimension of each result the images lie, and try fewer of them, and more.
+
+        One image alone, repeated to fill up, may hide that images mix: their mean is the image.
+        """
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                wanted = list(self._eager(*images))
-            axes = [_axis_that_differs(one, whole) for one, whole in zip(wanted, results, strict=True)]
-            program.axes = axes
-            check("the graph", self._in_parts(program, images), wanted, tolerance(COMPILED, images))
+            for count in {program.size - 1 or 2, program.size + 1}:
+                images = [one[:count] for one in arguments]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    wanted = list(self._eager(*images))
+                program.axes = [_axis_that_differs(one, whole) for one, whole in zip(wanted, results, strict=True)]
+                check("the graph", self._in_parts(program, images), wanted, tolerance(COMPILED, images))
         except (RuntimeError, TypeError, ValueError, IndexError):
             # a model that takes one number of images, or mixes them
             program.axes = None

@@ -1,11 +1,11 @@
 """A map as a graph that is compiled once, runs without Python's time for each operation, and can leave Python."""
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from torch.utils import _pytree as pytree
 from captum_scoremap.attribution import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap
 from captum_scoremap.checks import as_tuple_of_arguments, check_grad_kwargs, check_inputs, unwrap_parallel
 from captum_scoremap.scores import Positions, Target, is_function, logits_in, select_scores
-from captum_scoremap.tape import root_module
+from captum_scoremap.tape import ModuleTracker
 
 from .backends import Backend, Mode
 from .batches import COMPILED, Batches, tolerance
 from .checked import check, elsewhere, run
 from .graph import trace
 from .parts import Method, parts
+from .settings import Settings
 
 __all__ = ["CompiledMap", "compile_map"]
 
@@ -113,6 +114,7 @@ class Exported:
         >>> from captum_scoremap import ScoreMap
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).eval()
         >>> compiled = compile_map(ScoreMap(model), torch.rand(1, 3, 6, 6), target=7, backend="graph")
+        >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     exported = compiled.export(Path(folder) / "maps.pt2")
         >>> exported.takes["image"], list(exported.returns)
@@ -128,8 +130,10 @@ class CompiledMap:
     """A map as a compiled graph; made by :func:`compile_map`.
 
     It goes by the model's weights as they are at each call. Other numbers of images than it was compiled for go through
-    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is (numbers
-    that are no tensors, hooks, ``rules``, the options) is as it was when it was compiled; replaced modules are refused.
+    it so many at a time, the last ones filled up, so that nothing is compiled again. What else the model is, is part of
+    the graph: the mode of each module, training or not, its attributes, hooks, parametrizations and children, and those
+    of the method. Where one of them has changed since, the map is refused. What a function or an object reads elsewhere
+    cannot be seen, and is as it was when the map was compiled.
 
     Args:
         method: The method.
@@ -165,13 +169,12 @@ class CompiledMap:
         self._example: tuple[Tensor, ...] = ()
         self._sizes: tuple[int, ...] = ()
         self._spec = pytree.tree_structure(None)
+        with torch.no_grad():
+            self._attribute(tensors, target)  # says what is wrong with them, before anything else does
+        self._modules = self._run(tensors)
+        self._settings = Settings({"method": method, **self._modules})
         self._batches = self._compiled(tensors, target)
-        self._children = [
-            (module._modules, key, child, f"{prefix}.{key}" if prefix else key)
-            for root in self._modules()
-            for prefix, module in root.named_modules()
-            for key, child in module._modules.items()
-        ]
+        self._settings.leave_what_runs_set()
 
     def __call__(self, inputs: Inputs, target: Target = None) -> Any:
         """Return what ``method.attribute(inputs, target)`` returns.
@@ -185,8 +188,8 @@ class CompiledMap:
 
         Raises:
             TypeError: If an input is no tensor, or a target has no known form.
-            ValueError: If an input is not as the map was compiled for, the target is not as it must be, or a module of
-                the model has been replaced or has tensors of other shapes or types.
+            ValueError: If an input is not as the map was compiled for, the target is not as it must be, or the model
+                has changed since, but for the numbers in its tensors.
             RuntimeError: If ``torch.inference_mode`` is on.
         """
         tensors = check_inputs(inputs, indices=True)
@@ -196,13 +199,24 @@ class CompiledMap:
                 f"inputs must be as the map was compiled for, {_described(self._layout, self._is_tensor)}, got "
                 f"{_described(got, isinstance(inputs, Tensor))}. Compile a map for these, too."
             )
-        replaced = [name for modules, key, child, name in self._children if modules.get(key) is not child]
-        if replaced:
-            raise ValueError(
-                "the model's modules must be those that the map was compiled with, got another one for "
-                f"{replaced[0]!r}. Compile it again."
-            )
+        self._check_settings()
         return pytree.tree_unflatten(self._batches(*tensors, *self._positions(target, tensors)), self._spec)
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled."""
+        raise TypeError(
+            "a compiled map must stay in its process, got a request to pickle it. Compile it again where it is needed, "
+            "or write it as a file: compiled.export(path)."
+        )
+
+    def __copy__(self) -> "CompiledMap":
+        return self  # nothing of it ever changes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledMap":
+        """Return the same map of a copy of the model: of the same copy where both are copied together."""
+        twin = memo[id(self)] = object.__new__(CompiledMap)
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
 
     def export(self, path: str | Path, any_number: bool = True) -> "Exported":
         """Write the map as a file that runs without this package.
@@ -223,8 +237,8 @@ class CompiledMap:
             What the file takes and returns.
 
         Raises:
-            ValueError: If the suffix is neither, the path is a folder, the map has operations that ONNX lacks, or the
-                file, read again, gives other numbers.
+            ValueError: If the suffix is neither, the path is a folder, the map has operations that ONNX lacks, the
+                model has changed as it must not for a call, or the file, read again, gives other numbers.
             FileNotFoundError: If the path's folder does not exist.
             ImportError: If the extra ``onnx`` is not installed.
         """
@@ -237,6 +251,7 @@ class CompiledMap:
             raise FileNotFoundError(f"path must be in a folder that exists, got {str(path)!r}. Make {path.parent}/.")
         if path.is_dir():
             raise ValueError(f"path must be a file, got {str(path)!r}, a folder. Name a file in it.")
+        self._check_settings()
         cases = [self._example, self._elsewhere(self._example)]
         if any_number:
             both = [torch.cat(pair) for pair in zip(*cases, strict=True)]
@@ -285,12 +300,13 @@ class CompiledMap:
             names[:] = found
             return list(found.values())
 
-        graphs = [(trace(function, arguments, self._modules()), arguments) for arguments in examples]
+        graphs = [(trace(function, arguments, self._modules), arguments) for arguments in examples]
         given = [*(["image"] if count == 1 else [f"image_{number}" for number in range(count)]), "target"]
         given = given[: len(examples[0])]
         results = []
-        with TemporaryDirectory(dir=path.parent) as folder:
-            draft = Path(folder) / f"draft{path.suffix.lower()}"  # PyTorch knows its files by a suffix in small letters
+        # PyTorch knows its files by a suffix in small letters; what a run that was killed has left is written over
+        draft = path.with_name(f".{path.name}.draft{path.suffix.lower()}")
+        try:
             write(graphs, given, names, draft)
             program = read_back(draft, given, names)
             for case in cases:
@@ -304,6 +320,8 @@ class CompiledMap:
                 check(f"the file {path.name}", got, expected, tolerance(COMPILED, case))
                 results.append(wanted)
             draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
         return Exported(path, _shapes(given, cases[0], cases[-1]), _shapes(names, results[0], results[-1]))
 
     # -- what is compiled
@@ -314,12 +332,29 @@ class CompiledMap:
     def _attribute(self, tensors: Sequence[Tensor], target: Target) -> Any:
         return self._method.attribute(self._given(tensors), target, **self._options)
 
-    def _sizes_of_scores(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-        """Return the shape of what the model returns for one image."""
+    def _run(self, tensors: Sequence[Tensor]) -> dict[str, nn.Module]:
+        """Run the model, and return its modules, and all that ran, by name; note the shape of one image's scores."""
+        function = unwrap_parallel(self._method.forward_func)
         additional = as_tuple_of_arguments(self._options.get("additional_forward_args"))
-        with torch.no_grad():
-            output = unwrap_parallel(self._method.forward_func)(*(one.detach().clone() for one in tensors), *additional)
-        return tuple(logits_in(output).shape[1:])
+        tracker = ModuleTracker(function)
+        with torch.no_grad(), tracker.watched():
+            output = function(*(one.detach().clone() for one in tensors), *additional)
+        if self._function is None:
+            self._sizes = tuple(logits_in(output).shape[1:])
+        return tracker.named_modules()
+
+    def _check_settings(self) -> None:
+        """Raise if the model or the method is another than the one that was compiled.
+
+        Raises:
+            ValueError: If so.
+        """
+        change = self._settings.change()
+        if change:
+            raise ValueError(
+                "the model must be as it was when the map was compiled, but for the numbers in its tensors; got "
+                f"another {change}. Set it back, or compile the map again."
+            )
 
     def _target(self, arguments: Sequence[Tensor]) -> Target:
         """Return the target of the graph's function: the labels among its arguments."""
@@ -351,28 +386,20 @@ class CompiledMap:
 
     def _compiled(self, tensors: tuple[Tensor, ...], target: Target) -> Batches:
         """Compile the map at these inputs."""
-        if self._function is None:
-            with torch.no_grad():
-                self._attribute(tensors, target)  # says what is wrong with them, before anything else does
-            self._sizes = self._sizes_of_scores(tensors)
         arguments = (*tensors, *self._positions(target, tensors))
         self._example = tuple(argument.detach().clone() for argument in arguments)
 
-        def function(*arguments: Tensor) -> list[Tensor]:
-            found = self._attribute(arguments[: len(tensors)], self._target(arguments))
-            return pytree.tree_leaves(found)
+        return Batches(self._traced, self._eager, arguments, self._elsewhere, self._modules, self._backend, self._mode)
 
-        def eager(*arguments: Tensor) -> list[Tensor]:
-            leaves, self._spec = pytree.tree_flatten(
-                self._attribute(arguments[: len(tensors)], self._labels(arguments))
-            )
-            return leaves
+    # methods, not functions made here, so that a deep copy has those of its own model
 
-        return Batches(function, eager, arguments, self._elsewhere, self._modules(), self._backend, self._mode)
+    def _traced(self, *arguments: Tensor) -> list[Tensor]:
+        return pytree.tree_leaves(self._attribute(arguments[: len(self._layout)], self._target(arguments)))
 
-    def _modules(self) -> list[nn.Module]:
-        root = root_module(unwrap_parallel(self._method.forward_func))
-        return [] if root is None else [root]
+    def _eager(self, *arguments: Tensor) -> list[Tensor]:
+        found = self._attribute(arguments[: len(self._layout)], self._labels(arguments))
+        leaves, self._spec = pytree.tree_flatten(found)
+        return leaves
 
     def _elsewhere(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return random inputs, and random labels."""

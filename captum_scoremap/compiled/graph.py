@@ -9,7 +9,7 @@ refused, with where in the user's code it stands.
 import operator
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -54,16 +54,22 @@ class State:
             The tensor.
 
         Raises:
-            ValueError: If it is of another shape, type or device than when the graph was made.
+            ValueError: If it is gone, or of another shape, type or device than when the graph was made.
         """
-        tensor: Tensor = self._tensor if self._owner is None else self._owner.get(self._key, self._tensor)
-        if _layout(tensor) != self._layout:
-            got, expected = (f"{tuple(one[0])}, {one[2]}, on {one[3]}" for one in (_layout(tensor), self._layout))
+        tensor: Tensor | None = self._tensor if self._owner is None else self._owner.get(self._key)
+        if tensor is None or _layout(tensor) != self._layout:
+            expected = _described(self._layout)
+            got = "none" if tensor is None else _described(_layout(tensor))
             raise ValueError(
                 f"the model's tensors must be as they were when the map was compiled, {expected}; got {got} for "
                 f"{self.name!r}. Compile it again."
             )
         return tensor
+
+
+def _described(layout: tuple[Any, ...]) -> str:
+    shape, strides, dtype, device = layout
+    return f"{tuple(shape)}, {dtype}, on {device}, with strides {strides}"
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -101,14 +107,16 @@ class Graph:
 
 
 def trace(
-    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor], modules: Iterable[nn.Module] = ()
+    function: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Tensor],
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> Graph:
     """Return the graph of a function.
 
     Args:
         function: From tensors to a sequence of tensors. It runs once.
         arguments: The tensors; the graph is for their shapes, types and devices.
-        modules: Where the names of parameters and buffers come from.
+        modules: Name to module: parameters and buffers of these are looked up anew at each call.
 
     Returns:
         The graph.
@@ -140,7 +148,7 @@ def trace(
             ) from error
     _check_nodes(traced.graph, noise != _noise_state(arguments))
     traced.graph.eliminate_dead_code()
-    state = _lift(traced, len(arguments), modules)
+    state = _lift(traced, len(arguments), modules or {})
     traced.recompile()
     graph = Graph(traced, state)
     _check_state(graph, arguments)
@@ -210,15 +218,14 @@ def _place(places: Iterable[str]) -> str:
     return f" at {own[-1]}" if own else ""
 
 
-def _lift(traced: fx.GraphModule, arguments: int, modules: Iterable[nn.Module]) -> tuple[State, ...]:
+def _lift(traced: fx.GraphModule, arguments: int, modules: Mapping[str, nn.Module]) -> tuple[State, ...]:
     """Turn the tensors that a graph holds into arguments, after the others."""
     owners: dict[int, tuple[str, dict[str, Any], str]] = {}
-    for root in modules:
-        for prefix, module in root.named_modules():
-            for owner in (module._parameters, module._buffers):
-                for key, tensor in owner.items():
-                    if tensor is not None:
-                        owners.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, owner, key))
+    for prefix, module in modules.items():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    owners.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, tensors, key))
     graph = traced.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][arguments - 1]
     state: list[State] = []

@@ -19,6 +19,7 @@ __all__ = [
     "UnreadableError",
     "image_named",
     "is_picture_name",
+    "misfit",
     "read_image",
     "read_picture",
     "strict_decoding",
@@ -74,7 +75,7 @@ def image_named(source: object) -> Iterator[None]:
         source: How the user calls it.
 
     Raises:
-        ValueError: What is done with the image raises `UnreadableError`.
+        misfit: A ValueError, if what is done with the image raises `UnreadableError`.
 
     Example:
         >>> with image_named("long.png"):
@@ -85,7 +86,24 @@ def image_named(source: object) -> Iterator[None]:
     try:
         yield
     except UnreadableError as error:
-        raise ValueError(f"image must fit the model, got {str(source)!r}: {error}.") from error
+        raise misfit(source, error) from error
+
+
+def misfit(source: object, reason: UnreadableError) -> ValueError:
+    """Return the error that says which image it is that cannot be taken, and why.
+
+    Args:
+        source: How the user calls it.
+        reason: Why.
+
+    Returns:
+        The error.
+
+    Example:
+        >>> misfit("long.png", UnreadableError("it has no pixels"))
+        ValueError("image must fit the model, got 'long.png': it has no pixels.")
+    """
+    return ValueError(f"image must fit the model, got {str(source)!r}: {reason}.")
 
 
 @contextmanager

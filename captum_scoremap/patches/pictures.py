@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from captum_scoremap.data.ahead import map_ahead
-from captum_scoremap.data.pictures import UnreadableError, read_image
+from captum_scoremap.data.pictures import UnreadableError, misfit, read_image
 from captum_scoremap.patches.geometry import Box, Geometry, geometry
 
 __all__ = ["Example", "Picture", "Preprocess", "Unreadable", "batches", "examples"]
@@ -109,7 +109,7 @@ def examples(
         except UnreadableError as error:
             if isinstance(picture, Image.Image):
                 raise
-            return _path(picture), ValueError(f"image must fit the model, got {str(picture)!r}: {error}.")
+            return _path(picture), misfit(picture, error)
 
     with closing(map_ahead(read, _labeled(images, targets), ahead)) as found:
         for example in found:

@@ -1,5 +1,6 @@
 """Derivatives of functions at a point, as autograd takes them: pulled back as coefficients, or pushed forward."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +18,19 @@ __all__ = ["named", "pulled_back", "pushed"]
 Function = Callable[..., Any]
 
 _NO_FORMULA = "no autograd formula is registered for the operation"
+_OF_PHASES = "ill-defined"
 _UNDERIVABLE = (
     _NO_FORMULA,
     "is not differentiable with respect to",
     "derivative for ",
     "has no derivative",
-    "ill-defined",
+    _OF_PHASES,
 )
+
+
+def _is_batched() -> bool:
+    """Return whether this runs inside of functorch's transforms, such as ``torch.vmap``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def pulled_back(
@@ -37,7 +44,7 @@ def pulled_back(
 
     chosen = tuple(gradient for gradient in gradients if gradient is not None)
     with sdpa_kernel(SDPBackend.MATH):
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # coefficients of several labels at once
+        if _is_batched():  # coefficients of several labels at once
             return list(torch.func.vjp(outputs, *points)[1](chosen))
         keeps_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -62,7 +69,7 @@ def pushed(
     def outputs(*live: Tensor) -> tuple[Tensor, ...]:
         return tuple(floating(function(*live)))
 
-    is_batched = torch._C._functorch.peek_interpreter_stack() is not None
+    is_batched = _is_batched()
     if not is_batched and torch.is_grad_enabled() and any(move.requires_grad for move in moves):
         found = _Pushed.apply(function, tuple(points), *moves)
         return found[: len(found) // 2], found[len(found) // 2 :]
@@ -72,8 +79,13 @@ def pushed(
                 return _pushed_twice_back(outputs, points, moves)
             values, pull = torch.func.vjp(outputs, *points)[:2]
             return values, torch.func.vjp(pull, tuple(map(torch.ones_like, values)))[1](moves)[0]
-        except (RuntimeError, NotImplementedError):  # a kernel that can be derived once
-            return _pushed_one_by_one(outputs, points, moves)
+        except (RuntimeError, NotImplementedError) as error:
+            if _OF_PHASES in str(error):  # of vectors that are told up to a phase: forward mode takes one
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that PyTorch scripts functions
+                    values, changes = torch.func.jvp(outputs, tuple(points), tuple(moves))[:2]
+                return values, changes
+            return _pushed_one_by_one(outputs, points, moves)  # a kernel that can be derived once
 
 
 class _Pushed(torch.autograd.Function):
@@ -123,8 +135,7 @@ def _pushed_one_by_one(
     function: Function, points: Sequence[Tensor], moves: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the same by reverse mode alone, one backward pass for each element of the output."""
-    is_batched = torch._C._functorch.peek_interpreter_stack() is not None
-    values, is_derived, pull = (_pulls_of_batches if is_batched else _pulls)(function, points)
+    values, is_derived, pull = (_pulls_of_batches if _is_batched() else _pulls)(function, points)
     changes = []
     for number, value in enumerate(values):
         change = [torch.zeros_like(value).sum()] * value.numel()

@@ -9,7 +9,7 @@ stand what changes memory (``changes``, on ``memory``), what rounds (``quantized
 from .boundary import Boundary
 from .exits import exits_refused
 from .frozen_model import FrozenModel, freeze
-from .module_tracker import Site, root_module
+from .module_tracker import ModuleTracker, Site, root_module
 from .recording import Recording
 from .sight import collector_paused
 from .steps import Step, Tape, Tapped, check_finite, nonfinite_allowed, sites_of
@@ -17,6 +17,7 @@ from .steps import Step, Tape, Tapped, check_finite, nonfinite_allowed, sites_of
 __all__ = [
     "Boundary",
     "FrozenModel",
+    "ModuleTracker",
     "Recording",
     "Site",
     "Step",

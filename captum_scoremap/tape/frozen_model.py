@@ -94,6 +94,9 @@ class FrozenModel:
         shapes, expected = ([tuple(tensor.shape) for tensor in some] for some in (given, self._inputs))
         if shapes != expected:
             raise ValueError(f"{wanted}, {expected}; got {shapes}.")
+        kinds, wanted_kinds = ([f"{one.dtype} on {one.device}" for one in some] for some in (given, self._inputs))
+        if kinds != wanted_kinds:
+            raise ValueError(f"{wanted}, of {', '.join(wanted_kinds)}; got {', '.join(kinds)}. Convert them first.")
         return tuple(given)
 
     def __reduce__(self) -> Any:

@@ -52,7 +52,8 @@ class _Changed:
         """Return whether it is known that constants alone lie where a tensor does, in memory that holds live ones."""
         if self.live is None or tensor.element_size() != self._element:
             return False
-        return not bool(self.live.as_strided(*geometry(tensor)).any())
+        with unrecorded():  # of a graph that is traced it is no part
+            return not bool(self.live.as_strided(*geometry(tensor)).any())
 
     def leaves(self, tensor: Tensor, clock: int) -> bool:
         """Return whether nothing changed, since then, where a tensor lies."""
@@ -200,9 +201,10 @@ class Memory:
         if value is None and not was_live:
             memory.value = None
             return
-        if memory.live is None:
-            memory.live = torch.full((memory.length,), was_live, device=target.device)
-        memory.live.as_strided(*geometry(target)).fill_(value is not None)
+        with unrecorded():
+            if memory.live is None:
+                memory.live = torch.full((memory.length,), was_live, device=target.device)
+            memory.live.as_strided(*geometry(target)).fill_(value is not None)
         source: Any = target.detach().clone() if value is None else value
         flat = target.detach().as_strided((memory.length,), (1,), 0)
         args = before.content, source, *geometry(target)

@@ -63,7 +63,9 @@ class ModuleTracker:
         self.roots = [] if root is None else [root]
 
     @contextmanager
-    def watched(self, sites: Sequence[Site], at_site: Callable[[Site, Any], Any]) -> Iterator[None]:
+    def watched(
+        self, sites: Sequence[Site] = (), at_site: Callable[[Site, Any], Any] = lambda _, passed: passed
+    ) -> Iterator[None]:
         """Follow what runs inside; what passes a site, an input as ``(args, kwargs)``, goes on as ``at_site`` says."""
         self._thread = threading.get_ident()
         with ExitStack() as stack:
@@ -71,6 +73,17 @@ class ModuleTracker:
             for site in sites:
                 stack.callback(self._watch(site, at_site).remove)
             yield
+
+    def named_modules(self) -> dict[str, nn.Module]:
+        """Return the outermost modules with all that is in them, and what else ran, by name."""
+        names: dict[nn.Module, str] = {}
+        for top in (*self.roots, *self.calls):
+            if top not in names:
+                # what stands beside the model, as where a function calls several, goes by its class
+                outer = f"{type(top).__name__}_{len(names)}" if names else ""
+                for name, module in top.named_modules(prefix=outer):
+                    names.setdefault(module, name)
+        return {name: module for module, name in names.items()}
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module and know that it runs."""

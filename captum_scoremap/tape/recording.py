@@ -9,10 +9,12 @@ tensor is *live* if it depends on the image. Operations on tensors that are not 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 
 from captum_scoremap.checks import module_by_module, unrecorded
 from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_in
@@ -136,6 +138,9 @@ class Recording(Run):
             with torch.inference_mode(False), torch.no_grad():
                 return self.__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
+        if any(isinstance(one, Tensor) and one.is_complex() for one in args) and _is_excluded(DispatchKey.Conjugate):
+            with _conjugates_in_sight():
+                return self.__torch_dispatch__(func, types, args, kwargs)
         if not self.sight.open:
             return self._run(func, args, kwargs)
         arguments = tensors_in((args, kwargs))
@@ -186,7 +191,7 @@ class Recording(Run):
         if func is torch.ops.higher_order.cond:
             predicate, *branches, operands = args
             return self.recorded(branches[0 if predicate else 1], *operands)
-        kernel = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
         if kernel is None:
             raise self.sight.refused(func.name())
         if func.name() == "scan":  # whose kernel wants no mode, and calls this
@@ -216,8 +221,9 @@ class Recording(Run):
     def _without_rule(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
         if operation.name.startswith("_foreach"):  # on a CPU, and so to us, one operation for each tensor
-            return self.recorded(func._op_dk, torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        made = self.recorded(func.decompose, *args, **kwargs)
+            return self.recorded(func._op_dk, DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        written_out = _WRITTEN_OUT.get(func.overloadpacket.__name__, func.decompose)
+        made = self.recorded(written_out, *args, **kwargs)
         if made is not NotImplemented:
             return made
         if operation.functional is None or operation.name in {"set", "resize"}:  # which no rule could say
@@ -230,6 +236,44 @@ class Recording(Run):
                 raise not_dense(self, operation, tensor)
             self.name(tensor, Value(tensor, sites=1))
         return output
+
+
+def _polygamma_in_place(x: Tensor, n: int) -> Tensor:
+    return x.copy_(torch.polygamma(n, x))
+
+
+def _batch_norm(training: bool, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Return the norm, and nothing in place of what a kernel keeps for its backward pass."""
+    found = torch.ops.aten.native_batch_norm(x, *args[:4], training, *args[4:])
+    return *found, x.new_empty(0, dtype=torch.uint8)
+
+
+def _batch_norm_with_update(x: Tensor, weight: Any, bias: Any, *args: Any) -> tuple[Tensor, ...]:
+    mean, variance = (one.clone() for one in args[:2])
+    return *_batch_norm(True, x, weight, bias, mean, variance, *args[2:]), mean, variance
+
+
+# Operations that are made of others: they have no out-of-place form with the same arguments, or are kernels of norms.
+_WRITTEN_OUT: dict[str, Callable[..., Any]] = {
+    "polygamma_": _polygamma_in_place,
+    "_native_batch_norm_legit": torch.ops.aten.native_batch_norm,
+    "_batch_norm_no_update": partial(_batch_norm, False),
+    "_batch_norm_with_update": partial(_batch_norm, True),
+    "_batch_norm_with_update_functional": _batch_norm_with_update,
+}
+
+
+@contextmanager
+def _conjugates_in_sight() -> Iterator[None]:
+    """Let kernels that conjugate inside, such as that of a complex pseudo-inverse, do so: below a mode none does."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    lazy = torch._C.DispatchKeySet(DispatchKey.Conjugate) | torch._C.DispatchKeySet(DispatchKey.Negative)
+    with torch._C._ForceDispatchKeyGuard(included, excluded - lazy):
+        yield
+
+
+def _is_excluded(key: Any) -> bool:
+    return bool(torch._C._dispatch_tls_is_dispatch_key_excluded(key))
 
 
 @contextmanager

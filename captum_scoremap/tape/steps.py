@@ -111,10 +111,10 @@ class Tape:
             ))
             if not tensor.is_inference()  # these count no changes
         }
-        versions = [(tensor, tensor._version) for tensor in read.values()]
+        versions = [(tensor, _version(tensor)) for tensor in read.values()]
 
         def check() -> None:
-            changed = [tuple(tensor.shape) for tensor, version in versions if tensor._version != version]
+            changed = [tuple(tensor.shape) for tensor, version in versions if _version(tensor) != version]
             if changed:
                 raise RuntimeError(
                     f"the model's weights must be as they were when {what} was made, got {len(changed)} tensors "
@@ -270,6 +270,12 @@ def check_finite(results: Iterable[Tensor], what: str = "the coefficients of the
                 "roots, logarithms, powers and quotients are taken of away from zero, x.clamp_min(1e-6); if numbers "
                 "outgrow their type, explain model.double()."
             )
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Return what shows that a tensor changed: how often it did in place, and where its memory lies (``data``)."""
+    has_memory = tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor._version, tensor.data_ptr() if has_memory else 0
 
 
 def sites_of(values: Iterable[Value]) -> int:
