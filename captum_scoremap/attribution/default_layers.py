@@ -39,7 +39,7 @@ class DefaultLayers:
     def __call__(self, subject: Subject) -> dict[nn.Module, tuple[int, int]]:
         """Return layers, finest first, to their rows and columns; the model runs once for each size of the image."""
         model, size = unwrap_parallel(subject.forward_func), subject.inputs[0].shape[1:]
-        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        modules = list(model.modules()) if isinstance(model, nn.Module) else self._modules  # a function's are not known
         if modules != self._modules:  # some have been replaced
             self._found, self._modules = {}, modules
         if size not in self._found:

@@ -95,7 +95,7 @@ class _Values:
     Args:
         name: What they belong to.
         container: What holds them.
-        is_none: Which of them do not count.
+        is_free: Which of them may change.
         owner: The object whose attributes they are; None for others.
 
     Attributes:
@@ -103,10 +103,10 @@ class _Values:
     """
 
     def __init__(
-        self, name: str, container: Any, is_none: Callable[[Any], bool] = lambda _: False, owner: object = None
+        self, name: str, container: Any, is_free: Callable[[Any], bool] = lambda _: False, owner: object = None
     ) -> None:
         self._container, self.owner = container, owner
-        self._name, self._is_none = name, is_none
+        self._name, self._is_free = name, is_free
         self._free: set[Any] = set()
         self._before = self._now()
 
@@ -145,7 +145,7 @@ class _Values:
         return {
             key: value
             for key, value in list(pairs)  # which another thread may change
-            if key not in self._free and key not in _OF_PYTORCH and not self._is_none(value)
+            if key not in self._free and key not in _OF_PYTORCH and not self._is_free(value)
         }
 
 
