@@ -222,8 +222,8 @@ class Recording(Run):
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
         if operation.name.startswith("_foreach"):  # on a CPU, and so to us, one operation for each tensor
             return self.recorded(func._op_dk, DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        written_out = _WRITTEN_OUT.get(func.overloadpacket.__name__, func.decompose)
-        made = self.recorded(written_out, *args, **kwargs)
+        body = _MADE_OF.get(func.overloadpacket.__name__, func.decompose)
+        made = self.recorded(body, *args, **kwargs)
         if made is not NotImplemented:
             return made
         if operation.functional is None or operation.name in {"set", "resize"}:  # which no rule could say
@@ -254,7 +254,7 @@ def _batch_norm_with_update(x: Tensor, weight: Any, bias: Any, *args: Any) -> tu
 
 
 # Operations that are made of others: they have no out-of-place form with the same arguments, or are kernels of norms.
-_WRITTEN_OUT: dict[str, Callable[..., Any]] = {
+_MADE_OF: dict[str, Callable[..., Any]] = {
     "polygamma_": _polygamma_in_place,
     "_native_batch_norm_legit": torch.ops.aten.native_batch_norm,
     "_batch_norm_no_update": partial(_batch_norm, False),
