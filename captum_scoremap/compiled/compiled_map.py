@@ -388,7 +388,6 @@ class CompiledMap:
         """Compile the map at these inputs."""
         arguments = (*tensors, *self._positions(target, tensors))
         self._example = tuple(argument.detach().clone() for argument in arguments)
-
         return Batches(self._traced, self._eager, arguments, self._elsewhere, self._modules, self._backend, self._mode)
 
     # methods, not functions made here, so that a deep copy has those of its own model

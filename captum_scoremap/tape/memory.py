@@ -164,8 +164,8 @@ class Memory:
         value.beneath = Beneath(root, place, self.clock)
         value.root = None
 
-    def holds_constants(self, view: Tensor) -> bool:
-        """Return whether constants alone lie where a view of a live tensor does."""
+    def is_constant(self, view: Tensor) -> bool:
+        """Return whether it is known that constants alone lie where a view of a live tensor does."""
         memory = self.changed.get(view.untyped_storage()._cdata) if self.changed else None
         return memory is not None and memory.is_constant(view)
 

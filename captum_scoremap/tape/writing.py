@@ -68,11 +68,11 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
             if isinstance(tensor, Tensor) and tensor.numel():
                 run.made(tensor)
     for tensor, value in zip(tensors, run.tape.write(step, tensors, gate=rule.makes_gate(step)), strict=True):
-        if operation.is_view and run.memory.holds_constants(tensor):
-            continue
-        run.name(tensor, value)
         if operation.is_view:
+            if run.memory.is_constant(tensor):
+                continue
             value.root = values[0].root or (values[0], geometry(call.live[0]))
+        run.name(tensor, value)
     return output
 
 
