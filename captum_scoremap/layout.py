@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "MOST_EXTRA_TOKENS",
     "Grid",
     "as_images",
     "channel_dim_of",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 # The most tokens that may stand before the patches: a class token, a distillation token, registers.
-_EXTRA_TOKENS = 8
+MOST_EXTRA_TOKENS = 8
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -133,11 +134,11 @@ def patch_grid(tokens: int, image_shape: Sequence[int], known: Collection[Grid] 
         >>> patch_grid(197, (1, 3, 224, 224)), patch_grid(99, (1, 3, 224, 112)), patch_grid(77, (1, 3, 224, 224))
         ((14, 14), (14, 7), None)
     """
-    fitting = [grid for grid in known if 0 <= tokens - math.prod(grid) <= _EXTRA_TOKENS]
+    fitting = [grid for grid in known if 0 <= tokens - math.prod(grid) <= MOST_EXTRA_TOKENS]
     if fitting:
         return max(fitting, key=math.prod)
     aspect = image_shape[-2] / image_shape[-1]
-    for patches in range(tokens, max(3, tokens - _EXTRA_TOKENS - 1), -1):
+    for patches in range(tokens, max(3, tokens - MOST_EXTRA_TOKENS - 1), -1):
         rows = round(math.sqrt(patches * aspect))
         columns = patches // rows if rows else 0
         if rows * columns == patches and (rows == round(columns * aspect) or columns == round(rows / aspect)):
@@ -186,7 +187,7 @@ def token_grid(
         rows, columns = grid or patch_grid(tokens, (1, 1, 1, 1)) or (0, 0)
         if not rows:
             raise ValueError(
-                f"score_map must hold a square of tokens and up to {_EXTRA_TOKENS} class and register tokens, got "
+                f"score_map must hold a square of tokens and up to {MOST_EXTRA_TOKENS} class and register tokens, got "
                 f"{tokens} tokens. Name the rows and columns of the patches: grid=(rows, columns)."
             )
         if tokens < rows * columns:

@@ -100,7 +100,8 @@ def frame_of(tape: Tape, image_shape: Sequence[int]) -> Frame:
     if place is None or step is None:
         return whole
     first, seen = step.values[0], tuple(step.values[0].shape)
-    if len(seen) != 4 or seen[:2] != shape[:2] or _is_own_padding(step, seen, shape):
+    is_on_its_side = seen[2:] == shape[:1:-1]
+    if len(seen) != 4 or seen[:2] != shape[:2] or is_on_its_side or _is_own_padding(step, seen, shape):
         return whole
     with torch.no_grad(), unrecorded():
         zero = place.zeros()

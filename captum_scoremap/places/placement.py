@@ -1,9 +1,10 @@
 """Where the elements of a tensor stand in the image.
 
-A tensor (N, C, h, w) says it by its shape. Others, (N, h, w, C) or (N, tokens, C), may be padded or rolled, or have
-their positions in another order: windows of attention, rows of a matrix product, tokens before images. They were made
-of a tensor with places by steps that only move elements, or that keep the position of each row, so numbers at their
-elements are carried back along those steps, which is what their transposes do, up to where the branch begins.
+Where the layout of a tensor is known, it says so. Of the others a tensor (N, C, h, w) says it by its shape; those like
+(N, h, w, C) or (N, tokens, C) may be padded, or have their positions in another order: windows of attention, rows of a
+matrix product, tokens before images. They were made of a tensor with places by steps that only move elements, or that
+keep the position of each row, so numbers at their elements are carried back along those steps, which is what their
+transposes do, up to where the branch begins.
 """
 
 import copy
@@ -20,7 +21,8 @@ from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Recording, Site, Tape
 
 from .frame import frame_of
-from .positions import may_be_elsewhere, row_sources, values_elsewhere, values_folded
+from .layouts import layouts_of
+from .positions import makes_maps, may_be_elsewhere, row_sources, values_elsewhere, values_folded
 
 __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
 
@@ -57,7 +59,9 @@ class Placement:
         self.frame = frame_of(tape, image_shape)
         self._images = image_shape[0]
         self._only: int | None = None
-        self._elsewhere = values_elsewhere(tape, image_shape[0])
+        with torch.no_grad(), unrecorded():
+            self._layouts, moved = layouts_of(tape, self.frame.shape)
+        self._elsewhere = values_elsewhere(tape, image_shape[0], moved)
         self._grids = {
             (value.shape[2], value.shape[3])
             for step in tape.steps
@@ -66,7 +70,7 @@ class Placement:
             and value not in self._elsewhere
             and map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape)) == 1
         }
-        # windows by cells, (N, rows, side, columns, side, C), and what is made of them, may have tokens in any order
+        # windows by cells, (N, rows, side, columns, side, C), and what is made of them, may have cells in any order
         self._is_folded = any(value.ndim > 5 for step in tape.steps for value in step.outputs)
         self._folded = values_folded(tape)
         # grids of what is a map for certain: of as many tokens as channels nobody knows
@@ -74,7 +78,7 @@ class Placement:
             (value.shape[2], value.shape[3])
             for step in tape.steps
             for value in step.outputs
-            if len(value.shape) == 4 and _makes_maps(display_name(step.operation))
+            if len(value.shape) == 4 and makes_maps(display_name(step.operation))
         }
 
     def of_image(self, image: int) -> "Placement":
@@ -113,8 +117,8 @@ class Placement:
         return True
 
     def has_place(self, value: Value) -> bool:
-        """Return whether a value's elements stand at positions of the image; as (N, C, h, w), in their order."""
-        return value not in self._elsewhere and (value.ndim != 4 or self.is_map(value))
+        """Return whether a value's elements stand at positions of the image that are known."""
+        return value not in self._elsewhere and (value in self._layouts or value.ndim != 4 or self.is_map(value))
 
     def is_map(self, value: Value) -> bool:
         """Return whether a value's rows and columns, or tokens, are the image's, one after another."""
@@ -151,13 +155,15 @@ class Placement:
     def _entries(self, product: Tensor, value: Value, far: int, *, is_named: bool = False) -> list[Entry]:
         """Place products by their shape where that is certain, else where they are carried back to, if it is known."""
         own = product if self._only is None else self._of_only(product, self._only)
+        if value in self._layouts and value not in self._elsewhere:
+            return [self._layouts[value].placed(own)]
         by_shape, channel_dim = self._placed_by_shape(own, value)
         if channel_dim == 1:
             grid = (own.shape[2], own.shape[3])
             is_sure = grid in self._sure and value not in self._folded
             if is_sure or (is_named and self._is_in_proportion(grid) and self.is_in_order(value)):
                 return [by_shape]
-        through_sums = by_shape[0] is None or channel_dim == 1 or (own.dim() == 3 and self._is_folded)
+        through_sums = by_shape[0] is None or channel_dim == 1 or self._is_folded
         carried = list(self._carried_back(product, value, through_sums=through_sums)) if far else []
         entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
         if by_shape[0] is not None and all(one is None for one, _ in entries):
@@ -297,8 +303,3 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
 def _are_cells_alike(source: Value, product: Tensor) -> bool:
     """Return whether two tensors (N, C, h, w) differ in channels alone."""
     return source.shape[0] == product.shape[0] and source.shape[2:] == product.shape[2:]
-
-
-def _makes_maps(name: str) -> bool:
-    """Return whether an operation takes and returns maps, (N, C, h, w)."""
-    return name == "conv" or "pool" in name or "upsample" in name

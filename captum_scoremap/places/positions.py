@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step, Tape
 
-__all__ = ["may_be_elsewhere", "row_sources", "values_elsewhere", "values_folded"]
+__all__ = ["makes_maps", "may_be_elsewhere", "row_sources", "sees_neighbors", "values_elsewhere", "values_folded"]
 
 _SAMPLING = "grid_sample"
 _ATTENTION = "scaled_dot_product_attention"
@@ -24,7 +24,11 @@ _ROWS = {
 _REGIONS = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
 _CHOOSING = {"index", "_unsafe_index", "unsafe_index", "index_select", "gather"}
 _ORDERING = {"take", "masked_select", "topk", "sort", "kthvalue"}
-_STRAYING = {*_REGIONS, *_CHOOSING, *_ORDERING, _SAMPLING, _ATTENTION, "matmul", "bmm", "baddbmm", "im2col"}
+_TURNING = {"flip", "roll", "rot90", "transpose", "permute"}
+_STRAYING = {
+    *(*_REGIONS, *_CHOOSING, *_ORDERING, *_TURNING),
+    *(_SAMPLING, _ATTENTION, "matmul", "bmm", "baddbmm", "im2col"),
+}
 
 
 def row_sources(step: Step, output: Value) -> Sequence[Value]:
@@ -45,8 +49,22 @@ def row_sources(step: Step, output: Value) -> Sequence[Value]:
     return [] if name == _ATTENTION else alike  # a constant matrix may mix positions
 
 
-def values_elsewhere(tape: Tape, images: int) -> frozenset[Value]:
-    """Return the values of a run on N images whose rows, or rows and columns, are no positions in the image's order."""
+def makes_maps(name: str) -> bool:
+    """Return whether an operation takes and returns maps, (N, C, h, w)."""
+    return name == "conv" or "pool" in name or "upsample" in name
+
+
+def values_elsewhere(tape: Tape, images: int, moved: Collection[Value] = ()) -> frozenset[Value]:
+    """Return the values of a run on N images whose rows, or rows and columns, are no positions in the image's order.
+
+    Args:
+        tape: The run.
+        images: How many images there are.
+        moved: Values in which every cell of the image is known to stand at its place.
+
+    Returns:
+        The values.
+    """
     elsewhere: set[Value] = set()
     asked: set[Value] = set()  # products with a constant first factor: channels, or scores of constant queries
     for step in tape.steps:
@@ -54,6 +72,8 @@ def values_elsewhere(tape: Tape, images: int) -> frozenset[Value]:
         name = display_name(step.operation)
         is_chosen = name in _REGIONS or name in _ORDERING or (name in _CHOOSING and _chooses_positions(step, images))
         for output in step.outputs:
+            if output in moved:
+                continue
             sources = row_sources(step, output)
             if is_chosen or (not sources and name in {_ATTENTION, _SAMPLING}):
                 elsewhere.add(output)
@@ -97,12 +117,12 @@ def values_folded(tape: Tape) -> frozenset[Value]:
             is_cut = any(one.ndim > max(source.ndim, 4) and one.shape[-2:] != source.shape[-2:] for one in step.outputs)
             if is_cut or not folded.isdisjoint(step.values):
                 folded.update(step.outputs)
-        elif folded and not folded.isdisjoint(step.values) and not _sees_neighbors(step):
+        elif folded and not folded.isdisjoint(step.values) and not sees_neighbors(step):
             folded.update(output for output in step.outputs if not folded.isdisjoint(row_sources(step, output)))
     return frozenset(folded)
 
 
-def _sees_neighbors(step: Step) -> bool:
+def sees_neighbors(step: Step) -> bool:
     """Return whether a step takes several cells of a map for each of its output."""
     name = display_name(step.operation)
     if name == "conv" and len(step.args) > 1 and isinstance(step.args[1], (Tensor, Value)):
