@@ -7,13 +7,13 @@ that, and where they move the places of the elements tells how.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from captum_scoremap.layout import MOST_EXTRA_TOKENS, Grid, map_channel_dim
-from captum_scoremap.rules import Value, display_name
+from captum_scoremap.rules import Value, display_name, floating
 from captum_scoremap.tape import Step, Tape
 
 from .positions import makes_maps, row_sources, sees_neighbors
@@ -52,6 +52,8 @@ class Turn:
 
 
 UPRIGHT = Turn()
+
+_COPYING = {"clone", "contiguous", "alias", "to_copy", "detach"}
 
 
 class Layout(NamedTuple):
@@ -121,19 +123,23 @@ def layouts_of(tape: Tape, seen: Shape) -> tuple[dict[Value, Layout], set[Value]
         for value in tape.inputs
         if value is not None and value.ndim == 4
     }
+    rows: dict[Value, _Rows] = {}
     places: dict[Value, Places] = {}  # of what was made of a value with a layout by moving its elements
     last: dict[Value, Turn] = {}  # how the image lay when that was known last
     moved: set[Value] = set()
+    moves: dict[Any, tuple[list[Places], list[Layout | None]]] = {}  # by the step and the layout, for blocks are alike
     for step in tape.steps:
-        found = _moved(step, known, places)
+        sources = [row_sources(step, output) for output in step.outputs]
+        if len(sources) == 1 and len(sources[0]) == 1 and _is_by_rows(step, sources[0][0], known, rows):
+            continue
+        found = _moved(step, known, places, seen[0], moves)
         for number, output in enumerate(step.outputs):
-            source = min(row_sources(step, output), key=lambda value: value.step, default=None)
+            source = min(sources[number], key=lambda value: value.step, default=None)
             if source is None:  # its rows are a constant's
                 continue
             before = known[source].turn.unshifted() if source in known else last.get(source, UPRIGHT)
             if found is not None:
-                places[output] = found[number]
-                layout = _layout_by(found[number], seen[0])
+                places[output], layout = found[0][number], found[1][number]
                 moved.update([] if layout is None else [output])
             else:
                 layout = _kept(step, source, output, known.get(source), before, seen)
@@ -146,15 +152,61 @@ def layouts_of(tape: Tape, seen: Shape) -> tuple[dict[Value, Layout], set[Value]
     return known, moved
 
 
-def _moved(step: Step, known: dict[Value, Layout], places: dict[Value, Places]) -> list[Places] | None:
-    """Return the places of the elements that a step moves; None where they are not known, or it does not move alone."""
+class _Rows(NamedTuple):
+    """How a matrix holds a value whose channels come last: position by position."""
+
+    layout: Layout
+    shape: torch.Size  # of the value, without channels
+
+
+def _is_by_rows(step: Step, source: Value, known: dict[Value, Layout], rows: dict[Value, _Rows]) -> bool:
+    """Return whether a step makes rows of positions, or of such rows others, or positions again; and note which."""
+    (output,) = step.outputs
+    if source in rows:
+        if output.ndim == 2 and output.shape[0] == source.shape[0]:
+            rows[output] = rows[source]
+        elif output.ndim > 2 and output.shape[:-1] == rows[source].shape:
+            known[output] = rows[source].layout
+        else:
+            return False
+        return True
+    if source not in known or not step.rule.moves or output.ndim != 2 or source.ndim - 1 in known[source].axes:
+        return False
+    rows[output] = _Rows(known[source], source.shape[:-1])
+    return output.shape[1] == source.shape[-1] and output.shape[0] == source.shape[:-1].numel()
+
+
+def _moved(
+    step: Step,
+    known: dict[Value, Layout],
+    places: dict[Value, Places],
+    images: int,
+    moves: dict[Any, tuple[list[Places], list[Layout | None]]],
+) -> tuple[list[Places], list[Layout | None]] | None:
+    """Return the places of the elements that a step moves, and the layouts that they make; None where it is not known.
+
+    Those of steps that are alike are found once.
+    """
     if not step.rule.moves or any(value.dtype.is_complex for value in (*step.values, *step.outputs)):
         return None
     if not all(value in known or value in places for value in step.values):
         return None
-    sources = [places[value] if value in places else known[value].places(value) for value in step.values]
-    rows, columns = (step.forward(each) for each in zip(*sources, strict=True))
-    return list(zip(rows, columns, strict=True))
+    source = step.values[0]
+    if any(output.ndim > source.ndim for output in step.outputs) and source in known and len(known[source].axes) == 1:
+        return None  # heads of attention, which are no map again
+    if source in places and display_name(step.operation) in _COPYING:
+        return [places[source]], [None]
+    is_plain = len(step.values) == 1 and source not in places and not floating((step.args, dict(step.kwargs)))
+    key = (step.operation, str(step.args[1:]), source.shape, known[source]) if is_plain else None
+    if key is None or key not in moves:
+        sources = [places[value] if value in places else known[value].places(value) for value in step.values]
+        rows, columns = (step.forward(each) for each in zip(*sources, strict=True))
+        found = list(zip(rows, columns, strict=True))
+        made = found, [_layout_by(*one, images) for one in found]
+        if key is None:
+            return made
+        moves[key] = made
+    return moves[key]
 
 
 def _kept(step: Step, source: Value, output: Value, layout: Layout | None, before: Turn, seen: Shape) -> Layout | None:
@@ -169,14 +221,14 @@ def _kept(step: Step, source: Value, output: Value, layout: Layout | None, befor
     return Layout(turn, (2, 3), grid) if is_map and max(grid) > 1 else None
 
 
-def _layout_by(places: Places, images: int) -> Layout | None:
+def _layout_by(rows: Tensor, columns: Tensor, images: int) -> Layout | None:
     """Return the layout of a value whose elements have these places; None where they are not all of the image's."""
-    dims = places[0].dim()
+    dims = rows.dim()
     for axes in {4: ((2, 3), (1, 2)), 3: ((1,), (2,), (0,))}.get(dims, ()):
         others = [axis for axis in range(dims) if axis not in axes]
-        if places[0].shape[others[0]] != images:
+        if rows.shape[others[0]] != images:
             continue
-        means = _mean(places[0], others), _mean(places[1], others)
+        means = _mean(rows, others), _mean(columns, others)
         for row, column in [means] if len(axes) == 2 else _as_grids(*means):
             turn = _turn_of(row, column)
             if turn is not None:
