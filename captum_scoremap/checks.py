@@ -198,7 +198,12 @@ def check_visible(module: object, name: str = "forward_func") -> None:
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise TypeError(
             f"{name} must be a model whose operations can be seen, got a scripted one "
-            f"({type(module).__name__}). Use the model it was scripted from."
+            f"({type(module).__name__}). Use the model it was scripted from"
+            + (
+                "; of a file, which has none, call it in a function: lambda x: model(x)."
+                if name == "forward_func"
+                else "."
+            )
         )
     if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
         raise TypeError(

@@ -103,6 +103,34 @@ def test_scripted_code_is_seen(name: str) -> None:
     assert_as_plain(function, plain)
 
 
+def overlapping(x: Tensor) -> Tensor:
+    return x * x[:, :1].expand(-1, 4, -1, -1).mul_(2.0)
+
+
+def sparse(x: Tensor) -> Tensor:
+    return x.to_sparse().to_dense()
+
+
+def of_a_batch(x: Tensor) -> Tensor:
+    return torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False)
+
+
+def misshapen(x: Tensor) -> Tensor:
+    return x.reshape(7, 3)
+
+
+@pytest.mark.parametrize("function", [overlapping, sparse, of_a_batch, misshapen])
+def test_errors_in_scripted_code_are_those_of_plain_code(function: Function) -> None:
+    """TorchScript itself tells nothing of them but the line of the script."""
+    script, images = scripted(function), some_images()
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as plain:
+        linear_form(between(function), images, 1)
+    with pytest.raises(plain.type) as found:
+        linear_form(between(script), images, 1)
+    assert str(found.value) == str(plain.value)
+    assert str(found.value)
+
+
 @pytest.fixture
 def fusing() -> Iterator[None]:
     """Let TorchScript compile kernels on a CPU, too, as it does on CUDA devices."""
