@@ -64,10 +64,13 @@ class NoDerivativeError(ValueError):
     """
 
     def __init__(self, what: str, error: BaseException) -> None:
-        super().__init__(
-            f"{what} must have a derivative to take, got {str(error).splitlines()[0]!r}. Use Frozen() where the "
-            "operation is constant around the image, or derive a class from Rule."
+        said = str(error).splitlines()[0]
+        advice = (
+            "Explain model.float()."
+            if "not implemented for '" in said
+            else "Use Frozen() where the operation is constant around the image, or derive a class from Rule."
         )
+        super().__init__(f"{what} must have a derivative to take, got {said!r}. {advice}")
 
 
 class UnsupportedOperationError(NotImplementedError):
