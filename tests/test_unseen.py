@@ -103,6 +103,29 @@ def test_scripted_code_is_seen(name: str) -> None:
     assert_as_plain(function, plain)
 
 
+def scaled(x: Tensor) -> Tensor:
+    return x * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.relu() @ torch.arange(16, dtype=torch.float64).view(4, 4)
+
+
+def offset(x: Tensor) -> Tensor:
+    return (x * x.new_tensor(2.0)).relu() + torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("was_run", [False, True])
+@pytest.mark.parametrize("function", [scaled, turned, offset])
+def test_constants_in_traced_functions_are_constants(function: Function, was_run: bool) -> None:
+    """No operation makes them, and they belong to no module."""
+    trace = traced(function)
+    for _ in range(3 * was_run):
+        trace(torch.randn(2, 4, 4, 4, dtype=torch.float64))
+    assert_as_plain(trace, function)
+    assert_as_plain(lambda x: torch.vmap(trace)(x[None])[0], function)
+
+
 def overlapping(x: Tensor) -> Tensor:
     return x * x[:, :1].expand(-1, 4, -1, -1).mul_(2.0)
 
