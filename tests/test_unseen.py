@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from captum_scoremap import LayerScoreMap, UnsupportedOperationError, linear_form
+from captum_scoremap import LayerScoreMap, NeuronScoreMap, UnsupportedOperationError, linear_form
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_refused, between, some_images
 
 Function = Callable[[Tensor], Tensor]
@@ -194,6 +194,28 @@ def test_constants_folded_into_scripted_code_are_constants_or_refused() -> None:
         assert_as_plain(folded, BLOCK)
     except UnsupportedOperationError as problem:
         assert "what made a tensor during the run" in str(problem)  # noqa: PT017
+
+
+CALLED_BY_SCRIPT = nn.ReLU()
+
+
+# without annotations, which TorchScript cannot read here
+@torch.jit.ignore
+def by_python(x):
+    return CALLED_BY_SCRIPT(x)
+
+
+@scripted
+def through_python(x: Tensor) -> Tensor:
+    return by_python(0.5 * x)
+
+
+def test_neurons_of_layers_that_scripted_code_calls_in_python_have_maps() -> None:
+    model, plain, images = between(through_python), between(lambda x: CALLED_BY_SCRIPT(0.5 * x)), some_images()
+    model.inner = plain.inner = CALLED_BY_SCRIPT
+    found, expected = (NeuronScoreMap(one, CALLED_BY_SCRIPT).attribute(images, (1, 2, 2)) for one in (model, plain))
+    assert_close(found, expected, **EXACT)
+    assert found.abs().max() > 1e-3
 
 
 # --- function transforms ------------------------------------------------------------------------------

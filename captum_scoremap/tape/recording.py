@@ -64,6 +64,7 @@ class Recording(Run):
         self._operations = OPERATIONS if rules is DEFAULT else {}
         self._sites, self._stop_at, self._differentiable = tuple(sites), stop_at, differentiable
         self._last_error: BaseException | None = None
+        self._stopped_with: list[Any] = []  # what passed the site at which the run stopped
 
     def record(
         self,
@@ -96,10 +97,7 @@ class Recording(Run):
             self.modules.watched([site for site in sites if site is not None], self._at_site),
         ):
             with self:
-                try:
-                    output = self.forward_func(*copies, *additional)
-                except StopRun as stop:
-                    (output,) = stop.args
+                output = self._run_model(*copies, *additional)
                 if select is not None and not self.sight.unsupported:
                     output = select(output)
             # while what the run made can still be told from what was there before
@@ -115,6 +113,15 @@ class Recording(Run):
         self.tape.output = output
         self.tape.output_values = {key: value for key, value in values.items() if value is not None}
         return output
+
+    def _run_model(self, *args: Any) -> Any:
+        """Return the model's output, or what passed the site at which the run stopped."""
+        try:
+            return self.forward_func(*args)
+        except (StopRun, RuntimeError):  # which TorchScript makes of every error of Python's
+            if not self._stopped_with:
+                raise
+            return self._stopped_with.pop()
 
     @contextmanager
     def _errors_raised(self) -> Iterator[None]:
@@ -139,7 +146,8 @@ class Recording(Run):
         if site in self._sites:
             passing = tap(self, site, passing)
         if self._stop_at == site:
-            raise StopRun(passing)
+            self._stopped_with.append(passing)
+            raise StopRun
         return passing
 
     # -- the mode
