@@ -64,10 +64,13 @@ class NoDerivativeError(ValueError):
     """
 
     def __init__(self, what: str, error: BaseException) -> None:
-        super().__init__(
-            f"{what} must have a derivative to take, got {str(error).splitlines()[0]!r}. Use Frozen() where the "
-            "operation is constant around the image, or derive a class from Rule."
+        said = str(error).splitlines()[0]
+        advice = (
+            "Explain model.float()."
+            if "not implemented for '" in said
+            else "Use Frozen() where the operation is constant around the image, or derive a class from Rule."
         )
+        super().__init__(f"{what} must have a derivative to take, got {said!r}. {advice}")
 
 
 class UnsupportedOperationError(NotImplementedError):
@@ -198,7 +201,12 @@ def check_visible(module: object, name: str = "forward_func") -> None:
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise TypeError(
             f"{name} must be a model whose operations can be seen, got a scripted one "
-            f"({type(module).__name__}). Use the model it was scripted from."
+            f"({type(module).__name__}). Use the model it was scripted from"
+            + (
+                "; of a file, which has none, call it in a function: lambda x: model(x)."
+                if name == "forward_func"
+                else "."
+            )
         )
     if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
         raise TypeError(

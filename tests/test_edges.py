@@ -175,3 +175,14 @@ def test_what_autograd_does_not_derive_is_refused_with_advice_that_works(name: s
         linear_form(model, images, 1, rules={name: Tangent()})
     assert str(problem.value).count("must have a derivative") == 1  # and then what PyTorch says of it
     assert_exact(model, model.conv, images, rules={name: Frozen()})
+
+
+@pytest.mark.parametrize("name", ["i1", "i1e"])
+def test_a_type_that_a_derivative_has_no_kernel_for_is_said_and_the_advice_works(name: str) -> None:
+    model, images = between(getattr(special, name)).bfloat16(), some_images().bfloat16()
+    with pytest.raises(
+        NoDerivativeError, match=rf"special_{name} must have a derivative .*Explain model\.float\(\)\.$"
+    ):
+        linear_form(model, images, 1)
+    form = linear_form(model.float(), images.float(), 1)
+    assert_close(form.sums + form.bias, form.score, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import pytest
@@ -81,3 +82,18 @@ def test_scripted_parts_are_seen_but_are_no_layers(compiler: Callable[[nn.Module
     assert_close(freeze(model, images)(0 * images)[:, 1], linear_form(plain, images, 1).bias, **EXACT)
     with pytest.raises(TypeError, match="layer must be a model whose operations can be seen, got a scripted one"):
         linear_form(model, images, 1, model[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:")
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_scripted_model_of_a_file_is_explained_in_a_function_as_its_error_says(is_frozen: bool) -> None:
+    plain, images, file = between(torch.relu), some_images(), io.BytesIO()
+    script = torch.jit.script(nn.Sequential(plain.conv, nn.ReLU(), nn.Flatten(), plain.head).eval())
+    torch.jit.save(torch.jit.freeze(script) if is_frozen else script, file)
+    file.seek(0)
+    model = torch.jit.load(file)
+    with pytest.raises(TypeError, match=r"of a file, which has none, call it in a function: lambda x: model\(x\)\.$"):
+        linear_form(model, images, 1)
+    found, expected = linear_form(lambda x: model(x), images, 1), linear_form(plain, images, 1)
+    for name in ("coefficients", "bias", "score"):
+        assert_close(getattr(found, name), getattr(expected, name), **EXACT)

@@ -304,6 +304,34 @@ def test_operations_between_quantized_tensors(name: str) -> None:
     assert_close(sum(bias_terms(model, inputs).values()), form.bias, **CLOSE)
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flattened": lambda q: q.clone().flatten(1),
+    "pooled and flattened": lambda q: F.adaptive_avg_pool2d(q, 2).flatten(1),
+    "of its memory": lambda q: q.clone().as_strided((2, 18), (36, 2), 1),
+    "of its memory, after a sum": lambda q: torch.ops.quantized.add(q, q, 0.02, 60).as_strided((2, 18), (36, 2), 1),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_quantized_tensors_show_the_same_elements_in_any_layout(
+    name: str, layout: torch.memory_format
+) -> None:
+    """Kernels of quantized tensors lay out what they return in their own way."""
+    steps = torch.arange(72).view(2, 4, 3, 3)
+
+    def model(x: Tensor) -> Tensor:
+        found = VIEWS[name](torch.quantize_per_tensor(x, 0.02, 0, torch.quint8).contiguous(memory_format=layout))
+        return (found.dequantize() * torch.linspace(1, 2, found.shape[1])).sum(1)
+
+    inputs = 0.02 * (steps + 1.0)
+    found = linear_form(model, inputs).coefficients
+    for place in range(0, 72, 7):
+        change = 0.24 * (steps == place)  # by twelve integers, which an average of four does not round away
+        slope = (model(inputs + change) - model(inputs)).sum() / 0.24
+        assert_close(found.flatten()[place], slope, rtol=0, atol=0.17)
+
+
 def test_a_map_of_integers_is_near_that_of_real_numbers() -> None:
     plain, quantized = spread(Blocks()), traced(convert_fx)
     one = LayerScoreMap(plain, plain.first[2]).attribute(images(1), 1)

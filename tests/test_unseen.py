@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from captum_scoremap import LayerScoreMap, UnsupportedOperationError, linear_form
+from captum_scoremap import LayerScoreMap, NeuronScoreMap, UnsupportedOperationError, linear_form
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_refused, between, some_images
 
 Function = Callable[[Tensor], Tensor]
@@ -103,6 +103,57 @@ def test_scripted_code_is_seen(name: str) -> None:
     assert_as_plain(function, plain)
 
 
+def scaled(x: Tensor) -> Tensor:
+    return x * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.relu() @ torch.arange(16, dtype=torch.float64).view(4, 4)
+
+
+def offset(x: Tensor) -> Tensor:
+    return (x * x.new_tensor(2.0)).relu() + torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("was_run", [False, True])
+@pytest.mark.parametrize("function", [scaled, turned, offset])
+def test_constants_in_traced_functions_are_constants(function: Function, was_run: bool) -> None:
+    """No operation makes them, and they belong to no module."""
+    trace = traced(function)
+    for _ in range(3 * was_run):
+        trace(torch.randn(2, 4, 4, 4, dtype=torch.float64))
+    assert_as_plain(trace, function)
+    assert_as_plain(lambda x: torch.vmap(trace)(x[None])[0], function)
+
+
+def overlapping(x: Tensor) -> Tensor:
+    return x * x[:, :1].expand(-1, 4, -1, -1).mul_(2.0)
+
+
+def sparse(x: Tensor) -> Tensor:
+    return x.to_sparse().to_dense()
+
+
+def of_a_batch(x: Tensor) -> Tensor:
+    return torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False)
+
+
+def misshapen(x: Tensor) -> Tensor:
+    return x.reshape(7, 3)
+
+
+@pytest.mark.parametrize("function", [overlapping, sparse, of_a_batch, misshapen])
+def test_errors_in_scripted_code_are_those_of_plain_code(function: Function) -> None:
+    """TorchScript itself tells nothing of them but the line of the script."""
+    script, images = scripted(function), some_images()
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as plain:
+        linear_form(between(function), images, 1)
+    with pytest.raises(plain.type) as found:
+        linear_form(between(script), images, 1)
+    assert str(found.value) == str(plain.value)
+    assert str(found.value)
+
+
 @pytest.fixture
 def fusing() -> Iterator[None]:
     """Let TorchScript compile kernels on a CPU, too, as it does on CUDA devices."""
@@ -143,6 +194,28 @@ def test_constants_folded_into_scripted_code_are_constants_or_refused() -> None:
         assert_as_plain(folded, BLOCK)
     except UnsupportedOperationError as problem:
         assert "what made a tensor during the run" in str(problem)  # noqa: PT017
+
+
+CALLED_BY_SCRIPT = nn.ReLU()
+
+
+# without annotations, which TorchScript cannot read here
+@torch.jit.ignore
+def by_python(x):
+    return CALLED_BY_SCRIPT(x)
+
+
+@scripted
+def through_python(x: Tensor) -> Tensor:
+    return by_python(0.5 * x)
+
+
+def test_neurons_of_layers_that_scripted_code_calls_in_python_have_maps() -> None:
+    model, plain, images = between(through_python), between(lambda x: CALLED_BY_SCRIPT(0.5 * x)), some_images()
+    model.inner = plain.inner = CALLED_BY_SCRIPT
+    found, expected = (NeuronScoreMap(one, CALLED_BY_SCRIPT).attribute(images, (1, 2, 2)) for one in (model, plain))
+    assert_close(found, expected, **EXACT)
+    assert found.abs().max() > 1e-3
 
 
 # --- function transforms ------------------------------------------------------------------------------

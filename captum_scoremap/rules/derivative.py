@@ -21,6 +21,7 @@ _NO_FORMULA = "no autograd formula is registered for the operation"
 _OF_PHASES = "ill-defined"
 _UNDERIVABLE = (
     _NO_FORMULA,
+    "not implemented for '",  # a type of numbers
     "is not differentiable with respect to",
     "derivative for ",
     "has no derivative",

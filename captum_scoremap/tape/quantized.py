@@ -40,6 +40,8 @@ def run_rounding(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
         raise run.sight.refused(operation.display)
     mask = parts[1] if len(parts) > len(plains) and parts[1].dtype is torch.bool else None
     for rounded, numbers in zip(parts, plains, strict=False):
+        if not rounded.is_floating_point() and numbers.stride() != rounded.stride():
+            numbers = run.recorded(_laid_out, numbers, rounded.stride())  # views of both must show the same elements
         if not rounded.is_quantized and not rounded.is_floating_point():
             run.real.stand(rounded, numbers)
             continue
@@ -53,6 +55,10 @@ def run_rounding(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
         elif value is not None:
             run.name(rounded, value)
     return output
+
+
+def _laid_out(numbers: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return torch.empty_strided(numbers.shape, strides, dtype=numbers.dtype, device=numbers.device).copy_(numbers)
 
 
 def _rounded(numbers: Tensor, kept: Tensor | None, constant: Tensor | None) -> Tensor:

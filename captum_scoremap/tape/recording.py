@@ -63,6 +63,8 @@ class Recording(Run):
         self.forward_func = forward_func
         self._operations = OPERATIONS if rules is DEFAULT else {}
         self._sites, self._stop_at, self._differentiable = tuple(sites), stop_at, differentiable
+        self._last_error: BaseException | None = None
+        self._stopped_with: list[Any] = []  # what passed the site at which the run stopped
 
     def record(
         self,
@@ -87,7 +89,7 @@ class Recording(Run):
         for tensor in tensors_in(additional):
             self.made(tensor)
         with (
-            _refusals_raised(),
+            self._errors_raised(),
             _everything_in_sight(),
             exits_watched(self),
             collector_paused(),
@@ -95,10 +97,7 @@ class Recording(Run):
             self.modules.watched([site for site in sites if site is not None], self._at_site),
         ):
             with self:
-                try:
-                    output = self.forward_func(*copies, *additional)
-                except StopRun as stop:
-                    (output,) = stop.args
+                output = self._run_model(*copies, *additional)
                 if select is not None and not self.sight.unsupported:
                     output = select(output)
             # while what the run made can still be told from what was there before
@@ -115,13 +114,40 @@ class Recording(Run):
         self.tape.output_values = {key: value for key, value in values.items() if value is not None}
         return output
 
+    def _run_model(self, *args: Any) -> Any:
+        """Return the model's output, or what passed the site at which the run stopped."""
+        try:
+            return self.forward_func(*args)
+        except (StopRun, RuntimeError):  # which TorchScript makes of every error of Python's
+            if not self._stopped_with:
+                raise
+            return self._stopped_with.pop()
+
+    @contextmanager
+    def _errors_raised(self) -> Iterator[None]:
+        """Raise the errors of operations as what they are, from where they were raised."""
+        try:
+            yield
+        except (Refused, RuntimeError) as ended:
+            # TorchScript's own error says which line of the script it was, and nothing of what Python raised there
+            is_lost = "TorchScript" in str(ended) and str(ended).rstrip().endswith("RuntimeError:")
+            error = self._last_error if is_lost and self._last_error is not None else ended
+            if isinstance(error, Refused):
+                raise error.error.with_traceback(error.__traceback__) from None
+            if error is ended:
+                raise
+            raise error from ended
+        finally:
+            self._last_error = None  # whose frames hold the run, and all its tensors
+
     def _at_site(self, site: Site, passing: Any) -> Any:
         if any(map(torch._C._functorch.is_batchedtensor, tensors_in(passing))):  # no one tensor: a part of one, by vmap
             return passing
         if site in self._sites:
             passing = tap(self, site, passing)
         if self._stop_at == site:
-            raise StopRun(passing)
+            self._stopped_with.append(passing)
+            raise StopRun
         return passing
 
     # -- the mode
@@ -141,14 +167,18 @@ class Recording(Run):
         if _has_complex(args) and torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.Conjugate):
             with _conjugates_in_sight():
                 return self.__torch_dispatch__(func, types, args, kwargs)
-        if not self.sight.open:
-            return self._run(func, args, kwargs)
-        arguments = tensors_in((args, kwargs))
-        for tensor in arguments:
-            self.sight.compare(tensor, self.is_live)
-        output = self._run(func, args, kwargs)
-        for tensor in arguments:
-            self.sight.keep(tensor)
+        try:
+            if not self.sight.open:
+                return self._run(func, args, kwargs)
+            arguments = tensors_in((args, kwargs))
+            for tensor in arguments:
+                self.sight.compare(tensor, self.is_live)
+            output = self._run(func, args, kwargs)
+            for tensor in arguments:
+                self.sight.keep(tensor)
+        except BaseException as error:
+            self._last_error = error
+            raise
         return output
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -277,15 +307,6 @@ def _has_complex(args: Sequence[Any]) -> bool:
         if isinstance(one, Tensor) and one.is_complex():
             return True
     return False
-
-
-@contextmanager
-def _refusals_raised() -> Iterator[None]:
-    """Raise the error of a refusal inside, from where it was refused."""
-    try:
-        yield
-    except Refused as refused:
-        raise refused.error.with_traceback(refused.__traceback__) from None
 
 
 @contextmanager

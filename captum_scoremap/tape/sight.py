@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ class Sight:
                     yield one.grad
             for module in root.modules():
                 if isinstance(module, torch.jit.ScriptModule):
-                    yield from _constants_in(module)
+                    yield from _constants_in(getattr(module, "inlined_graph", None))  # none, without a forward
+        yield from _constants_in(torch._C._last_executed_optimized_graph())  # the one that runs now, on this thread
 
     def read(self, tensor: Tensor) -> None:
         """Read a constant whose memory may have been filled by something unseen."""
@@ -184,9 +186,8 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone()
 
 
-def _constants_in(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
-    """Yield the tensors in the code of a scripted module: what were its weights, if it is frozen."""
-    graph = getattr(module, "inlined_graph", None)  # none, of a module without a forward
+def _constants_in(graph: Any) -> Iterator[Tensor]:
+    """Yield the tensors in scripted code, if there is any: what were weights, or was computed once for all runs."""
     for node in () if graph is None else graph.findAllNodes("prim::Constant"):
         if node.hasAttribute("value") and node.kindOf("value") == "t":
             value: Tensor = node.t("value")
