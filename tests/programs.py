@@ -11,12 +11,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 
 from tests.audit_pictures import tiny_model
 
 needs_fork = pytest.mark.skipif(os.name != "posix", reason="forks and signals of POSIX")
 
-IMPORTED = ["captum_scoremap.cli", "captum_scoremap.audit.run", "captum_scoremap.audit.report", "tests.audit_pictures"]
+IMPORTED = """
+    captum_scoremap.cli captum_scoremap.audit.run captum_scoremap.audit.report tests.audit_pictures
+    ipykernel.kernelapp matplotlib_inline.backend_inline skimage.data sklearn.datasets timm
+""".split()
 
 
 def start(target: Callable[..., None], *arguments: Any) -> Any:
@@ -26,6 +30,42 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
     process = context.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+class ForkedKernel(AsyncKernelManager):
+    """Starts kernels of notebooks by a fork: they have imported what most notebooks import."""
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], *, cwd: str, env: dict[str, str], **_: Any) -> None:
+        arguments = kernel_cmd[kernel_cmd.index("-f") :]
+        self.provisioner.process = Process(start(_kernel, arguments, cwd, env))
+
+
+def _kernel(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.chdir(folder)
+    os.environ.update(environment)
+    IPKernelApp.launch_instance(arguments)
+
+
+class Process:
+    """A process of multiprocessing's with the methods of one of subprocess'."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self.kill, self.terminate = process.kill, process.terminate
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
 
 
 def resume(source: str, out: str) -> None:

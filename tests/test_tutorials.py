@@ -10,6 +10,7 @@ import pytest
 from nbformat import NotebookNode
 from scipy.stats import t
 
+from tests.programs import ForkedKernel
 from tests.tutorials import FOLDER, SOURCES, execute, noise, notebook_from, source_from
 
 REBUILD = "Run python -m tests.tutorials."
@@ -73,7 +74,7 @@ def kinds(notebook: NotebookNode) -> list[list[str]]:
 @each_tutorial
 def test_runs_without_a_warning(source: Path) -> None:
     notebook = notebook_from(source)
-    execute(notebook)
+    execute(notebook, ForkedKernel)
     assert list(noise(notebook)) == []
     assert kinds(notebook) == kinds(stored(source)), REBUILD
     assert untold(notebook) == untold(stored(source)) == set(), "prose states a number that the code does not give"

@@ -56,12 +56,12 @@ def source_from(notebook: NotebookNode) -> str:
     return jupytext.writes(bare, fmt="py:percent")
 
 
-def execute(notebook: NotebookNode) -> None:
-    """Run all cells in a fresh kernel and an empty folder, and keep what they print and draw."""
+def execute(notebook: NotebookNode, manager: type[AsyncKernelManager] = RunningInterpreter) -> None:
+    """Run all cells in a kernel of its own and an empty folder, and keep what they print and draw."""
     metadata = copy.deepcopy(notebook.metadata)
     client = NotebookClient(
         notebook,
-        kernel_manager_class=RunningInterpreter,
+        kernel_manager_class=manager,
         extra_arguments=list(OPTIONS),
         timeout=SECONDS,
         record_timing=False,
