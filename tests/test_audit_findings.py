@@ -119,7 +119,7 @@ def test_channels_are_the_parts_of_the_sub_scores(audits, networks):
     torch.testing.assert_close(torch.tensor(parts[5, "7"]["maximum"]), expected.amax(1), rtol=1e-3, atol=1e-4)
 
 
-def test_first_activations_and_main_layers_are_pooled():
+def test_first_activations_and_main_layers_are_pooled(networks):
     module = prepare(networks(CLEAN), torch.rand(1, 3, 28, 28))
     assert [layer.name for layer in layers_to_pool(module, torch.rand(1, 3, 28, 28))] == ["2", "5", "8", "9"]
 
