@@ -1,16 +1,18 @@
-"""Options, seeds and a watch that no test leaves anything behind in torch or in pyplot."""
+"""Options, seeds and a watch that no test leaves anything behind in torch or in pyplot.
+
+What takes long to import is imported where it is used: the process that hands the tests out to others needs none of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from matplotlib import pyplot
 
-from captum_scoremap.speed import plainly
-from tests.state import GlobalState
+if TYPE_CHECKING:
+    import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,6 +72,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _torch_as_before() -> Iterator[None]:
     """Global hooks, function modes, the gradient mode and the default dtype end as they began."""
+    from tests.state import GlobalState
+
     before = GlobalState.now()
     yield
     assert GlobalState.now() == before
@@ -78,6 +82,8 @@ def _torch_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _figures_as_before() -> Iterator[None]:
     """No figure of pyplot's stays open."""
+    from matplotlib import pyplot
+
     before = pyplot.get_fignums()
     yield
     assert pyplot.get_fignums() == before
@@ -86,6 +92,8 @@ def _figures_as_before() -> Iterator[None]:
 @pytest.fixture
 def plain() -> Iterator[None]:
     """Do everything the plain way: without packed masks and what else is only faster."""
+    from captum_scoremap.speed import plainly
+
     with plainly():
         yield
 
@@ -99,6 +107,8 @@ def _plainly_if_asked(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     """The one source of chance in a test, always the same."""
+    import torch
+
     return torch.Generator().manual_seed(0)
 
 

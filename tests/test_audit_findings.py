@@ -1,5 +1,6 @@
 """Findings: where they were planted, of the right kind, with proof; and none where nothing is."""
 
+import functools
 import json
 
 import numpy as np
@@ -24,15 +25,24 @@ CASES = {
 }
 
 
+CLEAN = Case("clean", "digits", "plain", 1)
+
+
 @pytest.fixture(scope="module")
-def audits(tmp_path_factory):
+def networks():
+    """Networks by case, each trained once."""
+    return functools.cache(trained)
+
+
+@pytest.fixture(scope="module")
+def audits(tmp_path_factory, networks):
     """Audits by name of the case, each done once."""
     done = {}
 
     def of(name):
         if name not in done:
-            case = CASES[name][0] if name in CASES else Case("clean", "digits", "plain", 1)
-            model = LoadedModel("small", trained(case))
+            case = CASES[name][0] if name in CASES else CLEAN
+            model = LoadedModel("small", networks(case))
             out = tmp_path_factory.mktemp("audit") / "out"
             done[name] = audit(pictures(case, 300, test=True), model, out=out, progress=False)
         return done[name]
@@ -86,13 +96,13 @@ def test_the_page_shows_what_was_found(audits):
     assert "No label stands out among the 10" in quiet
 
 
-def test_channels_are_the_parts_of_the_sub_scores(audits):
+def test_channels_are_the_parts_of_the_sub_scores(audits, networks):
     done = audits("random place")
     parts = {(row["index"], row["layer"]): row for row in Shards(done.folder).table("channels").to_pylist()}
     for row in done.layers.to_pylist():
         assert sum(parts[row["index"], row["layer"]]["sub_scores"]) == pytest.approx(row["sub_scores"], abs=1e-4)
     case = CASES["random place"][0]
-    data, module = pictures(case, 300, test=True), trained(case)
+    data, module = pictures(case, 300, test=True), networks(case)
     layer = module[7]
     image = done.images.to_pylist()[5]
     expected = LayerScoreMap(module, layer).attribute(data.images[5:6], image["predicted"], attr_dim_summation=False)
@@ -109,8 +119,8 @@ def test_channels_are_the_parts_of_the_sub_scores(audits):
     torch.testing.assert_close(torch.tensor(parts[5, "7"]["maximum"]), expected.amax(1), rtol=1e-3, atol=1e-4)
 
 
-def test_first_activations_and_main_layers_are_pooled():
-    module = prepare(trained(Case("clean", "digits", "plain", 1)), torch.rand(1, 3, 28, 28))
+def test_first_activations_and_main_layers_are_pooled(networks):
+    module = prepare(networks(CLEAN), torch.rand(1, 3, 28, 28))
     assert [layer.name for layer in layers_to_pool(module, torch.rand(1, 3, 28, 28))] == ["2", "5", "8", "9"]
 
 

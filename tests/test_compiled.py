@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import re
 import shutil
@@ -24,6 +25,7 @@ from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
 from captum_scoremap import (
+    CompiledMap,
     CompleteScoreMap,
     FusedScoreMap,
     LayerScoreMap,
@@ -33,13 +35,14 @@ from captum_scoremap import (
     compile_map,
     linear_form,
 )
-from captum_scoremap.compiled import batches
+from captum_scoremap.compiled import batches, export
 from captum_scoremap.compiled.any_number import for_any_number
 from captum_scoremap.compiled.decomposed import ONNX, functional
 from captum_scoremap.compiled.export import read_back
 from captum_scoremap.compiled.graph import trace
 from captum_scoremap.compiled.held import hold_masks
 from captum_scoremap.rules import TANGENT
+from tests.programs import needs_fork, start
 from tests.state import untouched
 
 LABELS = 5
@@ -756,13 +759,33 @@ CHANGES: dict[str, tuple[str, Callable[[Small], object]]] = {
 }
 
 
+CALLED: dict[str, Callable[[Small], Callable[[Tensor], Tensor]]] = {
+    "model": lambda model: model,
+    "function": lambda model: lambda x: model(x),
+    "method": lambda model: model.forward,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled_small() -> Callable[[str], tuple[Small, CompiledMap]]:
+    """A model and the map of it, by how it is called: copies of what was compiled once, but of functions."""
+
+    def compiled(called: str) -> tuple[Small, CompiledMap]:
+        model = Small().eval()
+        return model, compile_map(ScoreMap(CALLED[called](model)), torch.rand(2, 3, 8, 8), 1, backend="graph")
+
+    once = {called: compiled(called) for called in ("model", "method")}
+    return lambda called: copy.deepcopy(once[called]) if called in once else compiled(called)
+
+
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_model_that_has_changed_otherwise_than_in_its_weights_is_refused(case: str) -> None:
+def test_a_model_that_has_changed_otherwise_than_in_its_weights_is_refused(
+    case: str, compiled_small: Callable[[str], tuple[Small, CompiledMap]]
+) -> None:
     what, change = CHANGES[case]
     images = torch.rand(2, 3, 8, 8)
-    for called in (lambda model: model, lambda model: lambda x: model(x), lambda model: model.forward):
-        model = Small().eval()
-        compiled = compile_map(ScoreMap(called(model)), images, 1, backend="graph")
+    for called in CALLED:
+        model, compiled = compiled_small(called)
         model(images)  # what a run leaves behind is no change
         assert_close(compiled(images, 2), ScoreMap(model).attribute(images, 2))
         change(model)
@@ -873,19 +896,20 @@ def test_files_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert sorted(path.name for path in tmp_path.iterdir()) == ["MAP.PT2", "folder.pt2", "of mine ä.pt2"]
 
 
+def export_and_die(path: Path) -> None:
+    """Die once the file is written, before it has its name."""
+    export.read_back = lambda *_: os._exit(9)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+    compile_map(ScoreMap(model), torch.rand(1, 3, 2, 2), 1, backend="graph").export(path)
+
+
+@needs_fork
 @pytest.mark.parametrize("name", ["map.pt2", "map.onnx"])
 def test_what_a_killed_export_leaves_is_gone_after_the_next(name: str, tmp_path: Path) -> None:
-    code = (
-        "import os, sys, torch\n"
-        "from torch import nn\n"
-        "from captum_scoremap import ScoreMap, compile_map\n"
-        "from captum_scoremap.compiled import export\n"
-        "export.read_back = lambda *_: os._exit(9)  # once it is written\n"
-        "model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()\n"
-        "compile_map(ScoreMap(model), torch.rand(1, 3, 2, 2), 1, backend='graph').export(sys.argv[1])\n"
-    )
     path = tmp_path / name
-    assert subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False).returncode == 9
+    process = start(export_and_die, path)
+    process.join()
+    assert process.exitcode == 9
     assert not path.exists()
     compile_map(ScoreMap(small()), torch.rand(1, 3, 8, 8), 1, backend="graph").export(path)
     assert list(tmp_path.iterdir()) == [path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from captum_scoremap.cost import PeakMemory, Spread, in_own_process, interleaved, peak_memory, setting
+from tests.programs import needs_fork
 
 MIB = 2**20
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
@@ -130,7 +132,10 @@ def test_processes_have_their_environment_and_our_threads() -> None:
     assert "CAPTUM_SCOREMAP_TEST" not in os.environ
 
 
-def test_errors_of_the_process_are_ours() -> None:
+@needs_fork
+def test_errors_of_the_process_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked = multiprocessing.get_context("forkserver")  # errors come back the same, and sooner
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked)
     with pytest.raises(ValueError, match="inputs must be something else"):
         in_own_process(failing, environment={"PATH": os.environ["PATH"]})
     with pytest.raises(RuntimeError, match="terminated abruptly"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote
@@ -15,6 +13,7 @@ import pytest
 from bs4 import BeautifulSoup, Tag
 
 from tests.docs import PAGES, public
+from tests.programs import Program
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {f"{module}.{name}": value for module in PAGES.values() for name, value in public(module).items()}
@@ -27,10 +26,8 @@ each_name = pytest.mark.parametrize("name", EXPLAINED)
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BeautifulSoup]:
     """Every page of the site, by its address."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "tests.docs", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    assert built.stderr == ""
+    status, _, said = Program(str(folder), module="tests.docs").ended()
+    assert (status, said) == (0, "")
     files = sorted(folder.rglob("*.html"))
     return {
         file.relative_to(folder).as_posix(): BeautifulSoup(file.read_text(encoding="utf-8"), "html.parser")

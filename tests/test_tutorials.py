@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from nbformat import NotebookNode
 from scipy.stats import t
 
-from tests.tutorials import FOLDER, SOURCES, execute, noise, notebook_from, source_from
+from tests.tutorials import FOLDER, SOURCES, ForkedKernel, execute, noise, notebook_from, source_from
 
 REBUILD = "Run python -m tests.tutorials."
 LARGEST = 1_500_000
@@ -73,10 +74,23 @@ def kinds(notebook: NotebookNode) -> list[list[str]]:
 @each_tutorial
 def test_runs_without_a_warning(source: Path) -> None:
     notebook = notebook_from(source)
-    execute(notebook)
+    execute(notebook, ForkedKernel)
     assert list(noise(notebook)) == []
     assert kinds(notebook) == kinds(stored(source)), REBUILD
     assert untold(notebook) == untold(stored(source)) == set(), "prose states a number that the code does not give"
+
+
+def test_imports_say_nothing_in_a_new_interpreter() -> None:
+    """Forked kernels have imported most of it."""
+    trees = [ast.parse(source.read_text(encoding="utf-8")) for source in SOURCES]
+    lines = {
+        ast.unparse(one): None for tree in trees for one in tree.body if isinstance(one, ast.Import | ast.ImportFrom)
+    }
+    notebook = notebook_from(SOURCES[0])
+    notebook.cells = [nbformat.v4.new_code_cell("\n".join(lines))]
+    del notebook.cells[0]["id"]  # of a later format
+    execute(notebook)
+    assert list(noise(notebook)) == []
 
 
 def test_numbers_of_prose_are_looked_for() -> None:

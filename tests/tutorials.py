@@ -5,16 +5,20 @@
 
 import argparse
 import copy
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+
+from tests.programs import kernel, start
 
 FOLDER = Path(__file__).parent.parent / "tutorials"
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
@@ -38,6 +42,34 @@ class RunningInterpreter(AsyncKernelManager):
         return [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file, *(extra_arguments or ())]
 
 
+class ForkedKernel(AsyncKernelManager):
+    """Starts kernels by a fork, which have imported already what most notebooks import."""
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], *, cwd: str, env: dict[str, str], **_: Any) -> None:
+        arguments = kernel_cmd[kernel_cmd.index("-f") :]
+        self.provisioner.process = Process(start(kernel, arguments, cwd, env))
+
+
+class Process:
+    """A process of multiprocessing's with the methods of one of subprocess'."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self.kill, self.terminate = process.kill, process.terminate
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+
 def notebook_from(source: Path) -> NotebookNode:
     """The notebook of a source, not executed; it has nothing that differs from one build to the next."""
     notebook = jupytext.read(source, fmt="py:percent")
@@ -56,12 +88,12 @@ def source_from(notebook: NotebookNode) -> str:
     return jupytext.writes(bare, fmt="py:percent")
 
 
-def execute(notebook: NotebookNode) -> None:
-    """Run all cells in a fresh kernel and an empty folder, and keep what they print and draw."""
+def execute(notebook: NotebookNode, manager: type[AsyncKernelManager] = RunningInterpreter) -> None:
+    """Run all cells in a kernel of its own and an empty folder, and keep what they print and draw."""
     metadata = copy.deepcopy(notebook.metadata)
     client = NotebookClient(
         notebook,
-        kernel_manager_class=RunningInterpreter,
+        kernel_manager_class=manager,
         extra_arguments=list(OPTIONS),
         timeout=SECONDS,
         record_timing=False,
