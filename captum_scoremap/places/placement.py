@@ -21,7 +21,7 @@ from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Recording, Site, Tape
 
 from .frame import frame_of
-from .layouts import layouts_of
+from .layouts import Layouts
 from .positions import makes_maps, may_be_elsewhere, row_sources, values_elsewhere, values_folded
 
 __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
@@ -60,8 +60,9 @@ class Placement:
         self._images = image_shape[0]
         self._only: int | None = None
         with torch.no_grad(), unrecorded():
-            self._layouts, moved = layouts_of(tape, self.frame.shape)
-        self._elsewhere = values_elsewhere(tape, image_shape[0], moved)
+            layouts = Layouts(tape, self.frame.shape)
+        self._elsewhere = values_elsewhere(tape, image_shape[0], layouts.moved)
+        self._layouts = {value: one for value, one in layouts.known.items() if value not in self._elsewhere}
         self._grids = {
             (value.shape[2], value.shape[3])
             for step in tape.steps
@@ -118,7 +119,7 @@ class Placement:
 
     def has_place(self, value: Value) -> bool:
         """Return whether a value's elements stand at positions of the image that are known."""
-        return value not in self._elsewhere and (value in self._layouts or value.ndim != 4 or self.is_map(value))
+        return value in self._layouts or (value not in self._elsewhere and (value.ndim != 4 or self.is_map(value)))
 
     def is_map(self, value: Value) -> bool:
         """Return whether a value's rows and columns, or tokens, are the image's, one after another."""
@@ -155,7 +156,7 @@ class Placement:
     def _entries(self, product: Tensor, value: Value, far: int, *, is_named: bool = False) -> list[Entry]:
         """Place products by their shape where that is certain, else where they are carried back to, if it is known."""
         own = product if self._only is None else self._of_only(product, self._only)
-        if value in self._layouts and value not in self._elsewhere:
+        if value in self._layouts:
             return [self._layouts[value].placed(own)]
         by_shape, channel_dim = self._placed_by_shape(own, value)
         if channel_dim == 1:
