@@ -137,10 +137,10 @@ class Layouts:
         source, known = step.values[0], self.known.get(step.values[0])
         if source in self._places and display_name(step.operation) in _COPYING:
             return [self._places[source]], [known]
-        is_split = any(output.ndim > source.ndim for output in step.outputs)
-        is_merged = known is not None and any(_are_rows(source, output, known) for output in step.outputs)
-        if known is not None and ((is_split and len(known.axes) == 1) or is_merged):
-            return None  # heads of attention, which are no map again, or rows of a matrix
+        if known is not None and any(
+            _are_rows(source, output, known) or _are_heads(source, output, known) for output in step.outputs
+        ):
+            return None
         if len(step.values) > 1 or source in self._places or floating((step.args, dict(step.kwargs))):
             return self._moved_by(step)
         key = step.operation, str(step.args[1:]), str(step.kwargs), source.shape, known
@@ -191,6 +191,12 @@ def _are_rows(source: Value, output: Value, layout: Layout) -> bool:
     """Return whether positions of a value whose channels come last are the rows of a matrix."""
     has_channels_last = source.ndim - 1 not in layout.axes
     return has_channels_last and output.shape == (source.shape[:-1].numel(), source.shape[-1])
+
+
+def _are_heads(source: Value, output: Value, layout: Layout) -> bool:
+    """Return whether the channels of tokens are split, as for heads of attention; they make no map again."""
+    last = layout.axes[-1] + 1
+    return len(layout.axes) == 1 and output.ndim > source.ndim and output.shape[:last] == source.shape[:last]
 
 
 def _layout_by(rows: Tensor, columns: Tensor, images: int) -> Layout | None:
