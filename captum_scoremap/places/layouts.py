@@ -32,6 +32,11 @@ class Layout(NamedTuple):
     axes: tuple[int, ...]  # of rows and of columns, or of tokens
     grid: Grid  # rows and columns of the image, in cells
 
+    @property
+    def image_axis(self) -> int:
+        """The axis of the images: the first, or after tokens."""
+        return 1 if self.axes == (0,) else 0
+
     def placed(self, product: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sum over channels what stands at the value's elements.
 
@@ -42,9 +47,9 @@ class Layout(NamedTuple):
             The map as the image lies, (N, 1, rows, columns), and what class and register tokens add, (N,), None without
             any.
         """
-        first, *channels = self._others(product.dim())
-        summed = product.movedim(first, 0) if first else product
-        summed = summed.sum(tuple(channels)).flatten(1)
+        channels = [axis for axis in range(product.dim()) if axis not in (*self.axes, self.image_axis)]
+        summed = product.sum(channels)
+        summed = (summed.mT if self.image_axis else summed).flatten(1)
         rows, columns = reversed(self.grid) if self.turn.swapped else self.grid
         extra = summed.shape[1] - rows * columns
         one = self.turn.undone(summed[:, extra:].unflatten(1, (1, rows, columns)))
@@ -67,9 +72,6 @@ class Layout(NamedTuple):
     def fits(self, source: Value, output: Value) -> bool:
         """Return whether a value made of one that is laid out so can be laid out so, too."""
         return source.ndim == output.ndim and all(source.shape[axis] == output.shape[axis] for axis in self.axes)
-
-    def _others(self, dims: int) -> list[int]:
-        return [axis for axis in range(dims) if axis not in self.axes]
 
 
 Shape = tuple[int, ...]

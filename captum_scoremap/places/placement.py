@@ -21,8 +21,9 @@ from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Recording, Site, Tape
 
 from .frame import frame_of
-from .layouts import Layouts
+from .layouts import Layout, Layouts
 from .positions import makes_maps, may_be_elsewhere, row_sources, values_elsewhere, values_folded
+from .turns import UPRIGHT
 
 __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
 
@@ -125,6 +126,9 @@ class Placement:
         """Return whether a value's rows and columns, or tokens, are the image's, one after another."""
         if value in self._elsewhere:
             return False
+        layout = self._layouts.get(value)
+        if layout is not None and layout.image_axis:  # of as many tokens as images shapes know nothing
+            return layout.turn == UPRIGHT
         axis = next((axis for axis, size in enumerate(value.shape[:2]) if size == self._images), None)
         if axis is None:
             return False
@@ -155,9 +159,10 @@ class Placement:
 
     def _entries(self, product: Tensor, value: Value, far: int, *, is_named: bool = False) -> list[Entry]:
         """Place products by their shape where that is certain, else where they are carried back to, if it is known."""
-        own = product if self._only is None else self._of_only(product, self._only)
-        if value in self._layouts:
-            return [self._layouts[value].placed(own)]
+        layout = self._layouts.get(value)
+        own = product if self._only is None else self._of_only(product, self._only, layout)
+        if layout is not None:
+            return [layout.placed(own)]
         by_shape, channel_dim = self._placed_by_shape(own, value)
         if channel_dim == 1:
             grid = (own.shape[2], own.shape[3])
@@ -194,15 +199,18 @@ class Placement:
                 return (None, None), None
         return placed_map(own, like, self._grids), channel_dim
 
-    def _of_only(self, product: Tensor, image: int) -> Tensor:
+    def _of_only(self, product: Tensor, image: int, layout: Layout | None) -> Tensor:
         """Return what a tensor holds of the one image whose score it is of, as that of a single image."""
-        for axis in range(min(2, product.dim())):
+        axes = range(min(2, product.dim())) if layout is None else (layout.image_axis,)
+        for axis in axes:
             if product.shape[axis] == self._images:
                 own = product.narrow(axis, image, 1)
                 if own.count_nonzero() == product.count_nonzero():
                     return own
         # images that depend on one another: what all of them add to the score of the one
-        return product.sum(0, keepdim=True) if product.dim() and product.shape[0] == self._images else product
+        first = next(iter(axes), None)
+        is_first = first is not None and product.shape[first] == self._images
+        return product.sum(first, keepdim=True) if is_first else product
 
     def _row(self, one: Tensor | None) -> Tensor | None:
         """Return what is of the one image, (1, ...), as that of N, where there is but one."""
