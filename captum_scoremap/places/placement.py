@@ -208,8 +208,8 @@ class Placement:
                 if own.count_nonzero() == product.count_nonzero():
                     return own
         # images that depend on one another: what all of them add to the score of the one
-        first = next(iter(axes), None)
-        is_first = first is not None and product.shape[first] == self._images
+        first = 0 if layout is None else layout.image_axis
+        is_first = product.dim() > first and product.shape[first] == self._images
         return product.sum(first, keepdim=True) if is_first else product
 
     def _row(self, one: Tensor | None) -> Tensor | None:

@@ -127,7 +127,7 @@ def sees_neighbors(step: Step) -> bool:
     name = display_name(step.operation)
     if name == "conv" and len(step.args) > 1 and isinstance(step.args[1], (Tensor, Value)):
         return max(step.args[1].shape[2:], default=1) > 1
-    return "pool" in name or "upsample" in name
+    return name != "conv" and makes_maps(name)
 
 
 def _asked_by(tape: Tape, value: Value, asked: Collection[Value]) -> Iterator[Value]:
