@@ -37,7 +37,7 @@ from captum_scoremap import (
 )
 from captum_scoremap.compiled import batches, export
 from captum_scoremap.compiled.any_number import for_any_number
-from captum_scoremap.compiled.decomposed import ONNX, functional
+from captum_scoremap.compiled.decomposed import CONVOLUTIONS, ONNX, functional
 from captum_scoremap.compiled.export import read_back
 from captum_scoremap.compiled.graph import trace
 from captum_scoremap.compiled.held import hold_masks
@@ -688,12 +688,27 @@ def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(gener
     method = ScoreMap(model)
     graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
     state = graph.read()
-    module = hold_masks(graph.module, [x, *state])
+    module = functional(graph.module, [x, *state])
+    hold_masks(module)
     held = [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
     assert [(node.meta.get("val"), len(node.users)) for node in held] == [(None, 1)] * 2
     assert_close(module(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
     types = {node.args[0].args[1] for node in held}
     assert types == {torch.uint8}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_are_compiled_as_what_is_faster(layout: torch.memory_format, generator: torch.Generator) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 12 * 12, 4)
+    ).double().eval().to(memory_format=layout)  # fmt: skip
+    x, other = torch.randn(2, 1, 3, 24, 24, generator=generator, dtype=torch.float64).unbind()
+    method = ScoreMap(model)
+    graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
+    module = functional(graph.module, [x, *graph.read()], CONVOLUTIONS)
+    counts = [len(module.graph.find_nodes(op="call_function", target=one)) for one in CONVOLUTIONS]
+    assert counts == [2, 0]  # the first one, and its transpose by phases
+    assert_close(module(other, *graph.read())[0], method.attribute(other, 1), rtol=1e-11, atol=1e-13)
 
 
 class Small(nn.Module):

@@ -1,4 +1,4 @@
-"""Faster ways and narrower holds: bit for bit what the plain ones give."""
+"""Faster ways and narrower holds: what the plain ones give, bit for bit or, of convolutions, but for rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from captum_scoremap import CompleteScoreMap, LayerScoreMap, ScoreMap, freeze, linear_form
 from captum_scoremap.rules import Call, MaxPool, Value
 from captum_scoremap.rules import activations as plain_ways
-from captum_scoremap.speed import FAST, Packed, packed, plainly
+from captum_scoremap.speed import FAST, Packed, convolutions, convolved_otherwise, packed, plainly, transposed_otherwise
 from captum_scoremap.speed.packed import Bits
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -167,3 +167,86 @@ def test_large_masks_take_an_eighth(generator: torch.Generator) -> None:
     held = packed.pack(mask)
     assert isinstance(held, Bits)
     assert held._bits.untyped_storage().nbytes() == 2**19
+
+
+GEOMETRIES = {  # kernel, stride, padding, and whether it is done otherwise if there are few channels
+    "pointwise": (1, 1, 0, True),
+    "padded": (1, 1, 1, False),
+    "pointwise with a stride": (1, 2, 0, False),
+    "several cells": (3, 1, 1, False),
+    "patches": (4, 4, 0, True),
+    "the first of a network": (7, 2, 3, True),
+    "of AlexNet": (11, 4, 2, True),
+    "without padding": (5, 2, 0, True),
+    "three phases": (7, 3, 1, True),
+    "narrow": (3, 2, 1, False),
+}
+
+
+@pytest.mark.parametrize(("axes", "layout"), [(1, LAYOUTS[0]), (2, LAYOUTS[0]), (2, LAYOUTS[1]), (3, LAYOUTS[0])])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_convolutions_are_those_of_pytorch(
+    name: str, axes: int, layout: torch.memory_format, generator: torch.Generator
+) -> None:
+    size, step, pad, is_other = GEOMETRIES[name]
+    geometry = ([step] * axes, [pad] * axes, [1] * axes, False, [0] * axes, 1)
+    for more in range(step):  # cells that no kernel reaches at the end
+        sides = [size + 2 * step + more + axis for axis in range(axes)]
+        x, weight = (
+            torch.randn(*shape, *some, generator=generator, dtype=torch.float64)
+            for shape, some in (((2, 3), sides), ((5, 3), [size] * axes))
+        )
+        x, weight = (one.contiguous(memory_format=layout) for one in (x, weight))
+        bias = torch.randn(5, generator=generator, dtype=torch.float64)
+        output = torch.ops.aten.convolution(x, weight, bias, *geometry)
+        forward = convolved_otherwise(x, weight, bias, *geometry)
+        assert (forward is not None) == (name == "pointwise")
+        if forward is not None:
+            assert_close(forward, output, rtol=1e-12, atol=1e-13)
+            assert forward.stride() == output.stride()
+        coefficients = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        coefficients = coefficients.contiguous(memory_format=layout)
+        mask = [True, False, False]
+        expected, _, _ = torch.ops.aten.convolution_backward(coefficients, x, weight, None, *geometry, mask)
+        found = transposed_otherwise(coefficients, x.shape, weight, *geometry)
+        assert (found is not None) == is_other
+        if found is not None:
+            assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_convolutions_that_pytorch_does_faster_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    cells, weight = torch.ones(1, 4, 3, 3), torch.ones(6, 4, 1, 1)
+    assert convolved_otherwise(cells, weight, None, *plain) is not None
+    assert convolved_otherwise(cells, weight, None, *plain[:3], True, [0, 0], 1) is None
+    assert convolved_otherwise(cells, torch.ones(6, 2, 1, 1), None, *plain[:5], 2) is None
+    assert convolved_otherwise(cells[..., ::2], weight, None, *plain) is None
+    assert convolved_otherwise(cells.to("meta"), weight.to("meta"), None, *plain) is None
+    monkeypatch.setattr(convolutions, "_FEW_CELLS", 8)
+    assert convolved_otherwise(cells, weight, None, *plain) is None
+    assert transposed_otherwise(torch.ones(1, 6, 3, 3), cells.shape, weight, *plain) is None
+    stem = ([2, 2], [3, 3], [1, 1], False, [0, 0], 1)
+    coefficients = torch.ones(1, 6, 4, 4)
+    assert transposed_otherwise(coefficients, (1, 4, 8, 8), torch.ones(6, 4, 7, 7), *stem) is not None
+    assert transposed_otherwise(coefficients, (1, 5, 8, 8), torch.ones(6, 5, 7, 7), *stem) is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_maps_of_networks_with_such_convolutions(layout: torch.memory_format, generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.Hardswish(), nn.Conv2d(12, 12, 3, groups=12)),
+        *(nn.Conv2d(12, 6, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 10 * 8, 4)),
+    )
+    model = model.double().eval().to(memory_format=layout)
+    images = torch.randn(2, 3, 24, 20, generator=generator, dtype=torch.float64)
+
+    def everything() -> list[Tensor]:
+        maps = LayerScoreMap(model, [model[2], model[4]]).attribute(images, 1)
+        return [ScoreMap(model).attribute(images, 2), *maps, LayerScoreMap(model, model[2]).attribute_targets(images)]
+
+    found = everything()
+    with plainly():
+        expected = everything()
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-11, atol=1e-13)

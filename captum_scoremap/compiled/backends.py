@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .decomposed import CONVOLUTIONS, functional
 from .graph import Graph
 from .held import hold_masks
 
@@ -37,7 +38,8 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that TF32 would be faster
             example: list[Any] = [*arguments, *graph.read()]
-            module = hold_masks(graph.module, example)
+            module = functional(graph.module, example, CONVOLUTIONS)
+            hold_masks(module)
             returned: Any = list(module.graph.nodes)[-1].args[0]
             # Inductor moves each operation to where its result is used, which spares memory; but what is returned is
             # used at the end, and with the maps of all layers every A and Y would be held until then

@@ -1,4 +1,4 @@
-"""Graphs without changes in place, and of operations that ONNX has.
+"""Graphs without changes in place, and of other operations: those that ONNX has, or that are faster when compiled.
 
 ONNX has no backward operations, but the transposed steps are plain operations themselves: that of a convolution is a
 transposed convolution, that of a maximum over windows a scatter, and average-pooling, enlarging and padding go axis by
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-__all__ = ["ANY_NUMBER", "ONNX", "functional"]
+from captum_scoremap.speed import convolved_otherwise, transposed_otherwise
+
+__all__ = ["ANY_NUMBER", "CONVOLUTIONS", "ONNX", "functional"]
 
 aten = torch.ops.aten
 
@@ -304,6 +306,19 @@ def _new_empty(input: Tensor, size: Sequence[int], **options: Any) -> Tensor:
     return torch.zeros(size, dtype=options.get("dtype") or input.dtype, device=input.device)
 
 
+def _otherwise(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Any:
+    found = convolved_otherwise(input, weight, bias, *geometry)
+    return NotImplemented if found is None else found
+
+
+def _back_otherwise(
+    gradient: Tensor, input: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, *geometry: Any
+) -> Any:
+    *geometry, wanted = geometry  # type: ignore[assignment]
+    found = transposed_otherwise(gradient, input.shape, weight, *geometry) if wanted == [True, False, False] else None
+    return NotImplemented if found is None else (found, None, None)
+
+
 ONNX: Decompositions = {
     aten.convolution_backward.default: _convolution_backward,
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward(2),
@@ -347,3 +362,9 @@ ONNX: Decompositions = {
 
 ANY_NUMBER: Decompositions = {operation: how for operation, how in ONNX.items() if "upsample" in str(operation)}
 """What PyTorch finds the shapes of for numbers alone, not for a size that is a symbol."""
+
+CONVOLUTIONS: Decompositions = {
+    aten.convolution.default: _otherwise,
+    aten.convolution_backward.default: _back_otherwise,
+}
+"""Convolutions as what is faster on a CPU; a compiler takes them as they are."""

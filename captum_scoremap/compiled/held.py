@@ -5,12 +5,10 @@ booleans in memory are slow on a CPU, which it reads and writes one by one. So w
 by way of a floating-point number, whose conversions are vectorized.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 
 import torch
 from torch import Tensor, fx
-
-from .decomposed import functional
 
 __all__ = ["hold_masks"]
 
@@ -21,20 +19,15 @@ _NARROW = {torch.bool, torch.uint8}
 _LARGE = 2**12
 
 
-def hold_masks(module: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """Return a graph that holds each mask which is used when nothing else needs what it was made of.
+def hold_masks(module: fx.GraphModule) -> None:
+    """Have a graph hold each mask that is used when nothing else needs what it was made of.
 
     Args:
-        module: The graph.
-        arguments: What it takes.
-
-    Returns:
-        The graph, for Inductor.
+        module: The graph, without changes in place; it is changed, for Inductor.
     """
     import torch._inductor.inductor_prims as prims
 
-    found = functional(module, arguments)
-    graph = found.graph
+    graph = module.graph
     order = {node: number for number, node in enumerate(graph.nodes)}
     last = {node: max((order[user] for user in node.users), default=-1) for node in graph.nodes}
     outlive: dict[fx.Node, None] = {}  # in their order
@@ -57,8 +50,7 @@ def hold_masks(module: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphM
                 with graph.inserting_before(user):
                     read = graph.call_function(aten.to.dtype, (held, torch.float32))
                     user.replace_input_with(held, graph.call_function(aten.ne.Scalar, (read, 0)))
-    found.recompile()
-    return found
+    module.recompile()
 
 
 def _is_narrow(node: fx.Node) -> bool:

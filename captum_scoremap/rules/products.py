@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_scoremap.speed import faster
+
 from .call import Call, Value
 from .coefficients import conjugate, summed_to
 from .rule import Gradients, Rule
@@ -162,8 +164,7 @@ class Convolution(Product):
         if len(call.values) > 1 or not isinstance(call.args[0], Value):
             return super().transpose(call, state, gradients)
         value, weight, _, *geometry = call.args
-        found = aten.convolution_backward(gradients[0], value.empty(), weight, None, *geometry, [True, False, False])
-        return [found[0]]
+        return [convolved_back(gradients[0], value, weight, *geometry)]
 
     def constants(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Sequence[Tensor | None]:
         """Return the bias."""
@@ -171,6 +172,13 @@ class Convolution(Product):
         if bias is None or call.is_live(bias):
             return () if bias is None else super(Product, self).constants(call, state)
         return (bias.reshape(-1, *[1] * (call.args[0].ndim - 2)),)
+
+
+@faster
+def convolved_back(coefficients: Tensor, value: Value, weight: Tensor, *geometry: Any) -> Tensor:
+    """Return the transposed convolution of coefficients."""
+    found, _, _ = aten.convolution_backward(coefficients, value.empty(), weight, None, *geometry, [True, False, False])
+    return found  # type: ignore[no-any-return]
 
 
 class Division(Rule):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from .byte_masks import differs, masked, piece, times, which_piece
 from .chunks import summed_products
+from .convolutions import convolved_back
 from .packed import pack, pack_positions
 
 __all__ = ["FAST", "faster", "plainly"]
@@ -14,7 +15,8 @@ __all__ = ["FAST", "faster", "plainly"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FAST: dict[str, Callable[..., Any]] = {
-    one.__name__: one for one in (differs, masked, pack, pack_positions, piece, summed_products, times, which_piece)
+    one.__name__: one
+    for one in (convolved_back, differs, masked, pack, pack_positions, piece, summed_products, times, which_piece)
 }
 
 
