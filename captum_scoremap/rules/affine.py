@@ -109,7 +109,7 @@ def _moving(transpose: Callable[[Call, Tensor], Sequence[Tensor | None]]) -> Lin
 AFFINE: dict[str, Linear] = {
     **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), View()),
     **dict.fromkeys("squeeze unsqueeze flatten unflatten".split(), _moving(reshaped)),
-    **dict.fromkeys("clone _to_copy detach alias lift lift_fresh contiguous to".split(), Clone()),
+    **dict.fromkeys("clone _to_copy convert_element_type detach alias lift lift_fresh contiguous to".split(), Clone()),
     "copy": Copy(keeps_gates=True),
     "permute": _moving(_permuted),
     "transpose": _moving(lambda call, gradient: [gradient.transpose(*call.args[1:3])]),

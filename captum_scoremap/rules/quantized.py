@@ -1,8 +1,9 @@
 """Quantized operations: what they stand for in real numbers, and a rounding.
 
-A quantized tensor stands for the real numbers that its integers encode. What an operation makes of such tensors is the
-plain operation on those numbers, by its own rule, and a rounding. Rounding has no slope of its own, or a useless one;
-as in quantization-aware training it is passed straight through, and what it adds is a constant.
+A quantized tensor stands for the real numbers that its integers encode, and one of 8-bit floats for those that it
+holds. What an operation makes of such tensors is the plain operation on those numbers, by its own rule, and a rounding.
+Rounding has no slope of its own, or a useless one; as in quantization-aware training it is passed straight through, and
+what it adds is a constant.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,22 @@ from torch import Tensor
 
 from .rule import Composite
 
-__all__ = ["QUANTIZED", "Rounded", "in_range", "unpacked"]
+__all__ = ["EIGHT_BITS", "QUANTIZED", "Rounded", "decoded", "in_range", "is_encoded", "unpacked"]
+
+# Types of numbers that are stored, not computed with: what is cast to one is rounded to a few bits.
+EIGHT_BITS = {
+    one for one in vars(torch).values() if isinstance(one, torch.dtype) and one.is_floating_point and one.itemsize == 1
+}
+
+
+def is_encoded(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for real numbers in a few bits."""
+    return tensor.is_quantized or tensor.dtype in EIGHT_BITS
+
+
+def decoded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the real numbers that a tensor stands for, of a type where its own kind has none."""
+    return tensor.dequantize() if tensor.is_quantized else tensor.to(dtype)
 
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -77,6 +93,13 @@ def unpacked(argument: Any) -> Any:
 
 def _linear(x: Tensor, packed: Unpacked, *_: Any) -> Tensor:
     return F.linear(x, packed.weight, packed.bias)
+
+
+def _scaled_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    product = (a * scale_a.to(a.dtype)) @ (b * scale_b.to(a.dtype))
+    return product if bias is None else product + bias.to(a.dtype)
 
 
 def _leaky_linear(x: Tensor, packed: Unpacked, scale: float, zero_point: int, slope: float) -> Tensor:
@@ -166,6 +189,7 @@ QUANTIZED: dict[str, Rounded] = {
         Rounded(),
     ),
     "quantized_max_pool2d": Rounded(F.max_pool2d),
+    "_scaled_mm": Rounded(_scaled_product),
     # of exported models: integers that are plain tensors
     "quantized_decomposed::quantize_per_tensor": Rounded(_clipped),
     "quantized_decomposed::quantize_per_channel": Rounded(_clipped_by_channel),

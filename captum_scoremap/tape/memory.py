@@ -164,6 +164,10 @@ class Memory:
         value.beneath = Beneath(root, place, self.clock)
         value.root = None
 
+    def is_alone(self, tensor: Tensor) -> bool:
+        """Return whether nothing else refers to a tensor's memory."""
+        return _uses(tensor) <= _ALONE
+
     def is_constant(self, view: Tensor) -> bool:
         """Return whether it is known that constants alone lie where a view of a live tensor does."""
         memory = self.changed.get(view.untyped_storage()._cdata) if self.changed else None
@@ -189,7 +193,7 @@ class Memory:
         address = target.untyped_storage()._cdata
         memory = self.changed.get(address)
         if memory is None:
-            if before is None and _uses(target) <= _ALONE:  # nobody else reads this memory
+            if before is None and self.is_alone(target):  # nobody else reads this memory
                 return
             memory = self.changed[address] = _Changed(target)
             memory.was_constant = before is not None and not isinstance(before.content, Value)

@@ -5,21 +5,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_scoremap.checks import is_traced
 from captum_scoremap.rules import Rounded, tensors_in
-from captum_scoremap.rules.quantized import in_range
+from captum_scoremap.rules.quantized import EIGHT_BITS, decoded, in_range, is_encoded
 
 from .changes import run_constant
 from .operation import Operation
 from .run import Run
+from .writing import not_to_change
 
-__all__ = ["run_rounding"]
+__all__ = ["casts", "run_rounding"]
+
+
+def casts(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operation casts plain numbers to 8 bits: what it returns, or as it writes them there."""
+    if operation.changes is not None:
+        return args[operation.changes].dtype in EIGHT_BITS
+    return bool(kwargs) and kwargs.get("dtype") in EIGHT_BITS
 
 
 def run_rounding(run: Run, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on quantized tensors, or one that rounds, and record the plain one and the rounding."""
     rule, where = operation.rule, operation.changes
     body = rule.body if isinstance(rule, Rounded) else operation.functional
-    if not operation.rounds and not run.real.are_moved(rule, args):
+    is_cast = casts(operation, args, kwargs)
+    if not operation.rounds and not is_cast and not run.real.are_moved(rule, args):
         if not operation.reads:
             return run_constant(run, func, operation, args, kwargs)
         raise run.sight.refused(f"quantized {operation.display}")
@@ -28,7 +38,8 @@ def run_rounding(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     if not any(isinstance(part, Tensor) for part in parts):
         return output  # a scale, a type
     changed = None if where is None or isinstance(rule, Rounded) else args[where]
-    real, named = run.real.instead(args), run.real.instead(kwargs)
+    given = {name: argument for name, argument in kwargs.items() if not (is_cast and name == "dtype")}
+    real, named = run.real.instead(args), run.real.instead(given)
     for tensor in (*real[1], *named[1]):
         run.made(tensor)
     try:
@@ -36,23 +47,28 @@ def run_rounding(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # there is none
         plain = None
     plains = list(plain) if isinstance(plain, (tuple, list)) else [plain]
-    if plain is None or (changed is not None and run.real.share_memory(changed)):
+    if plain is None:
         raise run.sight.refused(operation.display)
+    if changed is not None and not run.memory.is_alone(changed):
+        raise not_to_change(run, operation, changed)
     mask = parts[1] if len(parts) > len(plains) and parts[1].dtype is torch.bool else None
     for rounded, numbers in zip(parts, plains, strict=False):
-        if not rounded.is_floating_point() and numbers.stride() != rounded.stride():
+        if (is_encoded(rounded) or not rounded.is_floating_point()) and numbers.stride() != rounded.stride():
             numbers = run.recorded(_laid_out, numbers, rounded.stride())  # views of both must show the same elements
-        if not rounded.is_quantized and not rounded.is_floating_point():
+        if not is_encoded(rounded) and not rounded.is_floating_point():
             run.real.stand(rounded, numbers)
             continue
         kept, constant = _rounding(numbers, rounded, mask)
         for tensor in tensors_in((kept, constant)):
             run.made(tensor)
         exact = run.recorded(_rounded, numbers, kept, constant)
-        value = run.value_of(exact)
-        if rounded.is_quantized:
+        if is_encoded(rounded):
             run.real.stand(rounded, exact)
-        elif value is not None:
+            continue
+        if exact.dtype != rounded.dtype:
+            exact = run.recorded(exact.to, rounded.dtype)
+        value = run.value_of(exact)
+        if value is not None:
             run.name(rounded, value)
     return output
 
@@ -67,11 +83,14 @@ def _rounded(numbers: Tensor, kept: Tensor | None, constant: Tensor | None) -> T
 
 
 def _rounding(plain: Tensor, rounded: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return what rounding does to real numbers, y = mask · x + constant; None for a mask of ones, for zeros."""
-    numbers = rounded.dequantize() if rounded.is_quantized else rounded
+    """Return what rounding does to real numbers, y = mask · x + constant; None for a mask of ones, for zeros.
+
+    A graph that is traced, which must hold at other images, has both.
+    """
+    numbers = decoded(rounded, plain.dtype)
     if mask is None and rounded.is_quantized and rounded.qscheme() is torch.per_tensor_affine:
         mask = in_range(plain, rounded.q_scale(), rounded.q_zero_point(), rounded.int_repr().dtype)
     if mask is not None:
-        mask = None if bool(mask.all()) else mask.to(plain.dtype)
+        mask = None if not is_traced() and bool(mask.all()) else mask.to(plain.dtype)
     constant = numbers - (plain if mask is None else plain * mask)
-    return mask, constant if bool(constant.any()) else None
+    return mask, constant if is_traced() or bool(constant.any()) else None

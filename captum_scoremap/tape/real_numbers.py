@@ -3,10 +3,11 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_scoremap.rules import MaxPool, Rule, substituted, tensors_in
-from captum_scoremap.rules.quantized import unpacked
+from captum_scoremap.rules.quantized import decoded, is_encoded, unpacked
 
 __all__ = ["RealNumbers"]
 
@@ -36,16 +37,18 @@ class RealNumbers:
     def are_moved(self, rule: Rule | None, arguments: Any) -> bool:
         """Return whether an operation makes of real numbers what it makes of the integers: it moves or chooses them."""
         encoded = [tensor for tensor in tensors_in(arguments) if self.of(tensor) is not None]
-        return all(tensor.is_quantized for tensor in encoded) or isinstance(rule, MaxPool) or bool(rule and rule.moves)
+        return all(map(is_encoded, encoded)) or isinstance(rule, MaxPool) or bool(rule and rule.moves)
 
     def instead(self, arguments: Any) -> tuple[Any, list[Tensor]]:
         """Return arguments with real numbers for what is quantized or packed, and the constants that were made here."""
         made: list[Tensor] = []
+        plain = [one if (numbers := self.of(one)) is None else numbers for one in tensors_in(arguments)]
+        kinds = [one.dtype for one in plain if one.is_floating_point() and not is_encoded(one)]
 
         def real(tensor: Tensor) -> Tensor:
             numbers = self.of(tensor)
-            if numbers is None and tensor.is_quantized:
-                numbers = tensor.dequantize()
+            if numbers is None and is_encoded(tensor):
+                numbers = decoded(tensor, kinds[0] if kinds else torch.float32)
                 made.append(numbers)
             return tensor if numbers is None else numbers
 
@@ -58,8 +61,11 @@ class RealNumbers:
             found = tuple(packed)
         return found, made
 
-    def share_memory(self, changed: Tensor) -> bool:
-        """Return whether another tensor lies in memory that was changed in place."""
-        address = changed.untyped_storage()._cdata
-        others = [one for reference, _ in self._known.values() if (one := reference()) is not None]
-        return any(one is not changed and one.untyped_storage()._cdata == address for one in others)
+    def besides(self, args: tuple[Any, ...], where: int) -> tuple[Any, ...]:
+        """Return arguments with real numbers for what stands for some, but for the one at a position."""
+
+        def real(tensor: Tensor) -> Tensor:
+            numbers = self.of(tensor)
+            return tensor if numbers is None else numbers
+
+        return tuple(one if at == where else substituted(one, real) for at, one in enumerate(args))

@@ -18,12 +18,13 @@ from torch._C import DispatchKey
 
 from captum_scoremap.checks import module_by_module, unrecorded
 from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_in
+from captum_scoremap.rules.quantized import is_encoded
 
 from .changes import change, read_constants, run_constant
 from .exits import exits_watched
 from .module_tracker import Refused, Site, StopRun
 from .operation import OPERATIONS, Operation
-from .quantized import run_rounding
+from .quantized import casts, run_rounding
 from .run import Run
 from .sight import collector_paused
 from .taps import tap, tap_inputs
@@ -200,7 +201,11 @@ class Recording(Run):
                 break
             symbols[position] = self.symbol(args[position], live, values)
         named = {name: self.symbol(argument, live, values) for name, argument in kwargs.items()} if kwargs else {}
-        if operation.rounds if values else self.real and self.real.are_in((args, kwargs)):
+        if self.real and self.real.are_in((args, kwargs)):
+            if operation.changes is not None and not is_encoded(args[operation.changes]):
+                return self._run(func, self.real.besides(args, operation.changes), kwargs)
+            return run_rounding(self, func, operation, args, kwargs)
+        if values and (operation.rounds or casts(operation, args, kwargs)):
             return run_rounding(self, func, operation, args, kwargs)
         if not values:
             return run_constant(self, func, operation, args, kwargs)

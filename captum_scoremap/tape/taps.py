@@ -36,6 +36,7 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
             return begun(tensor)
         with unrecorded():
             again = tensor.clone()
+        run.made(again)  # what it stands for is live, not its own few bits
         run.real.stand(again, begun(numbers))
         return again
 

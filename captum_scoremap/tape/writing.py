@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.rules import Call, Composite, Linear, Rule, floating, tensors_in
+from captum_scoremap.rules.quantized import EIGHT_BITS
 
 from .geometry import geometry
 from .module_tracker import Refused
@@ -16,7 +17,7 @@ from .run import Run
 from .steps import Step
 from .verification import to_verify
 
-__all__ = ["not_dense", "step_of", "write"]
+__all__ = ["not_dense", "not_to_change", "step_of", "write"]
 
 # Where a value is frozen that a model may depend on, so that a map below it can be empty.
 _BREAKS = {
@@ -88,11 +89,25 @@ def not_dense(run: Run, operation: Operation, tensor: Tensor) -> Refused:
     )
 
 
+def not_to_change(run: Run, operation: Operation, tensor: Tensor) -> Refused:
+    """Return the error for numbers in a few bits that an operation writes where others may read them."""
+    module = run.modules.current_name
+    return Refused(
+        TypeError(
+            f"numbers in a few bits must be made by a cast, in memory of their own, got {tensor.dtype} from "
+            f"{operation.display}{f' in {module!r}' if module else ''}. Compute this with plain numbers, and cast the "
+            "whole of it: x.to(dtype)."
+        )
+    )
+
+
 def _live_part(run: Run, operation: Operation, rule: Rule, output: Any) -> Sequence[Tensor]:
     """Return the tensors of an output that depend on the image."""
     if isinstance(output, Tensor):
         if output.layout is not torch.strided or output.is_nested:
             raise not_dense(run, operation, output)
+        if output.dtype in EIGHT_BITS:
+            raise not_to_change(run, operation, output)
         holds_numbers = (output.is_floating_point() or output.is_complex()) and not output.is_meta
         return (output,) if holds_numbers else ()
     found: Sequence[Tensor] = floating(output)[: rule.live_outputs] if rule.live_outputs != 1 else output[:1]
