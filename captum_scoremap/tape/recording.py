@@ -168,6 +168,8 @@ class Recording(Run):
         if _has_complex(args) and torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.Conjugate):
             with _conjugates_in_sight():
                 return self.__torch_dispatch__(func, types, args, kwargs)
+        if self.sight.suspects:
+            self.sight.settle()
         try:
             if not self.sight.open:
                 return self._run(func, args, kwargs)

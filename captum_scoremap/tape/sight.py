@@ -40,6 +40,7 @@ class Sight:
         self.open: dict[int, _Open] = {}  # memory whose address left PyTorch, and what it held after each operation
         self._hidden: dict[tuple[str, str], None] = {}
         self.unsupported: dict[tuple[str, str], None] = {}
+        self.suspects: list[tuple[Tensor, str, str]] = []  # tensors, what they show if none settles it, and where
 
     # -- what is refused
 
@@ -58,6 +59,8 @@ class Sight:
 
     def raise_refused(self) -> None:
         """Raise for all operations without a rule that were seen, and for what was not seen."""
+        self.settle()
+        self._hidden.update({(what, module): None for _, what, module in self.suspects})
         if self.unsupported or self._hidden:
             raise self._error()
 
@@ -138,7 +141,7 @@ class Sight:
             return
         if not self.is_state(tensor.untyped_storage()._cdata):
             exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self.exits))
-            self.hide(f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
+            self._suspect(tensor, f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
 
     def is_state(self, address: int, kind: type[Tensor] = Tensor) -> bool:
         """Return whether memory is that of a tensor of this kind that belongs to the modules that run."""
@@ -163,7 +166,23 @@ class Sight:
         with unrecorded():
             is_filled = bare is not None and (not bare[1] or bool(tensor.any()))
         if is_filled:
-            self.hide("what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
+            self._suspect(tensor, "what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
+
+    def _suspect(self, tensor: Tensor, what: str) -> None:
+        """Note that a tensor is not what operations left in it, unless it is a literal in scripted code."""
+        with unrecorded():
+            self.suspects.append((tensor.detach().clone(), what, self.modules.current_name))
+
+    def settle(self) -> None:
+        """Take suspects for the constants that they are which stand, number by number, in the code that ran last.
+
+        TorchScript makes a tensor of a list by no operation, and its code can be read after it ran for the first time.
+        """
+        if self.suspects:
+            with unrecorded():
+                graph = torch._C._last_executed_optimized_graph()
+                known = [*_literals_in(graph), *_constants_in(graph)]
+                self.suspects = [one for one in self.suspects if not any(_is_alike(one[0], other) for other in known)]
 
 
 @dataclass
@@ -193,6 +212,26 @@ def _constants_in(graph: Any) -> Iterator[Tensor]:
             value: Tensor = node.t("value")
             if value.layout is torch.strided:
                 yield value
+
+
+def _literals_in(graph: Any) -> Iterator[Tensor]:
+    """Yield the tensors that scripted code makes of lists of numbers, or of single ones, that stand in it."""
+    nodes = [] if graph is None else [*graph.findAllNodes("aten::tensor"), *graph.findAllNodes("aten::as_tensor")]
+    for numbers in (_literal(node.inputsAt(0)) for node in nodes):
+        if numbers is not None:
+            yield torch.tensor(numbers, dtype=torch.complex128 if isinstance(numbers, complex) else None)
+
+
+def _literal(value: Any) -> Any:
+    """Return the numbers of a value in scripted code; None where they do not all stand in it."""
+    if value.node().kind() != "prim::ListConstruct":
+        return value.toIValue()
+    found = [_literal(one) for one in value.node().inputs()]
+    return None if any(one is None for one in found) else found
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.dtype))
 
 
 @contextmanager
