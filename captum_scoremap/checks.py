@@ -6,7 +6,7 @@ Every message says what must be, what was, and what to do. Nothing here changes 
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "InvalidTypeError",
     "InvalidValueError",
-    "NoDerivativeError",
     "UnsupportedOperationError",
     "as_tuple",
     "as_tuple_of_arguments",
@@ -55,24 +54,6 @@ class InvalidTypeError(TypeError, AssertionError):
     """
 
 
-class NoDerivativeError(ValueError):
-    """An operation, or a rule, whose derivative autograd does not know.
-
-    Example:
-        >>> str(NoDerivativeError("floor", NotImplementedError("no formula"))).partition(",")[0]
-        'floor must have a derivative to take'
-    """
-
-    def __init__(self, what: str, error: BaseException) -> None:
-        said = str(error).splitlines()[0]
-        advice = (
-            "Explain model.float()."
-            if "not implemented for '" in said
-            else "Use Frozen() where the operation is constant around the image, or derive a class from Rule."
-        )
-        super().__init__(f"{what} must have a derivative to take, got {said!r}. {advice}")
-
-
 class UnsupportedOperationError(NotImplementedError):
     """Operations of a model that have no rule, or that could not be seen, all of them at once.
 
@@ -81,24 +62,28 @@ class UnsupportedOperationError(NotImplementedError):
             for the outermost.
         hidden: Pairs of what could not be seen and the module in which it showed.
 
+    Args:
+        operations: What the attribute holds.
+        hidden: What the attribute holds.
+        underivable: Names of those operations of which PyTorch has no derivative.
+
     Example:
         >>> UnsupportedOperationError([("bessel_j0", "head")]).operations
         (('bessel_j0', 'head'),)
     """
 
-    def __init__(self, operations: Sequence[tuple[str, str]], hidden: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        operations: Sequence[tuple[str, str]],
+        hidden: Sequence[tuple[str, str]] = (),
+        underivable: Collection[str] = (),
+    ) -> None:
         self.operations = tuple(operations)
         self.hidden = tuple(hidden)
         parts = []
         if self.operations:
             plain = [name for name, _ in self.operations if name != "int_repr" and not name.startswith("quantized")]
-            advice = (
-                "\nSupply one, for instance the tangent at the image, where PyTorch has a derivative: "
-                f'rules={{"{plain[0]}": Tangent()}}, with `from captum_scoremap.rules import Tangent`.'
-                if plain
-                else "\nExplain the model as it was before this part was quantized. Of quantized operations, linear "
-                "layers, convolutions, norms, pooling and elementwise ones have rules; of torchao, weights alone."
-            )
+            advice = _rules_for(dict.fromkeys(plain), underivable) if plain else _UNQUANTIZED
             parts.append(
                 "every operation on the way from the image to the score must have a rule; these have none:\n"
                 + _listed(self.operations)
@@ -114,6 +99,30 @@ class UnsupportedOperationError(NotImplementedError):
                 "before the model runs."
             )
         super().__init__("\n".join(parts))
+
+
+_UNQUANTIZED = (
+    "\nExplain the model as it was before this part was quantized. Of quantized operations, linear layers, "
+    "convolutions, norms, pooling and elementwise ones have rules; of torchao, weights alone."
+)
+
+
+def _rules_for(names: Iterable[str], underivable: Collection[str]) -> str:
+    """Return the advice that names a rule for each operation: one that works."""
+    kinds = {name: "Frozen" if name in underivable else "Tangent" for name in names}
+    rules = ", ".join(f'"{name}": {kind}()' for name, kind in kinds.items())
+    known = sorted(set(kinds.values()))
+    frozen = ", ".join(name for name, kind in kinds.items() if kind == "Frozen")
+    said = "the tangent at the image" if "Tangent" in known else "the value at the image"
+    return (
+        f"\nSupply one, for instance {said}: rules={{{rules}}}, with `from captum_scoremap.rules import "
+        f"{', '.join(known)}`."
+        + (
+            f" Of {frozen} PyTorch has no derivative; where the image moves what it returns, derive a class from Rule."
+            if frozen
+            else ""
+        )
+    )
 
 
 def _listed(items: Sequence[tuple[str, str]]) -> str:

@@ -1,6 +1,7 @@
 """Operations that are made of smaller ones, each under its own rule."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,32 @@ def _ldexp(input: Tensor, other: Tensor) -> Tensor:
     return input * torch.pow(2.0, other)
 
 
+def _linspace(
+    start: Tensor | float, end: Tensor | float, steps: int, *, dtype: torch.dtype | None = None, **_: Any
+) -> Tensor:
+    (one,) = [bound for bound in (start, end) if isinstance(bound, Tensor)][:1]
+    shares = torch.linspace(0.0, 1.0, steps, dtype=one.dtype, device=one.device)
+    return (start * (1 - shares) + end * shares).to(dtype or torch.get_default_dtype())
+
+
+def _logspace(
+    start: Tensor | float, end: Tensor | float, steps: int, base: float = 10.0, *, dtype: Any = None, **_: Any
+) -> Tensor:
+    (one,) = [bound for bound in (start, end) if isinstance(bound, Tensor)][:1]
+    return torch.pow(base, _linspace(start, end, steps, dtype=one.dtype)).to(dtype or torch.get_default_dtype())
+
+
+def _chunk_cat(tensors: Sequence[Tensor], dim: int, num_chunks: int) -> Tensor:
+    """Return chunks of tensors side by side, each padded with zeros to the length of the first."""
+    rows = []
+    for one in tensors:
+        length = -(-one.shape[dim] // num_chunks)
+        missing = length * num_chunks - one.shape[dim]
+        padded = torch.cat([one, one.new_zeros(*one.shape[:dim], missing, *one.shape[dim + 1 :])], dim)
+        rows.append(padded.reshape(*one.shape[:dim], num_chunks, -1))
+    return torch.cat(rows, -1)
+
+
 def _sgn(input: Tensor) -> Tensor:
     """Return the sign, which is a mask; of complex numbers the phase, which is none."""
     return input / input.abs().masked_fill(input == 0, 1.0) if input.is_complex() else input.sign()
@@ -118,6 +145,9 @@ COMPOSITE: dict[str, Rule] = {
     "nansum": Composite(lambda input, *rest, **named: input.masked_fill(input.isnan(), 0.0).sum(*rest, **named)),
     "sgn": Composite(_sgn),
     "ldexp": Composite(_ldexp),
+    "linspace": Composite(_linspace),
+    "logspace": Composite(_logspace),
+    "_chunk_cat": Composite(_chunk_cat),
     "heaviside": Composite(lambda input, values: torch.where(input == 0, values, (input > 0).to(values.dtype))),
     "bincount": Composite(_bincount),
     "aminmax": Composite(_aminmax),

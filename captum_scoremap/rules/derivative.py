@@ -9,24 +9,41 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from captum_scoremap.checks import NoDerivativeError
-
 from .call import Call, floating
 
-__all__ = ["named", "pulled_back", "pushed"]
+__all__ = ["NoDerivativeError", "is_derivable", "named", "pulled_back", "pushed"]
 
 Function = Callable[..., Any]
 
 _NO_FORMULA = "no autograd formula is registered for the operation"
 _OF_PHASES = "ill-defined"
+_NO_KERNEL = "not implemented for '"  # a type of numbers
 _UNDERIVABLE = (
     _NO_FORMULA,
-    "not implemented for '",  # a type of numbers
+    _NO_KERNEL,
     "is not differentiable with respect to",
     "derivative for ",
     "has no derivative",
     _OF_PHASES,
 )
+
+
+class NoDerivativeError(ValueError):
+    """An operation, or a rule, whose derivative autograd does not know.
+
+    Example:
+        >>> str(NoDerivativeError("floor", NotImplementedError("no formula"))).partition(",")[0]
+        'floor must have a derivative to take'
+    """
+
+    def __init__(self, what: str, error: BaseException) -> None:
+        said = str(error).splitlines()[0]
+        advice = (
+            "Explain model.float()."
+            if _NO_KERNEL in said
+            else "Use Frozen() where the operation is constant around the image, or derive a class from Rule."
+        )
+        super().__init__(f"{what} must have a derivative to take, got {said!r}. {advice}")
 
 
 def _is_batched() -> bool:
@@ -197,6 +214,16 @@ def _check_derivable(outs: Sequence[Tensor]) -> None:
     nodes = [out.grad_fn for out in outs if out.requires_grad]
     if not nodes or any(node is not None and node.name() == "WarnNotImplemented" for node in nodes):
         raise NotImplementedError(_NO_FORMULA)
+
+
+def is_derivable(call: Call) -> bool:
+    """Return whether autograd can derive an operation, whose call has tensors for its live arguments and an output."""
+    seeds = tuple(map(torch.ones_like, floating(call.output)))
+    try:
+        shares = pulled_back(lambda *live: call.filled(live).written_out(), call.live, seeds)
+    except (RuntimeError, TypeError, ValueError) as error:  # those of a user's own formula, too
+        return _NO_KERNEL in str(error)  # for one type of numbers
+    return any(share is not None for share in shares)
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def run_rounding(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
         plain = None
     plains = list(plain) if isinstance(plain, (tuple, list)) else [plain]
     if plain is None:
-        raise run.sight.refused(operation.display)
+        is_named = operation.display.startswith("quantized")
+        raise run.sight.refused(operation.display if is_named else f"quantized {operation.display}")
     if changed is not None and not run.memory.is_alone(changed):
         raise not_to_change(run, operation, changed)
     mask = parts[1] if len(parts) > len(plains) and parts[1].dtype is torch.bool else None

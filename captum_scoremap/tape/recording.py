@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 
 from captum_scoremap.checks import module_by_module, unrecorded
-from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_in
+from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, is_derivable, tensors_in
 from captum_scoremap.rules.quantized import is_encoded
 
 from .changes import change, read_constants, run_constant
@@ -65,6 +65,7 @@ class Recording(Run):
         self._operations = OPERATIONS if rules is DEFAULT else {}
         self._sites, self._stop_at, self._differentiable = tuple(sites), stop_at, differentiable
         self._last_error: BaseException | None = None
+        self._without_rules: dict[str, Call] = {}  # calls of operations that have none
         self._stopped_with: list[Any] = []  # what passed the site at which the run stopped
 
     def record(
@@ -107,6 +108,7 @@ class Recording(Run):
                 self.sight.compare(tensor, self.is_live)
                 if values[id(tensor)] is None:
                     self.sight.read(tensor)
+        self.sight.underivable |= {name for name, call in self._without_rules.items() if not is_derivable(call)}
         self.sight.raise_refused()
         with unrecorded():
             for one in self.unverified:
@@ -216,7 +218,8 @@ class Recording(Run):
         if operation.changes is not None and not operation.reads:
             return run_constant(self, func, operation, args, kwargs)
         if operation.rule is None:
-            return self._without_rule(func, operation, args, kwargs)
+            call = Call(operation.functional, args, kwargs, tuple(live), tuple(values))
+            return self._without_rule(func, operation, call)
         call = Call(operation.functional, args, kwargs, tuple(live), tuple(values))
         step = step_of(self, operation, call, tuple(symbols), named)
         if operation.changes is None:
@@ -230,7 +233,7 @@ class Recording(Run):
             return self.recorded(branches[0 if predicate else 1], *operands)
         kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
         if kernel is None:
-            raise self.sight.refused(func.name())
+            raise self.sight.ended(f"what {func.name()}() does")
         if func.name() == "scan":  # whose kernel wants no mode, and calls this
             from torch._higher_order_ops.scan import generic_scan
 
@@ -244,7 +247,7 @@ class Recording(Run):
         if not self.real.are_in(arguments) and all(self.value_of(tensor) is None for tensor in arguments):
             return run_constant(self, func, operation, args, kwargs)
         if operation.functional is None:
-            raise self.sight.refused(operation.display)
+            raise self.sight.ended(f"what {operation.display}(out=...) wrote to a tensor's memory")
         given = tensors_in([kwargs[name] for name in operation.outs])
         rest = {name: argument for name, argument in kwargs.items() if name not in operation.outs}
         with self:
@@ -255,24 +258,35 @@ class Recording(Run):
                 target.copy_(output)
         return given[0] if len(given) == 1 else tuple(given)
 
-    def _without_rule(self, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _without_rule(self, func: Any, operation: Operation, call: Call) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
+        args, kwargs = call.args, call.kwargs
+        if operation.name in _RESIZES and kwargs.get("memory_format") is None and _has_size(args[0], args[1]):
+            return args[0]
         if operation.name.startswith("_foreach"):  # on a CPU, and so to us, one operation for each tensor
             return self.recorded(func._op_dk, DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         body = _MADE_OF.get(func.overloadpacket.__name__, func.decompose)
         made = self.recorded(body, *args, **kwargs)
         if made is not NotImplemented:
             return made
-        if operation.functional is None or operation.name in {"set", "resize"}:  # which no rule could say
+        if operation.functional is None or operation.name in {"set", *_RESIZES}:  # which no rule could say
             self.sight.hide(f"what {func.overloadpacket.__name__}() did to a tensor's memory")
         else:
             self.sight.lack_rule(operation.display)
-        output = func(*args, **kwargs)
+            self._without_rules.setdefault(operation.display, call)
+        output = call.output = func(*args, **kwargs)
         for tensor in floating(output):
             if tensor.layout is not torch.strided or tensor.is_nested:
                 raise not_dense(self, operation, tensor)
             self.name(tensor, Value(tensor, sites=1))
         return output
+
+
+_RESIZES = {"resize", "resize_as"}
+
+
+def _has_size(tensor: Tensor, size: Tensor | Sequence[int]) -> bool:
+    return tensor.shape == (size.shape if isinstance(size, Tensor) else torch.Size(size))
 
 
 def _polygamma_in_place(x: Tensor, n: int) -> Tensor:

@@ -40,6 +40,7 @@ class Sight:
         self.open: dict[int, _Open] = {}  # memory whose address left PyTorch, and what it held after each operation
         self._hidden: dict[tuple[str, str], None] = {}
         self.unsupported: dict[tuple[str, str], None] = {}
+        self.underivable: set[str] = set()  # of these, those that have no derivative either
         self.suspects: list[tuple[Tensor, str, str]] = []  # tensors, what they show if none settles it, and where
 
     # -- what is refused
@@ -57,6 +58,11 @@ class Sight:
         self.lack_rule(operation)
         return self._error()
 
+    def ended(self, what: str) -> UnsupportedOperationError:
+        """Return the error that names what no rule could say, after which a run cannot go on, and what was before."""
+        self.hide(what)
+        return self._error()
+
     def raise_refused(self) -> None:
         """Raise for all operations without a rule that were seen, and for what was not seen."""
         self.settle()
@@ -65,7 +71,7 @@ class Sight:
             raise self._error()
 
     def _error(self) -> UnsupportedOperationError:
-        return UnsupportedOperationError(list(self.unsupported), list(self._hidden))
+        return UnsupportedOperationError(list(self.unsupported), list(self._hidden), self.underivable)
 
     # -- whether memory that others know of is what operations left in it
 

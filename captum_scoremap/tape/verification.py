@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.checks import NoDerivativeError
-from captum_scoremap.rules import Call, Tangent, substituted, tensors_in
+from captum_scoremap.rules import Call, NoDerivativeError, Tangent, substituted, tensors_in
 
 from .steps import Step
 
