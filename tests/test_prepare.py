@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -425,3 +426,27 @@ def test_weight_norm_of_old_is_copied() -> None:
     x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
     expected = model(x)
     torch.testing.assert_close(prepare(model)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "an attribute": lambda model, x: model.__dict__.setdefault("table", torch.ones_like(x) * 2),
+    "by its size": lambda model, x: model.tables.setdefault("size", x.new_ones(len(x), 1, 1, 1)),
+    "in a list": lambda model, x: (model.seen.append(x * 1.0), model.seen[0])[1],
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_model_keeps_of_its_runs_is_not_of_the_trace(name: str) -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+            self.tables: dict[str, Tensor] = {}
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.conv(x))
+            return self.head((x * KEPT[name](self, x)).mean((2, 3)))
+
+    model, images = Keeping().eval(), torch.rand(2, 3, 6, 6)
+    assert_close(prepare(model)(images), copy.deepcopy(model)(images))

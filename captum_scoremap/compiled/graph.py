@@ -255,12 +255,18 @@ def _check_state(graph: Graph, arguments: Sequence[Tensor]) -> None:
         ValueError: If so.
     """
     state = graph.read()
-    versions = [tensor._version for tensor in state]
+    versions = [_version(tensor) for tensor in state]
     with torch.no_grad():
         graph(*arguments)
     for one, tensor, version in zip(graph.state, state, versions, strict=True):
-        if tensor._version != version:
+        now = _version(tensor)
+        if now != version if isinstance(now, int) else not torch.equal(now, version):
             raise ValueError(
                 f"the model must leave its tensors as they are to be compiled, got a change of {one.name!r} in place. "
                 "Use method.attribute."
             )
+
+
+def _version(tensor: Tensor) -> Any:
+    """Return what tells that a tensor changed: how often it did, or, where nothing counts, its numbers."""
+    return tensor.clone() if tensor.is_inference() else tensor._version

@@ -41,6 +41,9 @@ class Subject:
 
         Returns:
             The run, and what was selected.
+
+        Raises:
+            RuntimeError: If ``create_graph`` meets tensors made under ``torch.inference_mode``.
         """
         taps = [site for site in sites if site is not None]
         forward_func, rules = unwrap_parallel(self.forward_func), with_rules(self.rules)
@@ -58,7 +61,16 @@ class Subject:
                 warn_of_probabilities(recording, output)
             return select(output)
 
-        return recording, recording.record(self.inputs, as_tuple_of_arguments(self.additional_forward_args), checked)
+        try:
+            found = recording.record(self.inputs, as_tuple_of_arguments(self.additional_forward_args), checked)
+        except RuntimeError as error:
+            if not create_graph or "Inference tensors" not in str(error):
+                raise
+            raise RuntimeError(
+                "with create_graph the model's tensors must be such as autograd can save, got some made under "
+                "torch.inference_mode. Explain a copy made outside of it: copy.deepcopy(model)."
+            ) from error
+        return recording, found
 
 
 def scores_of(target: Target, images: int, *, of_layer: bool = False) -> Callable[[Any], Tensor]:

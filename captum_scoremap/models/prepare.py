@@ -6,6 +6,7 @@ that it can trace, a recorded run for the others. Whether the fused weights do w
 tried, pair by pair.
 """
 
+import copy
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, MutableMapping
@@ -120,8 +121,13 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(model: nn.Module, settings: Mapping[str, Any]) -> tuple[fx.Graph | None, str]:
-    """Return the model as a graph, for these settings; None where torch.fx cannot trace it, and why."""
+    """Return the model as a graph, for these settings; None where torch.fx cannot trace it, and why.
+
+    What runs is a copy with the same weights: what a model keeps for its next run would be of the trace, not tensors.
+    """
+    shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
     try:
+        model = copy.deepcopy(model, dict(shared))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that settings are taken as constants is the intention
             return _Tracer().trace(model, concrete_args=dict(settings)), ""

@@ -41,6 +41,7 @@ class FrozenModel:
 
     def __init__(self, recording: Recording, inputs: tuple[Tensor, ...]) -> None:
         self._tape: Tape = recording.tape
+        self._tape.copy_inference_tensors()
         self._check_constants = recording.tape.check_of_constants("the frozen model", "Freeze the model again.")
         self._inputs = inputs
         self._ran = frozenset(recording.modules.calls)

@@ -123,6 +123,19 @@ class Tape:
 
         return check
 
+    def copy_inference_tensors(self) -> None:
+        """Put copies in place of tensors made under ``torch.inference_mode``, of which autograd can save none."""
+        copies: dict[int, Tensor] = {}
+
+        def copied(tensor: Tensor) -> Tensor:
+            return copies.setdefault(id(tensor), tensor.clone()) if tensor.is_inference() else tensor
+
+        for step in self.steps:
+            step.args, step.kwargs = substituted(step.args, copied), substituted(step.kwargs, copied)
+            for kept in step.state if type(step.state) is tuple else (step.state,):
+                if isinstance(kept, Kept):
+                    kept.tensor = copied(kept.tensor)
+
     def value_of_output(self) -> Value | None:
         """Return the value of an output that is one tensor; None if it does not depend on the image."""
         return self.output_values.get(id(self.output))
