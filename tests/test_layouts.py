@@ -120,6 +120,22 @@ def test_maps_of_a_turned_image_lie_as_the_image_does(build: type[nn.Module], tu
             LayerScoreMap(model, layer).attribute(x, 1)
 
 
+class WithAMirror(Cnn):
+    def mirrored(self, x: Tensor) -> Tensor:
+        return self(x.flip(-1))
+
+
+def test_what_turns_the_image_around_a_layer_is_asked_about_whatever_the_layer_gave_alone() -> None:
+    net, x = filled(WithAMirror()), images(2, 3, 16, 16)
+    layer = net.get_submodule("body")
+    LayerScoreMap(net, layer).attribute(x, 1)  # a map: no warning
+    for model in (Turned(net, lambda x: x.flip(-1)), lambda x: net(x.flip(-1)), net.mirrored):
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="looks like a picture of the image, but is none"):
+                LayerScoreMap(model, layer).attribute(x, 1)
+    LayerScoreMap(net, layer).attribute(x, 1)
+
+
 @pytest.mark.parametrize("build", [Cnn, Tokens])
 def test_the_mean_over_an_image_and_its_mirror_image_has_the_mean_of_their_maps(build: type[nn.Module]) -> None:
     class Both(nn.Module):

@@ -430,7 +430,7 @@ def test_weight_norm_of_old_is_copied() -> None:
 
 KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "an attribute": lambda model, x: model.__dict__.setdefault("table", torch.ones_like(x) * 2),
-    "by its size": lambda model, x: model.tables.setdefault("size", x.new_ones(len(x), 1, 1, 1)),
+    "by its size": lambda model, x: model.tables.setdefault("size", x.new_ones(x.shape[0], 1, 1, 1)),
     "in a list": lambda model, x: (model.seen.append(x * 1.0), model.seen[0])[1],
 }
 

@@ -10,6 +10,7 @@ transposes do, up to where the branch begins.
 import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,8 +38,9 @@ _OVERWRITING = {"index_put", "constant_pad_nd"}
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 256
 
-# Layers that nothing needs to be said of: of their input or output, at images of which shape.
-_SETTLED: WeakKeyDictionary[nn.Module, set[tuple[bool, tuple[int, ...]]]] = WeakKeyDictionary()
+# Layers, inside of a model or function, that nothing needs to be said of: of their input or output, at which images.
+_Settled = WeakKeyDictionary[nn.Module, set[tuple[bool, tuple[int, ...]]]]
+_SETTLED: WeakKeyDictionary[Any, _Settled] = WeakKeyDictionary()
 
 Entry = tuple[Tensor | None, Tensor | None]
 """A map, (N, 1, rows, columns), and what stands beside it without a place, (N,)."""
@@ -284,7 +286,8 @@ def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: 
     again, and to ask each time would take a tenth of the time of a transformer's map.
     """
     size = tuple(image_shape)
-    unknown = [site for site in sites if (site[1], size) not in _SETTLED.get(site[0], ())]
+    settled = _settled_in(recording.forward_func)
+    unknown = [site for site in sites if (site[1], size) not in settled.get(site[0], ())]
     if not unknown or len(size) != 4 or is_traced():
         return
     placement = Placement(recording.tape, size) if may_be_elsewhere(recording.tape) else None
@@ -294,7 +297,7 @@ def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: 
         channel_dim = map_channel_dim(shape, size) if len(values) == 1 else None
         looks_like_map = channel_dim is not None and (len(shape) != 3 or patch_grid(shape[1], size) is not None)
         if placement is None or not looks_like_map or placement.is_map(values[0]):
-            _SETTLED.setdefault(site[0], set()).add((site[1], size))
+            settled.setdefault(site[0], set()).add((site[1], size))
             continue
         name = recording.modules.name_of(site[0]) or type(site[0]).__name__
         warn(
@@ -302,6 +305,14 @@ def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: 
             "rows and columns are object queries, weights of attention or the like, or in another order. "
             "Do not lay it over the image; linear_form(...).plot() draws what has a place."
         )
+
+
+def _settled_in(model: Any) -> _Settled:
+    """Return what was settled inside of a model: around a layer another may turn the image."""
+    try:  # a method is another object each time, its function is not
+        return _SETTLED.setdefault(getattr(model, "__func__", model), WeakKeyDictionary())
+    except TypeError:  # a callable of the user's that cannot be told again
+        return WeakKeyDictionary()
 
 
 def _are_close(one: Tensor, other: Tensor) -> bool:
