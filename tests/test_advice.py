@@ -163,6 +163,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linspace to a number": lambda x: x * torch.linspace(x[0, 0, 0, 0], 3.0, 4, dtype=x.dtype),
     "logspace": lambda x: x * torch.logspace(0.0, x[0, 0, 0, 1], 4, base=2.0, dtype=x.dtype),
     "chunks": lambda x: torch._chunk_cat([x, 2 * x], 2, 3).sum(-1, keepdim=True)[:, :, :1] * x,
+    "chunks of several shapes": lambda x: x * torch._chunk_cat([x, x[..., 0], x[:1, :1, 0, 0]], 0, 3).mean(),
+    "chunks, counted from the end": lambda x: x * torch._chunk_cat([x, 2 * x[:1]], -4, 2).mean(),
     "resize_as_": lambda x: x.clone().resize_as_(x),
     "resize_": lambda x: x.clone().resize_(2, 4, 4, 4) * 2,
     "gammainc of the first": lambda x: special.gammainc(x.abs() + 1, x.abs()),

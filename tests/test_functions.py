@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import LayerScoreMap, freeze, linear_form
+from captum_scoremap import LayerScoreMap, ScoreMap, compile_map, freeze, linear_form
 from captum_scoremap.linear import check_exactness
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 
@@ -434,3 +434,40 @@ def test_layers_inside_of_vmap_are_refused_and_in_no_ones_way() -> None:
     for call in calls:
         with pytest.raises(ValueError, match=r"layer must run outside of torch.vmap, got a Conv2d .* around it"):
             call()
+
+
+MATRIX = torch.tensor([
+    [0.0, 0.0, 1.5, -1.0],
+    [0.0, 0.0, 0.5, 2.0],
+    [1.0, 0.0, 0.0, 0.0],
+    [0.5, 2.0, 0.0, 0.0],
+]).double()
+
+SPARSE: dict[str, Callable[[], Tensor]] = {
+    "coordinates": MATRIX.to_sparse,
+    "rows": MATRIX.to_sparse_csr,
+    "columns": MATRIX.to_sparse_csc,
+    "blocks by rows": lambda: MATRIX.to_sparse_bsr((2, 2)),
+}
+
+SPARSE_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "from the left": lambda w, x: (w @ x.reshape(-1, 4).t()).t().reshape(x.shape),
+    "linear": lambda w, x: F.linear(x.reshape(-1, 4), w).reshape(x.shape),
+    "added": lambda w, x: torch.addmm(x.reshape(-1, 4).t(), w, x.reshape(-1, 4).t()).t().reshape(x.shape),
+    "row by row": lambda w, x: torch.stack([w @ row for row in x.reshape(-1, 4)]).reshape(x.shape),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Sparse")
+@pytest.mark.parametrize("name", SPARSE_PRODUCTS)
+@pytest.mark.parametrize("layout", SPARSE)
+def test_sparse_weights_are_as_dense_ones(layout: str, name: str) -> None:
+    weight, images, product = SPARSE[layout](), some_images(), SPARSE_PRODUCTS[name]
+    model = between(lambda x: product(weight, x))
+    assert_as_plain(lambda x: product(weight, x), lambda x: product(MATRIX, x))
+    leaf = images.clone().requires_grad_()
+    (found,) = torch.autograd.grad(freeze(model, images)(leaf)[:, 1].sum(), leaf)
+    assert_close(found, linear_form(model, images, 1).coefficients, **EXACT)
+    if layout != "coordinates":
+        with pytest.raises(ValueError, match=r"dense tensors to be compiled, got one of layout Sparse .*to_dense\(\)"):
+            compile_map(ScoreMap(model), images, 1, backend="graph")

@@ -139,6 +139,12 @@ def trace(
         try:
             traced = make_fx(lambda *tensors: tuple(function(*tensors)), **traces)(*arguments)
         except RuntimeError as error:
+            if "do not have strides" in str(error):  # PyTorch traces those of rows or blocks as little as it says so
+                kind = str(error).partition(" tensors")[0]
+                raise ValueError(
+                    f"the map must be made of dense tensors to be compiled, got one of layout {kind}. Use "
+                    "method.attribute, or make the model's weights dense: weight.to_dense()."
+                ) from error
             if "get value out of a tracing tensor" not in str(error):
                 raise
             where = _place(frame.filename + f":{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))

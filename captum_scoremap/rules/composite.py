@@ -126,7 +126,7 @@ def _logspace(
 
 def _chunk_cat(tensors: Sequence[Tensor], dim: int, num_chunks: int) -> Tensor:
     """Return chunks of tensors side by side, each padded with zeros to the length of the first."""
-    rows = []
+    rows, dim = [], dim % tensors[0].dim()
     for one in tensors:
         length = -(-one.shape[dim] // num_chunks)
         missing = length * num_chunks - one.shape[dim]

@@ -76,7 +76,7 @@ class Product(Rule):
     def apply(self, call: Call, state: tuple[Tensor | None, ...] | None) -> Any:
         """Return the mean, over the live factors that are no gates, of the product with all others frozen."""
         if state is None:
-            return call.run()
+            return call.operation(*map(_derivable, call.args), **call.kwargs) if torch.is_grad_enabled() else call.run()
         turns = self._turns(call)
         total: Any = None
         for turn in turns:
@@ -110,7 +110,7 @@ class Product(Rule):
                 factor = call.args[other]
                 if isinstance(factor, Value):
                     factor = (state or ())[self.factors.index(other)]
-                share = self.adjoint(gradient, factor, self.factors.index(position))
+                share = self.adjoint(gradient, _derivable(factor), self.factors.index(position))
                 if self.term is not None and call.kwargs.get("alpha", 1) != 1:
                     share = share * conjugate(call.kwargs["alpha"])
                 found.append(summed_to(share if len(turns) == 1 else share / len(turns), argument))
@@ -133,6 +133,12 @@ class Product(Rule):
         """Return the positions of the live factors that are no gates; of all of them, if all are."""
         live = self._live(call)
         return [position for position in live if not call.is_gate(call.args[position])] or live
+
+
+def _derivable(factor: Any) -> Any:
+    """Return a factor in a layout whose transpose PyTorch multiplies by, which blocks of a sparse matrix have not."""
+    is_blocks = isinstance(factor, Tensor) and factor.layout in {torch.sparse_bsr, torch.sparse_bsc}
+    return factor.to_dense() if is_blocks else factor
 
 
 def times(gradient: Tensor, other: Any, _: int) -> Tensor:
