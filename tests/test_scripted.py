@@ -43,6 +43,7 @@ LITERALS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
         "y = torch.zeros_like(x)\n    y[:, 0] = 3.0\n    y[:, 1:] = x[:, 1:]\n    return y",
         lambda x: torch.cat([torch.full_like(x[:, :1], 3.0), x[:, 1:]], 1),
     ),
+    "ones beside a gate": ("return x * torch.ones([4]) + x * x.sigmoid()", lambda x: x + x * x.sigmoid()),
     "where": (
         "return torch.where(x > 0, x, torch.tensor(0.5, dtype=x.dtype))",
         lambda x: torch.where(x > 0, x, 0.5),
@@ -57,13 +58,14 @@ def scripted(body: str) -> Any:
         return torch.jit.CompilationUnit(f"def function(x: Tensor):\n    {body}\n").function
 
 
-@pytest.mark.parametrize("runs", [0, 3])
+@pytest.mark.parametrize(("runs", "with_gradients"), [(0, False), (3, False), (3, True)])
 @pytest.mark.parametrize("name", LITERALS)
-def test_literals_in_scripted_code_are_constants(name: str, runs: int) -> None:
+def test_literals_in_scripted_code_are_constants(name: str, runs: int, with_gradients: bool) -> None:
+    """Code that ran with gradients on is in parts, each a graph of its own."""
     body, plain = LITERALS[name]
     function = scripted(body)
     for _ in range(runs):
-        function(torch.randn(2, 4, 4, 4, dtype=torch.float64))
+        function(torch.randn(2, 4, 4, 4, dtype=torch.float64, requires_grad=with_gradients))
     assert_as_plain(function, plain)
 
 

@@ -213,16 +213,26 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 def _constants_in(graph: Any) -> Iterator[Tensor]:
     """Yield the tensors in scripted code, if there is any: what were weights, or was computed once for all runs."""
-    for node in () if graph is None else graph.findAllNodes("prim::Constant"):
+    for node in _nodes_in(graph, "prim::Constant"):
         if node.hasAttribute("value") and node.kindOf("value") == "t":
             value: Tensor = node.t("value")
             if value.layout is torch.strided:
                 yield value
 
 
+def _nodes_in(graph: Any, *kinds: str) -> Iterator[Any]:
+    """Yield the nodes of some kinds in scripted code, if there is any, and in parts of it that are set apart."""
+    if graph is None:
+        return
+    for kind in kinds:
+        yield from graph.findAllNodes(kind)
+    for node in graph.findAllNodes("prim::DifferentiableGraph"):  # of what ran with gradients on
+        yield from _nodes_in(node.g("Subgraph"), *kinds)
+
+
 def _literals_in(graph: Any) -> Iterator[Tensor]:
     """Yield the tensors that scripted code makes of lists of numbers, or of single ones, that stand in it."""
-    nodes = [] if graph is None else [*graph.findAllNodes("aten::tensor"), *graph.findAllNodes("aten::as_tensor")]
+    nodes = _nodes_in(graph, "aten::tensor", "aten::as_tensor")
     for numbers in (_literal(node.inputsAt(0)) for node in nodes):
         if numbers is not None:
             yield torch.tensor(numbers, dtype=torch.complex128 if isinstance(numbers, complex) else None)
