@@ -11,7 +11,8 @@ from torch import Tensor, special
 from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, ScoreMap, bias_terms, linear_form
-from captum_scoremap.rules import Frozen, NoDerivativeError, Tangent
+from captum_scoremap.rules import Frozen, Tangent
+from captum_scoremap.rules.derivative import NoDerivativeError
 from tests.between import EXACT, assert_as_plain, assert_exact, between, some_images
 
 Function = Callable[[Tensor], Tensor]

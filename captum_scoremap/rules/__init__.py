@@ -8,7 +8,6 @@ share the rule of the plain one: ``relu`` stands for ``torch.relu``, ``F.relu``,
 from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, Power
 from .attention import Attention
 from .call import Call, Value, floating, substituted, tensors_in
-from .derivative import NoDerivativeError, is_derivable
 from .moving import Copy
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool
@@ -39,7 +38,6 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MaxPool",
-    "NoDerivativeError",
     "PiecewiseLinear",
     "Power",
     "Product",
@@ -49,7 +47,6 @@ __all__ = [
     "Value",
     "display_name",
     "floating",
-    "is_derivable",
     "substituted",
     "tensors_in",
     "with_rules",

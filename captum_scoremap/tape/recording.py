@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._C import DispatchKey
 
 from captum_scoremap.checks import module_by_module, unrecorded
-from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, is_derivable, tensors_in
+from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_in
+from captum_scoremap.rules.derivative import is_derivable
 from captum_scoremap.rules.quantized import is_encoded
 
 from .changes import change, read_constants, run_constant

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import Call, NoDerivativeError, Tangent, substituted, tensors_in
+from captum_scoremap.rules import Call, Tangent, substituted, tensors_in
+from captum_scoremap.rules.derivative import NoDerivativeError
 
 from .steps import Step
 
