@@ -20,7 +20,8 @@ __all__ = ["casts", "run_rounding"]
 def casts(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether an operation casts plain numbers to 8 bits: what it returns, or as it writes them there."""
     if operation.changes is not None:
-        return args[operation.changes].dtype in EIGHT_BITS
+        target = args[operation.changes]  # of operations on lists, several
+        return isinstance(target, Tensor) and target.dtype in EIGHT_BITS
     return bool(kwargs) and kwargs.get("dtype") in EIGHT_BITS
 
 

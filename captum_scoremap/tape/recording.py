@@ -207,8 +207,9 @@ class Recording(Run):
             symbols[position] = self.symbol(args[position], live, values)
         named = {name: self.symbol(argument, live, values) for name, argument in kwargs.items()} if kwargs else {}
         if self.real and self.real.are_in((args, kwargs)):
-            if operation.changes is not None and not is_encoded(args[operation.changes]):
-                return self._run(func, self.real.besides(args, operation.changes), kwargs)
+            where = operation.changes
+            if where is not None and isinstance(args[where], Tensor) and not is_encoded(args[where]):
+                return self._run(func, self.real.besides(args, where), kwargs)
             return run_rounding(self, func, operation, args, kwargs)
         if values and (operation.rounds or casts(operation, args, kwargs)):
             return run_rounding(self, func, operation, args, kwargs)
