@@ -62,7 +62,10 @@ class Placement:
         self._only: int | None = None
         with torch.no_grad(), unrecorded():
             layouts = Layouts(tape, self.frame.shape)
-        self._elsewhere = values_elsewhere(tape, image_shape[0], layouts.moved)
+        self._gathered = layouts.gathered
+        self._elsewhere = values_elsewhere(
+            tape, image_shape[0], layouts.moved, layouts.gathered, layouts.transformed
+        )
         self._layouts = {value: one for value, one in layouts.known.items() if value not in self._elsewhere}
         self._grids = {
             (value.shape[2], value.shape[3])
@@ -228,8 +231,8 @@ class Placement:
     def _carried_back(self, product: Tensor, value: Value, *, through_sums: bool) -> Iterator[tuple[Tensor, Value]]:
         """The same numbers at the elements of the values that the value was made of, if these have its positions."""
         rows = product.shape[:-1]
-        if value.step < 0 or product.shape[:-1].numel() <= self._images:  # one row an image has no position
-            return
+        if value.step < 0 or value in self._gathered or product.shape[:-1].numel() <= self._images:
+            return  # one row an image has no position
         step = self._steps[value.step]
         if step.rule.moves or display_name(step.operation) in _MOVING:
             # products are real ones, of complex values too
