@@ -113,6 +113,8 @@ def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Mo
         blocks = rows.get(grid, [])
         has_extra = bool(blocks) and _tokens(blocks[-1].returned, image) > math.prod(grid)
         some = maps.get(grid) or tokens[grid]
+        if has_extra and grid not in maps:  # after the blocks, a class token may hold all of the score
+            some = some[: some.index(blocks[0]) + 1] if blocks[0] in some else some
         whole = _last_outermost(some)
         around = {call.module for call in blocks[-1].outer} if blocks else set()
         if any(one.module in around for one in maps.get(grid, ())):

@@ -12,7 +12,15 @@ from torch import Tensor
 from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step
 
-__all__ = ["Axes", "axes_of", "factors", "has_columns_of_second", "is_inverse", "sums_positions", "transforms_positions"]
+__all__ = [
+    "Axes",
+    "axes_of",
+    "factors",
+    "has_columns_of_second",
+    "is_inverse",
+    "sums_positions",
+    "transforms_positions",
+]
 
 Axes = Callable[[object], Collection[int] | None]
 """Returns the axes of a value along which its elements stand at different places; None where that is not known."""
