@@ -93,6 +93,7 @@ class Layouts:
         moved: Those of them that were moved there cell by cell.
         gathered: Values that sum over positions, and stand at none.
         transformed: What Fourier transforms make of positions, or positions of.
+        disordered: Values whose rows, or rows and columns, are known to be no whole map's in order.
     """
 
     def __init__(self, tape: Tape, seen: Shape) -> None:
@@ -105,6 +106,7 @@ class Layouts:
         self.moved: set[Value] = set()
         self.gathered: set[Value] = set()
         self.transformed: set[Value] = set()
+        self.disordered: set[Value] = set()
         self._nowhere: set[Value] = set()  # gathered, and what was made of that alone
         self._asked: set[Value] = set()  # whose rows are those of constants, and columns positions
         self._crossed: set[Value] = set()  # of positions in rows and in columns
@@ -136,6 +138,12 @@ class Layouts:
             if moved is not None:
                 self._places[output], layout = moved[0][number], moved[1][number]
                 self.moved.update([] if layout is None or source in self._asked else [output])
+                if (
+                    layout is None
+                    and not floating((step.args, dict(step.kwargs)))
+                    and _are_disordered(*moved[0][number])
+                ):
+                    self.disordered.add(output)
             else:
                 layout = self._by_rows(step, source, output) or self._kept(step, source, output)
                 places = self._broadcast(step, source, output)
@@ -247,6 +255,9 @@ class Layouts:
         known = self.known.get(source)
         if output.ndim != 4 or output.shape[0] != self._seen[0] or not makes_maps(display_name(step.operation)):
             return known if known is not None and known.fits(source, output) else None
+        if not {2, 3}.issuperset(self._axes(source) or ()):
+            self.disordered.add(output)  # of planes of channels and rows, or columns
+            return None
         turn = self._turn(source) if known is None else known.turn
         shape = (*output.shape[:2], *(output.shape[:1:-1] if turn.swapped else output.shape[2:]))
         # what sees several cells of a map makes a map, if its proportions do not tell otherwise
@@ -289,6 +300,20 @@ def _layout_by(rows: Tensor, columns: Tensor, images: int) -> Layout | None:
                 height, width = row.shape
                 return Layout(turn, axes, (width, height) if turn.swapped else (height, width))
     return None
+
+
+def _are_disordered(rows: Tensor, columns: Tensor) -> bool:
+    """Return whether elements that look like tokens or a map by their shape stand at places that say otherwise.
+
+    They are the tokens of several maps, or of a part of one, or planes of channels and rows.
+    """
+    dims, axes = rows.dim(), axes_of(rows, columns)
+    if dims == 4:
+        return axes == {1, 3}
+    if dims not in {2, 3} or dims - 2 not in axes or (dims == 3 and 0 in axes):
+        return False
+    others = [axis for axis in range(dims) if axis != dims - 2]
+    return all(turn_of(*one) is None for one in _as_grids(_mean(rows, others), _mean(columns, others)))
 
 
 def _mean(places: Tensor, axes: Sequence[int]) -> Tensor:
