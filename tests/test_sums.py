@@ -159,6 +159,68 @@ def test_what_mixes_positions_and_keeps_rows_stands_there(mix: Callable[[Reads, 
         assert found.maps[name].flatten(1)[:, ROW].all()
 
 
+class Packed(nn.Module):
+    """The patches of all images in one sequence, each attending to its own, as NaViT packs them."""
+
+    def __init__(self, pack: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.mlp, self.head = nn.Linear(12, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU()), nn.Linear(8, 3)
+        self.pack = pack
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = [one.unflatten(2, (8, 2)).unflatten(1, (8, 2)).permute(1, 3, 2, 4, 0).reshape(64, 12) for one in x]
+        rows = self.embed(self.pack(cut))
+        rows = rows + self.mlp(rows)
+        return self.head(rows.reshape(len(x), 64, 8).mean(1))
+
+
+def written(parts: list[Tensor]) -> Tensor:
+    """Into memory that was zero."""
+    whole = parts[0].new_zeros(1, sum(map(len, parts)), parts[0].shape[1])
+    whole[0] = torch.cat(parts)
+    return whole
+
+
+@pytest.mark.parametrize("pack", [lambda parts: torch.cat(parts)[None], written, torch.cat], ids=["cat", "write", "2d"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_images_in_one_sequence_have_their_own_maps(count: int, pack: Callable[[list[Tensor]], Tensor]) -> None:
+    model, x = filled(Packed(pack)), images(count, 3, 16, 16)
+    before = model.mlp[0](
+        model.embed(pack([one.unfold(1, 2, 2).unfold(2, 2, 2).permute(1, 2, 3, 4, 0).reshape(64, 12) for one in x]))
+    )
+    shares = F.gelu(before) / before * model.mlp[0].bias @ model.head.weight[1] / 64
+    expected = shares.detach().view(count, 8, 8)
+    found = bias_maps(model, x, 1).maps["mlp.0"]
+    cells = F.avg_pool2d(found, found.shape[2] // 8, divisor_override=1)[:, 0]
+    assert_close(cells, expected, rtol=1e-10, atol=1e-12)
+
+
+class Planes(nn.Module):
+    """Convolutions over planes of channels and rows, or columns, which are as large as the map."""
+
+    def __init__(self, order: tuple[int, int, int, int], convolution: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.plane, self.after = nn.Conv2d(3, 8, 2, 2), convolution, nn.Conv2d(8, 8, 1)
+        self.head, self.order = nn.Linear(8, 3), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = F.silu(self.plane(F.silu(self.stem(x)).permute(self.order)))  # each of these orders is its own inverse
+        return self.head(F.silu(self.after(turned.permute(self.order)))[:, :, 3, 5])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 3, 2, 1)])
+@pytest.mark.parametrize("groups", [8, 1])
+def test_planes_of_channels_are_no_maps(groups: int, order: tuple[int, int, int, int], count: int) -> None:
+    """As DiCENet (Mehta et al. 2019) has them: the score reads one cell."""
+    convolution = nn.Conv2d(8, 8, 3, padding=1, groups=8) if groups == 8 else nn.Conv2d(8, 8, 1)
+    model, x = filled(Planes(order, convolution)), images(count, 3, 16, 16)
+    found = bias_maps(model, x, 1).maps
+    for name in ("plane", "after"):
+        for one in found[name][:, 0]:
+            assert one.nonzero().tolist() == [[3, 5]]
+
+
 @pytest.mark.parametrize("tokens_before", [1, 4])
 def test_default_layers_stand_before_the_last_reads_of_class_tokens(tokens_before: int) -> None:
     """A transformer without convolutions, whose blocks are pairs that it adds to its tokens by itself."""

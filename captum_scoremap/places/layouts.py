@@ -109,6 +109,7 @@ class Layouts:
         self.disordered: set[Value] = set()
         self._nowhere: set[Value] = set()  # gathered, and what was made of that alone
         self._asked: set[Value] = set()  # whose rows are those of constants, and columns positions
+        self._singled: set[Value] = set()  # of one of several images
         self._crossed: set[Value] = set()  # of positions in rows and in columns
         self._rows: dict[Value, _Rows] = {}
         self._places: dict[Value, Places] = {}  # of what was made of a known value by moving elements
@@ -224,7 +225,8 @@ class Layouts:
             _are_rows(source, output, known) or _are_heads(source, output, known) for output in step.outputs
         ):
             return None
-        if len(step.values) > 1 or source in self._places or floating((step.args, dict(step.kwargs))):
+        is_of_its_own = len(step.values) > 1 or source in self._places or self._takes_an_image(step)
+        if is_of_its_own or floating((step.args, dict(step.kwargs))):
             return self._moved_by(step)
         key = step.operation, str(step.args[1:]), str(step.kwargs), source.shape, known
         if key not in self._moves:
@@ -237,7 +239,17 @@ class Layouts:
         ]
         rows, columns = (step.forward(each) for each in zip(*places, strict=True))
         found = list(zip(rows, columns, strict=True))
+        if len(step.values) == 1 and (step.values[0] in self._singled or self._takes_an_image(step)):
+            self._singled.update(step.outputs)
+            return found, [None] * len(found)
         return found, [_layout_by(*one, self._seen[0]) for one in found]
+
+    def _takes_an_image(self, step: Step) -> bool:
+        """Return whether a step takes one of several images, so that no axis is theirs any more."""
+        known = self.known.get(step.values[0])
+        if known is None or self._seen[0] == 1 or display_name(step.operation) not in {"select", "unbind"}:
+            return False
+        return (step.args[1] if len(step.args) > 1 else 0) % step.values[0].ndim == known.image_axis
 
     def _by_rows(self, step: Step, source: Value, output: Value) -> Layout | None:
         """Return the layout of an output whose positions were the rows of a matrix, as a linear layer has them."""
