@@ -25,8 +25,8 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
     the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut. What is
     finer inside a module than before and after it, such as its attention, is no resolution. Of tokens it
     is the last of the longest row of blocks; where class or register tokens stand among them, on which alone the
-    last blocks' score may depend, the block after three quarters of the row, and nothing after the blocks. A network that keeps one resolution is cut
-    at its quarters. What only looks like a map does not count: object queries may be as many as the cells of one.
+    last blocks' score may depend, the block after three quarters of the row, and nothing after the blocks. A network
+    that keeps one resolution is cut at its quarters. What only looks like a map does not count: object queries may be as many as the cells of one.
 
     Args:
         subject: The model, which runs once, and the images, (N, C, H, W).
