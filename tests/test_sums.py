@@ -159,6 +159,12 @@ def test_what_mixes_positions_and_keeps_rows_stands_there(mix: Callable[[Reads, 
         assert found.maps[name].flatten(1)[:, ROW].all()
 
 
+def test_tokens_of_which_there_are_none_are_followed() -> None:
+    """As registers that a model could have, but has not."""
+    model, x = filled(Reads(lambda _, cells: torch.cat([tokens(cells)[:, :0], tokens(cells)], 1))), images(2, 3, 16, 16)
+    assert bias_maps(model, x, 1).maps["mlp.0"].flatten(1)[:, ROW].all()
+
+
 class Packed(nn.Module):
     """The patches of all images in one sequence, each attending to its own, as NaViT packs them."""
 

@@ -26,7 +26,8 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
     finer inside a module than before and after it, such as its attention, is no resolution. Of tokens it
     is the last of the longest row of blocks; where class or register tokens stand among them, on which alone the
     last blocks' score may depend, the block after three quarters of the row, and nothing after the blocks. A network
-    that keeps one resolution is cut at its quarters. What only looks like a map does not count: object queries may be as many as the cells of one.
+    that keeps one resolution is cut at its quarters. What only looks like a map does not count: object queries may be
+    as many as the cells of one.
 
     Args:
         subject: The model, which runs once, and the images, (N, C, H, W).

@@ -93,6 +93,6 @@ def _reads(axes: Collection[int], dims: int, *, rows: bool, columns: bool) -> bo
 
 
 def _differs(places: Tensor, axis: int) -> bool:
-    if places.shape[axis] == 1 or places.stride(axis) == 0:
+    if places.shape[axis] == 1 or places.stride(axis) == 0 or not places.numel():
         return False
     return bool((places - places.narrow(axis, 0, 1)).abs().max() > 1e-6)
