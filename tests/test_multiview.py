@@ -551,6 +551,10 @@ def small(**options: Any) -> MultiView:
         (lambda: small().probabilities(torch.zeros(1, 1, 9, 9), by="vote"), ValueError, "by must be .* got 'vote'"),
         (lambda: MultiView.from_classifier("alexnet"), TypeError, "model must be a torch.nn.Module, got str"),
         (lambda: MultiView.from_classifier(nn.Linear(2, 2)), ValueError, "known family .* got Linear"),
+        # another library's, of the same name
+        (lambda: MultiView.from_classifier(type("ResNet", (nn.Sequential,), {})()), ValueError, "family .* got ResNet"),
+        (lambda: MultiView.from_classifier(type("VGG", (nn.Sequential,), {})()), ValueError, "family .* got VGG"),
+        (lambda: MultiView.from_classifier(type("RegNet", (nn.Sequential,), {})()), ValueError, "family .* got RegNet"),
         (
             lambda: MultiView.from_classifier(models.VisionTransformer(32, 16, 1, 2, 8, 8)),
             ValueError,

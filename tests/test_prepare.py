@@ -315,14 +315,33 @@ class Standardized(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class Binary(nn.Conv2d):
+    """A convolution that makes its weights binary, and with them a bias, which it has none of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (one if one is None else one.sign() / one.shape[1] for one in (self.weight, self.bias))
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
+
+
+class Biasless(nn.Conv2d):
+    """A convolution that refuses a bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            raise RuntimeError("no bias is expected")
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     "convolution",
     [
         Standardized(3, 4, 3),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
         nn.ConvTranspose2d(4, 4, 3, groups=2),
+        Binary(3, 4, 3, bias=False),
+        Biasless(3, 4, 3, bias=False),
     ],
-    ids=["standardized", "parametrized", "grouped transposed"],
+    ids=["standardized", "parametrized", "grouped transposed", "binary", "biasless"],
 )
 def test_convolutions_that_cannot_take_a_norm_are_left(convolution: nn.Module) -> None:
     model = nn.Sequential(convolution, nn.BatchNorm2d(4)).double().eval()

@@ -25,8 +25,9 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
     the last: whole stages are preferred to what is inside them, the main path to a branch beside a shortcut. What is
     finer inside a module than before and after it, such as its attention, is no resolution. Of tokens it
     is the last of the longest row of blocks; where class or register tokens stand among them, on which alone the
-    last blocks' score may depend, the block after three quarters of the row. A network that keeps one resolution is cut
-    at its quarters. What only looks like a map does not count: object queries may be as many as the cells of one.
+    last blocks' score may depend, the block after three quarters of the row, and nothing after the blocks. A network
+    that keeps one resolution is cut at its quarters. What only looks like a map does not count: object queries may be
+    as many as the cells of one.
 
     Args:
         subject: The model, which runs once, and the images, (N, C, H, W).
@@ -113,6 +114,8 @@ def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Mo
         blocks = rows.get(grid, [])
         has_extra = bool(blocks) and _tokens(blocks[-1].returned, image) > math.prod(grid)
         some = maps.get(grid) or tokens[grid]
+        if has_extra and grid not in maps:  # after the blocks, a class token may hold all of the score
+            some = some[: some.index(blocks[0]) + 1] if blocks[0] in some else some
         whole = _last_outermost(some)
         around = {call.module for call in blocks[-1].outer} if blocks else set()
         if any(one.module in around for one in maps.get(grid, ())):

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -252,9 +253,13 @@ def _fold(model: nn.Module, convolution: str, norm: str) -> None:
     fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, transpose=isinstance(conv, _TRANSPOSED))
     plain = conv.weight, conv.bias
     conv.weight, conv.bias = (parameter.requires_grad_(False) for parameter in fused)
-    # A subclass may use its weights in another way: timm has convolutions that standardize them first.
+    # A subclass may use its weights in another way: timm has convolutions that standardize them first, and one that
+    # makes them binary need not know what to do with a bias.
+    got: Tensor | None = None
+    with suppress(Exception):
+        got = rest(conv(trial))
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    if (rest(conv(trial)) - expected).abs().max() <= tolerance * expected.abs().max():
+    if got is not None and (got - expected).abs().max() <= tolerance * expected.abs().max():
         _become(affine, rest)
     else:
         conv.weight, conv.bias = plain

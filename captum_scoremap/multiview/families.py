@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ def divide(model: nn.Module) -> Parts:
     else:
         for name in (base.__name__ for base in type(model).__mro__):
             if name in _FAMILIES:
-                return _FAMILIES[name](model)
+                with suppress(AttributeError):  # of other layers, as another library's of that name
+                    return _FAMILIES[name](model)
     raise unknown_family(model, "of a known family")
 
 

@@ -5,7 +5,7 @@ convolution or a linear layer makes of a map has rows and columns as the map has
 that, and where they move the places of the elements tells how.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,13 @@ from captum_scoremap.rules import Value, display_name, floating
 from captum_scoremap.tape import Step, Tape
 
 from .positions import makes_maps, row_sources, sees_neighbors
+from .sums import axes_of, factors, has_columns_of_second, sums_positions, transforms_positions
 from .turns import UPRIGHT, Turn, turn_of
 
 __all__ = ["Layout", "Layouts"]
 
 
+_BROADCASTING = {"add", "sub", "mul", "div"}
 _COPYING = {"clone", "contiguous", "alias", "to_copy", "detach"}
 _NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # that places can be told in
 
@@ -89,6 +91,9 @@ class Layouts:
     Attributes:
         known: Value to layout.
         moved: Those of them that were moved there cell by cell.
+        gathered: Values that sum over positions, and stand at none.
+        transformed: What Fourier transforms make of positions, or positions of.
+        disordered: Values whose rows, or rows and columns, are known to be no whole map's in order.
     """
 
     def __init__(self, tape: Tape, seen: Shape) -> None:
@@ -99,6 +104,13 @@ class Layouts:
             if value is not None and value.ndim == 4
         }
         self.moved: set[Value] = set()
+        self.gathered: set[Value] = set()
+        self.transformed: set[Value] = set()
+        self.disordered: set[Value] = set()
+        self._nowhere: set[Value] = set()  # gathered, and what was made of that alone
+        self._asked: set[Value] = set()  # whose rows are those of constants, and columns positions
+        self._singled: set[Value] = set()  # of one of several images
+        self._crossed: set[Value] = set()  # of positions in rows and in columns
         self._rows: dict[Value, _Rows] = {}
         self._places: dict[Value, Places] = {}  # of what was made of a known value by moving elements
         self._last: dict[Value, Turn] = {}  # how the image lay when that was known last, of other values
@@ -110,20 +122,90 @@ class Layouts:
         """Note the layouts of what a step makes."""
         moved = self._move(step)
         for number, output in enumerate(step.outputs):
+            if self._loses_positions(step, output):
+                continue
             source = min(row_sources(step, output), key=lambda value: value.step, default=None)
+            columns = self._by_columns(step, output)
+            if columns is not None:
+                self._places[output], layout = columns, _layout_by(*columns, self._seen[0])
+                if layout is not None:
+                    self.known[output] = layout
+                (self._asked if source is None else self.moved).add(output)
+                continue
             if source is None:  # its rows are a constant's
                 continue
+            if source in self._asked:
+                self._asked.add(output)
             if moved is not None:
                 self._places[output], layout = moved[0][number], moved[1][number]
-                self.moved.update([] if layout is None else [output])
+                self.moved.update([] if layout is None or source in self._asked else [output])
+                if (
+                    layout is None
+                    and not floating((step.args, dict(step.kwargs)))
+                    and _are_disordered(*moved[0][number])
+                ):
+                    self.disordered.add(output)
             else:
                 layout = self._by_rows(step, source, output) or self._kept(step, source, output)
-                if source in self._places and source.shape == output.shape:
-                    self._places[output] = self._places[source]
+                places = self._broadcast(step, source, output)
+                if places is not None:
+                    self._places[output] = places
             if layout is None:
                 self._last[output] = self._turn(source)
             else:
                 self.known[output] = layout
+
+    def _axes(self, value: object) -> Collection[int] | None:
+        """Return the axes of a value along which its elements stand at different places; None where not known."""
+        if not isinstance(value, Value):
+            return None
+        known = self.known.get(value)
+        if known is not None:
+            return known.axes
+        return axes_of(*self._places[value]) if value in self._places else None
+
+    def _loses_positions(self, step: Step, output: Value) -> bool:
+        """Note what stands at no position any more, or has them twice; return whether its layout is none."""
+        is_transform = transforms_positions(step, self._axes)
+        is_gathered = not is_transform and sums_positions(step, output, self._axes, self._crossed)
+        if is_transform:
+            self.transformed.add(output)
+        if is_gathered:
+            self.gathered.add(output)
+        if is_gathered or all(value in self._nowhere for value in step.values):
+            self._nowhere.add(output)
+        pair = factors(step)
+        if pair is None:
+            if any(value in self._crossed and value.shape.numel() == output.shape.numel() for value in step.values):
+                self._crossed.add(output)
+        elif all(isinstance(one, Value) for one in pair):
+            first, second = (self._axes(one) or () for one in pair)
+            if output.ndim - 2 in first and output.ndim - 1 not in first and output.ndim - 1 in second:
+                self._crossed.add(output)
+        return is_transform or is_gathered
+
+    def _by_columns(self, step: Step, output: Value) -> Places | None:
+        """Return the places of a product whose columns are positions, those of its second factor; None of others."""
+        first, second = factors(step) or (None, None)
+        if isinstance(first, Value) and first not in self._nowhere:
+            return None
+        if not isinstance(second, Value) or not has_columns_of_second(second, self._axes):
+            return None
+        known = self.known.get(second)
+        row, column = self._places[second] if known is None else known.places(second)
+        return row[..., :1, :].expand(output.shape), column[..., :1, :].expand(output.shape)
+
+    def _broadcast(self, step: Step, source: Value, output: Value) -> Places | None:
+        """Return the places of what an elementwise step makes of values with places; None where they are not known."""
+        if source.shape == output.shape:
+            return self._places.get(source)
+        if display_name(step.operation) not in _BROADCASTING:
+            return None
+        fitting = [value for value in step.values if value in self._places and value.ndim == output.ndim]
+        if not fitting:
+            return None
+        row, column = max((self._places[value] for value in fitting), key=lambda places: len(axes_of(*places)))
+        return row.expand(output.shape), column.expand(output.shape)
 
     def _turn(self, value: Value) -> Turn:
         """Return how the image lies in what a value was made of, but for shifts, which windows take back."""
@@ -143,7 +225,8 @@ class Layouts:
             _are_rows(source, output, known) or _are_heads(source, output, known) for output in step.outputs
         ):
             return None
-        if len(step.values) > 1 or source in self._places or floating((step.args, dict(step.kwargs))):
+        is_of_its_own = len(step.values) > 1 or source in self._places or self._takes_an_image(step)
+        if is_of_its_own or floating((step.args, dict(step.kwargs))):
             return self._moved_by(step)
         key = step.operation, str(step.args[1:]), str(step.kwargs), source.shape, known
         if key not in self._moves:
@@ -156,7 +239,17 @@ class Layouts:
         ]
         rows, columns = (step.forward(each) for each in zip(*places, strict=True))
         found = list(zip(rows, columns, strict=True))
+        if len(step.values) == 1 and (step.values[0] in self._singled or self._takes_an_image(step)):
+            self._singled.update(step.outputs)
+            return found, [None] * len(found)
         return found, [_layout_by(*one, self._seen[0]) for one in found]
+
+    def _takes_an_image(self, step: Step) -> bool:
+        """Return whether a step takes one of several images, so that no axis is theirs any more."""
+        known = self.known.get(step.values[0])
+        if known is None or self._seen[0] == 1 or display_name(step.operation) not in {"select", "unbind"}:
+            return False
+        return (step.args[1] if len(step.args) > 1 else 0) % step.values[0].ndim == known.image_axis
 
     def _by_rows(self, step: Step, source: Value, output: Value) -> Layout | None:
         """Return the layout of an output whose positions were the rows of a matrix, as a linear layer has them."""
@@ -174,6 +267,9 @@ class Layouts:
         known = self.known.get(source)
         if output.ndim != 4 or output.shape[0] != self._seen[0] or not makes_maps(display_name(step.operation)):
             return known if known is not None and known.fits(source, output) else None
+        if not {2, 3}.issuperset(self._axes(source) or ()):
+            self.disordered.add(output)  # of planes of channels and rows, or columns
+            return None
         turn = self._turn(source) if known is None else known.turn
         shape = (*output.shape[:2], *(output.shape[:1:-1] if turn.swapped else output.shape[2:]))
         # what sees several cells of a map makes a map, if its proportions do not tell otherwise
@@ -198,7 +294,8 @@ def _are_rows(source: Value, output: Value, layout: Layout) -> bool:
 def _are_heads(source: Value, output: Value, layout: Layout) -> bool:
     """Return whether the channels of tokens are split, as for heads of attention; they make no map again."""
     last = layout.axes[-1] + 1
-    return len(layout.axes) == 1 and output.ndim > source.ndim and output.shape[:last] == source.shape[:last]
+    before, after = ([size for size in value.shape if size > 1] for value in (source, output))
+    return len(layout.axes) == 1 and len(after) > len(before) and output.shape[:last] == source.shape[:last]
 
 
 def _layout_by(rows: Tensor, columns: Tensor, images: int) -> Layout | None:
@@ -215,6 +312,20 @@ def _layout_by(rows: Tensor, columns: Tensor, images: int) -> Layout | None:
                 height, width = row.shape
                 return Layout(turn, axes, (width, height) if turn.swapped else (height, width))
     return None
+
+
+def _are_disordered(rows: Tensor, columns: Tensor) -> bool:
+    """Return whether elements that look like tokens or a map by their shape stand at places that say otherwise.
+
+    They are the tokens of several maps, or of a part of one, or planes of channels and rows.
+    """
+    dims, axes = rows.dim(), axes_of(rows, columns)
+    if dims == 4:
+        return axes == {1, 3}
+    if dims not in {2, 3} or dims - 2 not in axes or (dims == 3 and 0 in axes):
+        return False
+    others = [axis for axis in range(dims) if axis != dims - 2]
+    return all(turn_of(*one) is None for one in _as_grids(_mean(rows, others), _mean(columns, others)))
 
 
 def _mean(places: Tensor, axes: Sequence[int]) -> Tensor:

@@ -30,10 +30,10 @@ __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
 
 # What carries numbers back to where they came from as moves do: each region's cells are means of the map's, and a
 # maximum is one of the numbers.
-_MOVING = {"roi_align", "im2col", "index_put", "amax", "amin", "max", "min"}
+_MOVING = {"roi_align", "im2col", "index_put", "as_strided_scatter", "amax", "amin", "max", "min"}
 
 # What may put constants where elements of as large a tensor stood, so that not all numbers find a way back.
-_OVERWRITING = {"index_put", "constant_pad_nd"}
+_OVERWRITING = {"index_put", "constant_pad_nd", "as_strided_scatter"}
 
 # The most steps that numbers are carried back: from a window's last product to its partition.
 _FAR = 256
@@ -64,7 +64,10 @@ class Placement:
         self._only: int | None = None
         with torch.no_grad(), unrecorded():
             layouts = Layouts(tape, self.frame.shape)
-        self._elsewhere = values_elsewhere(tape, image_shape[0], layouts.moved)
+        self._elsewhere = values_elsewhere(
+            tape, image_shape[0], layouts.moved, layouts.gathered, layouts.transformed, layouts.disordered
+        )
+        self._gathered = layouts.gathered | (layouts.transformed & self._elsewhere)  # made of all positions
         self._layouts = {value: one for value, one in layouts.known.items() if value not in self._elsewhere}
         self._grids = {
             (value.shape[2], value.shape[3])
@@ -230,8 +233,8 @@ class Placement:
     def _carried_back(self, product: Tensor, value: Value, *, through_sums: bool) -> Iterator[tuple[Tensor, Value]]:
         """The same numbers at the elements of the values that the value was made of, if these have its positions."""
         rows = product.shape[:-1]
-        if value.step < 0 or product.shape[:-1].numel() <= self._images:  # one row an image has no position
-            return
+        if value.step < 0 or value in self._gathered or (value.ndim > 1 and rows.numel() <= self._images):
+            return  # one row an image has no position
         step = self._steps[value.step]
         if step.rule.moves or display_name(step.operation) in _MOVING:
             # products are real ones, of complex values too

@@ -12,6 +12,8 @@ from torch import Tensor
 from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step, Tape
 
+from .sums import is_inverse
+
 __all__ = ["makes_maps", "may_be_elsewhere", "row_sources", "sees_neighbors", "values_elsewhere", "values_folded"]
 
 _SAMPLING = "grid_sample"
@@ -54,13 +56,23 @@ def makes_maps(name: str) -> bool:
     return name == "conv" or "pool" in name or "upsample" in name
 
 
-def values_elsewhere(tape: Tape, images: int, moved: Collection[Value] = ()) -> frozenset[Value]:
+def values_elsewhere(
+    tape: Tape,
+    images: int,
+    moved: Collection[Value] = (),
+    gathered: Collection[Value] = (),
+    transformed: Collection[Value] = (),
+    disordered: Collection[Value] = (),
+) -> frozenset[Value]:
     """Return the values of a run on N images whose rows, or rows and columns, are no positions in the image's order.
 
     Args:
         tape: The run.
         images: How many images there are.
         moved: Values in which every cell of the image is known to stand at its place.
+        gathered: Values that are known to stand at no place.
+        transformed: What Fourier transforms make of positions, or positions of.
+        disordered: Values whose rows, or rows and columns, are known to be no whole map's in order.
 
     Returns:
         The values.
@@ -75,7 +87,15 @@ def values_elsewhere(tape: Tape, images: int, moved: Collection[Value] = ()) -> 
             if output in moved:
                 continue
             sources = row_sources(step, output)
-            if is_chosen or (not sources and name in {_ATTENTION, _SAMPLING}):
+            if output in transformed:  # positions again, of frequencies
+                is_back = is_inverse(step) and all(value in elsewhere for value in sources)
+                elsewhere.update([] if is_back else [output])
+            elif (
+                is_chosen
+                or output in gathered
+                or output in disordered
+                or (not sources and name in {_ATTENTION, _SAMPLING})
+            ):
                 elsewhere.add(output)
             elif not sources:
                 asked.add(output)
