@@ -16,7 +16,7 @@ from captum_scoremap.rules import Value, display_name, floating
 from captum_scoremap.tape import Step, Tape
 
 from .positions import makes_maps, row_sources, sees_neighbors
-from .sums import axes_of, factors, has_columns_of_second, sums_positions, transforms_positions
+from .sums import are_along, axes_of, factors, has_columns_of_second, sums_positions, transforms_positions
 from .turns import UPRIGHT, Turn, turn_of
 
 __all__ = ["Layout", "Layouts"]
@@ -319,10 +319,10 @@ def _are_disordered(rows: Tensor, columns: Tensor) -> bool:
 
     They are the tokens of several maps, or of a part of one, or planes of channels and rows.
     """
-    dims, axes = rows.dim(), axes_of(rows, columns)
+    dims = rows.dim()
     if dims == 4:
-        return axes == {1, 3}
-    if dims not in {2, 3} or dims - 2 not in axes or (dims == 3 and 0 in axes):
+        return [axis for axis in range(4) if are_along(axis, rows, columns)] == [1, 3]
+    if dims not in {2, 3} or not are_along(dims - 2, rows, columns) or (dims == 3 and are_along(0, rows, columns)):
         return False
     others = [axis for axis in range(dims) if axis != dims - 2]
     return all(turn_of(*one) is None for one in _as_grids(_mean(rows, others), _mean(columns, others)))

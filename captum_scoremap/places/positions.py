@@ -60,9 +60,8 @@ def values_elsewhere(
     tape: Tape,
     images: int,
     moved: Collection[Value] = (),
-    gathered: Collection[Value] = (),
+    nowhere: Collection[Value] = (),
     transformed: Collection[Value] = (),
-    disordered: Collection[Value] = (),
 ) -> frozenset[Value]:
     """Return the values of a run on N images whose rows, or rows and columns, are no positions in the image's order.
 
@@ -70,9 +69,8 @@ def values_elsewhere(
         tape: The run.
         images: How many images there are.
         moved: Values in which every cell of the image is known to stand at its place.
-        gathered: Values that are known to stand at no place.
+        nowhere: Values whose rows, or rows and columns, are known to be no whole map's in order.
         transformed: What Fourier transforms make of positions, or positions of.
-        disordered: Values whose rows, or rows and columns, are known to be no whole map's in order.
 
     Returns:
         The values.
@@ -90,12 +88,7 @@ def values_elsewhere(
             if output in transformed:  # positions again, of frequencies
                 is_back = is_inverse(step) and all(value in elsewhere for value in sources)
                 elsewhere.update([] if is_back else [output])
-            elif (
-                is_chosen
-                or output in gathered
-                or output in disordered
-                or (not sources and name in {_ATTENTION, _SAMPLING})
-            ):
+            elif is_chosen or output in nowhere or (not sources and name in {_ATTENTION, _SAMPLING}):
                 elsewhere.add(output)
             elif not sources:
                 asked.add(output)
