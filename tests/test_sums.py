@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from captum_scoremap import CompleteScoreMap, bias_maps, prepare
+from captum_scoremap import CompleteScoreMap, bias_maps, linear_form, prepare
 from captum_scoremap.linear import main_layers
 from tests.test_positions import filled, images
 
@@ -262,3 +262,32 @@ def test_default_layers_stand_before_the_last_reads_of_class_tokens(tokens_befor
     complete, placeless = CompleteScoreMap(model).attribute(x, 1, return_placeless=True)
     assert_close(complete.sum((1, 2, 3)) + placeless, model(x)[:, 1].detach(), rtol=1e-12, atol=1e-12)
     assert bool((complete.abs().sum((1, 2, 3)) > 1e-3 * placeless.abs()).all())
+
+
+class AlongWindows(nn.Module):
+    """What tokens of windows read, (N, C, windows), in convolutions along one axis, as in SepViT (Li et al. 2022)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 8, 2, 2), nn.Parameter(torch.zeros(1, 8, 1))
+        self.qkv, self.along, self.slopes = nn.Conv1d(8, 24, 1), nn.Conv1d(8, 16, 1), nn.PReLU(16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = self.patches(x)
+        n, channels, rows, columns = cells.shape
+        windows = cells.reshape(n, channels, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        windows = windows.reshape(-1, channels, 4)
+        windows = torch.cat([self.token.expand(len(windows), -1, -1), windows], 2)
+        query, key, value = self.qkv(windows).mT.chunk(3, -1)
+        read = ((query @ key.mT).softmax(-1) @ value)[:, 0].reshape(n, -1, channels)
+        return self.head((self.slopes(self.along(read.mT)) + 1).sum(2))
+
+
+def test_channels_are_no_tokens_where_windows_are_convolved_along_one_axis() -> None:
+    """There are 16 windows and 16 channels; that of the bias stands at no cell by its channel."""
+    model, x = filled(AlongWindows()), images(1, 3, 16, 16)
+    found = bias_maps(model, x, 1)
+    assert not {"along", "slopes", "add"} & {*found.maps}
+    total = sum(one.sum() for one in (*found.maps.values(), *found.placeless.values()))
+    assert_close(total, linear_form(model, x, 1).bias.sum(), rtol=1e-10, atol=1e-12)

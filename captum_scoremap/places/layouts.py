@@ -94,6 +94,7 @@ class Layouts:
         gathered: Values that sum over positions, and stand at none.
         transformed: What Fourier transforms make of positions, or positions of.
         disordered: Values whose rows, or rows and columns, are known to be no whole map's in order.
+        channels_first: Values (N, C, length) of convolutions along one axis; what their shape says may be wrong.
     """
 
     def __init__(self, tape: Tape, seen: Shape) -> None:
@@ -107,6 +108,7 @@ class Layouts:
         self.gathered: set[Value] = set()
         self.transformed: set[Value] = set()
         self.disordered: set[Value] = set()
+        self.channels_first: set[Value] = set()
         self._nowhere: set[Value] = set()  # gathered, and what was made of that alone
         self._asked: set[Value] = set()  # whose rows are those of constants, and columns positions
         self._singled: set[Value] = set()  # of one of several images
@@ -265,8 +267,15 @@ class Layouts:
     def _kept(self, step: Step, source: Value, output: Value) -> Layout | None:
         """Return the layout of an output that is its source's; None where it is not known."""
         known = self.known.get(source)
-        if output.ndim != 4 or output.shape[0] != self._seen[0] or not makes_maps(display_name(step.operation)):
-            return known if known is not None and known.fits(source, output) else None
+        name = display_name(step.operation)
+        if output.ndim != 4 or output.shape[0] != self._seen[0] or not makes_maps(name):
+            if known is not None and known.fits(source, output):
+                return known
+            # tokens may be mixed as channels, where they are known to be such
+            is_along = name == "conv" and 1 not in (self._axes(source) or ())
+            if output.ndim == 3 and (is_along or (source in self.channels_first and source.shape == output.shape)):
+                self.channels_first.add(output)
+            return None
         if not {2, 3}.issuperset(self._axes(source) or ()):
             self.disordered.add(output)  # of planes of channels and rows, or columns
             return None

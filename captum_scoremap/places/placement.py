@@ -68,6 +68,7 @@ class Placement:
         self._elsewhere = values_elsewhere(tape, image_shape[0], layouts.moved, nowhere, layouts.transformed)
         self._gathered = layouts.gathered | (layouts.transformed & self._elsewhere)  # made of all positions
         self._layouts = {value: one for value, one in layouts.known.items() if value not in self._elsewhere}
+        self._channels_first = layouts.channels_first
         self._grids = {
             (value.shape[2], value.shape[3])
             for step in tape.steps
@@ -191,7 +192,7 @@ class Placement:
 
     def _placed_by_shape(self, own: Tensor, value: Value) -> tuple[Entry, int | None]:
         """Return where a tensor's shape says that its elements stand, and which of four dimensions has the channels."""
-        if value in self._elsewhere:
+        if value in self._elsewhere or value in self._channels_first:
             return (None, None), None
         like = self.frame.shape_for(own.shape)
         like = like if self._only is None else (1, *like[1:])
