@@ -16,7 +16,7 @@ from captum_scoremap.rules import Value, display_name, floating
 from captum_scoremap.tape import Step, Tape
 
 from .positions import makes_maps, row_sources, sees_neighbors
-from .sums import are_along, axes_of, factors, has_columns_of_second, sums_positions, transforms_positions
+from .sums import Sums, are_along, axes_of, factors, has_columns_of_second
 from .turns import UPRIGHT, Turn, turn_of
 
 __all__ = ["Layout", "Layouts"]
@@ -91,8 +91,7 @@ class Layouts:
     Attributes:
         known: Value to layout.
         moved: Those of them that were moved there cell by cell.
-        gathered: Values that sum over positions, and stand at none.
-        transformed: What Fourier transforms make of positions, or positions of.
+        sums: What stands at no position, for steps summed over them.
         disordered: Values whose rows, or rows and columns, are known to be no whole map's in order.
         channels_first: Values (N, C, length) of convolutions along one axis; what their shape says may be wrong.
     """
@@ -105,14 +104,11 @@ class Layouts:
             if value is not None and value.ndim == 4
         }
         self.moved: set[Value] = set()
-        self.gathered: set[Value] = set()
-        self.transformed: set[Value] = set()
+        self.sums = Sums()
         self.disordered: set[Value] = set()
         self.channels_first: set[Value] = set()
-        self._nowhere: set[Value] = set()  # gathered, and what was made of that alone
         self._asked: set[Value] = set()  # whose rows are those of constants, and columns positions
         self._singled: set[Value] = set()  # of one of several images
-        self._crossed: set[Value] = set()  # of positions in rows and in columns
         self._rows: dict[Value, _Rows] = {}
         self._places: dict[Value, Places] = {}  # of what was made of a known value by moving elements
         self._last: dict[Value, Turn] = {}  # how the image lay when that was known last, of other values
@@ -124,7 +120,7 @@ class Layouts:
         """Note the layouts of what a step makes."""
         moved = self._move(step)
         for number, output in enumerate(step.outputs):
-            if self._loses_positions(step, output):
+            if self.sums.follow(step, output, self._axes):
                 continue
             source = min(row_sources(step, output), key=lambda value: value.step, default=None)
             columns = self._by_columns(step, output)
@@ -141,11 +137,8 @@ class Layouts:
             if moved is not None:
                 self._places[output], layout = moved[0][number], moved[1][number]
                 self.moved.update([] if layout is None or source in self._asked else [output])
-                if (
-                    layout is None
-                    and not floating((step.args, dict(step.kwargs)))
-                    and _are_disordered(*moved[0][number])
-                ):
+                has_constants = bool(floating((step.args, dict(step.kwargs))))
+                if layout is None and not has_constants and _are_disordered(*moved[0][number]):
                     self.disordered.add(output)
             else:
                 layout = self._by_rows(step, source, output) or self._kept(step, source, output)
@@ -166,30 +159,10 @@ class Layouts:
             return known.axes
         return axes_of(*self._places[value]) if value in self._places else None
 
-    def _loses_positions(self, step: Step, output: Value) -> bool:
-        """Note what stands at no position any more, or has them twice; return whether its layout is none."""
-        is_transform = transforms_positions(step, self._axes)
-        is_gathered = not is_transform and sums_positions(step, output, self._axes, self._crossed)
-        if is_transform:
-            self.transformed.add(output)
-        if is_gathered:
-            self.gathered.add(output)
-        if is_gathered or all(value in self._nowhere for value in step.values):
-            self._nowhere.add(output)
-        pair = factors(step)
-        if pair is None:
-            if any(value in self._crossed and value.shape.numel() == output.shape.numel() for value in step.values):
-                self._crossed.add(output)
-        elif all(isinstance(one, Value) for one in pair):
-            first, second = (self._axes(one) or () for one in pair)
-            if output.ndim - 2 in first and output.ndim - 1 not in first and output.ndim - 1 in second:
-                self._crossed.add(output)
-        return is_transform or is_gathered
-
     def _by_columns(self, step: Step, output: Value) -> Places | None:
         """Return the places of a product whose columns are positions, those of its second factor; None of others."""
         first, second = factors(step) or (None, None)
-        if isinstance(first, Value) and first not in self._nowhere:
+        if isinstance(first, Value) and first not in self.sums.nowhere:
             return None
         if not isinstance(second, Value) or not has_columns_of_second(second, self._axes):
             return None

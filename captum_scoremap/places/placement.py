@@ -64,9 +64,10 @@ class Placement:
         self._only: int | None = None
         with torch.no_grad(), unrecorded():
             layouts = Layouts(tape, self.frame.shape)
-        nowhere = layouts.gathered | layouts.disordered
-        self._elsewhere = values_elsewhere(tape, image_shape[0], layouts.moved, nowhere, layouts.transformed)
-        self._gathered = layouts.gathered | (layouts.transformed & self._elsewhere)  # made of all positions
+        sums = layouts.sums
+        nowhere = sums.gathered | layouts.disordered
+        self._elsewhere = values_elsewhere(tape, image_shape[0], layouts.moved, nowhere, sums.transformed)
+        self._gathered = sums.gathered | (sums.transformed & self._elsewhere)  # made of all positions
         self._layouts = {value: one for value, one in layouts.known.items() if value not in self._elsewhere}
         self._channels_first = layouts.channels_first
         self._grids = {

@@ -12,22 +12,90 @@ from torch import Tensor
 from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step
 
-__all__ = [
-    "Axes",
-    "are_along",
-    "axes_of",
-    "factors",
-    "has_columns_of_second",
-    "is_inverse",
-    "sums_positions",
-    "transforms_positions",
-]
+__all__ = ["Sums", "are_along", "axes_of", "factors", "has_columns_of_second", "is_inverse"]
 
 Axes = Callable[[object], Collection[int] | None]
 """Returns the axes of a value along which its elements stand at different places; None where that is not known."""
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # where the first factor is
 _REDUCING = {"sum", "mean", "amax", "amin", "logsumexp"}
+
+
+class Sums:
+    """Which values of a run stand at no position, for steps summed over positions; they are followed one by one.
+
+    Attributes:
+        gathered: Values that sum over all positions, and keep more than channels.
+        transformed: What Fourier transforms make of positions, or positions of.
+        nowhere: What is gathered, and what was made of that alone.
+    """
+
+    def __init__(self) -> None:
+        self.gathered: set[Value] = set()
+        self.transformed: set[Value] = set()
+        self.nowhere: set[Value] = set()
+        self._crossed: set[Value] = set()  # of positions in rows and in columns, as the weights of self-attention
+
+    def follow(self, step: Step, output: Value, axes: Axes) -> bool:
+        """Note what a step sums over.
+
+        Args:
+            step: The step.
+            output: What it makes.
+            axes: Where positions are in what it is made of.
+
+        Returns:
+            Whether its output stands at no position any more, or again.
+        """
+        is_transform = _transforms(step, axes)
+        is_gathered = not is_transform and self._gathers(step, output, axes)
+        if is_transform:
+            self.transformed.add(output)
+        if is_gathered:
+            self.gathered.add(output)
+        if is_gathered or self.nowhere.issuperset(step.values):
+            self.nowhere.add(output)
+        if self._crosses(step, output, axes):
+            self._crossed.add(output)
+        return is_transform or is_gathered
+
+    def _gathers(self, step: Step, output: Value, axes: Axes) -> bool:
+        pair = factors(step)
+        if pair is None:
+            source = step.values[0]
+            if display_name(step.operation) not in _REDUCING or not 2 < output.ndim < source.ndim or len(step.args) < 2:
+                return False
+            positions, which = axes(source), step.args[1]
+            dims = which if isinstance(which, (list, tuple)) else [which]
+            return bool(positions) and {dim % source.ndim for dim in dims} >= {*(positions or ())}
+        first, second = pair
+        if not isinstance(first, Value) or not isinstance(second, Value) or second in self._crossed:
+            return False
+        of_first, of_second = axes(first) or (), axes(second) or ()
+        return _reads(of_first, first.ndim, rows=False, columns=True) and _reads(
+            of_second, second.ndim, rows=True, columns=False
+        )
+
+    def _crosses(self, step: Step, output: Value, axes: Axes) -> bool:
+        pair = factors(step)
+        if pair is None:
+            return any(value in self._crossed and value.shape.numel() == output.shape.numel() for value in step.values)
+        if not all(isinstance(one, Value) for one in pair):
+            return False
+        first, second = (axes(one) or () for one in pair)
+        rows, columns = output.ndim - 2, output.ndim - 1
+        return rows in first and columns not in first and columns in second
+
+
+def _transforms(step: Step, axes: Axes) -> bool:
+    name, source = display_name(step.operation), step.values[0]
+    if name not in {"fft_c2c", "fft_r2c", "fft_c2r"}:
+        return False
+    dims = {dim % source.ndim for dim in step.args[1]}
+    positions = axes(source)
+    if positions is not None:
+        return not dims.isdisjoint(positions)
+    return 1 in dims if source.ndim == 3 else source.ndim == 4 and len(dims) > 1
 
 
 def axes_of(row: Tensor, column: Tensor) -> frozenset[int]:
@@ -46,47 +114,9 @@ def factors(step: Step) -> tuple[object, object] | None:
     return None if at is None or len(step.args) < at + 2 else (step.args[at], step.args[at + 1])
 
 
-def sums_positions(step: Step, output: Value, axes: Axes, crossed: Collection[Value]) -> bool:
-    """Return whether a step sums over all positions of what it is given, and keeps more than channels.
-
-    Args:
-        step: The step.
-        output: What it makes.
-        axes: Where positions are in its arguments.
-        crossed: Values with positions both in rows and in columns, such as the weights of self-attention.
-    """
-    pair = factors(step)
-    if pair is None:
-        source = step.values[0]
-        if display_name(step.operation) not in _REDUCING or not 2 < output.ndim < source.ndim or len(step.args) < 2:
-            return False
-        positions, which = axes(source), step.args[1]
-        dims = which if isinstance(which, (list, tuple)) else [which]
-        return bool(positions) and {dim % source.ndim for dim in dims} >= {*(positions or ())}
-    first, second = pair
-    if not isinstance(first, Value) or not isinstance(second, Value) or second in crossed:
-        return False
-    of_first, of_second = axes(first) or (), axes(second) or ()
-    return _reads(of_first, first.ndim, rows=False, columns=True) and _reads(
-        of_second, second.ndim, rows=True, columns=False
-    )
-
-
 def has_columns_of_second(second: object, axes: Axes) -> bool:
     """Return whether the columns of a second factor are positions, and its rows, which are summed over, are none."""
     return isinstance(second, Value) and _reads(axes(second) or (), second.ndim, rows=False, columns=True)
-
-
-def transforms_positions(step: Step, axes: Axes) -> bool:
-    """Return whether a step is a Fourier transform over positions, of whichever direction."""
-    name, source = display_name(step.operation), step.values[0]
-    if name not in {"fft_c2c", "fft_r2c", "fft_c2r"}:
-        return False
-    dims = {dim % source.ndim for dim in step.args[1]}
-    positions = axes(source)
-    if positions is not None:
-        return not dims.isdisjoint(positions)
-    return 1 in dims if source.ndim == 3 else source.ndim == 4 and len(dims) > 1
 
 
 def is_inverse(step: Step) -> bool:
