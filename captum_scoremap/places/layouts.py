@@ -16,7 +16,7 @@ from captum_scoremap.rules import Value, display_name, floating
 from captum_scoremap.tape import Step, Tape
 
 from .positions import makes_maps, row_sources, sees_neighbors
-from .sums import Sums, are_along, axes_of, factors, has_columns_of_second
+from .sums import Sums, are_along, axes_of, factors, has_columns_of_second, shared
 from .turns import UPRIGHT, Turn, turn_of
 
 __all__ = ["Layout", "Layouts"]
@@ -212,7 +212,7 @@ class Layouts:
         places = [
             self._places[value] if value in self._places else self.known[value].places(value) for value in step.values
         ]
-        rows, columns = (step.forward(each) for each in zip(*places, strict=True))
+        rows, columns = (_moved(step, each) for each in zip(*places, strict=True))
         found = list(zip(rows, columns, strict=True))
         if len(step.values) == 1 and (step.values[0] in self._singled or self._takes_an_image(step)):
             self._singled.update(step.outputs)
@@ -258,6 +258,18 @@ class Layouts:
         is_map = known is not None or (sees_neighbors(step) and map_channel_dim(shape, self._seen) == 1)
         grid = shape[2], shape[3]
         return Layout(turn, (2, 3), grid) if is_map and max(grid) > 1 else None
+
+
+def _moved(step: Step, places: Sequence[Tensor]) -> list[Tensor]:
+    """Return rows or columns of places, moved; what pads maps need not be done for each image and channel."""
+    if display_name(step.operation) == "constant_pad_nd":
+        (one,), shape = places, step.outputs[0].shape
+        axes = [axis for axis in range(one.dim()) if one.stride(axis) == 0 and one.shape[axis] == shape[axis]]
+        for axis in axes:
+            one = one.narrow(axis, 0, 1)
+        (padded,) = step.forward([one])
+        return [padded.expand(shape)]
+    return [shared(one) for one in step.forward(places)]
 
 
 class _Rows(NamedTuple):

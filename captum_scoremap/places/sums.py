@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step
 
-__all__ = ["Sums", "are_along", "axes_of", "factors", "has_columns_of_second", "is_inverse"]
+__all__ = ["Sums", "are_along", "axes_of", "factors", "has_columns_of_second", "is_inverse", "shared"]
 
 Axes = Callable[[object], Collection[int] | None]
 """Returns the axes of a value along which its elements stand at different places; None where that is not known."""
@@ -104,8 +104,17 @@ def axes_of(row: Tensor, column: Tensor) -> frozenset[int]:
 
 
 def are_along(axis: int, row: Tensor, column: Tensor) -> bool:
-    """Return whether elements stand at different places along an axis."""
-    return _differs(row, axis) or _differs(column, axis)
+    """Return whether elements stand at different places along an axis, for places as :func:`shared` has them."""
+    return row.shape[axis] > 1 and bool(row.stride(axis) or column.stride(axis))
+
+
+def shared(places: Tensor) -> Tensor:
+    """Return places that are one memory along axes along which they are the same, so that these can be told."""
+    one = places
+    for axis in range(places.dim()):
+        if one.shape[axis] > 1 and (one.stride(axis) == 0 or bool((one == one.narrow(axis, 0, 1)).all())):
+            one = one.narrow(axis, 0, 1)
+    return one.expand(places.shape)
 
 
 def factors(step: Step) -> tuple[object, object] | None:
@@ -126,10 +135,3 @@ def is_inverse(step: Step) -> bool:
 
 def _reads(axes: Collection[int], dims: int, *, rows: bool, columns: bool) -> bool:
     return (dims - 2 in axes) == rows and (dims - 1 in axes) == columns
-
-
-def _differs(places: Tensor, axis: int) -> bool:
-    if places.shape[axis] == 1 or places.stride(axis) == 0 or not places.numel():
-        return False
-    # what is moved is the same number still
-    return bool((places != places.narrow(axis, 0, 1)).any())
