@@ -6,10 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from captum_scoremap import CompleteScoreMap, LayerScoreMap, bias_maps
-from captum_scoremap.linear import main_layers
+from captum_scoremap.linear import Subject, main_layers
+from captum_scoremap.linear.subject import scores_of
+from captum_scoremap.places.layouts import Layouts
 from tests.test_positions import filled, images
 
 Move = Callable[[Tensor], Tensor]
@@ -208,3 +211,24 @@ def test_channels_made_of_chosen_pixels_of_each_block_are_a_map_of_blocks(order:
         LayerScoreMap(model, model.body).attribute(x, 1)
     found = bias_maps(model, x, 1, model.mix).maps
     assert found["body"].shape == (count, 1, 8, 8)
+
+
+def test_places_are_held_once_for_all_images_and_channels() -> None:
+    """What is padded, and then cut into windows, would else be compared element by element for each step."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 5, 3, 2), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(F.pad(x, (0, 1, 0, 1))).relu()
+            x = x.reshape(len(x), 5, 4, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(len(x), 5, 16, 4)
+            return self.head(x.square().mean((2, 3)))
+
+    model, x = filled(Padded()), images(2, 3, 16, 16)
+    recording, _ = Subject(model, (x,)).record(scores_of(1, 2), [None])
+    layouts = Layouts(recording.tape, x.shape)
+    held = [places for value, pair in layouts._places.items() if value.ndim == 4 for places in pair]
+    assert len(held) > 2
+    assert all(places.stride()[:2] == (0, 0) for places in held)
