@@ -314,8 +314,9 @@ def _otherwise(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: An
 def _back_otherwise(
     gradient: Tensor, input: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, *geometry: Any
 ) -> Any:
-    *geometry, wanted = geometry  # type: ignore[assignment]
-    found = transposed_otherwise(gradient, input.shape, weight, *geometry) if wanted == [True, False, False] else None
+    if geometry[-1] != [True, False, False]:
+        return NotImplemented
+    found = transposed_otherwise(gradient, input.shape, weight, *geometry[:-1])
     return NotImplemented if found is None else (found, None, None)
 
 

@@ -219,10 +219,9 @@ class Recording(Run):
             read_constants(self, operation, args)
         if operation.changes is not None and not operation.reads:
             return run_constant(self, func, operation, args, kwargs)
-        if operation.rule is None:
-            call = Call(operation.functional, args, kwargs, tuple(live), tuple(values))
-            return self._without_rule(func, operation, call)
         call = Call(operation.functional, args, kwargs, tuple(live), tuple(values))
+        if operation.rule is None:
+            return self._without_rule(func, operation, call)
         step = step_of(self, operation, call, tuple(symbols), named)
         if operation.changes is None:
             return write(self, operation, call, step, func)
