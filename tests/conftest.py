@@ -70,6 +70,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Weights and images that a test draws without a seed of its own are the same in every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _torch_as_before() -> Iterator[None]:
     """Global hooks, function modes, the gradient mode and the default dtype end as they began."""
     from tests.state import GlobalState
