@@ -734,6 +734,12 @@ def test_arguments_without_a_slope_cost_no_pass_for_each_element(
     assert_exact(model, model.conv, images)
 
 
+def test_the_number_after_another_is_that_but_for_one_rounding() -> None:
+    form = linear_form(lambda x: torch.nextafter(x, 2 * x.flip(1)).square().sum(1), randn(2, 3))
+    assert_close((form.coefficients * randn(2, 3)).sum(1) + form.bias, randn(2, 3).square().sum(1), **EXACT)
+    assert_close(form.coefficients, randn(2, 3), **EXACT)  # one factor frozen
+
+
 def test_norms_of_no_images_are_nothing() -> None:
     def model(x: Tensor) -> Tensor:
         empty = (1 * x).flatten()[:0].reshape(0, 4, 3)

@@ -156,7 +156,7 @@ def _residuals(
     for site, tapped in recording.tapped.items():
         if site is None or recording.modules.calls[site[0]] != 1 or len(tapped.values) != 1 or tapped.is_tuple:
             continue
-        if tapped.values[0].sites & 1:
+        if tapped.values[0].is_of_image:
             sites.append(site)
     found = Explanation(recording, score, sites, Reduction())
     found.push_back(consume=False)

@@ -1,6 +1,6 @@
 """One recorded run and what is read off its tape: S, A·Y and B at any number of sites."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,16 @@ from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, co
 from .reduction import Reduction, image_sums
 from .subject import Subject, scores_of
 
-__all__ = ["Explanation", "explain", "image_axis"]
+__all__ = ["Explanation", "explain", "image_axis", "warn_of_empty_maps"]
+
+# What a straight-through estimator is taken of.
+_ROUNDING = {"round", "floor", "ceil", "trunc", "sign"}
+
+# Where a value is frozen that much may depend on, so that a map below it can be empty though the score is live.
+_BREAKS = {*_ROUNDING, "argmax", "argmin", "bucketize", "searchsorted", "nonzero", "to_copy"}  # to whole numbers
+
+# How many frozen operations a warning names, the last ones.
+_NAMED = 5
 
 
 class Explanation:
@@ -116,8 +125,10 @@ class Explanation:
     def _axis(self, value: Value, activations: Tensor, product: Tensor) -> int | None:
         """Return the dimension of a layer's tensor that holds the images."""
         count = len(self.score)
-        depends = value.sites & 1  # on the images; what does not may have as many rows by chance
-        if count == 1 or (depends and [axis for axis, size in enumerate(product.shape) if size == count] == [0]):
+        # what does not depend on the images may have as many rows by chance
+        if count == 1 or (
+            value.is_of_image and [axis for axis, size in enumerate(product.shape) if size == count] == [0]
+        ):
             return 0
         with unrecorded():
             return image_axis(self.tape, self.tape.seeds, value, count, activations)
@@ -184,18 +195,24 @@ def explain(
         found.retrace(subject.inputs)
     with torch.set_grad_enabled(create_graph):
         found.push_back(consume=not keep)
-    _warn_of_empty_maps(found)
+    warn_of_empty_maps(recording, score, found.results.values())
     return found
 
 
-def _warn_of_empty_maps(found: Explanation) -> None:
-    """Warn where a map is zero everywhere because the values of operations such as argmin are frozen."""
-    broken = found.recording.broken
+def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Iterable[Tensor]]) -> None:
+    """Warn where the maps of a layer are zero everywhere because the values of operations such as argmin are frozen."""
+    is_frozen = recording.is_frozen(score)  # and whatever it depends on
+    frozen = [(name, module) for name, module in recording.frozen if is_frozen or name in _BREAKS]
     with unrecorded():
-        is_empty = broken and any(not any(bool(one.any()) for one in each) for each in found.results.values())
-    if is_empty:
-        names = ", ".join(f"{name} in {module!r}" if module else name for name, module in broken)
-        warn(
-            f"a map is zero everywhere: the values of these operations are frozen, and nothing else reaches the score: "
-            f"{names}. All of S is in B. Explain a layer above them."
-        )
+        is_empty = frozen and any(not any(bool(one.any()) for one in each) for each in maps)
+    if not is_empty:
+        return
+    names = [f"{name} in {module!r}" if module else name for name, module in frozen]
+    more = f"{len(names) - _NAMED} before, " if len(names) > _NAMED else ""
+    straight = sorted({name for name, _ in frozen} & _ROUNDING)
+    rules = ", ".join(f'"{name}": Rounded()' for name in straight)
+    passed = f", or pass them straight through: rules={{{rules}}}, with `from captum_scoremap.rules import Rounded`"
+    warn(
+        "a map is zero everywhere: the values of these operations are frozen, and nothing else reaches the score: "
+        f"{more}{', '.join(names[-_NAMED:])}. All of S is in B. Explain a layer above them{passed if straight else ''}."
+    )

@@ -24,6 +24,7 @@ from captum_scoremap.scores import Target
 from captum_scoremap.tape import Recording, Site, Step, sites_of
 
 from .bias_terms import constant_times, names_of_steps
+from .explanation import warn_of_empty_maps
 from .subject import Subject, scores_of
 
 __all__ = ["Ledger", "explain_completely", "ledgers"]
@@ -80,7 +81,9 @@ def explain_completely(subject: Subject, target: Target, sites: Sequence[Site | 
             shape = tuple(recording.tapped[site].activations[0].shape)
             raise ValueError(f"layer must return a map (N, C, h, w) or tokens (N, tokens, C), got {shape}.")
     with torch.no_grad():
-        return ledgers(recording, recording.tape.seeds(torch.ones_like(score)), score, sites, image.shape), score
+        found = ledgers(recording, recording.tape.seeds(torch.ones_like(score)), score, sites, image.shape)
+    warn_of_empty_maps(recording, score, [book.maps.values() for book in found if "" in book.maps])
+    return found, score
 
 
 def ledgers(

@@ -10,7 +10,7 @@ from captum_scoremap.checks import as_tuple_of_arguments, unrecorded
 from captum_scoremap.layout import Grid, channel_dim_of, map_channel_dim, patch_grid
 from captum_scoremap.places import Placement
 from captum_scoremap.rules import Value, with_rules
-from captum_scoremap.tape import Recording
+from captum_scoremap.tape import Recording, sites_of
 
 from .outputs import ModuleCall, outputs_of
 from .subject import Subject
@@ -52,12 +52,16 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
 
     additional = as_tuple_of_arguments(subject.additional_forward_args)
     outputs, image_shape = outputs_of(lambda: recording.record((image,), additional), model, image.shape, note)
+    if not recording.tape.output_values:  # it depends on the image through what was frozen alone
+        recording = Recording(model, with_rules(subject.rules), [(module, False) for module in values])
+        recording.record((image,), additional)
+        values = dict.fromkeys(values) | _reaching_output(recording)
     placement = Placement(recording.tape, image.shape)
 
     @cache
     def is_elsewhere(module: nn.Module) -> bool:
         value = values[module]
-        return value is None or not value.sites & 1 or not placement.has_place(value)
+        return value is None or not value.is_of_image or not placement.has_place(value)
 
     without: set[nn.Module] = set()
     while True:
@@ -79,6 +83,16 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     """
     names = {module: name for name, module in model.named_modules()}
     return [names[module] for module in main_modules(Subject(model, (inputs,)))]
+
+
+def _reaching_output(recording: Recording) -> dict[nn.Module, Value]:
+    """Return the layers of a run that the output depends on, and what passed them."""
+    reached = sites_of(recording.tape.output_values.values())
+    return {
+        site[0]: tapped.values[0]
+        for site, tapped in recording.tapped.items()
+        if site is not None and len(tapped.values) == 1 and tapped.bit & reached
+    }
 
 
 def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Module, Grid]:

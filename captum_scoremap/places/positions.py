@@ -78,7 +78,8 @@ def values_elsewhere(
     elsewhere: set[Value] = set()
     asked: set[Value] = set()  # products with a constant first factor: channels, or scores of constant queries
     for step in tape.steps:
-        elsewhere.update(value for value in step.values if not value.sites & 1)  # constants, at a layer that is named
+        # constants, at a layer that is named
+        elsewhere.update(value for value in step.values if not value.is_of_image)
         name = display_name(step.operation)
         is_chosen = name in _REGIONS or name in _ORDERING or (name in _CHOOSING and _chooses_positions(step, images))
         for output in step.outputs:

@@ -26,7 +26,8 @@ class Value:
         dtype: Its type.
         device: Its device.
         gate: Whether it acts as a constant factor in a product (a sigmoid, attention weights, 1/norm).
-        sites: The sites it depends on, a bit for each.
+        sites: The sites it depends on, a bit for each: :attr:`IMAGE` of the first, the image, and :attr:`FROZEN` of
+            the layers that are constants made of it.
         step: Number of the step that makes it; -1 where the tape begins.
         kept: Its tensor, where a pass over part of the tape will read it.
         root: For a view, the value it is a view of, and where that lies in memory: shape, strides, offset.
@@ -38,6 +39,7 @@ class Value:
         (torch.Size([2, 3]), tensor(0.))
     """
 
+    IMAGE, FROZEN = 1, 2
     __slots__ = ("beneath", "device", "dtype", "gate", "kept", "root", "shape", "sites", "step", "stride")
 
     def __init__(self, tensor: Tensor, gate: bool = False, sites: int = 0, step: int = -1) -> None:
@@ -51,6 +53,11 @@ class Value:
         self.kept: Any = None
         self.root: Any = None
         self.beneath: Any = None
+
+    @property
+    def is_of_image(self) -> bool:
+        """Whether it was made of the image, be it of values that operations such as rounding froze."""
+        return bool(self.sites & (self.IMAGE | self.FROZEN))
 
     @property
     def ndim(self) -> int:

@@ -15,7 +15,7 @@ from .composite import COMPOSITE, gated_half
 from .normalization import BatchNorm, GroupNorm, LayerNorm
 from .pooling import Extremum, MaxPool, Ordered, Scattered
 from .products import Convolution, Division, Product, matrix_times, times
-from .quantized import QUANTIZED
+from .quantized import QUANTIZED, Rounded
 from .rule import Comparison, Composite, Frozen, Rule
 from .tangent import Backward, FirstLinear, Sample, Tangent
 from .written_out import WRITTEN_OUT
@@ -239,6 +239,7 @@ _LINEAR: dict[str, Rule] = {
     **dict.fromkeys(_MASKED_BACKWARD.split(), Backward(masks=True)),
     "_standard_gamma": Sample(lambda drawn, shape: torch._standard_gamma_grad(shape, drawn)),
     "_sample_dirichlet": Sample(_dirichlet_slopes, sums_to_one=True),
+    "nextafter": Rounded(),  # its first argument, but for one rounding
 }
 
 _CONSTANT: dict[str, Rule] = {

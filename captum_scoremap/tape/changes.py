@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_scoremap.rules import Call, Copy, floating, tensors_in
+from captum_scoremap.rules import Call, Copy, Value, floating, tensors_in
 
 from .geometry import overlaps
 from .operation import Operation
@@ -36,7 +36,7 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
     run.sight.written(target)
     known = run.value_of(target)
     # a layer's constants, too, may be taken for what they are
-    if known is None or not known.sites & 1 or run.memory.held_constants(target):
+    if known is None or not known.sites & Value.IMAGE or run.memory.held_constants(target):
         run.memory.release_constants(target, step)
     before = run.memory.whole_before(target, known)
     count = len(run.tape.steps)
@@ -71,6 +71,8 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
     run.memory.now_holds(target, value, before)
     if value is None:
         run.made(target)
+        if operation.reads:
+            run.made_frozen(target, operation)
     else:
         run.name(target, value)
     return target
@@ -91,6 +93,7 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
         run.memory.about_to_change(tensor)
         run.sight.written(tensor)
     read_constants(run, operation, args)
+    is_frozen = (operation.reads or operation.is_view) and any(map(run.is_frozen, tensors_in((args, kwargs))))
     output = func(*args, **kwargs)
     for tensor, content in before:
         run.memory.now_holds(tensor, None, content)
@@ -101,6 +104,8 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     if not written or not isinstance(output, Tensor):  # beside what it changes it may return something new
         for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
             run.made(tensor, operation.name)
+    if is_frozen:
+        run.made_frozen(output, operation)
     return output
 
 

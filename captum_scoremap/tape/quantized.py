@@ -28,6 +28,9 @@ def casts(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def run_rounding(run: Run, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on quantized tensors, or one that rounds, and record the plain one and the rounding."""
     rule, where = operation.rule, operation.changes
+    if where is not None and operation.rounds and operation.functional is not None:
+        rounded = run.recorded(operation.functional, *args, **kwargs)  # while what it rounds is still there
+        return run.recorded(args[where].copy_, rounded)
     body = rule.body if isinstance(rule, Rounded) else operation.functional
     is_cast = casts(operation, args, kwargs)
     if not operation.rounds and not is_cast and not run.real.are_moved(rule, args):

@@ -279,7 +279,7 @@ class Recording(Run):
         for tensor in floating(output):
             if tensor.layout is not torch.strided or tensor.is_nested:
                 raise not_dense(self, operation, tensor)
-            self.name(tensor, Value(tensor, sites=1))
+            self.name(tensor, Value(tensor, sites=Value.IMAGE))
         return output
 
 

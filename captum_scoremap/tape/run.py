@@ -14,10 +14,11 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_scoremap.checks import unrecorded
-from captum_scoremap.rules import Rule, Value
+from captum_scoremap.rules import Frozen, Rule, Value, floating, tensors_in
 
 from .memory import Memory
 from .module_tracker import ModuleTracker, Site
+from .operation import Operation
 from .real_numbers import RealNumbers
 from .sight import Sight
 from .steps import Step, Tape, Tapped
@@ -45,11 +46,12 @@ class Run(TorchDispatchMode):
         self.memory = Memory(self.tape, rules, self.modules, keep_bypass=keep_bypass)
         self.sight = Sight(self.modules)
         self.real = RealNumbers()
-        self.bit = 1  # of the last site
+        self.bit = Value.FROZEN  # of the last site
         self.tapped: dict[Site | None, Tapped] = {}  # of the input, None, and of each site that ran
-        self.broken: dict[tuple[str, str], None] = {}  # operations, and their modules, whose frozen values empty maps
+        self.frozen: dict[tuple[str, str], None] = {}  # operations, and their modules, whose values are frozen
         self.unverified: list[tuple[str, Step, list[Tensor], Any]] = []  # steps under rules of the user's
         self._known: dict[int, tuple[weakref.ref[Tensor], Value | None, int]] = {}  # and when it became known
+        self._made_of_image: dict[int, weakref.ref[Tensor]] = {}  # constants, by what was frozen
 
     def recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function so that its operations are recorded, from within one of them."""
@@ -65,6 +67,18 @@ class Run(TorchDispatchMode):
         self._known[id(tensor)] = weakref.ref(tensor), None, self.memory.clock
         if operation:
             self.sight.made(tensor, operation)
+
+    def made_frozen(self, output: Any, operation: Operation) -> None:
+        """Note that constants were made of the image: by what freezes its value, or of what that made."""
+        self._made_of_image |= {id(tensor): weakref.ref(tensor) for tensor in tensors_in(output)}
+        is_cast = operation.name == "_to_copy" and not floating(output)  # to whole numbers
+        if is_cast or isinstance(operation.rule, Frozen):
+            self.frozen[operation.display, self.modules.current_name] = None
+
+    def is_frozen(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a constant that was made of the image."""
+        known = self._made_of_image.get(id(tensor)) if self._made_of_image else None
+        return known is not None and known() is tensor and self.value_of(tensor) is None
 
     def lift(self, tensor: Tensor) -> None:
         """Note that a tensor is made of Python's or NumPy's numbers, unless it is a live one, which stays so."""

@@ -18,9 +18,10 @@ __all__ = ["tap", "tap_inputs"]
 def tap_inputs(run: Run, inputs: tuple[Tensor, ...]) -> tuple[Value | None, ...]:
     """Tap the input, a run's first site: return its values; None for what cannot be live, such as integers."""
     values = tuple(
-        _new_value(run, tensor, 1) if tensor.is_floating_point() or tensor.is_complex() else None for tensor in inputs
+        _new_value(run, tensor, Value.IMAGE) if tensor.is_floating_point() or tensor.is_complex() else None
+        for tensor in inputs
     )
-    run.tapped[None] = Tapped(tuple(filter(None, values)), True, 1)
+    run.tapped[None] = Tapped(tuple(filter(None, values)), True, Value.IMAGE)
     return values
 
 
@@ -48,7 +49,7 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
             passed = torch.ops.aten.alias.default(tensor)
             value = run.value_of(passed)
             if value is None:  # a layer that does not depend on the image
-                value = _new_value(run, passed, 0)
+                value = _new_value(run, passed, Value.FROZEN if run.is_frozen(passed) else 0)
                 run.memory.constant_begins(passed)
             elif not run.inspect:
                 value.kept = run.memory.keep(passed)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import Call, Composite, Linear, Rule, floating, tensors_in
+from captum_scoremap.rules import Call, Composite, Linear, Rule, Value, floating, tensors_in
 from captum_scoremap.rules.quantized import EIGHT_BITS
 
 from .geometry import geometry
@@ -18,12 +18,6 @@ from .steps import Step
 from .verification import to_verify
 
 __all__ = ["not_dense", "not_to_change", "step_of", "write"]
-
-# Where a value is frozen that a model may depend on, so that a map below it can be empty.
-_BREAKS = {
-    *("argmax", "argmin", "round", "floor", "ceil", "trunc", "sign", "bucketize", "searchsorted", "nonzero"),
-    "_to_copy",  # to whole numbers
-}
 
 
 def step_of(run: Run, operation: Operation, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
@@ -115,10 +109,10 @@ def _live_part(run: Run, operation: Operation, rule: Rule, output: Any) -> Seque
 
 
 def _note_constant(run: Run, operation: Operation, output: Any) -> None:
-    if operation.name in _BREAKS:
-        run.broken[operation.display, run.modules.current_name] = None
     for tensor in tensors_in(output):
         run.made(tensor, operation.name)
+    if operation.reads:
+        run.made_frozen(output, operation)
     if operation.name == "_local_scalar_dense":
         run.sight.leave_one()
 
@@ -141,7 +135,7 @@ def _leave_constants(step: Step, call: Call) -> None:
 
     A layer that does not depend on it, such as one that makes another's weight, gives a constant like any other.
     """
-    depends = [bool(value.sites & 1) for value in step.values]
+    depends = [bool(value.sites & Value.IMAGE) for value in step.values]
     if all(depends) or not any(depends):
         return
     each: Any = zip(step.values, call.live, depends, strict=True)
