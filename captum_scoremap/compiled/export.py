@@ -182,7 +182,7 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        lines = vars(torch.fx.config).get("do_not_emit_stack_traces")
+        lines = vars(torch.fx.config).get("do_not_emit_stack_traces", False)
         try:
             torch.fx.config.do_not_emit_stack_traces = True  # where in our code, at a fifth of the time
             for logger in loggers:
