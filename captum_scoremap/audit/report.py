@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,9 @@ def _maps_of(shards: Shards, number: int, layers: Sequence[str]) -> dict[int, li
     return content
 
 
-def _page(analysis: Analysis, context: Mapping[str, Any]) -> str:
+@cache
+def _template() -> jinja2.Template:
+    """Return the page's template, compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -308,9 +311,13 @@ def _page(analysis: Analysis, context: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["short"] = short
+    return environment.get_template("report.html.j2")
+
+
+def _page(analysis: Analysis, context: Mapping[str, Any]) -> str:
     summary = analysis.summary
     residuals = [row["residual_max"] for row in summary["layers"] if row["residual_max"] is not None]
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         **context,
         summary=summary,
         residual=max(residuals, default=None),

@@ -69,7 +69,7 @@ def write(
         # ONNX has names of its own, in the order of the outputs
         named = _WithState(module, state, () if is_onnx else names)
         program = torch.export.export(named, tuple(arguments), dynamic_shapes=dynamic)
-        for node in program.graph.nodes:  # where in our code, which is of no use elsewhere
+        for node in program.graph.nodes:  # of versions of PyTorch that always record them
             node.meta.pop("stack_trace", None)
         if not is_onnx:
             torch.export.save(program, path)
@@ -135,7 +135,12 @@ def read_back(path: Path, given: Sequence[str], names: Sequence[str]) -> Callabl
 
         return compute
     module = torch.export.load(path).module()
-    return lambda *arguments: [module(*arguments)[name] for name in names]
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        found = module(*arguments)
+        return [found[name] for name in names]
+
+    return run
 
 
 @contextlib.contextmanager
@@ -177,10 +182,13 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
+        lines = vars(torch.fx.config).get("do_not_emit_stack_traces", False)
         try:
+            torch.fx.config.do_not_emit_stack_traces = True  # where in our code, at a fifth of the time
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
             yield
         finally:
+            torch.fx.config.do_not_emit_stack_traces = lines
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -114,7 +114,7 @@ def trace(
     """Return the graph of a function.
 
     Args:
-        function: From tensors to a sequence of tensors. It runs once.
+        function: From tensors to a sequence of tensors. It runs once, and once more where it is refused.
         arguments: The tensors; the graph is for their shapes, types and devices.
         modules: Name to module: parameters and buffers of these are looked up anew at each call.
 
@@ -126,18 +126,47 @@ def trace(
             depends on them, draws noise, or changes its state.
         RuntimeError: As the function.
     """
+    noise = _noise_state(arguments)
+    traced = _traced(function, arguments)
+    draws_noise = noise != _noise_state(arguments)
+    try:
+        _check_nodes(traced.graph, draws_noise)
+    except ValueError:
+        # once more, to say where it is: to note that of each operation takes half of the time
+        _check_nodes(_traced(function, arguments, notes_places=True).graph, draws_noise)
+        raise
+    traced.graph.eliminate_dead_code()
+    state = _lift(traced, len(arguments), modules or {})
+    traced.recompile()
+    graph = Graph(traced, state)
+    _check_state(graph, arguments)
+    return graph
+
+
+def _traced(
+    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor], *, notes_places: bool = False
+) -> fx.GraphModule:
+    """Return the operations that a function runs, with where each was called, if asked for.
+
+    Raises:
+        ValueError: If it branches on numbers of the arguments, or has tensors that are not dense.
+        RuntimeError: As the function.
+    """
     # takes a third of a second to import, which a program that compiles nothing need not wait for
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    noise = _noise_state(arguments)
-    # of newer versions of PyTorch, for errors that say where
-    traces: dict[str, Any] = (
-        {"record_stack_traces": True} if "record_stack_traces" in signature(make_fx).parameters else {}
+    # older versions of PyTorch cannot
+    notes: dict[str, Any] = (
+        {"record_stack_traces": notes_places} if "record_stack_traces" in signature(make_fx).parameters else {}
     )
-    with torch.no_grad(), plainly(), exits_refused(_depends), warnings.catch_warnings():
+    # one mode for the shapes of all results: without a context each has one of its own, at a third of the time
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with torch.no_grad(), plainly(), exits_refused(_depends), tracing(context), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have been shown when the function ran
         try:
-            traced = make_fx(lambda *tensors: tuple(function(*tensors)), **traces)(*arguments)
+            return make_fx(lambda *tensors: tuple(function(*tensors)), **notes)(*arguments)
         except RuntimeError as error:
             if "do not have strides" in str(error):  # PyTorch traces those of rows or blocks as little as it says so
                 kind = str(error).partition(" tensors")[0]
@@ -152,13 +181,6 @@ def trace(
                 f"the map must not branch on numbers of the image to be compiled; it reads some{where}. Use "
                 "method.attribute, or write the branch with torch.where."
             ) from error
-    _check_nodes(traced.graph, noise != _noise_state(arguments))
-    traced.graph.eliminate_dead_code()
-    state = _lift(traced, len(arguments), modules or {})
-    traced.recompile()
-    graph = Graph(traced, state)
-    _check_state(graph, arguments)
-    return graph
 
 
 def _depends(tensor: Tensor) -> bool:

@@ -149,6 +149,8 @@ def convolution(op: Operation) -> Tensor:
     kernel = op["weight"].shape[2:]
     stride, padding, dilation = (_per_axis(op[name], len(kernel)) for name in ("stride", "padding", "dilation"))
     reach = op["input"].unflatten(1, (op["groups"], -1)).amax(2)
+    if torch.equal(reach, reach[:, :1].expand_as(reach)):  # as behind a convolution of all channels: one does for all
+        reach = reach[:, :1]
     if op["transposed"]:  # a convolution of stride 1 over cells that lie `stride` apart
         span = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         around = [length // s + 2 for length, s in zip(span, stride, strict=True)]
@@ -159,7 +161,7 @@ def convolution(op: Operation) -> Tensor:
         padding = [length - p - cells * s for length, p, cells, s in zip(span, padding, around, stride, strict=True)]
         stride = [1] * len(kernel)
     reach = _window(op, reach, kernel, stride, padding, dilation)
-    return reach.repeat_interleave(op.shape[1] // op["groups"], dim=1)
+    return reach.repeat_interleave(op.shape[1] // reach.shape[1], dim=1)
 
 
 @rule("avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices")

@@ -164,6 +164,21 @@ class Call:
         return argument
 
 
+_PLAIN = frozenset({
+    bool,
+    int,
+    float,
+    str,
+    type(None),
+    torch.device,
+    torch.dtype,
+    torch.layout,
+    torch.memory_format,
+    Value,
+})
+"""Types of what arguments hold no tensors in."""
+
+
 def tensors_in(value: object) -> list[Tensor]:
     """Return every tensor in nested tuples, lists, mappings and dataclasses, in order.
 
@@ -180,7 +195,15 @@ def tensors_in(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in tensors_in(item)]
+        found: list[Tensor] = []
+        for item in value:  # every step asks; most items are tensors and numbers, which need no call of their own
+            if type(item) in _PLAIN:
+                continue
+            if isinstance(item, Tensor):
+                found.append(item)
+            else:
+                found += tensors_in(item)
+        return found
     if isinstance(value, Mapping):
         return [tensor for item in value.values() for tensor in tensors_in(item)]
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
