@@ -421,7 +421,7 @@ def trained_on_views(digits: Tensor, labels: Tensor, generator: torch.Generator)
         *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(32 * 4 * 4, 64, bias=False), nn.ReLU(), nn.Linear(64, 10, bias=False)),
     )
-    steps, rate = 2000, 5e-3
+    steps, rate = 1400, 6e-3
     optimizer = torch.optim.Adam(network.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for _ in range(steps):

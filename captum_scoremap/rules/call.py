@@ -79,6 +79,10 @@ def _schema(operation: Any) -> dict[str, tuple[int, Any]]:
     return {one.name: (position, one.default_value) for position, one in enumerate(operation._schema.arguments)}
 
 
+# Types of most arguments: told by the type, they take a tenth of the time.
+_NUMBERS = frozenset({bool, int, float, str, type(None), torch.device, torch.dtype, torch.layout, torch.memory_format})
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One call of an ATen operation.
@@ -152,31 +156,18 @@ class Call:
         """Return the same call with tensors in place of its live arguments, in order."""
         live = tuple(tensors)
         remaining = iter(live)
-        args = tuple(self._filled(argument, remaining) for argument in self.args)
+        args = tuple([self._filled(argument, remaining) for argument in self.args])
         kwargs = {name: self._filled(argument, remaining) for name, argument in self.kwargs.items()}
         return Call(self.operation, args, kwargs, live, self.values)
 
     def _filled(self, argument: Any, tensors: Iterator[Tensor]) -> Any:
-        if any(argument is symbol for symbol in self.live):
+        if type(argument) in _NUMBERS:
+            return argument
+        if self.is_live(argument):
             return next(tensors)
         if isinstance(argument, (tuple, list)):
-            return type(argument)(self._filled(item, tensors) for item in argument)
+            return type(argument)([self._filled(item, tensors) for item in argument])
         return argument
-
-
-_PLAIN = frozenset({
-    bool,
-    int,
-    float,
-    str,
-    type(None),
-    torch.device,
-    torch.dtype,
-    torch.layout,
-    torch.memory_format,
-    Value,
-})
-"""Types of what arguments hold no tensors in."""
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -197,7 +188,7 @@ def tensors_in(value: object) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         found: list[Tensor] = []
         for item in value:  # every step asks; most items are tensors and numbers, which need no call of their own
-            if type(item) in _PLAIN:
+            if type(item) in _NUMBERS or type(item) is Value:
                 continue
             if isinstance(item, Tensor):
                 found.append(item)
