@@ -17,7 +17,7 @@ from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step, Tape
 
 from .moves import moved
-from .positions import Positions, cell_centers, image_of_all, shared, upright
+from .positions import Positions, by_shape, cell_centers, image_of_all, shared, upright
 
 __all__ = ["Found", "positions_in"]
 
@@ -68,8 +68,12 @@ class _Following:
 
     def follow(self, step: Step) -> None:
         """Note where the elements of what a step makes stand."""
-        found = self._found(step) if any(value in self.known for value in step.values) else []
-        self.known.update((output, one) for output, one in zip(step.outputs, found, strict=False) if one)
+        for value in step.values:
+            if value.step < 0 and value not in self.known and value.is_of_image:  # of values that are frozen
+                found = by_shape(value.shape, self._seen, value.device)
+                self.known.update({} if found is None else {value: (found,)})
+        made = self._found(step) if any(value in self.known for value in step.values) else []
+        self.known.update((output, one) for output, one in zip(step.outputs, made, strict=False) if one)
         for output in step.outputs if _sees_neighbors(step) else ():
             shape, one = tuple(output.shape), self.known.get(output)
             is_unknown = one is None or max(one[0].grid) == 1
@@ -128,7 +132,7 @@ class _Following:
         known = sorted((one for one in found if one.are_known), key=lambda one: -len(one.axes))
         image = max((one.image for one in found), key=Tensor.numel)
         chosen = crossed[:2] or known[:1] or found[:1]
-        return tuple(one if one.image.numel() == image.numel() else _of_image(one, image) for one in chosen)
+        return tuple(one if one.image.numel() == image.numel() else one.of(image) for one in chosen)
 
     def _transformed(self, step: Step) -> Found:
         """Return where frequencies stand, which is nowhere, or what is made of them again."""
@@ -160,7 +164,7 @@ class _Following:
             groups, channels = _groups(step), output.shape[1]
             left = one.summed([1])
             if groups > 1 and left is not one:
-                one = _changed(one, lambda part: _grouped(part, groups, channels)).settled()
+                one = one.changed(lambda part: _grouped(part, groups, channels)).settled()
             elif not left.lack(one) or source.shape[1] != channels:
                 one = left
         if _sees_neighbors(step) and output.ndim == 4:
@@ -223,21 +227,13 @@ class _Following:
         return (first, *beside[:1])
 
 
-def _changed(one: Positions, change: Any) -> Positions:
-    return Positions(change(one.image), change(one.row), change(one.column), one.grid)
-
-
-def _of_image(one: Positions, image: Tensor) -> Positions:
-    return Positions(image, one.row, one.column, one.grid)
-
-
 def _reduced(one: Positions, dims: Any, left: int) -> Positions:
     """Return where sums over some axes stand, which may be gone."""
     count = one.row.dim()
     axes = [dim % count for dim in (dims if isinstance(dims, (list, tuple)) else [dims])] or list(range(count))
     one = one.summed(axes)
     kept = [axis for axis in range(count) if axis not in axes]
-    return one if left == count else _changed(one, lambda part: part.reshape([part.shape[axis] for axis in kept]))
+    return one if left == count else one.changed(lambda part: part.reshape([part.shape[axis] for axis in kept]))
 
 
 def _aligned(one: Positions, before: Sequence[int], after: Sequence[int]) -> Positions | None:
@@ -246,11 +242,11 @@ def _aligned(one: Positions, before: Sequence[int], after: Sequence[int]) -> Pos
         return one
     added = len(after) - len(before)
     if added >= 0 and all(size in {1, other} for size, other in zip(before, after[added:], strict=True)):
-        return _changed(one, lambda part: part.reshape((1,) * added + part.shape)) if added else one
+        return one.changed(lambda part: part.reshape((1,) * added + part.shape)) if added else one
     if not added:
         return one.summed([axis for axis, sizes in enumerate(zip(before, after, strict=True)) if sizes[0] != sizes[1]])
     if added == 1 and tuple(before) == tuple(after[:-1]):  # real numbers of complex ones
-        return _changed(one, lambda part: part.unsqueeze(-1))
+        return one.changed(lambda part: part.unsqueeze(-1))
     return _reduced(one, -1, len(after)) if added == -1 and tuple(before[:-1]) == tuple(after) else None
 
 

@@ -16,7 +16,7 @@ from captum_scoremap.tape import Recording, Site, Tape
 from .cells import Cells, cells_of
 from .following import positions_in
 from .frame import frame_of
-from .positions import Positions
+from .positions import Positions, by_shape
 
 __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
 
@@ -110,12 +110,14 @@ class Placement:
     def _positions_of(self, value: Value) -> Positions:
         """Return where a value's elements stand, all channels together."""
         shape = tuple(value.shape)
-        if value not in self._known:
+        one = self._known[value][0] if value in self._known else None
+        if one is None and value.step < 0 and value.is_of_image:
+            one = by_shape(shape, self.frame.shape_for(shape), value.device)
+        if one is None:
             zero = torch.zeros((1,) * len(shape), device=value.device)
             is_first = len(shape) > 0 and shape[0] == self._images
             numbers = torch.arange(1.0, self._images + 1, device=value.device).view(-1, *(1,) * (len(shape) - 1))
             return Positions(numbers if is_first else zero, zero, zero, (1, 1))
-        one = self._known[value][0]
         channel_dim = map_channel_dim(shape, self.frame.shape_for(shape)) if len(shape) in {3, 4} else None
         left = one if channel_dim is None else one.summed([channel_dim])
         return one if left.lack(one) else left

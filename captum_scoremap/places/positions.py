@@ -1,16 +1,17 @@
 """Of which image the elements of a value are, and at which row and column of it they stand."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from captum_scoremap.layout import Grid
+from captum_scoremap.layout import Grid, map_channel_dim, patch_grid
 
-__all__ = ["Positions", "cell_centers", "image_of_all", "shared", "upright"]
+__all__ = ["Positions", "by_shape", "cell_centers", "image_of_all", "shared", "upright"]
 
 # Rows and columns are compared in such parts of the image's sides, about as many as single precision tells.
 _PARTS = 2.0**22
@@ -48,6 +49,14 @@ class Positions:
         count = math.prod(max(self.row.shape[axis], self.column.shape[axis]) for axis in self.axes)
         return count > len(self.image[self.image > 0].unique())
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Positions":
+        """Return the same after a change of image, row and column."""
+        return Positions(change(self.image), change(self.row), change(self.column), self.grid)
+
+    def of(self, image: Tensor) -> "Positions":
+        """Return the same of other images."""
+        return Positions(image, self.row, self.column, self.grid)
+
     def nowhere(self) -> "Positions":
         """Return what stands at no position, of the same images."""
         zero = self.row.new_zeros((1,) * self.row.dim())
@@ -79,6 +88,23 @@ def upright(shape: Sequence[int], device: torch.device) -> Positions:
     image = torch.arange(1.0, shape[0] + 1, device=device).view(-1, 1, 1, 1)
     row, column = (cell_centers(size, device) for size in shape[2:])
     return Positions(image, row.view(1, 1, -1, 1), column.view(1, 1, 1, -1), (shape[2], shape[3]))
+
+
+def by_shape(shape: Sequence[int], seen: Sequence[int], device: torch.device) -> Positions | None:
+    """Return the positions of a map, (N, C, h, w) or (N, h, w, C), or tokens, (N, tokens, C), of images of a shape."""
+    channel_dim = map_channel_dim(tuple(shape), tuple(seen))
+    if channel_dim is None:
+        return None
+    if len(shape) == 4:
+        one = upright((shape[0], 1, *(shape[2:] if channel_dim == 1 else shape[1:3])), device)
+        return one if channel_dim == 1 else one.changed(lambda part: part.permute(0, 2, 3, 1))
+    grid = patch_grid(shape[1], seen)
+    if grid is None:
+        return None
+    extra = shape[1] - math.prod(grid)
+    sides = torch.meshgrid(*(cell_centers(size, device) for size in grid), indexing="ij")
+    row, column = (F.pad(side.flatten(), (extra, 0)).view(1, -1, 1) for side in sides)
+    return Positions(torch.arange(1.0, shape[0] + 1, device=device).view(-1, 1, 1), row, column, grid)
 
 
 def cell_centers(count: int, device: torch.device) -> Tensor:
