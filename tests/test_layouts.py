@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from captum_scoremap import CompleteScoreMap, LayerScoreMap, bias_maps
 from captum_scoremap.linear import Subject, main_layers
 from captum_scoremap.linear.subject import scores_of
-from captum_scoremap.places.layouts import Layouts
+from captum_scoremap.places.following import positions_in
 from tests.test_positions import filled, images
 
 Move = Callable[[Tensor], Tensor]
@@ -228,7 +228,7 @@ def test_places_are_held_once_for_all_images_and_channels() -> None:
 
     model, x = filled(Padded()), images(2, 3, 16, 16)
     recording, _ = Subject(model, (x,)).record(scores_of(1, 2), [None])
-    layouts = Layouts(recording.tape, x.shape)
-    held = [places for value, pair in layouts._places.items() if value.ndim == 4 for places in pair]
+    known = positions_in(recording.tape, x.shape)
+    held = [part for value, (one, *_) in known.items() if value.ndim == 4 for part in (one.row, one.column)]
     assert len(held) > 2
-    assert all(places.stride()[:2] == (0, 0) for places in held)
+    assert all(part.shape[:2] == (1, 1) for part in held)

@@ -154,7 +154,7 @@ class _Layer:
         activations = tapped.activations
         zeros = None
         if len(activations) == 1:
-            zeros, _ = placement.map_of(torch.zeros_like(activations[0]), tapped.values[0])
+            zeros, _ = placement(torch.zeros_like(activations[0]), tapped.values[0])
         if zeros is None:
             got = ", ".join(str(tuple(tensor.shape)) for tensor in activations)
             raise ValueError(
@@ -166,7 +166,7 @@ class _Layer:
 
     def score_map(self, coefficients: Tensor) -> Tensor:
         """Return the score map, (N, 1, h, w)."""
-        found, _ = self._placement.map_of(coefficients * self._activations, self.value)
+        found, _ = self._placement(coefficients * self._activations, self.value)
         return self.zeros if found is None else found
 
 

@@ -430,7 +430,7 @@ class _Run:
         tapped = self._found.tapped(site)
         if len(self._shape) != 4 or len(tapped.values) != 1:
             return _no_entry()
-        return self._placement.map_of(self._found.results[site][0] * tapped.activations[0], tapped.values[0])
+        return self._placement(self._found.results[site][0] * tapped.activations[0], tapped.values[0])
 
     @cached_property
     def _placement(self) -> Placement:

@@ -38,10 +38,9 @@ class Ledger:
     maps: dict[str, Tensor] = field(default_factory=dict)  # (N, 1, rows, columns), each on its own grid
     placeless: dict[str, Tensor] = field(default_factory=dict)  # (N,): head biases, class tokens
 
-    def enter(self, name: str, entries: Sequence[Entry]) -> None:
-        """Enter maps, and what stands beside them without a place."""
-        pairs = [pair for entry in entries for pair in zip((self.maps, self.placeless), entry, strict=True)]
-        for book, one in pairs:
+    def enter(self, name: str, entry: Entry) -> None:
+        """Enter a map, and what stands beside it without a place."""
+        for book, one in zip((self.maps, self.placeless), entry, strict=True):
             if one is None:
                 continue
             unique, number = name, 1
@@ -136,16 +135,16 @@ def _filled(
             reads = sites_of(step.values)
             for value, gradient, constant in zip(step.outputs, gradients, step.constants(), strict=False):
                 if gradient is not None and constant is not None:
-                    entries = placed(constant_times(constant.to(gradient.dtype), gradient), value)
+                    entry = placed(constant_times(constant.to(gradient.dtype), gradient), value)
                     for book, tapped in books:
                         if reads & tapped.bit:
-                            book.enter(names(step), entries)
+                            book.enter(names(step), entry)
             for value, share in zip(step.values, shares, strict=True):
                 beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
                 if beside and share is not None:
-                    entries = placed(constant_times(value.kept.tensor, share), value)
+                    entry = placed(constant_times(value.kept.tensor, share), value)
                     for book in beside:
-                        book.enter(f"beside {names(step)}", entries)
+                        book.enter(f"beside {names(step)}", entry)
 
         wanted: dict[Value, Callable[[Tensor], Tensor]] = {
             value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
@@ -154,13 +153,13 @@ def _filled(
         for book, tapped in books:
             for value, y in zip(tapped.values, tapped.activations, strict=True):
                 product = found[value] if value in found else torch.zeros_like(y)
-                book.enter("", placed(product, value, is_named=True))
+                book.enter("", placed(product, value))
 
     for placed, seeds in passes:
         fill(placed, seeds)
     for book, tapped in books:
         if not any(value.sites & tapped.bit for value in seeds):  # the score does not depend on the layer
-            book.enter("score", [(None, score)])
+            book.enter("score", (None, score))
         if len(passes) == 1 and not is_traced():
             _check_images(book, score)
     return [book for book, _ in books]

@@ -1,8 +1,8 @@
 """Where the elements of a run's tensors stand in the image.
 
-``placement`` says it of any value: by its layout, where what was moved tells it (``layouts``, ``turns``), else by its
-shape; ``positions`` tells what stands at positions from what only looks like it, ``sums`` what summed over them;
-``frame`` says where the image lies in what the network sees.
+``following`` takes positions along from the images through each step of a run, with ``moves`` for those steps that move
+elements; ``positions`` are the image, row and column of each element, ``cells`` where in a map they are, and
+``placement`` adds numbers up there. ``frame`` says where the image lies in what the network sees.
 """
 
 from .frame import Frame, frame_of

@@ -1,15 +1,7 @@
-"""Where the elements of a tensor stand in the image.
-
-Where the layout of a tensor is known, it says so. Of the others a tensor (N, C, h, w) says it by its shape; those like
-(N, h, w, C) or (N, tokens, C) may be padded, or have their positions in another order: windows of attention, rows of a
-matrix product, tokens before images. They were made of a tensor with places by steps that only move elements, or that
-keep the position of each row, so numbers at their elements are carried back along those steps, which is what their
-transposes do, up to where the branch begins.
-"""
+"""Sums of the numbers at a value's elements, each at its position in the image."""
 
 import copy
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,26 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from captum_scoremap.checks import is_traced, unrecorded, warn
-from captum_scoremap.layout import map_channel_dim, patch_grid, placed_map
-from captum_scoremap.rules import Value, display_name
+from captum_scoremap.layout import map_channel_dim, patch_grid
+from captum_scoremap.rules import Value
 from captum_scoremap.tape import Recording, Site, Tape
 
+from .cells import Cells, cells_of
+from .following import positions_in
 from .frame import frame_of
-from .layouts import Layout, Layouts
-from .positions import makes_maps, may_be_elsewhere, row_sources, values_elsewhere, values_folded
-from .turns import UPRIGHT
+from .positions import Positions, by_shape
 
 __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
-
-# What carries numbers back to where they came from as moves do: each region's cells are means of the map's, and a
-# maximum is one of the numbers.
-_MOVING = {"roi_align", "im2col", "index_put", "as_strided_scatter", "amax", "amin", "max", "min"}
-
-# What may put constants where elements of as large a tensor stood, so that not all numbers find a way back.
-_OVERWRITING = {"index_put", "constant_pad_nd", "as_strided_scatter"}
-
-# The most steps that numbers are carried back: from a window's last product to its partition.
-_FAR = 256
 
 # Layers, inside of a model or function, that nothing needs to be said of: of their input or output, at which images.
 _Settled = WeakKeyDictionary[nn.Module, set[tuple[bool, tuple[int, ...]]]]
@@ -58,36 +40,12 @@ class Placement:
     """
 
     def __init__(self, tape: Tape, image_shape: Sequence[int]) -> None:
-        self._steps = tape.steps
         self.frame = frame_of(tape, image_shape)
         self._images = image_shape[0]
         self._only: int | None = None
         with torch.no_grad(), unrecorded():
-            layouts = Layouts(tape, self.frame.shape)
-        sums = layouts.sums
-        nowhere = sums.gathered | layouts.disordered
-        self._elsewhere = values_elsewhere(tape, image_shape[0], layouts.moved, nowhere, sums.transformed)
-        self._gathered = sums.gathered | (sums.transformed & self._elsewhere)  # made of all positions
-        self._layouts = {value: one for value, one in layouts.known.items() if value not in self._elsewhere}
-        self._channels_first = layouts.channels_first
-        self._grids = {
-            (value.shape[2], value.shape[3])
-            for step in tape.steps
-            for value in step.outputs
-            if len(value.shape) == 4
-            and value not in self._elsewhere
-            and map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape)) == 1
-        }
-        # windows by cells, (N, rows, side, columns, side, C), and what is made of them, may have cells in any order
-        self._is_folded = any(value.ndim > 5 for step in tape.steps for value in step.outputs)
-        self._folded = values_folded(tape)
-        # grids of what is a map for certain: of as many tokens as channels nobody knows
-        self._sure = {(image_shape[2], image_shape[3])} | {
-            (value.shape[2], value.shape[3])
-            for step in tape.steps
-            for value in step.outputs
-            if len(value.shape) == 4 and makes_maps(display_name(step.operation))
-        }
+            self._known = positions_in(tape, self.frame.shape)
+        self._cells: dict[object, Cells] = {}
 
     def of_image(self, image: int) -> "Placement":
         """Return the placement of products of one image's score; its entries are of N images, zero for the others."""
@@ -95,128 +53,81 @@ class Placement:
         placement._only = image
         return placement
 
-    def __call__(self, product: Tensor, value: Value, *, is_named: bool = False) -> list[Entry]:
-        """Sum over channels what stands at a value's elements: maps, of a named layer on its grid, and the rest."""
-        entries = self._entries(product.expand(value.shape), value, _FAR, is_named=is_named)
-        return entries if self._only is None else [(self._row(one), self._row(rest)) for one, rest in entries]
+    def __call__(self, product: Tensor, value: Value) -> Entry:
+        """Sum over channels what stands at a value's elements.
 
-    def map_of(self, product: Tensor, value: Value) -> Entry:
-        """Sum over channels what stands at the elements of a named layer: one map, None for no place, and the rest."""
-        entries = self(product, value, is_named=True)
-        maps = [one for one, _ in entries if one is not None]
-        rests = [rest for _, rest in entries if rest is not None]
-        grid = max(((one.shape[2], one.shape[3]) for one in maps), key=math.prod, default=(0, 0))
-        placed = torch.stack([self.frame.on_grid(one, grid) for one in maps]).sum(0) if maps else None
-        return placed, torch.stack(rests).sum(0) if rests else None
+        Args:
+            product: Shaped like the value, or broadcast to it.
+            value: The value.
 
-    def is_in_order(self, value: Value) -> bool:
-        """Return whether the rows and columns of a value, (N, C, h, w), are the image's, one after another.
+        Returns:
+            One map, on the value's own grid, None if it has no place in the image; and what has none, None for nothing.
 
-        Those of an attention are tokens, those of unfolded patches the pixels of each and the patches. Where they came
-        from tells: a row lies below the one before it, a column beside.
+        Raises:
+            MixedImagesError: If it cannot be told of which image something is.
         """
+        images = 1 if self._only is not None else self._images
         with torch.no_grad(), unrecorded():
-            for axis, along, beside in ((2, 0, 1), (3, 1, 0)):
-                if value.shape[axis] == 1:
-                    continue
-                first, second = (self.of_image(0)._center(value, axis, index) for index in range(2))
-                if first[along] > second[along] - 1e-9 or abs(first[beside] - second[beside]) > 1e-6:
-                    return False
-        return True
+            cells = self._cells_of(value, images)
+        product = product.expand(value.shape)
+        summed = product.sum(cells.summed, keepdim=True) if cells.summed else product
+        size = cells.grid[0] * cells.grid[1] + 1
+        if images > 1 and cells.axis is None:
+            total = summed.new_zeros(images * size + 1).index_add(
+                0, cells.where % (images * size + 1), summed.flatten()
+            )
+            self._check_images(total[-1], summed)
+            placed = total[:-1].view(images, size)
+        else:
+            rows = summed.flatten()[None] if cells.axis is None else summed.movedim(cells.axis, 0).reshape(images, -1)
+            if cells.is_order:
+                return self._row(rows.view(images, 1, *cells.grid)), None
+            placed = rows.new_zeros(images, size).index_add(1, cells.where, rows)
+        one = placed[:, 1:].reshape(images, 1, *cells.grid) if max(cells.grid) > 1 else None
+        has_rest = cells.has_rest and (one is None or not self._is_rounding(placed[:, 0], summed))
+        return self._row(one), self._row(placed[:, 0]) if has_rest else None
 
     def has_place(self, value: Value) -> bool:
-        """Return whether a value's elements stand at positions of the image that are known."""
-        return value in self._layouts or (value not in self._elsewhere and (value.ndim != 4 or self.is_map(value)))
+        """Return whether a value's elements stand all over the image; its rows and columns each along one axis."""
+        with torch.no_grad(), unrecorded():
+            positions = self._positions_of(value)
+            if not positions.are_known or not self._cells_of(value, self._images).are_even():
+                return False
+        sides = [[axis for axis, size in enumerate(one.shape) if size > 1] for one in (positions.row, positions.column)]
+        return value.ndim != 4 or (max(map(len, sides)) == 1 and sides[0] != sides[1])
 
     def is_map(self, value: Value) -> bool:
         """Return whether a value's rows and columns, or tokens, are the image's, one after another."""
-        if value in self._elsewhere:
+        if not self.has_place(value):
             return False
-        layout = self._layouts.get(value)
-        if layout is not None and layout.image_axis:  # of as many tokens as images shapes know nothing
-            return layout.turn == UPRIGHT
-        axis = next((axis for axis, size in enumerate(value.shape[:2]) if size == self._images), None)
-        if axis is None:
-            return False
-        with torch.no_grad(), unrecorded():
-            marks = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-            first = marks.select(axis, 0)
-            first.copy_(torch.arange(1, first.numel() + 1).view(first.shape))
-            by_shape, _ = placed_map(marks, self.frame.shape_for(marks.shape), self._grids)
-            placed, _ = self.of_image(0).map_of(marks, value)
-        return by_shape is not None and placed is not None and _are_close(placed, by_shape)
+        positions, cells = self._positions_of(value), self._cells_of(value, self._images)
+        channel_dim = map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape))
+        if (self._images > 1 and cells.axis is None) or (channel_dim or 0) % value.ndim in positions.axes:
+            return cells.axis == 1
+        where = cells.where[cells.where > 0]
+        return torch.equal(where, torch.arange(1, len(where) + 1, device=where.device))
 
-    def _center(self, value: Value, axis: int, index: int) -> tuple[float, float]:
-        """Return the mean place in the image, as fractions of its sides, of one row or column."""
-        marks = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-        marks[0].select(axis - 1, index).fill_(1)
-        shares = self._carried_back(marks, value, through_sums=True)
-        placed = [one for share, source in shares for one, _ in self._entries(share, source, _FAR) if one is not None]
-        total = sum(float(one.sum()) for one in placed)
-        if not total:  # of nothing that it was made of is known where it stands
-            return (float(index), 0.0) if axis == 2 else (0.0, float(index))
-        sums = [0.0, 0.0]
-        for one in placed:
-            for side in (0, 1):
-                cells = one.shape[2 + side]
-                at = (torch.arange(cells, dtype=one.dtype, device=one.device) + 0.5) / cells
-                sums[side] += float((one.sum((0, 1, 3 - side)) * at).sum())
-        return sums[0] / total, sums[1] / total
+    def _positions_of(self, value: Value) -> Positions:
+        """Return where a value's elements stand, all channels together."""
+        shape = tuple(value.shape)
+        one = self._known[value][0] if value in self._known else None
+        if one is None and value.step < 0 and value.is_of_image:
+            one = by_shape(shape, self.frame.shape_for(shape), value.device)
+        if one is None:
+            zero = torch.zeros((1,) * len(shape), device=value.device)
+            is_first = len(shape) > 0 and shape[0] == self._images
+            numbers = torch.arange(1.0, self._images + 1, device=value.device).view(-1, *(1,) * (len(shape) - 1))
+            return Positions(numbers if is_first else zero, zero, zero, (1, 1))
+        channel_dim = map_channel_dim(shape, self.frame.shape_for(shape)) if len(shape) in {3, 4} else None
+        left = one if channel_dim is None else one.summed([channel_dim])
+        return one if left.lack(one) else left
 
-    def _entries(self, product: Tensor, value: Value, far: int, *, is_named: bool = False) -> list[Entry]:
-        """Place products by their shape where that is certain, else where they are carried back to, if it is known."""
-        layout = self._layouts.get(value)
-        own = product if self._only is None else self._of_only(product, self._only, layout)
-        if layout is not None:
-            return [layout.placed(own)]
-        by_shape, channel_dim = self._placed_by_shape(own, value)
-        if channel_dim == 1:
-            grid = (own.shape[2], own.shape[3])
-            is_sure = grid in self._sure and value not in self._folded
-            if is_sure or (is_named and self._is_in_proportion(grid) and self.is_in_order(value)):
-                return [by_shape]
-        through_sums = by_shape[0] is None or channel_dim == 1 or self._is_folded
-        carried = list(self._carried_back(product, value, through_sums=through_sums)) if far else []
-        entries = [entry for share, source in carried for entry in self._entries(share, source, far - 1)]
-        if by_shape[0] is not None and all(one is None for one, _ in entries):
-            return [by_shape]
-        if not carried:
-            return [(None, self._of_images(self._total(product), product))]
-        is_overwritten = display_name(self._steps[value.step].operation) in _OVERWRITING
-        if is_overwritten or sum(share.numel() for share, _ in carried) < product.numel():  # some stood on a constant
-            lost = self._total(product) - sum(self._total(share) for share, _ in carried)
-            with unrecorded():
-                is_rounding = not bool((lost.abs() > 8 * torch.finfo(lost.dtype).eps * product.abs().sum()).any())
-            if is_traced() or not is_rounding:  # a graph cannot know of other images
-                entries.append((None, self._of_images(lost, product)))
-        return entries
-
-    def _placed_by_shape(self, own: Tensor, value: Value) -> tuple[Entry, int | None]:
-        """Return where a tensor's shape says that its elements stand, and which of four dimensions has the channels."""
-        if value in self._elsewhere or value in self._channels_first:
-            return (None, None), None
-        like = self.frame.shape_for(own.shape)
-        like = like if self._only is None else (1, *like[1:])
-        channel_dim = map_channel_dim(tuple(own.shape), like) if own.dim() == 4 else None
-        if channel_dim == -1:
-            # a part of a map may have as many channels as rows; windows by tokens look like rows and columns
-            is_part = tuple(own.shape[2:]) in self._sure
-            if is_part or not self._is_in_proportion(own.shape[1:3]):
-                return (None, None), None
-        return placed_map(own, like, self._grids), channel_dim
-
-    def _of_only(self, product: Tensor, image: int, layout: Layout | None) -> Tensor:
-        """Return what a tensor holds of the one image whose score it is of, as that of a single image."""
-        axes = range(min(2, product.dim())) if layout is None else (layout.image_axis,)
-        for axis in axes:
-            if product.shape[axis] == self._images:
-                own = product.narrow(axis, image, 1)
-                if own.count_nonzero() == product.count_nonzero():
-                    return own
-        # images that depend on one another: what all of them add to the score of the one
-        first = 0 if layout is None else layout.image_axis
-        is_first = product.dim() > first and product.shape[first] == self._images
-        return product.sum(first, keepdim=True) if is_first else product
+    def _cells_of(self, value: Value, images: int) -> Cells:
+        """Return the cells of a value's elements, of images that are told apart."""
+        key = self._known[value][0] if value in self._known else value, value.shape, images
+        if key not in self._cells:
+            self._cells[key] = cells_of(self._positions_of(value), images)
+        return self._cells[key]
 
     def _row(self, one: Tensor | None) -> Tensor | None:
         """Return what is of the one image, (1, ...), as that of N, where there is but one."""
@@ -226,59 +137,20 @@ class Placement:
         rows[self._only] = one[0]
         return rows
 
-    def _is_in_proportion(self, grid: Sequence[int]) -> bool:
-        """Return whether rows and columns are in the image's proportions but for a cell: windows by tokens are not."""
-        height, width = self.frame.size
-        return abs(grid[0] * width - grid[1] * height) <= max(height, width)
-
-    def _carried_back(self, product: Tensor, value: Value, *, through_sums: bool) -> Iterator[tuple[Tensor, Value]]:
-        """The same numbers at the elements of the values that the value was made of, if these have its positions."""
-        rows = product.shape[:-1]
-        if value.step < 0 or value in self._gathered or (value.ndim > 1 and rows.numel() <= self._images):
-            return  # one row an image has no position
-        step = self._steps[value.step]
-        if step.rule.moves or display_name(step.operation) in _MOVING:
-            # products are real ones, of complex values too
-            gradients = tuple(product.to(one.dtype) if one is value else None for one in step.outputs)
-            for source, share in zip(step.values, step.rule.transpose(step, step.frozen(), gradients), strict=True):
-                if share is not None:
-                    yield share.real if share.is_complex() else share, source
-            return
-        # of a product whose rows are elsewhere the second factor may be as large by chance, else it has the same places
-        sources = row_sources(step, value) if value in self._elsewhere else step.values
-        alike = [source for source in sources if source.shape == product.shape]
-        if len(alike) > 1 and step.rule.is_affine(step):  # a sum, such as that of a block and its shortcut
-            if not through_sums:
-                return
-            alike = [min(alike, key=lambda one: one.step)]  # the shortcut
-        # else a product with a matrix, row by row, or a convolution of what is a map of a region
-        for source in alike or sources:
-            if source.shape == product.shape:
-                yield product, source
-            elif source.shape[:-1] == rows and source.ndim:
-                yield (product.sum(-1, keepdim=True) / source.shape[-1]).expand(source.shape), source
-            elif value in self._elsewhere and source.ndim == 4 == product.dim() and _are_cells_alike(source, product):
-                yield (product.sum(1, keepdim=True) / source.shape[1]).expand(source.shape), source
-            else:
-                continue
-            return
-
-    def _total(self, product: Tensor) -> Tensor:
-        """The sum of each image, (N,), if the images come first; else of all of them."""
-        first = self._only is None and product.dim() and product.shape[0] == self._images
-        return product.reshape(self._images, -1).sum(1) if first else product.sum()
-
-    def _of_images(self, total: Tensor, product: Tensor) -> Tensor | None:
-        """What has no place, (N,)."""
-        if total.dim():
-            return total
-        if self._images == 1 or self._only is not None:
-            return total[None]
+    def _is_rounding(self, rest: Tensor, product: Tensor) -> bool:
+        """Return whether nothing stands beside a map but rounding; a graph cannot know of other images."""
+        if is_traced():
+            return False
         with unrecorded():
-            if float(total.abs()) <= 1e-6 * float(product.abs().sum()):
-                return None
+            return not bool((rest.abs() > 8 * torch.finfo(rest.dtype).eps * product.abs().sum()).any())
+
+    def _check_images(self, unknown: Tensor, product: Tensor) -> None:
+        """Raise if something is of an image that is not known."""
+        with unrecorded():
+            if float(unknown.abs()) <= 1e-6 * float(product.abs().sum()):
+                return
         raise MixedImagesError(
-            f"every operation must keep the {self._images} images first, got {tuple(product.shape)}. Explain one "
+            f"every operation must keep the {self._images} images apart, got {tuple(product.shape)}. Explain one "
             "image at a time."
         )
 
@@ -294,13 +166,13 @@ def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: 
     unknown = [site for site in sites if (site[1], size) not in settled.get(site[0], ())]
     if not unknown or len(size) != 4 or is_traced():
         return
-    placement = Placement(recording.tape, size) if may_be_elsewhere(recording.tape) else None
+    placement = Placement(recording.tape, size)
     for site in unknown:
         values = recording.tapped[site].values
         shape = tuple(values[0].shape)
         channel_dim = map_channel_dim(shape, size) if len(values) == 1 else None
         looks_like_map = channel_dim is not None and (len(shape) != 3 or patch_grid(shape[1], size) is not None)
-        if placement is None or not looks_like_map or placement.is_map(values[0]):
+        if not looks_like_map or placement.is_map(values[0]):
             settled.setdefault(site[0], set()).add((site[1], size))
             continue
         name = recording.modules.name_of(site[0]) or type(site[0]).__name__
@@ -317,13 +189,3 @@ def _settled_in(model: Any) -> _Settled:
         return _SETTLED.setdefault(getattr(model, "__func__", model), WeakKeyDictionary())
     except TypeError:  # a callable of the user's that cannot be told again
         return WeakKeyDictionary()
-
-
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    """Return whether two maps are one, but for rounding."""
-    return one.shape == other.shape and bool(((one - other).abs() <= 1e-3 * other.abs().amax()).all())
-
-
-def _are_cells_alike(source: Value, product: Tensor) -> bool:
-    """Return whether two tensors (N, C, h, w) differ in channels alone."""
-    return source.shape[0] == product.shape[0] and source.shape[2:] == product.shape[2:]

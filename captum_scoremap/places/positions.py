@@ -1,169 +1,165 @@
-"""Which values stand at positions of the image, and which only look like it.
+"""Of which image the elements of a value are, and at which row and column of it they stand."""
 
-Object queries, latents and regions of interest may be as many as the cells of a map, and a tensor's shape does not
-tell them from positions. Where they come from does: the rows of a matrix product are those of its first factor, those
-of an attention those of its queries, and what is gathered, or pooled from a region, is somewhere else.
-"""
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from collections.abc import Collection, Iterator, Sequence
-
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from captum_scoremap.rules import Value, display_name
-from captum_scoremap.tape import Step, Tape
+from captum_scoremap.layout import Grid, map_channel_dim, patch_grid
 
-from .sums import is_inverse
+__all__ = ["Positions", "by_shape", "cell_centers", "image_of_all", "shared", "upright"]
 
-__all__ = ["makes_maps", "may_be_elsewhere", "row_sources", "sees_neighbors", "values_elsewhere", "values_folded"]
-
-_SAMPLING = "grid_sample"
-_ATTENTION = "scaled_dot_product_attention"
-# Where the argument is that says which row of the output is which.
-_ROWS = {
-    **dict.fromkeys(("mm", "bmm", "matmul", _ATTENTION), 0),
-    **dict.fromkeys(("addmm", "baddbmm", "addbmm", _SAMPLING), 1),
-}
-_REGIONS = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
-_CHOOSING = {"index", "_unsafe_index", "unsafe_index", "index_select", "gather"}
-_ORDERING = {"take", "masked_select", "topk", "sort", "kthvalue"}
-_TURNING = {"flip", "roll", "rot90", "transpose", "permute"}
-_STRAYING = {
-    *(*_REGIONS, *_CHOOSING, *_ORDERING, *_TURNING),
-    *(_SAMPLING, _ATTENTION, "matmul", "bmm", "baddbmm", "im2col"),
-}
+# Rows and columns are compared in such parts of the image's sides, about as many as single precision tells.
+_PARTS = 2.0**22
 
 
-def row_sources(step: Step, output: Value) -> Sequence[Value]:
-    """Return the live arguments of a step whose rows those of one of its outputs are.
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Image, row and column of each element of a value, each of size 1 along axes along which it is the same.
 
-    They are the first factor of a product, the queries of an attention; of other steps the arguments of the output's
-    shape, or all where there are none. Where the rows are those of a constant there are none.
+    Attributes:
+        image: Number of the image, from 1; 0 where it is not known.
+        row: Row, from 0 to 1, the height of the image; 0 where an element stands nowhere, as a class token does.
+        column: Column, from 0 to 1, the width; 0 where the row is.
+        grid: Rows and columns of the image, in cells; 1 where all along a side is summed up.
     """
-    name = display_name(step.operation)
-    alike = [value for value in step.values if value.shape == output.shape]
-    if name not in _ROWS or len(step.args) <= _ROWS[name]:
-        return alike or step.values
-    rows = step.args[_ROWS[name]]
-    if isinstance(rows, Value):
-        return [rows]
-    if name == _SAMPLING:  # the image turned or warped, or some points of it
-        return step.values if _are_alike(step.values[0].shape[2:], output.shape[2:]) else []
-    return [] if name == _ATTENTION else alike  # a constant matrix may mix positions
+
+    image: Tensor
+    row: Tensor
+    column: Tensor
+    grid: Grid
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """The axes along which elements stand at different rows or columns."""
+        sizes = zip(self.row.shape, self.column.shape, strict=True)
+        return tuple(axis for axis, pair in enumerate(sizes) if max(pair) > 1)
+
+    @cached_property
+    def are_known(self) -> bool:
+        """Whether elements stand at positions; those of which each image has but one do not."""
+        if max(self.grid) == 1 or not self.axes:
+            return False
+        if all(self.image.shape[axis] == 1 for axis in self.axes):
+            return True
+        count = math.prod(max(self.row.shape[axis], self.column.shape[axis]) for axis in self.axes)
+        return count > len(self.image[self.image > 0].unique())
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Positions":
+        """Return the same after a change of image, row and column."""
+        return Positions(change(self.image), change(self.row), change(self.column), self.grid)
+
+    def of(self, image: Tensor) -> "Positions":
+        """Return the same of other images."""
+        return Positions(image, self.row, self.column, self.grid)
+
+    def nowhere(self) -> "Positions":
+        """Return what stands at no position, of the same images."""
+        zero = self.row.new_zeros((1,) * self.row.dim())
+        return Positions(self.image, zero, zero, (1, 1))
+
+    def summed(self, axes: Collection[int]) -> "Positions":
+        """Return where sums over axes, which are kept with size 1, stand: at the mean of what stands somewhere."""
+        axes = {axis % self.row.dim() for axis in axes}
+        if all(one.shape[axis] == 1 for one in (self.image, self.row, self.column) for axis in axes):
+            return self
+        image = image_of_all(self.image, axes)
+        row, rows = _mean(self.row, self.grid[0], axes)
+        column, columns = _mean(self.column, self.grid[1], axes)
+        found = Positions(image, row, column, (rows, columns))
+        return found.nowhere() if max(found.grid) == 1 else found
+
+    def lack(self, others: "Positions") -> bool:
+        """Return whether a side is summed up that is not in the others."""
+        return self.grid.count(1) > others.grid.count(1)
+
+    def settled(self) -> "Positions":
+        """Return the same on the coarsest grid that tells them apart."""
+        rows, columns = _side(self.row, self.grid[0]), _side(self.column, self.grid[1])
+        return Positions(self.image, self.row, self.column, (rows, columns))
 
 
-def makes_maps(name: str) -> bool:
-    """Return whether an operation takes and returns maps, (N, C, h, w)."""
-    return name == "conv" or "pool" in name or "upsample" in name
+def upright(shape: Sequence[int], device: torch.device) -> Positions:
+    """Return the positions of maps (N, C, h, w) that lie as the images do."""
+    image = torch.arange(1.0, shape[0] + 1, device=device).view(-1, 1, 1, 1)
+    row, column = (cell_centers(size, device) for size in shape[2:])
+    return Positions(image, row.view(1, 1, -1, 1), column.view(1, 1, 1, -1), (shape[2], shape[3]))
 
 
-def values_elsewhere(
-    tape: Tape,
-    images: int,
-    moved: Collection[Value] = (),
-    nowhere: Collection[Value] = (),
-    transformed: Collection[Value] = (),
-) -> frozenset[Value]:
-    """Return the values of a run on N images whose rows, or rows and columns, are no positions in the image's order.
+def by_shape(shape: Sequence[int], seen: Sequence[int], device: torch.device) -> Positions | None:
+    """Return the positions of a map, (N, C, h, w) or (N, h, w, C), or tokens, (N, tokens, C), of images of a shape."""
+    channel_dim = map_channel_dim(tuple(shape), tuple(seen))
+    if channel_dim is None:
+        return None
+    if len(shape) == 4:
+        one = upright((shape[0], 1, *(shape[2:] if channel_dim == 1 else shape[1:3])), device)
+        return one if channel_dim == 1 else one.changed(lambda part: part.permute(0, 2, 3, 1))
+    grid = patch_grid(shape[1], seen)
+    if grid is None:
+        return None
+    extra = shape[1] - math.prod(grid)
+    sides = torch.meshgrid(*(cell_centers(size, device) for size in grid), indexing="ij")
+    row, column = (F.pad(side.flatten(), (extra, 0)).view(1, -1, 1) for side in sides)
+    return Positions(torch.arange(1.0, shape[0] + 1, device=device).view(-1, 1, 1), row, column, grid)
+
+
+def cell_centers(count: int, device: torch.device) -> Tensor:
+    """Return the centers of so many cells along a side."""
+    return (torch.arange(count, device=device) + 0.5) / max(count, 1)
+
+
+def image_of_all(image: Tensor, axes: Collection[int]) -> Tensor:
+    """Return of which image sums over axes are; 0 for several. What is not known is taken for what is beside it."""
+    for axis in axes:
+        if image.shape[axis] > 1:
+            highest = image.amax(axis, keepdim=True)
+            image = highest * ((image == highest) | (image == 0)).all(axis, keepdim=True)
+    return image
+
+
+def shared(one: Tensor, *, fills: bool = False, within: float = 0.0) -> Tensor:
+    """Return images, rows or columns with size 1 along axes along which they are the same.
 
     Args:
-        tape: The run.
-        images: How many images there are.
-        moved: Values in which every cell of the image is known to stand at its place.
-        nowhere: Values whose rows, or rows and columns, are known to be no whole map's in order.
-        transformed: What Fourier transforms make of positions, or positions of.
+        one: Of elements.
+        fills: Whether zeros, those of constants, are taken for what is beside them.
+        within: How far what is the same may be apart.
 
     Returns:
-        The values.
+        The same, smaller.
     """
-    elsewhere: set[Value] = set()
-    asked: set[Value] = set()  # products with a constant first factor: channels, or scores of constant queries
-    for step in tape.steps:
-        # constants, at a layer that is named
-        elsewhere.update(value for value in step.values if not value.is_of_image)
-        name = display_name(step.operation)
-        is_chosen = name in _REGIONS or name in _ORDERING or (name in _CHOOSING and _chooses_positions(step, images))
-        for output in step.outputs:
-            if output in moved:
-                continue
-            sources = row_sources(step, output)
-            if output in transformed:  # positions again, of frequencies
-                is_back = is_inverse(step) and all(value in elsewhere for value in sources)
-                elsewhere.update([] if is_back else [output])
-            elif is_chosen or output in nowhere or (not sources and name in {_ATTENTION, _SAMPLING}):
-                elsewhere.add(output)
-            elif not sources:
-                asked.add(output)
-            elif all(value in elsewhere for value in sources):
-                elsewhere.add(output)
-            elif all(value in asked for value in sources):
-                asked.add(output)
-                if output.gate:  # the attention itself, and the scores that it is made of
-                    elsewhere.update(_asked_by(tape, output, asked))
-    return frozenset(elsewhere)
+    for axis in range(one.dim()):
+        if one.shape[axis] > 1:
+            first = one.amax(axis, keepdim=True) if fills else one.narrow(axis, 0, 1)
+            same = (one - first).abs() <= within if within else one == first
+            if one.stride(axis) == 0 or bool((same | (one == 0) if fills else same).all()):
+                one = first
+    return one
 
 
-def may_be_elsewhere(tape: Tape) -> bool:
-    """Return whether a run has operations after which rows and columns may be no positions in order; at a glance."""
-    return any(
-        display_name(step.operation) in _STRAYING or (step.rule.moves and any(one.ndim > 4 for one in step.outputs))
-        for step in tape.steps
-    )
+def _mean(one: Tensor, side: int, axes: Collection[int]) -> tuple[Tensor, int]:
+    """Return means of rows, or columns, over axes, and how many cells the side then has."""
+    varied = [axis for axis in axes if one.shape[axis] > 1]
+    if not varied:
+        return one, side
+    mean = shared(one.sum(varied, keepdim=True) / (one > 0).sum(varied, keepdim=True).clamp_min(1), within=0.5 / _PARTS)
+    if mean.numel() <= 1:
+        return mean, 1
+    known, where = (mean * _PARTS).round().unique(return_inverse=True)
+    nowhere = int(known[0] == 0)
+    count = len(known) - nowhere
+    covered = (one[one > 0] * side).floor().unique()
+    if count <= side == len(covered):  # the whole side in fewer cells, which may overlap
+        return torch.where(where < nowhere, 0, (where - nowhere + 0.5) / count), count
+    return mean, _side(mean, side)
 
 
-def values_folded(tape: Tape) -> frozenset[Value]:
-    """Return the values whose positions may stand in another order, or in the place of channels.
-
-    Rows and columns that were cut into windows or patches, (N, C, rows, side, columns, side), may come together as
-    (N, C, pixels of a patch, patches), which looks like a map; a convolution or pooling over several cells sees maps.
-
-    Args:
-        tape: The run.
-
-    Returns:
-        The values.
-    """
-    folded: set[Value] = set()
-    for step in tape.steps:
-        if display_name(step.operation) == "im2col":
-            folded.update(step.outputs)
-        elif step.rule.moves:
-            source = step.values[0]
-            is_cut = any(one.ndim > max(source.ndim, 4) and one.shape[-2:] != source.shape[-2:] for one in step.outputs)
-            if is_cut or not folded.isdisjoint(step.values):
-                folded.update(step.outputs)
-        elif folded and not folded.isdisjoint(step.values) and not sees_neighbors(step):
-            folded.update(output for output in step.outputs if not folded.isdisjoint(row_sources(step, output)))
-    return frozenset(folded)
-
-
-def sees_neighbors(step: Step) -> bool:
-    """Return whether a step takes several cells of a map for each of its output."""
-    name = display_name(step.operation)
-    if name == "conv" and len(step.args) > 1 and isinstance(step.args[1], (Tensor, Value)):
-        return max(step.args[1].shape[2:], default=1) > 1
-    return name != "conv" and makes_maps(name)
-
-
-def _asked_by(tape: Tape, value: Value, asked: Collection[Value]) -> Iterator[Value]:
-    """Yield a value, and what its rows came from since the product with constant queries."""
-    sources: Sequence[Value] = [value]
-    while sources and sources[0] in asked:
-        yield sources[0]
-        sources = row_sources(tape.steps[sources[0].step], sources[0])
-
-
-def _chooses_positions(step: Step, images: int) -> bool:
-    """Return whether a step takes some positions of its input, rather than some images or channels."""
-    source, which = step.values[0], step.args[1]
-    if isinstance(which, int):
-        dims = {which % max(source.ndim, 1)}
-    else:
-        dims = {dim for dim, one in enumerate(which) if one is not None}
-    if source.ndim == 4:
-        return bool(dims & {2, 3})
-    return bool(dims - {0}) or source.shape[:1] != (images,)
-
-
-def _are_alike(before: Sequence[int], after: Sequence[int]) -> bool:
-    """Return whether rows and columns are in about the same proportions."""
-    return 1 / 1.5 < before[-2] * after[-1] / max(before[-1] * after[-2], 1) < 1.5
+def _side(one: Tensor, side: int) -> int:
+    """Return how many cells a side has, as the least distance between rows, or columns, tells."""
+    steps = (one[one > 0] * _PARTS).round().unique().diff()
+    steps = steps[steps > 2]
+    return max(1, min(side, round(_PARTS / float(steps.min())))) if side > 1 and len(steps) else side
