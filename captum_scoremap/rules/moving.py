@@ -271,8 +271,17 @@ class AsStridedScatter(Linear):
 
 
 def _places(device: torch.device, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:
-    """Return where in memory the elements of a view by strides lie, in their order."""
-    found = torch.full((), offset or 0, device=device)
+    """Return where in memory the elements of a view by strides lie, in their order.
+
+    Axes that lie in memory as one are taken as one: what is contiguous is counted, not put together axis by axis.
+    """
+    axes: list[tuple[int, int]] = []
     for length, step in zip(size, stride, strict=True):
-        found = found[..., None] + torch.arange(length, device=device) * step
-    return found.reshape(-1)
+        if axes and axes[-1][1] == length * step:
+            axes[-1] = axes[-1][0] * length, step
+        elif length != 1:
+            axes.append((length, step))
+    found, *others = [torch.arange(length, device=device) * step for length, step in axes or [(1, 1)]]
+    for row in others:
+        found = (found[:, None] + row).reshape(-1)
+    return found + offset if offset else found
