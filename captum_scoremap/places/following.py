@@ -37,6 +37,7 @@ _AVERAGING = {"roi_align", "ps_roi_align", _SAMPLING}
 _CHOOSING = {
     *("im2col", "topk", "sort", "copy", "index_put", "index_copy", "scatter"),
     *("as_strided_scatter", "slice_scatter", "select_scatter"),
+    *(f"{kind}_pad{axes}d" for kind in ("reflection", "replication") for axes in (1, 2, 3)),
 }
 
 
