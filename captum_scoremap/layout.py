@@ -10,20 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "MOST_EXTRA_TOKENS",
     "Grid",
     "as_images",
     "channel_dim_of",
     "channels_at",
     "map_channel_dim",
     "patch_grid",
-    "placed_map",
     "resized",
     "token_grid",
 ]
 
 # The most tokens that may stand before the patches: a class token, a distillation token, registers.
-MOST_EXTRA_TOKENS = 8
+_MOST_EXTRA_TOKENS = 8
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -134,11 +132,11 @@ def patch_grid(tokens: int, image_shape: Sequence[int], known: Collection[Grid] 
         >>> patch_grid(197, (1, 3, 224, 224)), patch_grid(99, (1, 3, 224, 112)), patch_grid(77, (1, 3, 224, 224))
         ((14, 14), (14, 7), None)
     """
-    fitting = [grid for grid in known if 0 <= tokens - math.prod(grid) <= MOST_EXTRA_TOKENS]
+    fitting = [grid for grid in known if 0 <= tokens - math.prod(grid) <= _MOST_EXTRA_TOKENS]
     if fitting:
         return max(fitting, key=math.prod)
     aspect = image_shape[-2] / image_shape[-1]
-    for patches in range(tokens, max(3, tokens - MOST_EXTRA_TOKENS - 1), -1):
+    for patches in range(tokens, max(3, tokens - _MOST_EXTRA_TOKENS - 1), -1):
         rows = round(math.sqrt(patches * aspect))
         columns = patches // rows if rows else 0
         if rows * columns == patches and (rows == round(columns * aspect) or columns == round(rows / aspect)):
@@ -187,7 +185,7 @@ def token_grid(
         rows, columns = grid or patch_grid(tokens, (1, 1, 1, 1)) or (0, 0)
         if not rows:
             raise ValueError(
-                f"score_map must hold a square of tokens and up to {MOST_EXTRA_TOKENS} class and register tokens, got "
+                f"score_map must hold a square of tokens and up to {_MOST_EXTRA_TOKENS} class and register tokens, got "
                 f"{tokens} tokens. Name the rows and columns of the patches: grid=(rows, columns)."
             )
         if tokens < rows * columns:
@@ -221,42 +219,6 @@ def as_images(score_map: Tensor) -> Tensor:
     square = (1, 1, 1, 1)
     tokens_first = patch_grid(score_map.shape[1], square) is None and patch_grid(score_map.shape[0], square)
     return token_grid(score_map.transpose(0, 1) if tokens_first else score_map)
-
-
-def placed_map(
-    product: Tensor, image_shape: Sequence[int], known: Collection[Grid] = ()
-) -> tuple[Tensor | None, Tensor | None]:
-    """Sum a layer's products A·Y over channels, each at its place in the image.
-
-    Args:
-        product: Shaped like the layer's output: (N, C, h, w), (N, h, w, C), (N, tokens, C) or (tokens, N, C).
-        image_shape: Shape of the images, (N, C, H, W).
-        known: As for :func:`patch_grid`.
-
-    Returns:
-        The map, (N, 1, rows, columns), None if the layer has no place in the image; and what class and register tokens
-        add, (N,), None if there are none.
-
-    Example:
-        >>> [tuple(one.shape) for one in placed_map(torch.ones(2, 17, 8), (2, 3, 64, 64))]
-        [(2, 1, 4, 4), (2,)]
-    """
-    shape = tuple(image_shape)
-    if product.dim() == 3 and product.shape[0] != shape[0] and product.shape[1] == shape[0]:
-        product = product.transpose(0, 1)  # (tokens, N, C)
-    elif product.dim() == 3 and channel_dim_of(product.shape, shape) == 1:
-        product = product.transpose(1, 2)  # (N, C, tokens)
-    channel_dim = map_channel_dim(tuple(product.shape), shape)
-    if channel_dim is None:
-        return None, None
-    summed = product.sum(channel_dim, keepdim=True)
-    if product.dim() == 4:
-        return summed if channel_dim == 1 else summed.movedim(-1, 1), None
-    grid = patch_grid(product.shape[1], shape, known)
-    if grid is None:
-        return None, None
-    patches, rest = token_grid(summed, grid, return_placeless=True)
-    return patches, rest[:, 0] if product.shape[1] > math.prod(grid) else None
 
 
 def resized(one: Tensor, size: tuple[int, int]) -> Tensor:
