@@ -168,8 +168,8 @@ class _Following:
                 one = one.changed(lambda part: _grouped(part, groups, channels)).settled()
             elif not left.lack(one) or source.shape[1] != channels:
                 one = left
-        if _sees_neighbors(step) and output.ndim == 4:
-            one = _unpadded(one, source.shape)
+            if _sees_neighbors(step) and output.ndim == 4:
+                one = _unpadded(one, source.shape)
         for axis in range(max(2, output.ndim - 2), output.ndim):
             if source.shape[axis] != output.shape[axis]:
                 one = _resampled(one, axis, source.shape[axis], output.shape[axis])
