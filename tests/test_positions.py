@@ -142,6 +142,40 @@ def test_constants_of_a_region_stand_in_it() -> None:
         assert not found[:, 0, outside].any()
 
 
+def in_windows(x: Tensor) -> Tensor:
+    """As Hiera of SAM 2 pools the queries of windows that are larger than the map, and takes its part of them."""
+    return F.max_pool2d(F.pad(x, (0, 6, 0, 6)), 2)[:, :, :4, :4]
+
+
+POOLED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "around": (lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2), 4),
+    "below and beside": (lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1), 8),
+    "cropped": (lambda x: F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 3, 2)[:, :, 1:3, 1:3], 4),
+    "windows": (in_windows, 4),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("count", [1, 2])
+def test_cells_that_are_pooled_behind_padding_stand_where_they_do(name: str, count: int) -> None:
+    """Padding of a pooling is its own; that of windows is not. The score reads one cell."""
+    pool, side = POOLED[name]
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.after = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(pool(self.stem(x)))[:, :, 0, 1]
+
+    model, x = filled(Pooled()), images(count, 3, 16, 16)
+    found = bias_maps(model, x, 1).maps["after"]
+    assert found.shape[2:] == (side, side)
+    cell = [1, 2] if name == "cropped" else [0, 1]
+    assert [one.nonzero().tolist() for one in found[:, 0]] == [[cell]] * count
+
+
 @pytest.mark.parametrize("points", [False, True])
 def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool) -> None:
     """As a spatial transformer samples, on a grid of about the map's proportions, and as deformable attention does."""
@@ -403,6 +437,27 @@ class Unfolded(nn.Module):
         patches = patches + self.mix(patches)
         whole = patches.view(len(x), 8, 2, 2, rows, columns).permute(0, 1, 4, 2, 5, 3).reshape(x.shape)
         return self.head(whole.mean((2, 3)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_windows_of_as_many_cells_as_there_are_windows_are_no_map(count: int) -> None:
+    """As MobileViT has them at its last stage, (N windows, cells, C): the pixels at one place of all patches."""
+
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mix, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            cut = self.stem(x).reshape(len(x), 8, 2, 2, 2, 2).permute(0, 3, 5, 2, 4, 1).reshape(len(x) * 4, 4, 8)
+            mixed = self.mix(cut)
+            return self.head(mixed.reshape(len(x), 4, 4, 8)[:, 1, 2])
+
+    model, x = filled(Windowed()), images(count, 3, 16, 16)
+    found = bias_maps(model, x, 1).maps["mix"]
+    assert found.shape == (count, 1, 4, 4)
+    # of patch 2, the one below, the pixel beside
+    assert [one.nonzero().tolist() for one in found[:, 0]] == [[[2, 1]]] * count
 
 
 @pytest.mark.parametrize("count", [1, 2])

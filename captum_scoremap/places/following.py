@@ -35,7 +35,7 @@ _JOINING = {"cat", "stack", "constant_pad_nd"}
 _AVERAGING = {"roi_align", "ps_roi_align", _SAMPLING}
 # Each is one of those before, as for rules that say so.
 _CHOOSING = {
-    *("im2col", "topk", "sort", "copy", "index_put", "index_copy", "scatter"),
+    *("im2col", "topk", "sort", "copy", "index_put", "index_copy", "scatter", "masked_scatter"),
     *("as_strided_scatter", "slice_scatter", "select_scatter"),
     *(f"{kind}_pad{axes}d" for kind in ("reflection", "replication") for axes in (1, 2, 3)),
 }
@@ -168,8 +168,8 @@ class _Following:
                 one = one.changed(lambda part: _grouped(part, groups, channels)).settled()
             elif not left.lack(one) or source.shape[1] != channels:
                 one = left
-            if _sees_neighbors(step) and output.ndim == 4:
-                one = _unpadded(one, source.shape)
+        if _sees_neighbors(step) and output.ndim == 4:
+            one = _unpadded(one, source.shape, _kernel(step))
         for axis in range(max(2, output.ndim - 2), output.ndim):
             if source.shape[axis] != output.shape[axis]:
                 one = _resampled(one, axis, source.shape[axis], output.shape[axis])
@@ -284,14 +284,19 @@ def _resampled(one: Positions, axis: int, before: int, after: int) -> Positions:
         first, second = whole[..., low], whole[..., high]
         found = first + (places - low) * torch.where((first > 0) & (second > 0), second - first, 0)
         found = torch.where(first > 0, found, second)
-        return found.movedim(-1, axis), max(1, round(cells * after / before))
+        highest = whole.flatten(0, -2).amax(0)
+        is_along = len(highest[highest > 0].unique()) > 1  # rather than nowhere at some cells
+        return found.movedim(-1, axis), max(1, round(cells * after / before)) if is_along else cells
 
     (row, rows), (column, columns) = side(one.row, one.grid[0]), side(one.column, one.grid[1])
     return Positions(image_of_all(one.image, [axis]), row, column, (rows, columns))
 
 
-def _unpadded(one: Positions, shape: Sequence[int]) -> Positions:
-    """Return the positions of a map with something nowhere around it, where all of it is taken for the image."""
+def _unpadded(one: Positions, shape: Sequence[int], kernel: int | None) -> Positions:
+    """Return the positions of a map with something nowhere around it, where all of it is taken for the image.
+
+    Before pooling that is less than a kernel, which is the pooling's own padding; there may be more in windows.
+    """
     if bool((one.row > 0).all()) or not bool((one.row > 0).any()) or not {2, 3}.issuperset(one.axes):
         return one
     parts, grid = [one.row, one.column], list(one.grid)
@@ -299,7 +304,7 @@ def _unpadded(one: Positions, shape: Sequence[int]) -> Positions:
         for axis in (2, 3):
             along = part.amax([other for other in range(4) if other != axis])
             inside = along[along > 0]
-            if bool(inside[0] != inside[-1]):
+            if bool(inside[0] != inside[-1]) and (kernel is None or shape[axis] - len(inside) < kernel):
                 centers = cell_centers(shape[axis], part.device)
                 centers = centers if bool(inside[0] < inside[-1]) else centers.flip(0)
                 parts[at] = centers.view([-1 if other == axis else 1 for other in range(4)])
@@ -320,6 +325,12 @@ def _groups(step: Step) -> int:
     """Return in how many groups a convolution has its channels."""
     groups: int = step.argument("groups", default=1) if display_name(step.operation) == "conv" else 1
     return groups
+
+
+def _kernel(step: Step) -> int | None:
+    """Return the larger side of a pooling's kernel; None of what has none."""
+    kernel: Any = step.argument("kernel_size") if "pool" in display_name(step.operation) else None
+    return None if kernel is None else max(kernel) if isinstance(kernel, (list, tuple)) else int(kernel)
 
 
 def _sees_neighbors(step: Step) -> bool:
