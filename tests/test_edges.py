@@ -167,6 +167,7 @@ def test_powers_of_several_exponents_are_those_of_each() -> None:
         ("linalg_pinv", lambda x: x + torch.linalg.pinv(x.detach() * 1, rtol=x.abs().amax((2, 3)) * 1e-3)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:a map is zero everywhere")  # what has no derivative is frozen
 def test_what_autograd_does_not_derive_is_refused_with_advice_that_works(name: str, function: Function) -> None:
     model, images = between(function), some_images()
     with pytest.raises(NoDerivativeError, match=rf"{name} must have a derivative to take, got .*Use Frozen\(\)"):

@@ -136,6 +136,33 @@ def test_rounding_passed_straight_through_has_the_estimators_gradient() -> None:
     assert_close(form.coefficients, gradient, **EXACT)
 
 
+class Tokens(nn.Module):
+    """Rounded tokens of patches, with a class token before them or channels behind rows and columns, and two layers."""
+
+    def __init__(self, *, are_rows: bool) -> None:
+        super().__init__()
+        self.patches, self.quantizer = nn.Conv2d(3, 8, 4, 4), Lambda(torch.round)
+        self.token, self.are_rows = nn.Parameter(torch.ones(1, 1, 8)), are_rows
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 3 * self.patches(x).permute(0, 2, 3, 1)
+        if not self.are_rows:
+            y = torch.cat([self.token.expand(len(x), -1, -1), y.flatten(1, 2)], 1)
+        return self.head(self.hidden(self.quantizer(y)).relu().flatten(1, -2).mean(1))
+
+
+@pytest.mark.parametrize("are_rows", [True, False], ids=["rows and columns", "tokens"])
+def test_frozen_tokens_stand_where_their_shape_says(are_rows: bool) -> None:
+    model, images = Tokens(are_rows=are_rows).double().eval(), torch.rand(2, 3, 20, 28, dtype=torch.float64)
+    maps, placeless = CompleteScoreMap(model, model.quantizer).attribute(images, 1, return_placeless=True)
+    with torch.no_grad():
+        tokens = (3 * model.patches(images)).round().permute(0, 2, 3, 1)
+        expected = (model.hidden(tokens).relu() @ model.head.weight[1]) / (35 if are_rows else 36)
+    assert_close(maps[:, 0], expected, **EXACT)
+    assert_close(maps.sum((1, 2, 3)) + placeless, model(images)[:, 1], **EXACT)
+
+
 class Spiking(nn.Module):
     """Four steps in time of two layers of integrating neurons that spike above 1."""
 
