@@ -69,7 +69,7 @@ class _Following:
 
     def follow(self, step: Step) -> None:
         """Note where the elements of what a step makes stand."""
-        if any(0 in value.shape for value in (*step.values, *step.outputs)):  # of nothing there is no position
+        if any(0 in output.shape for output in step.outputs):  # of nothing there is no position
             return
         for value in step.values:
             if value.step < 0 and value not in self.known and value.is_of_image:  # of values that are frozen
