@@ -27,6 +27,17 @@ class Between(nn.Module):
         return self.head(self.function(self.conv(x)).flatten(1))
 
 
+class Wrapped(nn.Module):
+    """Any function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def between(function: Callable[[Tensor], Tensor]) -> Between:
     """The network, always with the same parameters."""
     with torch.random.fork_rng():

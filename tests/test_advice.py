@@ -24,7 +24,7 @@ from captum_scoremap import (
     freeze,
     linear_form,
 )
-from tests.between import EXACT, between, some_images
+from tests.between import EXACT, Wrapped, between, some_images
 
 special = torch.special
 linalg = torch.linalg
@@ -226,21 +226,12 @@ def test_the_rule_that_an_error_suggests_works(name: str) -> None:
 
 
 def test_all_operations_without_a_rule_are_named_with_their_module() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Special(special.bessel_j0), Special(special.airy_ai)).double()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Wrapped(special.bessel_j0), Wrapped(special.airy_ai)).double()
     with pytest.raises(UnsupportedOperationError) as problem:
         ScoreMap(model).attribute(some_images(), (1, 1, 1))
     assert [module for _, module in problem.value.operations] == ["1", "2"]
     assert "bessel_j0" in str(problem.value)
     assert "'1'" in str(problem.value)
-
-
-class Special(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 IN_EVAL: dict[str, Callable[[Tensor], Tensor]] = {

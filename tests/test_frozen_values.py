@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, ScoreMap, linear_form
 from captum_scoremap.linear import main_layers
 from captum_scoremap.rules import Rounded
-from tests.between import EXACT
+from tests.between import EXACT, Wrapped
 
 Function = Callable[[Tensor], Tensor]
 
@@ -49,22 +49,13 @@ FROZEN: dict[str, Function] = {
 }
 
 
-class Lambda(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def network(function: Function) -> nn.Sequential:
     """Two layers, each with its values frozen after it, and two above them."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3),
-        Lambda(function),
+        Wrapped(function),
         nn.Conv2d(4, 4, 3, padding=1),
-        Lambda(function),
+        Wrapped(function),
         nn.MaxPool2d(2),
         nn.Conv2d(4, 6, 3, padding=1),
         nn.ReLU(),
@@ -141,7 +132,7 @@ class Tokens(nn.Module):
 
     def __init__(self, *, are_rows: bool) -> None:
         super().__init__()
-        self.patches, self.quantizer = nn.Conv2d(3, 8, 4, 4), Lambda(torch.round)
+        self.patches, self.quantizer = nn.Conv2d(3, 8, 4, 4), Wrapped(torch.round)
         self.token, self.are_rows = nn.Parameter(torch.ones(1, 1, 8)), are_rows
         self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
 

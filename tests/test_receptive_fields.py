@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
+from tests.between import Wrapped
 from tests.state import untouched
 
 
@@ -64,17 +65,6 @@ class Attention(nn.Module):
         return tokens.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-class Call(nn.Module):
-    """Any function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def shift(x: Tensor) -> Tensor:
     """Writes into views of a tensor that starts out constant, as temporal shift modules do."""
     out = torch.zeros_like(x)
@@ -111,7 +101,7 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
     ],
     "branch not taken": lambda: [
         Concatenate(conv(3, 2, 7, padding=3), conv(3, 2, 1)),
-        Call(lambda x: x[:, 2:]),
+        Wrapped(lambda x: x[:, 2:]),
     ],
     "transposed": lambda: [conv(3, 4, 3, stride=2), nn.ConvTranspose2d(4, 4, 3, stride=2, output_padding=1)],
     "transposed, apart": lambda: [conv(3, 4, 2, stride=2), nn.ConvTranspose2d(4, 4, 2, stride=3, padding=1)],
@@ -127,7 +117,7 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
     "bilinear, scaled": lambda: [nn.AvgPool2d(3), nn.Upsample(scale_factor=1.7, mode="bilinear")],
     "bicubic": lambda: [conv(3, 4, 3), nn.Upsample((6, 8), mode="bicubic")],
     "antialiased": lambda: [
-        Call(lambda x: F.interpolate(x, (5, 4), mode="bilinear", antialias=True)),
+        Wrapped(lambda x: F.interpolate(x, (5, 4), mode="bilinear", antialias=True)),
         nn.BatchNorm2d(3),
     ],
     "reflected": lambda: [conv(3, 4, 5, padding=2, padding_mode="reflect"), conv(4, 4, 3, stride=2)],
@@ -142,16 +132,16 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
     "pixel shuffle": lambda: [conv(3, 8, 3, stride=2), nn.PixelShuffle(2), conv(2, 2, 2)],
     "channel shuffle": lambda: [Concatenate(conv(3, 2, 1), conv(3, 2, 3, padding=1)), nn.ChannelShuffle(2)],
     "attention in rows": lambda: [conv(3, 4, 3, stride=3), Attention(4, heads=2)],
-    "attention everywhere": lambda: [conv(3, 4, 4, stride=4), Call(attend)],
-    "shift": lambda: [conv(3, 4, 3, stride=2), Call(shift)],
+    "attention everywhere": lambda: [conv(3, 4, 4, stride=4), Wrapped(attend)],
+    "shift": lambda: [conv(3, 4, 3, stride=2), Wrapped(shift)],
     "channels last": lambda: [
         conv(3, 4, 3, stride=2),
-        Call(lambda x: x.permute(0, 2, 3, 1)),
+        Wrapped(lambda x: x.permute(0, 2, 3, 1)),
         nn.LayerNorm(4),
     ],
     "channels last in memory": lambda: [
         conv(3, 4, 3),
-        Call(lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+        Wrapped(lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
         nn.AdaptiveAvgPool2d(1),
     ],
     "features": lambda: [conv(3, 4, 3, stride=2), nn.Flatten(), nn.Linear(4 * 8 * 6, 5)],
@@ -264,9 +254,9 @@ def test_a_layer_that_runs_twice_counts_as_its_last_run() -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_attention_of_pytorch_in_every_implementation(batch_first: bool) -> None:
     encoder = nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, batch_first=batch_first).eval()
-    tokens = Call(lambda x: encoder(x.flatten(2).transpose(1, 2)))
+    tokens = Wrapped(lambda x: encoder(x.flatten(2).transpose(1, 2)))
     if not batch_first:
-        tokens = Call(lambda x: encoder(x.flatten(2).permute(2, 0, 1)).transpose(0, 1))
+        tokens = Wrapped(lambda x: encoder(x.flatten(2).permute(2, 0, 1)).transpose(0, 1))
     model = nn.Sequential(conv(3, 4, 4, stride=4), tokens)
     with torch.no_grad():
         field = receptive_field(model, model, (8, 12), channel_dim=-1)
@@ -285,7 +275,7 @@ def test_a_function_serves_as_model() -> None:
 
 
 def test_model_is_as_before_also_after_an_error() -> None:
-    model = nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), Call(torch.fft.fft))
+    model = nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), Wrapped(torch.fft.fft))
     model[1].eval()
     with untouched(model):
         receptive_field(model[:3], model[1], (9, 9))
@@ -294,7 +284,7 @@ def test_model_is_as_before_also_after_an_error() -> None:
 
 
 def test_an_operation_of_unknown_reach_is_named_with_its_module() -> None:
-    model = nn.Sequential(conv(3, 4, 3), nn.Sequential(nn.ReLU(), Call(torch.fft.fft)))
+    model = nn.Sequential(conv(3, 4, 3), nn.Sequential(nn.ReLU(), Wrapped(torch.fft.fft)))
     text = r"^model must consist of operations whose reach is known, got _fft_r2c in 1\.1\. Pass the part"
     with pytest.raises(NotImplementedError, match=text):
         receptive_field(model, model[0], (9, 9))
@@ -311,7 +301,7 @@ def test_an_operation_of_unknown_reach_is_named_with_its_module() -> None:
 def test_what_depends_on_more_than_the_structure_is_an_error(
     function: Callable[[Tensor], Tensor], operation: str
 ) -> None:
-    model = Call(function)
+    model = Wrapped(function)
     with pytest.raises(NotImplementedError, match=f"got {operation} in the model itself"):
         receptive_field(model, model, (9, 9))
 
@@ -338,7 +328,7 @@ def test_layer_must_belong_to_the_model() -> None:
     ],
 )
 def test_layer_must_give_cells(function: Callable[[Tensor], Any], got: str) -> None:
-    model = Call(function)
+    model = Wrapped(function)
     text = rf"^layer must give one tensor \(N, C, H, W\), .* that depends on the image, got {got} for N = 4\."
     with pytest.raises(ValueError, match=text):
         receptive_field(model, model, (9, 9))

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, UnsupportedOperationError, linear_form
-from tests.between import EXACT, assert_as_plain, assert_exact, assert_refused, between, some_images
+from tests.between import EXACT, Wrapped, assert_as_plain, assert_exact, assert_refused, between, some_images
 
 Function = Callable[[Tensor], Tensor]
 
@@ -272,15 +272,6 @@ def test_ensembles_by_vmap_are_seen() -> None:
     form = linear_form(Wrapped(ensemble), images, 1)
     weight = torch.stack([m.weight for m in members]).mean(0)[1]
     assert_close(form.coefficients.flatten(1), weight.expand(2, -1), **EXACT)
-
-
-class Wrapped(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def explain(
 
 def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Iterable[Tensor]]) -> None:
     """Warn where the maps of a layer are zero everywhere because the values of operations such as argmin are frozen."""
-    is_frozen = recording.is_frozen(score)  # and whatever it depends on
+    is_frozen = recording.has_frozen(score)  # and whatever it depends on
     frozen = [(name, module) for name, module in recording.frozen if is_frozen or name in _BREAKS]
     with unrecorded():
         is_empty = frozen and any(not any(bool(one.any()) for one in each) for each in maps)

@@ -102,7 +102,7 @@ class LinearForm:
             (N, 1, rows, columns), the sum kept but for what stands on padding.
 
         Example:
-            >>> model = nn.Sequential(nn.ZeroPad2d((0, 8, 0, 0)), nn.Conv2d(3, 1, 3, padding=1), nn.Flatten()).eval()
+            >>> model = nn.Sequential(nn.ZeroPad2d((0, 8, 0, 0)), nn.Conv2d(3, 1, 1), nn.Flatten()).eval()
             >>> form = linear_form(model, torch.rand(1, 3, 8, 8), 0, model[1])
             >>> form.complete_map().shape, form.on_image(form.complete_map()).shape
             (torch.Size([1, 1, 8, 16]), torch.Size([1, 1, 8, 8]))

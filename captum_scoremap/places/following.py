@@ -17,7 +17,7 @@ from captum_scoremap.rules import Value, display_name
 from captum_scoremap.tape import Step, Tape
 
 from .moves import moved
-from .positions import Positions, by_shape, cell_centers, image_of_all, shared, upright
+from .positions import Positions, begins, cell_centers, image_of_all, shared, upright
 
 __all__ = ["Found", "positions_in"]
 
@@ -72,9 +72,8 @@ class _Following:
         if any(0 in output.shape for output in step.outputs):  # of nothing there is no position
             return
         for value in step.values:
-            if value.step < 0 and value not in self.known and value.is_of_image:  # of values that are frozen
-                found = by_shape(value.shape, self._seen, value.device)
-                self.known.update({} if found is None else {value: (found,)})
+            begun = None if value in self.known else begins(value, self._seen)
+            self.known.update({} if begun is None else {value: (begun,)})
         made = self._found(step) if any(value in self.known for value in step.values) else []
         self.known.update((output, one) for output, one in zip(step.outputs, made, strict=False) if one)
         for output in step.outputs if _sees_neighbors(step) else ():
@@ -170,7 +169,8 @@ class _Following:
                 one = one.changed(lambda part: _grouped(part, groups, channels)).settled()
             elif not left.lack(one) or source.shape[1] != channels:
                 one = left
-        if _sees_neighbors(step) and output.ndim == 4:
+        sees_frame = display_name(step.operation) == "conv" and tuple(source.shape) == self._seen
+        if sees_frame or (_sees_neighbors(step) and output.ndim == 4):
             one = _unpadded(one, source.shape, _kernel(step))
         for axis in range(max(2, output.ndim - 2), output.ndim):
             if source.shape[axis] != output.shape[axis]:

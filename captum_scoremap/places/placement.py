@@ -16,7 +16,7 @@ from captum_scoremap.tape import Recording, Site, Tape
 from .cells import Cells, cells_of
 from .following import positions_in
 from .frame import frame_of
-from .positions import Positions, by_shape
+from .positions import Positions, begins
 
 __all__ = ["Entry", "MixedImagesError", "Placement", "warn_of_no_maps"]
 
@@ -110,9 +110,7 @@ class Placement:
     def _positions_of(self, value: Value) -> Positions:
         """Return where a value's elements stand, all channels together."""
         shape = tuple(value.shape)
-        one = self._known[value][0] if value in self._known else None
-        if one is None and value.step < 0 and value.is_of_image:
-            one = by_shape(shape, self.frame.shape_for(shape), value.device)
+        one = self._known[value][0] if value in self._known else begins(value, self.frame.shape_for(shape))
         if one is None:
             zero = torch.zeros((1,) * len(shape), device=value.device)
             is_first = len(shape) > 0 and shape[0] == self._images

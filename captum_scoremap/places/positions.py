@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captum_scoremap.layout import Grid, map_channel_dim, patch_grid
+from captum_scoremap.rules import Value
 
-__all__ = ["Positions", "by_shape", "cell_centers", "image_of_all", "shared", "upright"]
+__all__ = ["Positions", "begins", "cell_centers", "image_of_all", "shared", "upright"]
 
 # Rows and columns are compared in such parts of the image's sides, about as many as single precision tells.
 _PARTS = 2.0**22
@@ -90,9 +91,18 @@ def upright(shape: Sequence[int], device: torch.device) -> Positions:
     return Positions(image, row.view(1, 1, -1, 1), column.view(1, 1, 1, -1), (shape[2], shape[3]))
 
 
-def by_shape(shape: Sequence[int], seen: Sequence[int], device: torch.device) -> Positions | None:
-    """Return the positions of a map, (N, C, h, w) or (N, h, w, C), or tokens, (N, tokens, C), of images of a shape."""
-    channel_dim = map_channel_dim(tuple(shape), tuple(seen))
+def begins(value: Value, seen: Sequence[int]) -> Positions | None:
+    """Return where a layer above frozen values stands, which no step leads to, as its shape says; None of other values.
+
+    Args:
+        value: A map, (N, C, h, w) or (N, h, w, C), or tokens, (N, tokens, C).
+        seen: Shape of the images, (N, C, H, W).
+
+    Returns:
+        The positions; class tokens, which come first, stand nowhere.
+    """
+    shape, device = tuple(value.shape), value.device
+    channel_dim = map_channel_dim(shape, tuple(seen)) if value.step < 0 and value.is_of_image else None
     if channel_dim is None:
         return None
     if len(shape) == 4:

@@ -71,8 +71,7 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
     run.memory.now_holds(target, value, before)
     if value is None:
         run.made(target)
-        if operation.reads:
-            run.made_frozen(target, operation)
+        run.made_frozen(target, operation)
     else:
         run.name(target, value)
     return target
@@ -93,7 +92,7 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
         run.memory.about_to_change(tensor)
         run.sight.written(tensor)
     read_constants(run, operation, args)
-    is_frozen = (operation.reads or operation.is_view) and any(map(run.is_frozen, tensors_in((args, kwargs))))
+    is_frozen = run.has_frozen((args, kwargs))
     output = func(*args, **kwargs)
     for tensor, content in before:
         run.memory.now_holds(tensor, None, content)

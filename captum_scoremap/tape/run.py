@@ -70,15 +70,19 @@ class Run(TorchDispatchMode):
 
     def made_frozen(self, output: Any, operation: Operation) -> None:
         """Note that constants were made of the image: by what freezes its value, or of what that made."""
+        if not (operation.reads or operation.is_view):  # made of a shape and a type
+            return
         self._made_of_image |= {id(tensor): weakref.ref(tensor) for tensor in tensors_in(output)}
         is_cast = operation.name == "_to_copy" and not floating(output)  # to whole numbers
         if is_cast or isinstance(operation.rule, Frozen):
             self.frozen[operation.display, self.modules.current_name] = None
 
-    def is_frozen(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is a constant that was made of the image."""
-        known = self._made_of_image.get(id(tensor)) if self._made_of_image else None
-        return known is not None and known() is tensor and self.value_of(tensor) is None
+    def has_frozen(self, arguments: object) -> bool:
+        """Return whether there is a constant among some arguments that was made of the image."""
+        if not self._made_of_image:
+            return False
+        known = ((tensor, self._made_of_image.get(id(tensor))) for tensor in tensors_in(arguments))
+        return any(one is not None and one() is tensor and self.value_of(tensor) is None for tensor, one in known)
 
     def lift(self, tensor: Tensor) -> None:
         """Note that a tensor is made of Python's or NumPy's numbers, unless it is a live one, which stays so."""

@@ -49,7 +49,7 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
             passed = torch.ops.aten.alias.default(tensor)
             value = run.value_of(passed)
             if value is None:  # a layer that does not depend on the image
-                value = _new_value(run, passed, Value.FROZEN if run.is_frozen(passed) else 0)
+                value = _new_value(run, passed, Value.FROZEN if run.has_frozen(passed) else 0)
                 run.memory.constant_begins(passed)
             elif not run.inspect:
                 value.kept = run.memory.keep(passed)

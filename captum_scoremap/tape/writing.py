@@ -111,8 +111,7 @@ def _live_part(run: Run, operation: Operation, rule: Rule, output: Any) -> Seque
 def _note_constant(run: Run, operation: Operation, output: Any) -> None:
     for tensor in tensors_in(output):
         run.made(tensor, operation.name)
-    if operation.reads:
-        run.made_frozen(output, operation)
+    run.made_frozen(output, operation)
     if operation.name == "_local_scalar_dense":
         run.sight.leave_one()
 
