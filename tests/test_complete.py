@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -24,9 +27,11 @@ from captum_scoremap import (
     linear_form,
     prepare,
 )
+from captum_scoremap.attribution import default_layers
 from captum_scoremap.layout import resized
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.metrics import cause_game, single_deletion
+from captum_scoremap.rules import DEFAULT
 from tests import families
 from tests.state import untouched
 
@@ -338,7 +343,56 @@ def test_default_layers_are_those_of_the_model_as_it_is(build: Any, generator: t
     method = build(model)
     method.attribute(images, 1)
     model[2] = block(8)
-    assert_close(method.attribute(images, 1), build(model).attribute(images, 1))
+    assert_close(method.attribute(images, 1), build(copy.deepcopy(model)).attribute(images, 1))
+
+
+@pytest.mark.parametrize("build", [CompleteScoreMap, FusedScoreMap])
+def test_default_layers_are_looked_for_once_for_a_model_and_size(
+    build: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[torch.Size] = []
+    plain = default_layers.main_modules
+    monkeypatch.setattr(
+        default_layers, "main_modules", lambda subject: looked.append(subject.inputs[0].shape) or plain(subject)
+    )
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), *head).eval()
+    maps = []
+    for size in (12, 16, 12):
+        images = torch.rand(2, 3, size, size, generator=generator)
+        maps += [build(model).attribute(images[:1], 1), build(model).attribute(images, 1)[:1]]
+        assert_close(maps[-2], maps[-1])
+        assert_close(maps[-1], build(copy.deepcopy(model)).attribute(images[:1], 1))
+        looked.pop()  # of the copy
+    assert [shape[2] for shape in looked] == [12, 16]
+    build(model, rules={"relu": DEFAULT["relu"]}).attribute(images, 1)  # other rules may find other layers
+    assert len(looked) == 3
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+class _Unhashable:
+    """A callable of a user's that is equal to others, and so has no hash."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashable)
+
+
+def test_default_layers_of_a_callable_without_a_hash(generator: torch.Generator) -> None:
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), *head).eval()
+    images = torch.rand(2, 3, 12, 12, generator=generator)
+    assert_close(
+        CompleteScoreMap(_Unhashable(model)).attribute(images, 1), CompleteScoreMap(model).attribute(images, 1)
+    )
 
 
 def test_bad_layers_are_named() -> None:
