@@ -40,7 +40,7 @@ from captum_scoremap.compiled.any_number import for_any_number
 from captum_scoremap.compiled.decomposed import CONVOLUTIONS, ONNX, functional
 from captum_scoremap.compiled.export import read_back
 from captum_scoremap.compiled.graph import trace
-from captum_scoremap.compiled.held import hold_masks
+from captum_scoremap.compiled.held import hold_frozen
 from captum_scoremap.rules import TANGENT
 from tests.programs import needs_fork, start
 from tests.state import untouched
@@ -689,12 +689,31 @@ def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(gener
     graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
     state = graph.read()
     module = functional(graph.module, [x, *state])
-    hold_masks(module)
+    hold_frozen(module)
     held = [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
     assert [(node.meta.get("val"), len(node.users)) for node in held] == [(None, 1)] * 2
     assert_close(module(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
     types = {node.args[0].args[1] for node in held}
     assert types == {torch.uint8}
+
+
+@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh])
+def test_gates_are_held_instead_of_both_tensors_of_their_quotient(
+    act: type[nn.Module], generator: torch.Generator
+) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), act(), nn.Conv2d(8, 8, 3, padding=1), act(), nn.Flatten(),
+        nn.Linear(8 * 24 * 24, 4),
+    ).eval()  # fmt: skip
+    x, other = torch.randn(2, 2, 3, 24, 24, generator=generator)
+    method = ScoreMap(model)
+    graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
+    state = graph.read()
+    module = functional(graph.module, [x, *state])
+    hold_frozen(module)
+    held = [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
+    assert [(node.args[0].meta["val"].dtype, len(node.users)) for node in held] == [(torch.float32, 1)] * 2
+    assert_close(module(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .decomposed import CONVOLUTIONS, functional
 from .graph import Graph
-from .held import hold_masks
+from .held import hold_frozen
 
 __all__ = ["Backend", "Mode", "Program", "compiled"]
 
@@ -39,7 +39,7 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
             warnings.simplefilter("ignore")  # such as that TF32 would be faster
             example: list[Any] = [*arguments, *graph.read()]
             module = functional(graph.module, example, CONVOLUTIONS)
-            hold_masks(module)
+            hold_frozen(module)
             returned: Any = list(module.graph.nodes)[-1].args[0]
             # Inductor moves each operation to where its result is used, which spares memory; but what is returned is
             # used at the end, and with the maps of all layers every A and Y would be held until then

@@ -1,16 +1,18 @@
-"""Masks of a graph as bytes that are held, for Inductor.
+"""What a graph freezes, held in the fewest bytes, for Inductor.
 
-Left alone, Inductor works a mask out anew where it is used, from the activations, which it holds on to for that. And
-booleans in memory are slow on a CPU, which it reads and writes one by one. So what is to be held is made a byte each,
-by way of a floating-point number, whose conversions are vectorized.
+Left alone, Inductor works a mask out anew where it is used, from the activations, and a gate f(x)/x from f(x) and x,
+which it holds on to for that. And booleans in memory are slow on a CPU, which it reads and writes one by one. So what
+is to be held is made when it is frozen: a mask a byte each, by way of a floating-point number, whose conversions are
+vectorized, and a gate as it is.
 """
 
+from bisect import bisect
 from collections.abc import Container
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["hold_masks"]
+__all__ = ["hold_frozen"]
 
 aten = torch.ops.aten
 
@@ -19,8 +21,8 @@ _NARROW = {torch.bool, torch.uint8}
 _LARGE = 2**12
 
 
-def hold_masks(module: fx.GraphModule) -> None:
-    """Have a graph hold each mask that is used when nothing else needs what it was made of.
+def hold_frozen(module: fx.GraphModule) -> None:
+    """Have a graph hold each mask and gate that is used when nothing else needs what it was made of.
 
     Args:
         module: The graph, without changes in place; it is changed, for Inductor.
@@ -30,20 +32,26 @@ def hold_masks(module: fx.GraphModule) -> None:
     graph = module.graph
     order = {node: number for number, node in enumerate(graph.nodes)}
     last = {node: max((order[user] for user in node.users), default=-1) for node in graph.nodes}
+    kernels = [order[node] for node in graph.nodes if node.op == "call_function" and not _is_pointwise(node)]
     outlive: dict[fx.Node, None] = {}  # in their order
     for node in graph.nodes:
-        sources = _made_of(node, outlive) if _is_narrow(node) else set()
-        if sources and sources.isdisjoint(outlive) and last[node] > max(last[one] for one in sources):
+        if not _is_narrow(node) and not (_is_number(node) and _is_put_off(node, order, kernels)):
+            continue
+        sources = _made_of(node, outlive)
+        is_last = sources.isdisjoint(outlive) and last[node] > max((last[one] for one in sources), default=last[node])
+        if is_last and _bytes(node) < sum(map(_bytes, sources)):
             outlive[node] = None
     for node in outlive:
         value = node.meta["val"]
-        with graph.inserting_after(node):
-            number = graph.call_function(aten.to.dtype, (node, torch.float32))
-        with graph.inserting_after(number):
-            narrow = graph.call_function(aten.to.dtype, (number, torch.uint8))
-        with graph.inserting_after(narrow):
-            held = graph.call_function(prims.force_stride_order, (narrow, value.stride()))
-        for user in [user for user in node.users if user is not number]:
+        users, made = list(node.users), node
+        if _is_narrow(node):
+            with graph.inserting_after(node):
+                number = graph.call_function(aten.to.dtype, (node, torch.float32))
+            with graph.inserting_after(number):
+                made = graph.call_function(aten.to.dtype, (number, torch.uint8))
+        with graph.inserting_after(made):
+            held = graph.call_function(prims.force_stride_order, (made, value.stride()))
+        for user in users:
             user.replace_input_with(node, held)
         if value.dtype == torch.bool:
             for user in list(held.users):
@@ -54,20 +62,46 @@ def hold_masks(module: fx.GraphModule) -> None:
 
 
 def _is_narrow(node: fx.Node) -> bool:
+    return _is_large(node) and node.meta["val"].dtype in _NARROW
+
+
+def _is_number(node: fx.Node) -> bool:
+    return _is_large(node) and node.meta["val"].is_floating_point() and _is_pointwise(node)
+
+
+def _is_large(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor):
+    return node.op == "call_function" and isinstance(value, Tensor) and value.numel() >= _LARGE
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Return whether Inductor works it out where it is used."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or bool(getattr(node.target, "is_view", False))
+
+
+def _is_put_off(node: fx.Node, order: dict[fx.Node, int], kernels: list[int]) -> bool:
+    """Return whether it would be worked out after other kernels ran: none is its user, and some stand before those."""
+    if not node.users or not all(map(_is_pointwise, node.users)):
         return False
-    return value.dtype in _NARROW and value.numel() >= _LARGE
+    return bisect(kernels, order[node]) < bisect(kernels, min(order[user] for user in node.users))
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def _made_of(node: fx.Node, held: Container[fx.Node]) -> set[fx.Node]:
-    """Return what a mask is made of, through masks that are not held and conversions, but for the graph's arguments."""
+    """Return what a node is made of, but for the graph's arguments.
+
+    What is a mask and not held, a conversion, or nobody else's is a part of it.
+    """
     found: set[fx.Node] = set()
     above = [node]
     while above:
         for one in above.pop().all_input_nodes:
-            is_step = one.op == "call_function" and (_is_narrow(one) or one.target in _CONVERSIONS)
-            if is_step and one not in held:
+            is_own = _is_narrow(one) or one.target in _CONVERSIONS or (_is_pointwise(one) and len(one.users) == 1)
+            if one.op == "call_function" and is_own and one not in held:
                 above.append(one)
             elif one.op != "placeholder":
                 found.add(one)
