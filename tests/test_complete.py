@@ -373,6 +373,39 @@ def test_default_layers_are_looked_for_once_for_a_model_and_size(
     assert reference() is None
 
 
+class Forked(nn.Module):
+    """One of two ways, as an argument says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, way: int) -> Tensor:
+        return self.head(self.ways[way](x).mean((2, 3)))
+
+
+def test_default_layers_are_those_of_the_way_that_arguments_lead(generator: torch.Generator) -> None:
+    model, images = Forked().eval(), torch.rand(2, 3, 12, 12, generator=generator)
+    for way in (0, 1):
+        expected = CompleteScoreMap(model, [model.ways[way]]).attribute(images, 1, way)
+        assert_close(CompleteScoreMap(model).attribute(images, 1, way), expected)
+
+
+def test_default_layers_of_a_function_are_those_of_the_network_that_it_calls(generator: torch.Generator) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        ).eval()
+
+    networks, images = [network()], torch.rand(2, 3, 12, 12, generator=generator)
+    method = CompleteScoreMap(lambda x: networks[0](x))
+    for _ in range(2):
+        assert_close(method.attribute(images, 1), CompleteScoreMap(networks[0]).attribute(images, 1))
+        networks[0] = network()
+        gc.collect()
+
+
 class _Unhashable:
     """A callable of a user's that is equal to others, and so has no hash."""
 

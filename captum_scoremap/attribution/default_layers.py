@@ -16,8 +16,9 @@ from captum_scoremap.multiview import MultiView
 
 __all__ = ["DefaultLayers", "named_layers"]
 
-# Of each size of the image, and kind of views: the modules there were, and which of them are the layers.
-_Found = dict[tuple[torch.Size, str | None], tuple[list["weakref.ref[nn.Module]"], WeakKeyDictionary[nn.Module, Grid]]]
+_Modules = list["weakref.ref[nn.Module]"]
+# Of each size of the image, and kind of views: the modules there were, and which of them are the layers, with grids.
+_Found = dict[tuple[torch.Size, str | None], tuple[_Modules, _Modules, list[Grid]]]
 # Of each model, whichever methods explain it; a method that is made anew for each image looks no more than once.
 _FOUND: WeakKeyDictionary[Any, _Found] = WeakKeyDictionary()
 
@@ -41,25 +42,32 @@ class DefaultLayers:
     """
 
     def __init__(self) -> None:
-        self._found: _Found = {}  # by rules of the user's, or of what cannot be told again
+        self._found: _Found = {}  # of what is not shared
 
     def __call__(self, subject: Subject) -> dict[nn.Module, Grid]:
         """Return layers, finest first, to their rows and columns; the model runs once for each size of the image."""
         model, size = unwrap_parallel(subject.forward_func), subject.inputs[0].shape[1:]
-        known = self._found if subject.rules is not None else self._shared(model)
+        # others may have other rules, or arguments that lead another way
+        is_shared = subject.rules is None and subject.additional_forward_args is None
+        known = _known_of(model, self._found) if is_shared else self._found
         key = size, model.views if isinstance(model, MultiView) else None
         modules = list(model.modules()) if isinstance(model, nn.Module) else []  # a function's are not known
-        if key not in known or [reference() for reference in known[key][0]] != modules:  # some have been replaced
-            found = WeakKeyDictionary(_found_in(model, subject))
-            known[key] = [weakref.ref(module) for module in modules], found
-        return dict(known[key][1])
+        before, references, grids = known.get(key, ([], [], []))
+        layers = [layer for reference in references if (layer := reference()) is not None]
+        are_there = key in known and len(layers) == len(grids)
+        if are_there and [reference() for reference in before] == modules:  # none has been replaced
+            return dict(zip(layers, grids, strict=True))
+        found = _found_in(model, subject)
+        known[key] = list(map(weakref.ref, modules)), list(map(weakref.ref, found)), list(found.values())
+        return found
 
-    def _shared(self, model: Callable[..., Any]) -> _Found:
-        """Return what is known of a model."""
-        try:
-            return _FOUND.setdefault(model, {})
-        except TypeError:  # a callable of the user's without a hash
-            return self._found
+
+def _known_of(model: Callable[..., Any], own: _Found) -> _Found:
+    """Return what is known of a model; a method's own, where the model is a callable without a hash."""
+    try:
+        return _FOUND.setdefault(model, {})
+    except TypeError:
+        return own
 
 
 def _found_in(model: Callable[..., Any], subject: Subject) -> dict[nn.Module, Grid]:
