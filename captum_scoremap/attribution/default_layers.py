@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from captum_scoremap.checks import check_layers, unwrap_parallel
+from captum_scoremap.checks import as_tuple_of_arguments, check_layers, unwrap_parallel
 from captum_scoremap.layout import Grid
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.multiview import MultiView
@@ -48,7 +48,7 @@ class DefaultLayers:
         """Return layers, finest first, to their rows and columns; the model runs once for each size of the image."""
         model, size = unwrap_parallel(subject.forward_func), subject.inputs[0].shape[1:]
         # others may have other rules, or arguments that lead another way
-        is_shared = subject.rules is None and subject.additional_forward_args is None
+        is_shared = subject.rules is None and not as_tuple_of_arguments(subject.additional_forward_args)
         known = _known_of(model, self._found) if is_shared else self._found
         key = size, model.views if isinstance(model, MultiView) else None
         modules = list(model.modules()) if isinstance(model, nn.Module) else []  # a function's are not known
