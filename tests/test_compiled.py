@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
@@ -679,6 +679,15 @@ def test_a_file_sums_over_the_channels_that_the_eager_map_does(tmp_path: Path, g
     assert_close(by_name["map"], expected, rtol=1e-4, atol=1e-6)
 
 
+def with_frozen_held(method: ScoreMap, x: Tensor) -> tuple[fx.GraphModule, list[Tensor], list[fx.Node]]:
+    """Return the graph of a map as Inductor gets it, the state that it reads, and what is held in it."""
+    graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(method.forward_func.named_modules()))
+    state = graph.read()
+    module = functional(graph.module, [x, *state])
+    hold_frozen(module)
+    return module, state, [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
+
+
 def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(generator: torch.Generator) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU6(), nn.Flatten(),
@@ -686,11 +695,7 @@ def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(gener
     ).eval()  # fmt: skip
     x, other = torch.randn(2, 2, 3, 24, 24, generator=generator)
     method = ScoreMap(model)
-    graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
-    state = graph.read()
-    module = functional(graph.module, [x, *state])
-    hold_frozen(module)
-    held = [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
+    module, state, held = with_frozen_held(method, x)
     assert [(node.meta.get("val"), len(node.users)) for node in held] == [(None, 1)] * 2
     assert_close(module(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
     types = {node.args[0].args[1] for node in held}
@@ -707,11 +712,7 @@ def test_gates_are_held_instead_of_both_tensors_of_their_quotient(
     ).eval()  # fmt: skip
     x, other = torch.randn(2, 2, 3, 24, 24, generator=generator)
     method = ScoreMap(model)
-    graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
-    state = graph.read()
-    module = functional(graph.module, [x, *state])
-    hold_frozen(module)
-    held = [node for node in module.graph.nodes if "force_stride_order" in str(node.target)]
+    module, state, held = with_frozen_held(method, x)
     assert [(node.args[0].meta["val"].dtype, len(node.users)) for node in held] == [(torch.float32, 1)] * 2
     assert_close(module(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
 
