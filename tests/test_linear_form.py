@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torchvision.ops import deform_conv2d
 
 from captum_scoremap import LayerScoreMap, NeuronScoreMap, bias_terms, freeze, linear_form, token_grid
 from captum_scoremap.layout import channel_dim_of
@@ -145,10 +146,69 @@ def test_tangent_is_the_gradient(image: Tensor) -> None:
     (gradient,) = torch.autograd.grad(model(x)[:, 2].sum(), x)
     torch.testing.assert_close(form.coefficients, gradient, **EXACT)
     torch.testing.assert_close(form.residual, torch.zeros(2, dtype=torch.float64), **EXACT)
-    one_rule = linear_form(model, image, 2, rules={nn.functional.gelu: Tangent()})
+    one_rule = linear_form(model, image, 2, rules={F.gelu: Tangent()})
     assert not torch.allclose(one_rule.bias, form.bias)
     assert not torch.allclose(one_rule.bias, linear_form(model, image, 2).bias)
     torch.testing.assert_close(one_rule.residual, torch.zeros(2, dtype=torch.float64), **EXACT)
+
+
+WEIGHT = torch.linspace(-0.3, 0.5, 81, dtype=torch.float64).view(3, 3, 3, 3)
+
+
+def offsets(x: Tensor, channels: int) -> Tensor:
+    return F.conv2d(x, WEIGHT.repeat(6, 1, 1, 1)[:channels], padding=1).tanh()
+
+
+def sampled(x: Tensor, mode: str = "bilinear") -> Tensor:
+    return F.grid_sample(x, offsets(x, 2).permute(0, 2, 3, 1), mode, align_corners=False)
+
+
+def turned(x: Tensor, *shape: int) -> Tensor:
+    dims = len(shape) - 2
+    matrix = torch.eye(dims, dims + 1, dtype=x.dtype) + 0.1 * x.flatten(1)[:, : dims * (dims + 1)].view(
+        -1, dims, dims + 1
+    )
+    grid = F.affine_grid(matrix, [len(x), *shape[1:]], align_corners=False)
+    return F.grid_sample(x.view(len(x), *shape[1:]), grid, align_corners=False)
+
+
+def slope(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.func.grad(lambda image: function(F.conv2d(image, WEIGHT)).sum())(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        sampled,
+        lambda x: sampled(x, "bicubic"),
+        lambda x: F.grid_sample(
+            WEIGHT[:1].expand(len(x), -1, -1, -1), offsets(x, 2).permute(0, 2, 3, 1), align_corners=True
+        ),
+        lambda x: turned(x, -1, *x.shape[1:]),
+        lambda x: turned(x, -1, x.shape[1], 2, x.shape[2] // 2, x.shape[3]),
+        lambda x: deform_conv2d(x, offsets(x, 18), WEIGHT, padding=1, mask=offsets(x, 9).sigmoid()),
+        lambda x: x * slope(x, F.gelu),
+        lambda x: slope(x, lambda y: y.tanh().square()),
+        lambda x: slope(x, lambda y: y.relu().softmax(1).square()),
+        lambda x: slope(x, lambda y: F.layer_norm(y, y.shape[1:]).relu().pow(3)),
+        lambda x: slope(x, lambda y: F.group_norm(y, 3).relu().pow(3)),
+        lambda x: slope(x, lambda y: F.instance_norm(y).relu().pow(3)),
+        lambda x: slope(x, lambda y: F.batch_norm(y, *WEIGHT.view(3, 27).T[:2].abs(), eps=0.1).sin()),
+    ],
+    ids="grid cubic grid-alone turned solid offsets gelu tanh softmax layer group instance batch".split(),
+)
+def test_tangent_is_the_gradient_where_it_moves_what_is_frozen_otherwise(
+    image: Tensor, function: Callable[[Tensor], Tensor]
+) -> None:
+    def model(x: Tensor) -> Tensor:
+        return function(x).square().flatten(1).sum(1, keepdim=True)
+
+    x = image.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    form = linear_form(model, image, 0, rules=TANGENT)
+    torch.testing.assert_close(form.coefficients, gradient, **EXACT)
+    torch.testing.assert_close(form.residual / model(image)[:, 0], torch.zeros(2, dtype=torch.float64), **EXACT)
+    assert not torch.allclose(linear_form(model, image, 0).coefficients, gradient)
 
 
 def test_tangent_of_attention_needs_no_kernel_that_can_be_derived_twice() -> None:

@@ -256,6 +256,9 @@ TANGENT: Mapping[str, Rule] = {
     if name in COMPOSITE or isinstance(rule, (PiecewiseLinear, MaxPool, Extremum, Choice, Ordered))
     else Tangent()
     for name, rule in _NONLINEAR.items()
+} | {
+    **dict.fromkeys((*_GRID_SAMPLERS, "deform_conv2d"), FirstLinear(follows=True)),
+    **dict.fromkeys(_BACKWARD.split(), Backward(follows=True)),
 }
 
 # Kernels by the name under which users know them, which errors and reports use.

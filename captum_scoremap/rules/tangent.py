@@ -71,6 +71,9 @@ class FirstLinear(Rule):
     Equation:
         y = F̄ x, with F̄ the linear map that the other live arguments make at the image
 
+    Args:
+        follows: Whether the tangent is taken where anything else is live, so that nothing is frozen.
+
     Example:
         >>> from captum_scoremap import freeze
         >>> weigh = lambda x: torch.lerp(x, 2 * x, x.sigmoid())
@@ -80,6 +83,13 @@ class FirstLinear(Rule):
     """
 
     kind = "places"
+
+    def __init__(self, *, follows: bool = False) -> None:
+        self._follows = follows
+
+    def variant(self, call: Call) -> Rule:
+        """Return the tangent where that is wanted of what else is live."""
+        return Tangent() if self._follows and not self.is_affine(call) else self
 
     def is_affine(self, call: Call) -> bool:
         """Return whether nothing else is live."""
@@ -115,15 +125,17 @@ class Backward(FirstLinear):
 
     Args:
         masks: Whether F̄ is a mask or a switch, as that of ReLU is, which what was saved does not move.
+        follows: Whether the tangent is taken where anything else is live, unless it is a mask.
     """
 
-    def __init__(self, *, masks: bool = False) -> None:
+    def __init__(self, *, masks: bool = False, follows: bool = False) -> None:
+        super().__init__(follows=follows and not masks)
         self._masks = masks
 
     def variant(self, call: Call) -> Rule:
         """Return the tangent where the gradient that it is given is a constant; its value, if that is a mask's."""
         if call.is_live(call.input):
-            return self
+            return super().variant(call)
         return Frozen() if self._masks else Tangent()
 
 

@@ -63,12 +63,34 @@ def _hardsigmoid_backward(gradient: Tensor, x: Tensor) -> Tensor:
     return torch.where((x > -3) & (x < 3), gradient * sixth, 0.0 * x)
 
 
+def _through_input(operation: Any, *statistics: int) -> Callable[..., Any]:
+    """Return the backward operation of a norm: what it derives by its input counts the mean and the scale of it in."""
+
+    def backward(*args: Any) -> Any:
+        return operation(*(detached(arg) if i in statistics else arg for i, arg in enumerate(args)))
+
+    def detached(arg: Tensor | None) -> Tensor | None:
+        return None if arg is None else arg.detach()
+
+    return backward
+
+
+def _group_norm_backward(
+    gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, n: int, c: int, hw: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Write the same for the norm of groups, with the mean and the scale made of the input once more."""
+    groups = x.reshape(*scale.shape, -1)
+    variance = groups.var(-1, correction=0)
+    scale = (variance + (scale**-2 - variance).detach()).rsqrt()
+    operation = decomposition_table[aten.native_group_norm_backward.default]
+    return tuple(operation(gradient, x, groups.mean(-1), scale, weight, n, c, hw, *rest))
+
+
 # Kernels without a second derivative, which PyTorch itself writes out in operations that have one.
 _DERIVED_ONCE = (
     aten.silu_backward.default,
     aten.mish_backward.default,
     aten.log_sigmoid_backward.default,
-    aten.native_group_norm_backward.default,
 )
 
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
@@ -87,6 +109,9 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.xlogy.Tensor: _level(aten.xlogy.Tensor, lambda x, y: (x == 0) & (y == 0), 1.0, moved=1),
     aten.pow.Tensor_Tensor: _level(aten.pow.Tensor_Tensor, lambda x, n: (x == 0) & (n.real < 1), 1.0),
     **{one: decomposition_table[one] for one in _DERIVED_ONCE},
+    aten.native_layer_norm_backward.default: _through_input(aten.native_layer_norm_backward.default, 3, 4),
+    aten.native_batch_norm_backward.default: _through_input(aten.native_batch_norm_backward.default, 5, 6),
+    aten.native_group_norm_backward.default: _group_norm_backward,
     aten.hardsigmoid_backward.default: _hardsigmoid_backward,
     aten.std.correction: lambda *args, **kwargs: _root(torch.var(*args, **kwargs)),
 }
