@@ -353,7 +353,9 @@ def test_default_layers_are_looked_for_once_for_a_model_and_size(
     looked: list[torch.Size] = []
     plain = default_layers.main_modules
     monkeypatch.setattr(
-        default_layers, "main_modules", lambda subject: looked.append(subject.inputs[0].shape) or plain(subject)
+        default_layers,
+        "main_modules",
+        lambda subject, *of: looked.append(subject.inputs[0].shape) or plain(subject, *of),
     )
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), *head).eval()
@@ -367,8 +369,15 @@ def test_default_layers_are_looked_for_once_for_a_model_and_size(
     assert [shape[2] for shape in looked] == [12, 16]
     build(model, rules={"relu": DEFAULT["relu"]}).attribute(images, 1)  # other rules may find other layers
     assert len(looked) == 3
+
+    def of_first(output: Tensor, holds: nn.Module = model) -> Tensor:
+        return output[:, 1]
+
+    for _ in range(2):  # a function, which may be about another head
+        assert bool(build(model).attribute(images, of_first).any())
+    assert len(looked) == 4
     reference = weakref.ref(model)
-    del model
+    del model, of_first
     gc.collect()
     assert reference() is None
 
@@ -404,6 +413,80 @@ def test_default_layers_of_a_function_are_those_of_the_network_that_it_calls(gen
         assert_close(method.attribute(images, 1), CompleteScoreMap(networks[0]).attribute(images, 1))
         networks[0] = network()
         gc.collect()
+
+
+class Heads(nn.Module):
+    """Segmentation with an auxiliary head, which runs last, or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU())
+        self.coarse = nn.Sequential(nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU())
+        self.head, self.auxiliary_head = (
+            nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)) for _ in "12"
+        )
+        self.names = ["out", "aux"]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        fine = self.fine(x)
+        found = {"out": self.head(self.coarse(fine))}
+        if "aux" in self.names:
+            found["aux"] = self.auxiliary_head(fine)
+        return found
+
+
+def out(output: dict[str, Tensor]) -> Tensor:
+    return output["out"][:, 1].mean((1, 2))
+
+
+@pytest.mark.parametrize("build", [CompleteScoreMap, FusedScoreMap])
+def test_default_layers_are_on_the_way_to_the_score(build: Any, generator: torch.Generator) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Heads().double().eval()
+    images = torch.randn(2, 3, 24, 24, generator=generator, dtype=torch.float64)
+    found = build(model).attribute(images, out)
+    of_other = build(model).attribute(images, lambda output: output["aux"][:, 1].mean((1, 2)))
+    of_function = build(lambda x: out(model(x))).attribute(images)
+    alone = copy.deepcopy(model)
+    alone.names = ["out"]
+    expected = build(alone).attribute(images, out)
+    assert_close(found, expected)
+    assert_close(of_function, expected)
+    assert not torch.allclose(of_other, found)
+    if build is CompleteScoreMap:
+        _, placeless = build(model).attribute(images, out, return_placeless=True)
+        assert_close(placeless, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+        score = model(images)["aux"][:, 1].mean((1, 2))
+        assert_close(of_other.sum((1, 2, 3)), score)
+
+
+class Joined(nn.Module):
+    """Scores of two grids of cells, as a detector has them, behind one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.fine, self.coarse = (nn.Sequential(nn.Conv2d(c, 6, 3, 2, 1), nn.ReLU()) for c in (3, 6, 6))
+        self.up, self.fine_head, self.coarse_head = (nn.Conv2d(6, width, 1) for width in (6, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(self.below(x))
+        coarse = self.coarse(fine)
+        fine = fine + nn.functional.interpolate(self.up(coarse), scale_factor=2)
+        return torch.cat([self.fine_head(fine).flatten(2), self.coarse_head(coarse).flatten(2)], 2)
+
+
+@pytest.mark.parametrize("target", [(1, 3), (1, 40), [(1, 3), (2, 40)]])
+def test_default_layers_are_on_the_way_to_the_label(target: Any, generator: torch.Generator) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Joined().double().eval()
+    images = torch.randn(2, 3, 24, 24, generator=generator, dtype=torch.float64)
+    found, placeless = CompleteScoreMap(model).attribute(images, target, return_placeless=True)
+    labels = target if isinstance(target, list) else [target] * 2
+    score = torch.stack([row[label] for row, label in zip(model(images), labels, strict=True)])
+    assert_close(found.sum((1, 2, 3)), score)
+    assert_close(placeless, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 class _Unhashable:

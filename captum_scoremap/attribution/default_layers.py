@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,14 +14,17 @@ from captum_scoremap.checks import as_tuple_of_arguments, check_layers, unwrap_p
 from captum_scoremap.layout import Grid
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.multiview import MultiView
+from captum_scoremap.scores import Target, is_function
 
 __all__ = ["DefaultLayers", "named_layers"]
 
 _Modules = list["weakref.ref[nn.Module]"]
 # Of each size of the image, and kind of views: the modules there were, and which of them are the layers, with grids.
 _Found = dict[tuple[torch.Size, str | None], tuple[_Modules, _Modules, list[Grid]]]
+# Of each target that is a function, for heads have layers of their own, and of all labels together.
+_OfTargets = WeakKeyDictionary[Any, _Found]
 # Of each model, whichever methods explain it; a method that is made anew for each image looks no more than once.
-_FOUND: WeakKeyDictionary[Any, _Found] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[Any, _OfTargets] = WeakKeyDictionary()
 
 
 def named_layers(
@@ -42,14 +46,12 @@ class DefaultLayers:
     """
 
     def __init__(self) -> None:
-        self._found: _Found = {}  # of what is not shared
+        self._found: _OfTargets = WeakKeyDictionary()  # of what is not shared
 
-    def __call__(self, subject: Subject) -> dict[nn.Module, Grid]:
+    def __call__(self, subject: Subject, target: Target) -> dict[nn.Module, Grid]:
         """Return layers, finest first, to their rows and columns; the model runs once for each size of the image."""
         model, size = unwrap_parallel(subject.forward_func), subject.inputs[0].shape[1:]
-        # others may have other rules, or arguments that lead another way
-        is_shared = subject.rules is None and not as_tuple_of_arguments(subject.additional_forward_args)
-        known = _known_of(model, self._found) if is_shared else self._found
+        known = self._known(subject, model, target)
         key = size, model.views if isinstance(model, MultiView) else None
         modules = list(model.modules()) if isinstance(model, nn.Module) else []  # a function's are not known
         before, references, grids = known.get(key, ([], [], []))
@@ -57,23 +59,27 @@ class DefaultLayers:
         are_there = key in known and len(layers) == len(grids)
         if are_there and [reference() for reference in before] == modules:  # none has been replaced
             return dict(zip(layers, grids, strict=True))
-        found = _found_in(model, subject)
+        found = _found_in(model, subject, target)
         known[key] = list(map(weakref.ref, modules)), list(map(weakref.ref, found)), list(found.values())
         return found
 
+    def _known(self, subject: Subject, model: Callable[..., Any], target: Target) -> _Found:
+        """Return what is known of a model and a target; what makes no weak key is remembered by the object, or not."""
+        of_targets = self._found
+        # others may have other rules, or arguments that lead another way
+        if subject.rules is None and not as_tuple_of_arguments(subject.additional_forward_args):
+            with suppress(TypeError):
+                of_targets = _FOUND.setdefault(model, WeakKeyDictionary())
+        try:
+            return of_targets.setdefault(target if is_function(target) else DefaultLayers, {})
+        except TypeError:
+            return {}
 
-def _known_of(model: Callable[..., Any], own: _Found) -> _Found:
-    """Return what is known of a model; a method's own, where the model is a callable without a hash."""
-    try:
-        return _FOUND.setdefault(model, {})
-    except TypeError:
-        return own
 
-
-def _found_in(model: Callable[..., Any], subject: Subject) -> dict[nn.Module, Grid]:
+def _found_in(model: Callable[..., Any], subject: Subject, target: Target) -> dict[nn.Module, Grid]:
     """Return what the run of a model tells."""
     if not isinstance(model, MultiView):
-        return main_modules(replace(subject, forward_func=model))
+        return main_modules(replace(subject, forward_func=model), target)
     if model.views == "ten-crop":  # the layers see every image twice, also mirrored
         return {}
     return main_modules(Subject(model.features, subject.inputs, rules=subject.rules))

@@ -96,7 +96,7 @@ class FusedScoreMap(Contract):
         """
         image = check_images(inputs)
         subject = self._subject((image,), additional_forward_args)
-        layers = self._layers or list(self._default_layers(subject))
+        layers = self._layers or list(self._default_layers(subject, target))
         if not layers:
             raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
         sites: list[Site] = [(layer, False) for layer in layers]

@@ -10,15 +10,16 @@ from captum_scoremap.checks import as_tuple_of_arguments, unrecorded
 from captum_scoremap.layout import Grid, channel_dim_of, map_channel_dim, patch_grid
 from captum_scoremap.places import Placement
 from captum_scoremap.rules import Value, with_rules
-from captum_scoremap.tape import Recording, sites_of
+from captum_scoremap.scores import Target, is_function
+from captum_scoremap.tape import Recording
 
 from .outputs import ModuleCall, outputs_of
-from .subject import Subject
+from .subject import Subject, scores_of
 
 __all__ = ["main_layers", "main_modules"]
 
 
-def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
+def main_modules(subject: Subject, target: Target = None) -> dict[nn.Module, Grid]:
     """Return the last module of each resolution on the main path, in the order in which they run.
 
     Of all modules that run once and return maps of one size, those count that the fewest modules enclose, and of them
@@ -27,10 +28,11 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
     is the last of the longest row of blocks; where class or register tokens stand among them, on which alone the
     last blocks' score may depend, the block after three quarters of the row, and nothing after the blocks. A network
     that keeps one resolution is cut at its quarters. What only looks like a map does not count: object queries may be
-    as many as the cells of one.
+    as many as the cells of one. Nor do heads beside the one that is explained.
 
     Args:
         subject: The model, which runs once, and the images, (N, C, H, W).
+        target: A function from the model's output to what is explained of it; labels stand for all of it.
 
     Returns:
         Modules whose outputs are maps of more than one cell, to their rows and columns; empty if there are none.
@@ -43,25 +45,32 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
         True
     """
     (image,), model = subject.inputs, subject.forward_func
+    select = scores_of(target, len(image)) if is_function(target) else None
     recording = Recording(model, with_rules(subject.rules))
-    values: dict[nn.Module, Value | None] = {}
+    values: dict[nn.Module, Value] = {}
 
     def note(module: nn.Module, tensor: Tensor) -> None:
         with unrecorded():  # to read changed memory takes operations
-            values[module] = recording.value_of(tensor)
+            value = recording.value_of(tensor)
+        if value is not None:
+            values[module] = value
 
-    additional = as_tuple_of_arguments(subject.additional_forward_args)
-    outputs, image_shape = outputs_of(lambda: recording.record((image,), additional), model, image.shape, note)
+    def record() -> None:
+        recording.record((image,), as_tuple_of_arguments(subject.additional_forward_args), select)
+
+    outputs, image_shape = outputs_of(record, model, image.shape, note)
     if not recording.tape.output_values:  # it depends on the image through what was frozen alone
-        recording = Recording(model, with_rules(subject.rules), [(module, False) for module in values])
-        recording.record((image,), additional)
-        values = dict.fromkeys(values) | _reaching_output(recording)
+        recording = Recording(model, with_rules(subject.rules), [(one.module, False) for one in outputs])
+        record()
+        passing = ((site, tapped.values) for site, tapped in recording.tapped.items() if site is not None)
+        values = {site[0]: found[0] for site, found in passing if len(found) == 1}
     placement = Placement(recording.tape, image.shape)
+    on_the_way = recording.tape.behind(recording.tape.output_values.values())
 
     @cache
     def is_elsewhere(module: nn.Module) -> bool:
-        value = values[module]
-        return value is None or not value.is_of_image or not placement.has_place(value)
+        value = values.get(module)
+        return value not in on_the_way or not value.is_of_image or not placement.has_place(value)
 
     without: set[nn.Module] = set()
     while True:
@@ -69,7 +78,7 @@ def main_modules(subject: Subject) -> dict[nn.Module, Grid]:
         kinds = {type(module) for module in found if is_elsewhere(module)}
         if not kinds:
             return found
-        without |= {module for module in values if type(module) in kinds and is_elsewhere(module)}
+        without |= {one.module for one in outputs if type(one.module) in kinds and is_elsewhere(one.module)}
 
 
 def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
@@ -83,16 +92,6 @@ def main_layers(model: nn.Module, inputs: Tensor) -> list[str]:
     """
     names = {module: name for name, module in model.named_modules()}
     return [names[module] for module in main_modules(Subject(model, (inputs,)))]
-
-
-def _reaching_output(recording: Recording) -> dict[nn.Module, Value]:
-    """Return the layers of a run that the output depends on, and what passed them."""
-    reached = sites_of(recording.tape.output_values.values())
-    return {
-        site[0]: tapped.values[0]
-        for site, tapped in recording.tapped.items()
-        if site is not None and len(tapped.values) == 1 and tapped.bit & reached
-    }
 
 
 def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Module, Grid]:

@@ -186,6 +186,11 @@ class Tape:
             values.update(zip(step.outputs, outputs, strict=True))
         return {value: tensor_of(value) for value in targets}
 
+    def behind(self, wanted: Iterable[Value]) -> set[Value]:
+        """Return all that some values are made of, those among it."""
+        targets = list(wanted)
+        return {*targets, *(value for step in self._leading_to(targets, {}) for value in step.values)}
+
     def _leading_to(self, wanted: Iterable[Value], known: Mapping[Value, Tensor]) -> list[Step]:
         """The steps from known values that some wanted ones are made of, in order."""
         needed = set(wanted)
