@@ -7,6 +7,7 @@ interpolation make of another has its cells in the same order.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -295,23 +296,47 @@ def _resampled(one: Positions, axis: int, before: int, after: int) -> Positions:
 
 
 def _unpadded(one: Positions, shape: Sequence[int], kernel: int | None) -> Positions:
-    """Return the positions of a map with something nowhere around it, where all of it is taken for the image.
+    """Return the positions of a map with padding around it, where all of it is taken for the image.
 
     Before pooling that is less than a kernel, which is the pooling's own padding; there may be more in windows.
     """
-    if bool((one.row > 0).all()) or not bool((one.row > 0).any()) or not {2, 3}.issuperset(one.axes):
+    if not bool((one.row > 0).any()) or not {2, 3}.issuperset(one.axes):
         return one
+    has_gaps = not bool((one.row > 0).all())
     parts, grid = [one.row, one.column], list(one.grid)
     for at, part in enumerate(parts):
         for axis in (2, 3):
             along = part.amax([other for other in range(4) if other != axis])
-            inside = along[along > 0]
-            if bool(inside[0] != inside[-1]) and (kernel is None or shape[axis] - len(inside) < kernel):
+            inside = _without_padding(along)
+            padding = len(along) - len(inside)
+            is_padded = has_gaps or padding > 0
+            if is_padded and bool(inside[0] != inside[-1]) and (kernel is None or padding < kernel):
                 centers = cell_centers(shape[axis], part.device)
                 centers = centers if bool(inside[0] < inside[-1]) else centers.flip(0)
                 parts[at] = centers.view([-1 if other == axis else 1 for other in range(4)])
                 grid[at] = shape[axis]
     return Positions(one.image, parts[0], parts[1], (grid[0], grid[1]))
+
+
+def _without_padding(along: Tensor) -> Tensor:
+    """Return the rows, or columns, of a side without what stands nowhere around it, or is of its own cells again."""
+    known = along[along > 0]
+    turns = along.diff().sign()
+    if len(known) < len(along) or bool((turns == turns[:1]).all()):
+        return known
+    runs = [len(list(run)) for _, run in groupby(turns.tolist())]
+    longest = max(range(len(runs)), key=runs.__getitem__)
+    start = sum(runs[:longest])
+    inside = along[start : start + runs[longest] + 1]
+    before, cells, after = along[:start].tolist(), inside.tolist(), along[start + len(inside) :].tolist()
+    return inside if _is_copied(before[::-1], cells) and _is_copied(after, cells[::-1]) else known
+
+
+def _is_copied(outward: Sequence[float], cells: Sequence[float]) -> bool:
+    """Return whether what is before some cells is those mirrored, the first one again, or those of the other end."""
+    count = len(outward)
+    copies = [cells[1 : count + 1], [cells[0]] * count, cells[::-1][:count]]
+    return count < len(cells) and outward in copies
 
 
 def _holds_tensors(argument: object) -> bool:
