@@ -155,6 +155,68 @@ POOLED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 }
 
 
+def overwritten(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[x < 0.2] = 0.1
+    return x
+
+
+def in_windows_of_four(x: Tensor) -> Tensor:
+    """Attention inside shifted windows of a map that is padded to be cut."""
+    x = F.pad(x.roll((-2, -2), (2, 3)), (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+    parts = x.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).permute(0, 2, 4, 3, 5, 1)
+    tokens = parts.flatten(3, 4).flatten(0, 2)
+    tokens = tokens + F.scaled_dot_product_attention(tokens, tokens, tokens)
+    return tokens.view(parts.shape).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3).roll((2, 2), (2, 3))
+
+
+def sampled(x: Tensor, scale: int) -> Tensor:
+    size = [*x.shape[:2], scale * x.shape[2], scale * x.shape[3]]
+    grid = F.affine_grid(torch.eye(2, 3, dtype=x.dtype).expand(len(x), 2, 3), size, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+# What networks do to maps between convolutions.
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "response norm": lambda x: F.local_response_norm(x, 5),
+    "response norm of even size": lambda x: F.local_response_norm(x, 4),
+    "pooling of channels, too": lambda x: F.avg_pool3d(x[:, None], 3, 1, 1)[:, 0],
+    "pooling of channels behind padding": lambda x: F.max_pool3d(F.pad(x[:, None], (1,) * 6), 3, 1)[:, 0],
+    "sampling": lambda x: sampled(x, 1),
+    "sampling twice as finely": lambda x: sampled(x, 2),
+    "a mask in place": overwritten,
+    "windows": in_windows_of_four,
+    "blur": lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 2),
+    "switches": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "channels shuffled": lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+    "rows by columns": lambda x: x + x.mean(2, keepdim=True) + x.mean(3, keepdim=True),
+    "vmap": lambda x: torch.vmap(lambda one: F.avg_pool2d(one, 3, 1, 1))(x),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("size", [(24, 24), (28, 36)])
+def test_what_is_behind_is_a_map_again(name: str, size: tuple[int, int]) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after, self.last = (
+                nn.Sequential(nn.Conv2d(channels, 8, 3, stride, 1), nn.BatchNorm2d(8), nn.ReLU())
+                for channels, stride in ((3, 2), (8, 1), (8, 2))
+            )
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.last(self.after(BETWEEN[name](self.before(x)))).mean((2, 3)))
+
+    model, x = filled(Between()), images(2, 3, *size)
+    assert main_layers(model, x)[-2:] == ["after", "last"]
+    for layers in (None, "image", model.before, model.last):
+        complete, placeless = CompleteScoreMap(model, layers).attribute(x, 1, return_placeless=True)
+        assert_close(placeless, model.head.bias[1].detach().expand(2), rtol=0, atol=1e-10)
+        assert_close(complete.sum((1, 2, 3)) + placeless, model(x)[:, 1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize(("kernel", "size"), [(3, (16, 16)), (5, (14, 22)), (7, (20, 16))])
 def test_padding_by_a_map_s_own_cells_makes_a_map(mode: str, kernel: int, size: tuple[int, int]) -> None:

@@ -34,10 +34,13 @@ _COPYING = {"clone", "contiguous", "alias", "to_copy", "detach"}
 _JOINING = {"cat", "stack", "constant_pad_nd"}
 # Each element is the mean of some.
 _AVERAGING = {"roi_align", "ps_roi_align", _SAMPLING}
-# Each is one of those before, as for rules that say so.
-_CHOOSING = {
-    *("im2col", "topk", "sort", "copy", "index_put", "index_copy", "scatter", "masked_scatter"),
+# Each is one of those before, as for rules that say so: of those, these write over some.
+_WRITING = {
+    *("copy", "index_put", "index_copy", "scatter", "masked_scatter"),
     *("as_strided_scatter", "slice_scatter", "select_scatter"),
+}
+_CHOOSING = {
+    *("im2col", "topk", "sort", *_WRITING),
     *(f"{kind}_pad{axes}d" for kind in ("reflection", "replication") for axes in (1, 2, 3)),
 }
 
@@ -97,7 +100,7 @@ class _Following:
             return self._remembered(step, (_groups(step), _sees_neighbors(step)), self._mapped)
         if name == _SAMPLING and not _are_alike(step.values[0].shape, step.outputs[0].shape):
             return []  # some points
-        if name in _COPYING:
+        if name in _COPYING or (name in _WRITING and list(step.values) == [step.args[0]]):  # constants over a map
             return [self.known[source]]
         if step.rule.moves or name in _AVERAGING or name in _CHOOSING:
             key = (str(step.args[1:]), str(step.kwargs))
@@ -172,8 +175,8 @@ class _Following:
                 one = left
         sees_frame = display_name(step.operation) == "conv" and tuple(source.shape) == self._seen
         if sees_frame or (_sees_neighbors(step) and output.ndim == 4):
-            one = _unpadded(one, source.shape, _kernel(step))
-        for axis in range(max(2, output.ndim - 2), output.ndim):
+            one = _straightened(_unpadded(one, source.shape, _kernel(step)), source.shape)
+        for axis in range(2, output.ndim):
             if source.shape[axis] != output.shape[axis]:
                 one = _resampled(one, axis, source.shape[axis], output.shape[axis])
         return one
@@ -316,6 +319,17 @@ def _unpadded(one: Positions, shape: Sequence[int], kernel: int | None) -> Posit
                 parts[at] = centers.view([-1 if other == axis else 1 for other in range(4)])
                 grid[at] = shape[axis]
     return Positions(one.image, parts[0], parts[1], (grid[0], grid[1]))
+
+
+def _straightened(one: Positions, shape: Sequence[int]) -> Positions:
+    """Return the positions of a map whose cells stand less than one from where the image's do as those."""
+    is_straight = one.grid == tuple(shape[2:]) == (one.row.numel(), one.column.numel())
+    if is_straight or not {1, 2, 3}.issuperset(one.axes):
+        return one
+    straight = upright(shape, one.row.device).of(one.image)
+    pairs = zip((one.row, one.column), (straight.row, straight.column), shape[2:], strict=True)
+    are_near = [bool(((part > 0) & ((part - center).abs() * count < 1)).all()) for part, center, count in pairs]
+    return straight if all(are_near) else one
 
 
 def _without_padding(along: Tensor) -> Tensor:
