@@ -217,6 +217,26 @@ def test_what_is_behind_is_a_map_again(name: str, size: tuple[int, int]) -> None
         assert_close(complete.sum((1, 2, 3)) + placeless, model(x)[:, 1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("from_left", [False, True])
+def test_tokens_that_are_mixed_among_themselves_keep_their_positions(from_left: bool) -> None:
+    """As the spatial gate of gMLP: what is added to the mixture stands at its token."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.mixes, self.head = nn.Conv2d(3, 6, 4, 4), nn.Linear(16, 16), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.patches(x).flatten(2).transpose(1, 2).chunk(2, 2)
+            mixed = self.mixes.weight @ second if from_left else (second.mT @ self.mixes.weight.T).mT
+            return self.head((first * (mixed + self.mixes.bias[:, None])).mean(1))
+
+    model, x = filled(Gate()), images(2, 3, 16, 16)
+    for layers in ("image", model.patches):
+        _, placeless = CompleteScoreMap(model, layers).attribute(x, 1, return_placeless=True)
+        assert_close(placeless, model.head.bias[1].detach().expand(2), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize(("kernel", "size"), [(3, (16, 16)), (5, (14, 22)), (7, (20, 16))])
 def test_padding_by_a_map_s_own_cells_makes_a_map(mode: str, kernel: int, size: tuple[int, int]) -> None:

@@ -122,10 +122,11 @@ class _Following:
         """Return where the rows of a first factor, or queries, stand, or the columns of a second one."""
         rows, columns = output.ndim - 2, output.ndim - 1
         of_first, of_second = (self.known.get(one, ()) if isinstance(one, Value) else () for one in (first, second))
-        is_square = isinstance(second, Tensor) and second.shape[-1] == second.shape[-2]
         found: list[Positions] = []
         crossed: list[Positions] = []
-        for own, others, kept, summed in ((of_first, of_second, rows, columns), (of_second, of_first, columns, rows)):
+        sides = (of_first, of_second, second, rows, columns), (of_second, of_first, first, columns, rows)
+        for own, others, by, kept, summed in sides:
+            is_square = isinstance(by, Tensor) and by.shape[-1] == by.shape[-2]
             # of the same rows for each window it is not known which
             batched = {axis for other in others for axis in other.axes if axis < rows}
             for one in own:
