@@ -477,7 +477,7 @@ class Joined(nn.Module):
 
 
 @pytest.mark.parametrize("target", [(1, 3), (1, 40), [(1, 3), (2, 40)]])
-def test_default_layers_are_on_the_way_to_the_label(target: Any, generator: torch.Generator) -> None:
+def test_labels_of_heads_that_are_joined_have_maps(target: Any, generator: torch.Generator) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Joined().double().eval()
@@ -487,6 +487,7 @@ def test_default_layers_are_on_the_way_to_the_label(target: Any, generator: torc
     score = torch.stack([row[label] for row, label in zip(model(images), labels, strict=True)])
     assert_close(found.sum((1, 2, 3)), score)
     assert_close(placeless, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert bool(FusedScoreMap(model).attribute(images, target).flatten(1).any(1).all())
 
 
 class _Unhashable:

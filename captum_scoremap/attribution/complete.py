@@ -8,7 +8,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images
-from captum_scoremap.linear import Ledger, Subject, explain_completely, scores_of
+from captum_scoremap.linear import Ledger, Subject, explain_completely
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Site
@@ -94,7 +94,9 @@ class CompleteScoreMap(Contract):
         """
         image = check_images(inputs)
         subject = self._subject((image,), additional_forward_args)
-        books, score = self._explained(subject, target)
+        modules = self._coarsest(subject, target) if self._modules is None else self._modules
+        sites: list[Site | None] = [(module, False) for module in modules] or [None]
+        books, score = explain_completely(subject, target, sites)
         size = None if self._has_own_grid else (image.shape[2], image.shape[3])
         with torch.no_grad():
             weights = _default_weights(books, score) if self._modules is None else torch.ones(len(books), 1)
@@ -105,25 +107,10 @@ class CompleteScoreMap(Contract):
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
 
-    def _explained(self, subject: Subject, target: Target) -> tuple[list[Ledger], Tensor]:
-        """Return the ledger of each layer, and the score, (N,)."""
-        if self._modules is not None:
-            return explain_completely(subject, target, _sites(self._modules))
-        books, score = explain_completely(subject, target, _sites(self._coarsest(subject, target)))
-        if not all(book.is_on_the_way for book in books):  # a label of one head among those that the model joins
-            own = scores_of(target, len(score))
-            books, score = explain_completely(subject, target, _sites(self._coarsest(subject, own)))
-        return books, score
-
     def _coarsest(self, subject: Subject, target: Target) -> list[nn.Module]:
         """Return the default layers, the last one of each of the two coarsest resolutions."""
         found = self._default_layers(subject, target)
         return list({grid: module for module, grid in found.items()}.values())[-2:]
-
-
-def _sites(modules: Sequence[nn.Module]) -> list[Site | None]:
-    """Return the sites of layers; that of the image, if there are none."""
-    return [(module, False) for module in modules] or [None]
 
 
 def _default_weights(books: Sequence[Ledger], score: Tensor) -> Tensor:

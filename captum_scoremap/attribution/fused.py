@@ -34,7 +34,8 @@ class FusedScoreMap(Contract):
        positions, looked everywhere as it does at (x, y), and G its sigmoid: the probability of the label there.
     4. The map is R² G where R is positive, and -R² where it is negative.
     5. Cells of a layer that add nothing at all to the label's own score S_c, whose score map is exactly zero there, are
-       exactly zero: what the label does not see is no evidence for it, whatever it says against others.
+       exactly zero: what the label does not see is no evidence for it, whatever it says against others. A layer beside
+       the way to S_c, as one of another head, does not count.
 
     It is a map for looking, pointing and cropping, without unit; for one that adds up to the score take
     :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, or the
@@ -117,7 +118,9 @@ class FusedScoreMap(Contract):
             image_itself, *named = (_Layer(recording.tapped[site], site, placement) for site in (None, *sites))
             fused = fuse(_score_maps(recording.tape, of_odds, [image_itself, *named]), odds.detach(), frame)
             for score_map in _score_maps(recording.tape, of_score, named):
-                fused = fused * frame.enlarged((score_map != 0).to(fused), "nearest")
+                has_part = score_map != 0
+                is_aside = ~has_part.flatten(1).any(1)[:, None, None, None]  # the score does not depend on the layer
+                fused = fused * frame.enlarged((has_part | is_aside).to(fused), "nearest")
         return fused if isinstance(inputs, Tensor) else (fused,)
 
 

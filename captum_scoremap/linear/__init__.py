@@ -10,7 +10,7 @@ from .ledger import Ledger, explain_completely, ledgers
 from .main_layers import main_layers, main_modules
 from .outputs import layer_shapes
 from .reduction import Reduction
-from .subject import Subject, scores_of
+from .subject import Subject
 
 __all__ = [
     "BiasMaps",
@@ -32,5 +32,4 @@ __all__ = [
     "linear_form",
     "main_layers",
     "main_modules",
-    "scores_of",
 ]

@@ -37,7 +37,6 @@ class Ledger:
     frame: Frame
     maps: dict[str, Tensor] = field(default_factory=dict)  # (N, 1, rows, columns), each on its own grid
     placeless: dict[str, Tensor] = field(default_factory=dict)  # (N,): head biases, class tokens
-    is_on_the_way: bool = True  # whether the score depends on the layer; else all of it is placeless
 
     def enter(self, name: str, entry: Entry) -> None:
         """Enter a map, and what stands beside it without a place."""
@@ -159,8 +158,7 @@ def _filled(
     for placed, seeds in passes:
         fill(placed, seeds)
     for book, tapped in books:
-        book.is_on_the_way = any(value.sites & tapped.bit for value in seeds)
-        if not book.is_on_the_way:
+        if not any(value.sites & tapped.bit for value in seeds):  # the score does not depend on the layer
             book.enter("score", (None, score))
         if len(passes) == 1 and not is_traced():
             _check_images(book, score)
