@@ -28,6 +28,12 @@ def test_the_table_names_its_command_and_what_is_wrong_where_it_has_no_number() 
             assert float(cell) <= 1e-5 if NUMBER.fullmatch(cell) else len(cell) > 20, name
 
 
+def test_a_difference_is_called_rounding_only_where_the_eager_map_s_own_is_as_large() -> None:
+    assert exports.cell(9e-6, 1e-7) == "9e-06"
+    assert exports.cell(7e-4, 1e-3).startswith("7e-04: rounding, ")
+    assert exports.cell(7e-4, 1e-6) == "7e-04"
+
+
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
