@@ -29,7 +29,7 @@ from captum_scoremap import (
 )
 from captum_scoremap.attribution import default_layers
 from captum_scoremap.layout import resized
-from captum_scoremap.linear import Subject, main_modules
+from captum_scoremap.linear import Subject, main_layers, main_modules
 from captum_scoremap.metrics import cause_game, single_deletion
 from captum_scoremap.rules import DEFAULT
 from tests import families
@@ -459,6 +459,39 @@ def test_default_layers_are_on_the_way_to_the_score(build: Any, generator: torch
         assert_close(placeless, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
         score = model(images)["aux"][:, 1].mean((1, 2))
         assert_close(of_other.sum((1, 2, 3)), score)
+
+
+class Decoder(nn.Module):
+    """A map of the image's size, (N, H, W), of coarser ones, as depth is estimated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse, self.coarsest = (
+            nn.Sequential(nn.Conv2d(channels, 6, 3, 2, 1), nn.ReLU()) for channels in (3, 6, 6)
+        )
+        self.up = nn.Sequential(nn.Upsample(scale_factor=8), nn.Conv2d(6, 4, 3, 1, 1), nn.ReLU())
+        self.head = nn.Sequential(nn.Conv2d(4, 1, 1), nn.Flatten(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.coarsest(self.coarse(self.fine(x)))))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (64, 64)])  # of which one has as many columns as cells of a square
+def test_default_layers_of_a_decoder_are_the_coarsest(size: tuple[int, int], generator: torch.Generator) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Decoder().double().eval()
+    images = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
+    assert main_layers(model, images) == ["fine", "coarse", "coarsest", "up"]
+
+    def target(output: Tensor) -> Tensor:
+        return output[:, 4:9, 7:20].mean((1, 2))
+
+    found = CompleteScoreMap(model).attribute(images, target)
+    finer, coarser = (
+        CompleteScoreMap(model, [one]).attribute(images, target) for one in (model.coarse, model.coarsest)
+    )
+    assert_close(found, finer / 3 + coarser * 2 / 3)
 
 
 class Joined(nn.Module):

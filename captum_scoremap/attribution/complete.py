@@ -1,5 +1,6 @@
 """CompleteScoreMap: a map that adds up to the score."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -108,9 +109,9 @@ class CompleteScoreMap(Contract):
         return (formatted, placeless) if return_placeless else formatted
 
     def _coarsest(self, subject: Subject, target: Target) -> list[nn.Module]:
-        """Return the default layers, the last one of each of the two coarsest resolutions."""
-        found = self._default_layers(subject, target)
-        return list({grid: module for module, grid in found.items()}.values())[-2:]
+        """Return the default layers, the last one of each of the two coarsest resolutions, the finer one first."""
+        last = {grid: module for module, grid in self._default_layers(subject, target).items()}
+        return [last[grid] for grid in sorted(last, key=math.prod)[1::-1]]
 
 
 def _default_weights(books: Sequence[Ledger], score: Tensor) -> Tensor:

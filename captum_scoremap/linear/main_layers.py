@@ -70,7 +70,9 @@ def main_modules(subject: Subject, target: Target = None) -> dict[nn.Module, Gri
     @cache
     def is_elsewhere(module: nn.Module) -> bool:
         value = values.get(module)
-        return value not in on_the_way or not value.is_of_image or not placement.has_place(value)
+        if value not in on_the_way or not value.is_of_image or not placement.has_place(value):
+            return True
+        return value.ndim == 3 and not placement.are_tokens(value)  # but a map without channels
 
     without: set[nn.Module] = set()
     while True:

@@ -93,8 +93,13 @@ class Placement:
             positions = self._positions_of(value)
             if not positions.are_known or not self._cells_of(value, self._images).are_even():
                 return False
-        sides = [[axis for axis, size in enumerate(one.shape) if size > 1] for one in (positions.row, positions.column)]
-        return value.ndim != 4 or (max(map(len, sides)) == 1 and sides[0] != sides[1])
+        rows, columns = _sides(positions)
+        return value.ndim != 4 or (max(len(rows), len(columns)) == 1 and rows != columns)
+
+    def are_tokens(self, value: Value) -> bool:
+        """Return whether a value's rows and columns lie along the same axes, in any order, rather than side by side."""
+        rows, columns = _sides(self._positions_of(value))
+        return rows == columns or not (rows and columns)
 
     def is_map(self, value: Value) -> bool:
         """Return whether a value's rows and columns, or tokens, are the image's, one after another."""
@@ -151,6 +156,11 @@ class Placement:
             f"every operation must keep the {self._images} images apart, got {tuple(product.shape)}. Explain one "
             "image at a time."
         )
+
+
+def _sides(positions: Positions) -> list[list[int]]:
+    """Return the axes along which rows differ, and those along which columns do."""
+    return [[axis for axis, size in enumerate(one.shape) if size > 1] for one in (positions.row, positions.column)]
 
 
 def warn_of_no_maps(recording: Recording, sites: Collection[Site], image_shape: Sequence[int]) -> None:
