@@ -40,7 +40,7 @@ def named_layers(
 
 
 class DefaultLayers:
-    """The last main layer of each resolution of a model, found once for each size of the image and set of modules.
+    """The last main layer of each resolution of a model, found once for each size of the image and target function.
 
     Of a multi-view network those below the sliding layer count: above it, a position is a view, not a place.
     """
@@ -49,7 +49,7 @@ class DefaultLayers:
         self._found: _OfTargets = WeakKeyDictionary()  # of what is not shared
 
     def __call__(self, subject: Subject, target: Target) -> dict[nn.Module, Grid]:
-        """Return layers, finest first, to their rows and columns; the model runs once for each size of the image."""
+        """Return layers, as they run, to their rows and columns; the model runs if it is not known, or has changed."""
         model, size = unwrap_parallel(subject.forward_func), subject.inputs[0].shape[1:]
         known = self._known(subject, model, target)
         key = size, model.views if isinstance(model, MultiView) else None
