@@ -304,7 +304,7 @@ def _unpadded(one: Positions, shape: Sequence[int], kernel: int | None) -> Posit
 
     Before pooling that is less than a kernel, which is the pooling's own padding; there may be more in windows.
     """
-    if not bool((one.row > 0).any()) or not {2, 3}.issuperset(one.axes):
+    if not {2, 3}.issuperset(one.axes) or one.are_in_order or not bool((one.row > 0).any()):
         return one
     has_gaps = not bool((one.row > 0).all())
     parts, grid = [one.row, one.column], list(one.grid)

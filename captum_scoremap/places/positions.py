@@ -50,6 +50,15 @@ class Positions:
         count = math.prod(max(self.row.shape[axis], self.column.shape[axis]) for axis in self.axes)
         return count > len(self.image[self.image > 0].unique())
 
+    @cached_property
+    def are_in_order(self) -> bool:
+        """Whether the rows of maps, (N, C, h, w), follow one another along h, and the columns along w, all of them."""
+        sides = (self.row, 2), (self.column, 3)
+        return all(
+            part.numel() == part.shape[axis] and bool((part > 0).all() and (part.flatten().diff() > 0).all())
+            for part, axis in sides
+        )
+
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Positions":
         """Return the same after a change of image, row and column."""
         return Positions(change(self.image), change(self.row), change(self.column), self.grid)
