@@ -441,9 +441,7 @@ def out(output: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("build", [CompleteScoreMap, FusedScoreMap])
 def test_default_layers_are_on_the_way_to_the_score(build: Any, generator: torch.Generator) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Heads().double().eval()
+    model = Heads().double().eval()
     images = torch.randn(2, 3, 24, 24, generator=generator, dtype=torch.float64)
     found = build(model).attribute(images, out)
     of_other = build(model).attribute(images, lambda output: output["aux"][:, 1].mean((1, 2)))
@@ -478,9 +476,7 @@ class Decoder(nn.Module):
 
 @pytest.mark.parametrize("size", [(24, 24), (64, 64)])  # of which one has as many columns as cells of a square
 def test_default_layers_of_a_decoder_are_the_coarsest(size: tuple[int, int], generator: torch.Generator) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Decoder().double().eval()
+    model = Decoder().double().eval()
     images = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
     assert main_layers(model, images) == ["fine", "coarse", "coarsest", "up"]
 
@@ -511,9 +507,7 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize("target", [(1, 3), (1, 40), [(1, 3), (2, 40)]])
 def test_labels_of_heads_that_are_joined_have_maps(target: Any, generator: torch.Generator) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Joined().double().eval()
+    model = Joined().double().eval()
     images = torch.randn(2, 3, 24, 24, generator=generator, dtype=torch.float64)
     found, placeless = CompleteScoreMap(model).attribute(images, target, return_placeless=True)
     labels = target if isinstance(target, list) else [target] * 2

@@ -245,13 +245,12 @@ def test_padding_by_a_map_s_own_cells_makes_a_map(mode: str, kernel: int, size: 
             nn.Conv2d(channels, 6, kernel, stride, kernel // 2, padding_mode=mode), nn.BatchNorm2d(6), nn.ReLU()
         )
 
-    torch.manual_seed(0)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
-    model = nn.Sequential(block(3, 1), block(6, 2), nn.MaxPool2d(2), block(6, 1), *head).double().eval()
-    images = torch.randn(2, 3, *size, dtype=torch.float64)
-    assert main_layers(model, images) == ["0", "1", "3"]
+    model = filled(nn.Sequential(block(3, 1), block(6, 2), nn.MaxPool2d(2), block(6, 1), *head))
+    x = images(2, 3, *size)
+    assert main_layers(model, x) == ["0", "1", "3"]
     for layers in (None, "image"):
-        _, placeless = CompleteScoreMap(model, layers=layers).attribute(images, 1, return_placeless=True)
+        _, placeless = CompleteScoreMap(model, layers).attribute(x, 1, return_placeless=True)
         assert_close(placeless, model[-1].bias[1].detach().expand(2), rtol=0, atol=1e-12)
 
 

@@ -125,11 +125,11 @@ class Backward(FirstLinear):
 
     Args:
         masks: Whether F̄ is a mask or a switch, as that of ReLU is, which what was saved does not move.
-        follows: Whether the tangent is taken where anything else is live, unless it is a mask.
+        follows: Whether the tangent is taken where what was saved is live, too.
     """
 
     def __init__(self, *, masks: bool = False, follows: bool = False) -> None:
-        super().__init__(follows=follows and not masks)
+        super().__init__(follows=follows)
         self._masks = masks
 
     def variant(self, call: Call) -> Rule:
