@@ -37,7 +37,7 @@ from captum_scoremap import (
 )
 from captum_scoremap.compiled import batches, export
 from captum_scoremap.compiled.any_number import for_any_number
-from captum_scoremap.compiled.decomposed import CONVOLUTIONS, ONNX, functional
+from captum_scoremap.compiled.decomposed import INDUCTOR, ONNX, functional
 from captum_scoremap.compiled.export import read_back
 from captum_scoremap.compiled.graph import trace
 from captum_scoremap.compiled.held import hold_frozen
@@ -631,7 +631,12 @@ def test_without_a_compiler_the_plain_graph_runs(
     assert_close(compiled(inputs, 2), ScoreMap(model).attribute(inputs, 2))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
+)
+
+
+@needs_compiler
 def test_inductor_gives_the_same_map(generator: torch.Generator) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(64, 3)).eval().double()
     x = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
@@ -643,6 +648,18 @@ def test_inductor_gives_the_same_map(generator: torch.Generator) -> None:
     with torch.no_grad():
         model[0].weight.neg_()
     assert_close(compiled(other, [2, 0]), ScoreMap(model).attribute(other, [2, 0]), rtol=1e-9, atol=1e-11)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("pool", "axes"), [(nn.AvgPool2d(3, 2, 1, ceil_mode=True), 2), (nn.AvgPool3d(2, ceil_mode=True), 3)]
+)
+def test_inductor_gives_averages_of_windows_that_reach_beyond_the_padding(
+    pool: nn.Module, axes: int, generator: torch.Generator
+) -> None:
+    x = torch.randn(2, 3, *[6 if axes == 2 else 5] * axes, generator=generator)
+    method = ScoreMap(nn.Sequential(pool, nn.Flatten()))
+    assert_close(compile_map(method, x, 1)(-x, 2), method.attribute(-x, 2))
 
 
 def test_a_function_as_target_of_a_fused_map_is_another_score_than_the_label(model: Network, inputs: Tensor) -> None:
@@ -702,6 +719,44 @@ def test_masks_are_held_as_bytes_where_they_outlive_what_they_were_made_of(gener
     assert types == {torch.uint8}
 
 
+@pytest.mark.parametrize(
+    ("channels", "layout", "shape"),
+    [
+        (16, torch.contiguous_format, (1, 2, 256, 256)),
+        (16, torch.channels_last, (1, 16, 32, 256)),
+        (17, torch.contiguous_format, (1, 17, 32, 256)),
+    ],
+)
+def test_large_masks_are_held_as_bits(
+    channels: int, layout: torch.memory_format, shape: tuple[int, ...], generator: torch.Generator
+) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 4, 4, 4), nn.Flatten(),
+        nn.Linear(4 * 64 * 64, 4),
+    ).eval().to(memory_format=layout)  # fmt: skip
+    x, other = torch.randn(2, 1, 3, 256, 256, generator=generator).unbind()
+    method = ScoreMap(model)
+    module, state, held = with_frozen_held(method, x)
+    values = Values(module)
+    assert_close(values.run(other, *state)[0], method.attribute(other, 1), rtol=0, atol=0)
+    as_bytes, as_bits = (values.found[node] for node in held)
+    assert as_bytes.dtype == as_bits.dtype == torch.uint8
+    assert as_bytes.shape == (1, channels, 256, 256)
+    assert as_bits.shape == shape
+
+
+class Values(fx.Interpreter):
+    """A run of a graph that keeps what each node returns."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.found[n] = super().run_node(n)
+        return self.found[n]
+
+
 @pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh])
 def test_gates_are_held_instead_of_both_tensors_of_their_quotient(
     act: type[nn.Module], generator: torch.Generator
@@ -720,14 +775,15 @@ def test_gates_are_held_instead_of_both_tensors_of_their_quotient(
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_convolutions_are_compiled_as_what_is_faster(layout: torch.memory_format, generator: torch.Generator) -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 12 * 12, 4)
+        nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 2, 2, 2),
+        nn.Flatten(), nn.Linear(6 * 6 * 6, 4),
     ).double().eval().to(memory_format=layout)  # fmt: skip
     x, other = torch.randn(2, 1, 3, 24, 24, generator=generator, dtype=torch.float64).unbind()
     method = ScoreMap(model)
     graph = trace(lambda x: [method.attribute(x, 1)], (x,), dict(model.named_modules()))
-    module = functional(graph.module, [x, *graph.read()], CONVOLUTIONS)
-    counts = [len(module.graph.find_nodes(op="call_function", target=one)) for one in CONVOLUTIONS]
-    assert counts == [2, 0]  # the first one, and its transpose by phases
+    module = functional(graph.module, [x, *graph.read()], INDUCTOR)
+    counts = [len(module.graph.find_nodes(op="call_function", target=one)) for one in INDUCTOR]
+    assert counts[:2] == [4, 0]  # the first one, its transpose by phases, the last one, and its transpose
     assert_close(module(other, *graph.read())[0], method.attribute(other, 1), rtol=1e-11, atol=1e-13)
 
 

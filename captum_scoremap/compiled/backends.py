@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .decomposed import CONVOLUTIONS, functional
+from .decomposed import INDUCTOR, functional
 from .graph import Graph
 from .held import hold_frozen
 
@@ -38,13 +38,9 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that TF32 would be faster
             example: list[Any] = [*arguments, *graph.read()]
-            module = functional(graph.module, example, CONVOLUTIONS)
+            module = functional(graph.module, example, INDUCTOR)
             hold_frozen(module)
-            returned: Any = list(module.graph.nodes)[-1].args[0]
-            # Inductor moves each operation to where its result is used, which spares memory; but what is returned is
-            # used at the end, and with the maps of all layers every A and Y would be held until then
-            options = {"reorder_for_locality": len(returned) == 1}
-            program: Any = inductor.compile(module, example, options=options)
+            program: Any = inductor.compile(module, example, options=_options(arguments[0].device))
             program(*example)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
@@ -59,3 +55,17 @@ def compiled(graph: Graph, arguments: Sequence[Tensor], backend: Backend) -> Pro
         return found
 
     return run
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Return Inductor's settings."""
+    import torch._inductor.config as config
+
+    # left alone, it moves each operation to where its result is used: a mask is packed, and the map of a layer summed
+    # up, at the end, and all that they are made of is held until then
+    options = {"reorder_for_locality": False}
+    # a call of a kernel takes Python as long as a small kernel takes; in one piece with them, a large network's calls
+    # take many minutes to compile
+    if device.type == "cpu" and hasattr(config, "cpp_wrapper_build_separate"):
+        options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+    return options

@@ -1,4 +1,4 @@
-"""Graphs without changes in place, and of other operations: those that ONNX has, or that are faster when compiled.
+"""Graphs without changes in place, and of other operations: those that ONNX has, or that Inductor does better with.
 
 ONNX has no backward operations, but the transposed steps are plain operations themselves: that of a convolution is a
 transposed convolution, that of a maximum over windows a scatter, and average-pooling, enlarging and padding go axis by
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from captum_scoremap.speed import convolved_otherwise, transposed_otherwise
 
-__all__ = ["ANY_NUMBER", "CONVOLUTIONS", "ONNX", "functional"]
+__all__ = ["ANY_NUMBER", "INDUCTOR", "ONNX", "functional"]
 
 aten = torch.ops.aten
 
@@ -314,10 +314,18 @@ def _otherwise(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: An
 def _back_otherwise(
     gradient: Tensor, input: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, *geometry: Any
 ) -> Any:
-    if geometry[-1] != [True, False, False]:
-        return NotImplemented
-    found = transposed_otherwise(gradient, input.shape, weight, *geometry[:-1])
-    return NotImplemented if found is None else (found, None, None)
+    """Return a transposed convolution, which takes no memory for what was convolved, or what is faster."""
+    wants_coefficients = geometry[-1] == [True, False, False]
+    found = transposed_otherwise(gradient, input.shape, weight, *geometry[:-1]) if wants_coefficients else None
+    if found is None:
+        return _convolution_backward(gradient, input, weight, bias_sizes, *geometry)
+    return found, None, None
+
+
+def _ceiled_backward(gradient: Tensor, input: Tensor, *geometry: Any) -> Any:
+    """Return the coefficients; Inductor divides by a whole window where one reaches beyond the padding."""
+    *_, ceil_mode, count_include_pad, _ = geometry
+    return _average_pool_backward(gradient, input, *geometry) if ceil_mode and count_include_pad else NotImplemented
 
 
 ONNX: Decompositions = {
@@ -364,8 +372,10 @@ ONNX: Decompositions = {
 ANY_NUMBER: Decompositions = {operation: how for operation, how in ONNX.items() if "upsample" in str(operation)}
 """What PyTorch finds the shapes of for numbers alone, not for a size that is a symbol."""
 
-CONVOLUTIONS: Decompositions = {
+INDUCTOR: Decompositions = {
     aten.convolution.default: _otherwise,
     aten.convolution_backward.default: _back_otherwise,
+    aten.avg_pool2d_backward.default: _ceiled_backward,
+    aten.avg_pool3d_backward.default: _ceiled_backward,
 }
-"""Convolutions as what is faster on a CPU; a compiler takes them as they are."""
+"""Convolutions as what is faster on a CPU, or takes less memory; and averages that Inductor has wrong."""

@@ -3,11 +3,14 @@
 Left alone, Inductor works a mask out anew where it is used, from the activations, and a gate f(x)/x from f(x) and x,
 which it holds on to for that. And booleans in memory are slow on a CPU, which it reads and writes one by one. So what
 is to be held is made when it is frozen: a mask a byte each, by way of a floating-point number, whose conversions are
-vectorized, and a gate as it is.
+vectorized, or a bit where it is large, and a gate as it is.
 """
 
+import operator
 from bisect import bisect
 from collections.abc import Container
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +22,8 @@ aten = torch.ops.aten
 _NARROW = {torch.bool, torch.uint8}
 # Elements from which it pays.
 _LARGE = 2**12
+# Elements of a mask from which bits pay, which take a kernel more than bytes do.
+_MANY = 2**20
 
 
 def hold_frozen(module: fx.GraphModule) -> None:
@@ -42,23 +47,47 @@ def hold_frozen(module: fx.GraphModule) -> None:
         if is_last and _bytes(node) < sum(map(_bytes, sources)):
             outlive[node] = None
     for node in outlive:
-        value = node.meta["val"]
-        users, made = list(node.users), node
-        if _is_narrow(node):
-            with graph.inserting_after(node):
-                number = graph.call_function(aten.to.dtype, (node, torch.float32))
-            with graph.inserting_after(number):
-                made = graph.call_function(aten.to.dtype, (number, torch.uint8))
-        with graph.inserting_after(made):
-            held = graph.call_function(prims.force_stride_order, (made, value.stride()))
+        value, users = node.meta["val"], list(node.users)
+        dim = _dim_of_bits(value)
+        with graph.inserting_before(node.next):
+            held: Any = fx.Proxy(node)
+            if _is_narrow(node):
+                held = held.to(torch.float32).to(torch.uint8)
+            held = prims.force_stride_order(held, value.stride())
+            if dim is not None:
+                held = prims.force_stride_order(_packed(held, dim), _packed(value.byte(), dim).stride())
         for user in users:
-            user.replace_input_with(node, held)
-        if value.dtype == torch.bool:
-            for user in list(held.users):
-                with graph.inserting_before(user):
-                    read = graph.call_function(aten.to.dtype, (held, torch.float32))
-                    user.replace_input_with(held, graph.call_function(aten.ne.Scalar, (read, 0)))
+            with graph.inserting_before(user):
+                read = held if dim is None else _unpacked(held, dim, value)
+                if value.dtype == torch.bool:
+                    read = read.to(torch.float32) != 0
+                user.replace_input_with(node, read.node)
     module.recompile()
+
+
+def _dim_of_bits(value: Tensor) -> int | None:
+    """Return the dimension along which eight elements make a byte; None for what is held otherwise.
+
+    It is the outermost that can be, so that neighbors in memory stay neighbors, which is what vectors are made of.
+    """
+    if value.dtype != torch.bool or value.numel() < _MANY:
+        return None
+    fit = [dim for dim, step in enumerate(value.stride()) if value.shape[dim] % 8 == 0 and step > 1]
+    return max(fit, key=value.stride, default=None)
+
+
+def _packed(mask: Any, dim: int) -> Any:
+    """Return a byte for each eight along a dimension of a mask of bytes."""
+    eight = mask.unflatten(dim, (-1, 8))
+    bits = [eight.select(dim + 1, number) << number for number in range(8)]
+    return reduce(operator.or_, bits)
+
+
+def _unpacked(packed: Any, dim: int, mask: Tensor) -> Any:
+    """Return the bytes of a mask, whose shape and device are given by another."""
+    numbers: Any = packed.node.graph.call_function(torch.arange, (8,), {"dtype": torch.uint8, "device": mask.device})
+    numbers = fx.Proxy(numbers).view(-1, *[1] * (mask.dim() - dim - 1))
+    return (packed.unsqueeze(dim + 1) >> numbers & 1).flatten(dim, dim + 1)
 
 
 def _is_narrow(node: fx.Node) -> bool:
