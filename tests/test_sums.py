@@ -131,7 +131,31 @@ def filtered(_model: Reads, cells: Tensor) -> Tensor:
     return tokens(torch.fft.irfft2(torch.fft.rfft2(cells) * factors, s=cells.shape[2:]))
 
 
-KEEPING = [among_tokens, among_cells, by_context, among_channels, given_back, filtered]
+def by_low_frequencies(_model: Reads, cells: Tensor) -> Tensor:
+    """As a Fourier neural operator (Li et al. 2021): those frequencies that are kept are written into zeros."""
+    spectrum = torch.fft.rfft2(cells)
+    kept = torch.zeros_like(spectrum)
+    kept[:, :, :2, :2] = 0.5 * spectrum[:, :, :2, :2]
+    kept[:, :, -1:, :2] = spectrum[:, :, -1:, :2]
+    return tokens(torch.fft.irfft2(kept, s=cells.shape[2:]))
+
+
+def by_activated_frequencies(_model: Reads, cells: Tensor) -> Tensor:
+    """As an adaptive Fourier operator (Guibas et al. 2022): frequencies go through activations."""
+    spectrum = torch.fft.fft2(cells)
+    return tokens(torch.fft.ifft2(torch.complex(F.relu(spectrum.real), F.relu(spectrum.imag))).real)
+
+
+KEEPING = [
+    among_tokens,
+    among_cells,
+    by_context,
+    among_channels,
+    given_back,
+    filtered,
+    by_low_frequencies,
+    by_activated_frequencies,
+]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -68,7 +68,7 @@ class _Following:
     def __init__(self, seen: tuple[int, ...]) -> None:
         self.known: dict[Value, Found] = {}
         self._seen = seen
-        self._before: dict[Positions, Found] = {}  # where what frequencies are of stood
+        self._before: list[Found] = []  # where what frequencies are of stood
         self._made: dict[Hashable, list[Found]] = {}  # blocks of a network are alike
 
     def follow(self, step: Step) -> None:
@@ -142,20 +142,20 @@ class _Following:
         return tuple(one if one.image.numel() == image.numel() else one.of(image) for one in chosen)
 
     def _transformed(self, step: Step) -> Found:
-        """Return where frequencies stand, which is nowhere, or what is made of them again."""
+        """Return where frequencies stand, which is nowhere, or a map made of them: where one of its size stood."""
         (source,), (output,) = step.values, step.outputs
-        found = self.known[source]
-        before = self._before.get(found[0])
-        if before is not None:
-            is_inverse = display_name(step.operation) == "fft_c2r" or not step.args[-1]
+        found, dims = self.known[source], {dim % source.ndim for dim in step.args[1]}
+        image = image_of_all(found[0].image, dims)
+        if not dims.isdisjoint(found[0].axes):
+            self._before.append(found)
+            return (found[0].nowhere().of(image),)
+        is_inverse = display_name(step.operation) == "fft_c2r" or not step.args[-1]
+        for before in reversed(self._before) if is_inverse and not found[0].axes else ():
             sizes = torch.broadcast_shapes(before[0].row.shape, before[0].column.shape)
-            is_whole = all(output.shape[axis] == sizes[axis] for axis in before[0].axes)
-            return before if is_inverse and is_whole else found
-        if {dim % source.ndim for dim in step.args[1]}.isdisjoint(found[0].axes):
-            return found
-        nowhere = found[0].nowhere()
-        self._before[nowhere] = found
-        return (nowhere,)
+            is_whole = len(sizes) == output.ndim and all(output.shape[axis] == sizes[axis] for axis in before[0].axes)
+            if is_whole and dims.issuperset(before[0].axes):
+                return tuple(one.of(image) for one in before)
+        return tuple(one.of(image) for one in found)
 
     def _mapped(self, step: Step) -> list[Found]:
         """Return where the cells of maps, (N, C, h, w), stand that are made of others."""
