@@ -46,6 +46,9 @@ AT_OTHER_EDGES: dict[str, Function] = {
     "standard deviation of a constant row": lambda x: x + x[:, :1].expand(-1, 4, -1, -1).std(1, keepdim=True),
     "distances": lambda x: x + torch.cdist(x, x),
     "distances by another norm": lambda x: x + torch.cdist(x, x, p=1.5),
+    "distances of many rows": lambda x: (
+        x + torch.cdist(rows := x.flatten(2).mT, rows.repeat(1, 2, 1)).mT[:, :4].view_as(x)
+    ),
     "product": lambda x: x + x.relu().prod(1, keepdim=True),
 }
 

@@ -275,8 +275,9 @@ def test_cells_that_are_pooled_behind_padding_stand_where_they_do(name: str, cou
     assert [one.nonzero().tolist() for one in found[:, 0]] == [[cell]] * count
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.01])
 @pytest.mark.parametrize("points", [False, True])
-def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool) -> None:
+def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool, shift: float) -> None:
     """As a spatial transformer samples, on a grid of about the map's proportions, and as deformable attention does."""
 
     class Sampled(nn.Module):
@@ -288,6 +289,8 @@ def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool)
             whole = F.affine_grid(
                 torch.eye(2, 3).to(x).expand(len(x), -1, -1), [len(x), 4, 16, 16], align_corners=False
             )
+            if shift:  # the image says where
+                whole = whole + shift * x.mean((1, 2, 3), keepdim=True)
             grid = whole.reshape(len(x), -1, 1, 2) if points else whole
             return self.after(F.grid_sample(self.features(x), grid, align_corners=False)).mean((2, 3))
 

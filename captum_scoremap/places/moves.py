@@ -62,8 +62,10 @@ def moved(step: Step, numbers: Sequence[Tensor], *, fills: bool = False) -> list
 def _made(step: Step, numbers: Sequence[Tensor]) -> list[Tensor]:
     """Return what a step makes, in the type of the numbers."""
     call = step.filled(numbers)
-    call.args = substituted(call.args, lambda one: one.to(numbers[0].dtype) if one.is_floating_point() else one)
-    return [one.real if one.is_complex() else one for one in floating(step.rule.apply(call, step.frozen()))]
+    call.args, state = substituted(
+        (call.args, step.frozen()), lambda one: one.to(numbers[0].dtype) if one.is_floating_point() else one
+    )
+    return [one.real if one.is_complex() else one for one in floating(step.rule.apply(call, state))]
 
 
 def _whole(one: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:

@@ -44,6 +44,14 @@ def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None
     return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
+def _many_distances(x1: Tensor, x2: Tensor) -> Tensor:
+    """Return distances of many rows, which the kernel finds by a product; level where that is nothing but rounding."""
+    sizes = x1.square().sum(-1, keepdim=True) + x2.square().sum(-1, keepdim=True).mT
+    squares = sizes - 2 * x1 @ x2.mT
+    found = _root(squares.masked_fill(squares <= x1.shape[-1] * torch.finfo(sizes.dtype).eps * sizes, 0.0))
+    return found + (aten._euclidean_dist.default(x1, x2) - found).detach()
+
+
 def _eigh(matrix: Tensor, uplo: str = "L", compute_v: bool = True) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, whose derivative takes the eigenvectors, and those if they are wanted."""
     values, vectors = aten._linalg_eigh.default(matrix, uplo)
@@ -96,6 +104,7 @@ _DERIVED_ONCE = (
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
     aten._cdist_forward.default: _distances,
+    aten._euclidean_dist.default: _many_distances,
     aten._linalg_eigh.default: _eigh,
     aten._linalg_svd.default: _svd,
     aten.sqrt.default: _level(aten.sqrt.default, lambda x: x == 0, 1.0),
