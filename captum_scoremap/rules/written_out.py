@@ -49,7 +49,8 @@ def _many_distances(x1: Tensor, x2: Tensor) -> Tensor:
     sizes = x1.square().sum(-1, keepdim=True) + x2.square().sum(-1, keepdim=True).mT
     squares = sizes - 2 * x1 @ x2.mT
     found = _root(squares.masked_fill(squares <= x1.shape[-1] * torch.finfo(sizes.dtype).eps * sizes, 0.0))
-    return found + (aten._euclidean_dist.default(x1, x2) - found).detach()
+    rounding: Tensor = aten._euclidean_dist.default(x1, x2) - found
+    return found + rounding.detach()
 
 
 def _eigh(matrix: Tensor, uplo: str = "L", compute_v: bool = True) -> tuple[Tensor, Tensor]:
