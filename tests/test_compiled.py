@@ -302,6 +302,33 @@ def test_what_differs_from_call_to_call_is_refused() -> None:
         compile_map(ScoreMap(model), torch.rand(2, 4), 1, backend="graph")
 
 
+class ChoosesTokens(nn.Module):
+    """Goes on with those patches of an image that score highest, as DynamicViT (Rao et al. 2021) does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mlp, self.head = (
+            nn.Conv2d(3, 8, 4, 4),
+            nn.Sequential(nn.Linear(8, 8), nn.GELU()),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        chosen = tokens.mean(2).topk(5, 1)[1]
+        tokens = tokens.gather(1, chosen[:, :, None].expand(-1, -1, 8))
+        scores: Tensor = self.head(self.mlp(tokens).mean(1))
+        return scores
+
+
+def test_constants_that_stand_elsewhere_at_another_image_are_refused(generator: torch.Generator) -> None:
+    model, (x, other) = ChoosesTokens().eval(), torch.randn(2, 2, 3, 16, 16, generator=generator)
+    with pytest.raises(ValueError, match=r"chooses by the image which positions .* Use method\.attribute; against"):
+        compile_map(CompleteScoreMap(model, "image"), x, 1, backend="graph")
+    method = ScoreMap(model)
+    assert_close(compile_map(method, x, 1, backend="graph")(other, 2), method.attribute(other, 2))
+
+
 def test_constants_may_be_read(generator: torch.Generator) -> None:
     power = nn.Parameter(torch.tensor(3.0))
     pooled = ScoreMap(lambda x: x.clamp(min=1e-6).pow(power).mean(1).pow(1.0 / power))
