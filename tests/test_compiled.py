@@ -321,11 +321,76 @@ class ChoosesTokens(nn.Module):
         return scores
 
 
-def test_constants_that_stand_elsewhere_at_another_image_are_refused(generator: torch.Generator) -> None:
-    model, (x, other) = ChoosesTokens().eval(), torch.randn(2, 2, 3, 16, 16, generator=generator)
-    with pytest.raises(ValueError, match=r"chooses by the image which positions .* Use method\.attribute; against"):
-        compile_map(CompleteScoreMap(model, "image"), x, 1, backend="graph")
-    method = ScoreMap(model)
+class Between(nn.Module):
+    """Two convolutions and a head, with what a test puts between the convolutions."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.after, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.after(self.between(self.before(x))).relu().mean((2, 3)))
+        return scores
+
+
+def half_with_more(x: Tensor) -> Tensor:
+    halves = torch.stack(x.chunk(2, 3), 1)
+    chosen = halves.pow(2).mean((2, 3, 4)).argmax(1)
+    return halves.gather(1, chosen.view(-1, 1, 1, 1, 1).expand(-1, 1, *halves.shape[2:]))[:, 0]
+
+
+def warped(x: Tensor) -> Tensor:
+    """As a spatial transformer (Jaderberg et al. 2015)."""
+    affine = torch.eye(2, 3) + x.mean((1, 2, 3)).tanh().view(-1, 1, 1)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def zeroed_in_place(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[x < 0] = 0
+    return x
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "chooses"),
+    [
+        (ChoosesTokens(), "patches", "topk|gather"),
+        (Between(half_with_more), "before", "gather"),
+        (Between(warped), "after", "grid_sample"),
+    ],
+)
+def test_constants_that_stand_elsewhere_at_another_image_are_refused(
+    model: nn.Module, layer: str, chooses: str, generator: torch.Generator
+) -> None:
+    x, other = torch.randn(2, 2, 3, 16, 16, generator=generator)
+    model.eval()
+    message = rf"places of constants must not depend .*, got those of ({chooses}), .* Use method\.attribute\."
+    for method in CompleteScoreMap(model, "image"), FusedScoreMap(model, model.get_submodule(layer)):
+        method.attribute(x, 1)
+        with pytest.raises(ValueError, match=message):
+            compile_map(method, x, 1, backend="graph")
+    plain = ScoreMap(model)
+    assert_close(compile_map(plain, x, 1, backend="graph")(other, 2), plain.attribute(other, 2))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x.masked_fill(x < 0, 0),
+        lambda x: torch.where(x > 0, x, torch.zeros(())),
+        lambda x: torch.maximum(x, x.flip(3)),
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+        zeroed_in_place,
+    ],
+    ids=["filled", "chosen", "maximum", "unpooled", "in place"],
+)
+def test_masks_of_the_image_leave_constants_where_they_are(
+    between: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> None:
+    x, other = torch.randn(2, 2, 3, 16, 16, generator=generator)
+    method = CompleteScoreMap(Between(between).eval(), "image")
     assert_close(compile_map(method, x, 1, backend="graph")(other, 2), method.attribute(other, 2))
 
 

@@ -228,7 +228,7 @@ def test_places_are_held_once_for_all_images_and_channels() -> None:
 
     model, x = filled(Padded()), images(2, 3, 16, 16)
     recording, _ = Subject(model, (x,)).record(scores_of(1, 2), [None])
-    known = positions_in(recording.tape, x.shape)
+    known, _ = positions_in(recording.tape, x.shape)
     held = [part for value, (one, *_) in known.items() if value.ndim == 4 for part in (one.row, one.column)]
     assert len(held) > 2
     assert all(part.shape[:2] == (1, 1) for part in held)

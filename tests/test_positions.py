@@ -614,3 +614,17 @@ def test_layers_that_are_no_maps_say_so() -> None:
         assert fused.shape == (1, 1, 16, 16)
     LayerScoreMap(queries, queries.encoder).attribute(x, 1)  # a map: no warning
     LayerScoreMap(patches, patches.blocks[1]).attribute(x, 1)
+
+
+def test_maps_that_are_sorted_each_have_an_order_of_their_own() -> None:
+    x, (ahead, after), added = images(1, 1, 6, 6), images(2, 36), images(36) - 0.5
+
+    def model(x: Tensor) -> Tensor:
+        first, second = (torch.sort(one.flatten(1), 1)[0] + added for one in (2 * x, -x))
+        return torch.stack([first @ ahead + second @ after, first @ after], 1)
+
+    expected = torch.zeros(36, dtype=x.dtype)
+    for one, weight in zip((2 * x.flatten(), -x.flatten()), (ahead, after), strict=True):
+        ordered, places = one.sort()
+        expected[places] += (ordered + added) * weight
+    assert_close(CompleteScoreMap(model, "image").attribute(x, 0).flatten(), expected)

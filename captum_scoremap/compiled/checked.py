@@ -64,6 +64,5 @@ def check(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], toleranc
             advice = "Switch off TF32, which keeps 10 bits: torch.backends.cudnn.allow_tf32 = False."
         raise ValueError(
             f"{what} must give what method.attribute gives, got {how}: the model does something else from call to "
-            "call, chooses by the image which positions it works on, so that the constants of a complete map stand "
-            f"elsewhere at another image, or magnifies rounding until masks differ. {advice}"
+            f"call, or magnifies rounding until masks differ. {advice}"
         )

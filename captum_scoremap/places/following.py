@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from captum_scoremap.layout import map_channel_dim
-from captum_scoremap.rules import Value, display_name
+from captum_scoremap.rules import Value, display_name, tensors_in
 from captum_scoremap.tape import Step, Tape
 
 from .moves import moved
 from .positions import Positions, begins, cell_centers, image_of_all, shared, upright
 
-__all__ = ["Found", "positions_in"]
+__all__ = ["Choice", "Found", "positions_in"]
 
 Found = tuple[Positions, ...]
 """Where elements stand; the weights of an attention, with positions in rows and in columns, have those of both."""
+
+Choice = tuple[str, Tensor]
+"""An operation that moves elements, and numbers that settle where from: indices, switches, a grid."""
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # where the first factor is
 _ATTENTION = "scaled_dot_product_attention"
@@ -45,7 +48,7 @@ _CHOOSING = {
 }
 
 
-def positions_in(tape: Tape, seen: Sequence[int]) -> dict[Value, Found]:
+def positions_in(tape: Tape, seen: Sequence[int]) -> tuple[dict[Value, Found], list[Choice]]:
     """Return where the elements of a run's values stand, of those of which it is known.
 
     Args:
@@ -53,7 +56,7 @@ def positions_in(tape: Tape, seen: Sequence[int]) -> dict[Value, Found]:
         seen: Shape of the images, or of what the network makes of them first, (N, C, H, W).
 
     Returns:
-        Value to positions.
+        Value to positions, and the numbers by which elements were chosen, or where they were sampled.
     """
     following = _Following(tuple(seen))
     for value in tape.inputs:
@@ -61,12 +64,13 @@ def positions_in(tape: Tape, seen: Sequence[int]) -> dict[Value, Found]:
             following.known[value] = (upright(value.shape, value.device),)
     for step in tape.steps:
         following.follow(step)
-    return following.known
+    return following.known, following.choices
 
 
 class _Following:
     def __init__(self, seen: tuple[int, ...]) -> None:
         self.known: dict[Value, Found] = {}
+        self.choices: list[Choice] = []
         self._seen = seen
         self._before: list[Found] = []  # where what frequencies are of stood
         self._made: dict[Hashable, list[Found]] = {}  # blocks of a network are alike
@@ -97,15 +101,20 @@ class _Following:
         if name in _FOURIER:
             return [self._transformed(step)]
         if _makes_maps(name):
-            return self._remembered(step, (_groups(step), _sees_neighbors(step)), self._mapped)
+            return self._remembered(step, (_groups(step), _sees_neighbors(step), _kernel(step)), self._mapped)
         if name == _SAMPLING and not _are_alike(step.values[0].shape, step.outputs[0].shape):
             return []  # some points
         if name in _COPYING or (name in _WRITING and list(step.values) == [step.args[0]]):  # constants over a map
             return [self.known[source]]
         if step.rule.moves or name in _AVERAGING or name in _CHOOSING:
             key = (str(step.args[1:]), str(step.kwargs))
-            is_alike = len(step.values) == 1 and not _holds_tensors((step.args, tuple(step.kwargs.values())))
-            return self._remembered(step, key, self._moved) if is_alike else self._moved(step)
+            given = tensors_in((step.args, dict(step.kwargs), step.frozen()))
+            if len(step.values) == 1 and not given:
+                return self._remembered(step, key, self._moved)
+            made = self._moved(step)
+            if any(one.are_known for found in made for one in found):
+                self.choices += [(name, one) for one in given if name in _AVERAGING or not one.is_floating_point()]
+            return made
         if name in _REDUCING and step.argument("dim") is not None:
             return [tuple(_reduced(one, step.argument("dim"), step.outputs[0].ndim) for one in self.known[source])]
         return [self._each(step, output) for output in step.outputs]
@@ -352,10 +361,6 @@ def _is_copied(outward: Sequence[float], cells: Sequence[float]) -> bool:
     count = len(outward)
     copies = [cells[1 : count + 1], [cells[0]] * count, cells[::-1][:count]]
     return count < len(cells) and outward in copies
-
-
-def _holds_tensors(argument: object) -> bool:
-    return isinstance(argument, Tensor) or (isinstance(argument, (tuple, list)) and any(map(_holds_tensors, argument)))
 
 
 def _makes_maps(name: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_scoremap.checks import is_traced, unrecorded, warn
 from captum_scoremap.layout import map_channel_dim, patch_grid
 from captum_scoremap.rules import Value
-from captum_scoremap.tape import Recording, Site, Tape
+from captum_scoremap.tape import Recording, Site, Tape, would_be_baked_in
 
 from .cells import Cells, cells_of
 from .following import positions_in
@@ -37,6 +37,9 @@ class Placement:
 
     Attributes:
         frame: Where the image lies in what the layers see.
+
+    Raises:
+        ValueError: If a graph is being made that would hold this image's positions.
     """
 
     def __init__(self, tape: Tape, image_shape: Sequence[int]) -> None:
@@ -44,7 +47,13 @@ class Placement:
         self._images = image_shape[0]
         self._only: int | None = None
         with torch.no_grad(), unrecorded():
-            self._known = positions_in(tape, self.frame.shape)
+            self._known, choices = positions_in(tape, self.frame.shape)
+        for name, numbers in choices:
+            if would_be_baked_in(numbers):
+                raise ValueError(
+                    "the places of constants must not depend on numbers of the image to be compiled, got those of "
+                    f"{name}, which chooses by some. Use method.attribute."
+                )
         self._cells: dict[object, Cells] = {}
 
     def of_image(self, image: int) -> "Placement":

@@ -7,7 +7,7 @@ stand what changes memory (``changes``, on ``memory``), what rounds (``quantized
 """
 
 from .boundary import Boundary
-from .exits import exits_refused
+from .exits import exits_refused, would_be_baked_in
 from .frozen_model import FrozenModel, freeze
 from .module_tracker import ModuleTracker, Site, root_module
 from .recording import Recording
@@ -30,4 +30,5 @@ __all__ = [
     "nonfinite_allowed",
     "root_module",
     "sites_of",
+    "would_be_baked_in",
 ]

@@ -19,7 +19,7 @@ from .listeners import Listeners
 from .run import Run
 from .sight import COPIES
 
-__all__ = ["exits_refused", "exits_watched"]
+__all__ = ["exits_refused", "exits_watched", "would_be_baked_in"]
 
 _EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", *COPIES)
 # Those after which others know a tensor's memory, and may write to it.
@@ -35,7 +35,7 @@ _STORAGE_ENTRIES = ("copy_", "fill_", "__setitem__", "byteswap")
 
 def _leave(run: Run, way: str, tensor: Tensor, *_: object) -> None:
     """Note that the numbers of a tensor leave it."""
-    if _refused.get()(tensor):
+    if would_be_baked_in(tensor):
         module = run.modules.current_name
         raise ValueError(
             f"the map must not read numbers of the image to be compiled, got Tensor.{way}()"
@@ -89,6 +89,11 @@ def exits_refused(depends: Callable[[Tensor], bool]) -> Iterator[None]:
         yield
     finally:
         _refused.reset(token)
+
+
+def would_be_baked_in(tensor: Tensor) -> bool:
+    """Return whether a graph is being made that would hold a tensor's numbers, though they depend on the image."""
+    return _refused.get()(tensor)
 
 
 _DATA: Any = torch.Tensor.data  # the descriptor, read off the class
