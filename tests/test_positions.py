@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, bias_maps, linear_form
+from captum_scoremap.layout import resized
 from captum_scoremap.linear import main_layers
 from captum_scoremap.places import placement
 
@@ -628,3 +629,20 @@ def test_maps_that_are_sorted_each_have_an_order_of_their_own() -> None:
         ordered, places = one.sort()
         expected[places] += (ordered + added) * weight
     assert_close(CompleteScoreMap(model, "image").attribute(x, 0).flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    "turn", [lambda tokens: tokens, lambda tokens: tokens.mT], ids=["channels first", "tokens first"]
+)
+def test_of_as_many_tokens_as_channels_those_are_channels_that_stand_closer_together(
+    turn: Callable[[Tensor], Tensor],
+) -> None:
+    x, weight, added = images(1, 4, 8, 8), images(16, 16), images(16, 16) - 0.5
+
+    def model(x: Tensor) -> Tensor:
+        tokens = turn(F.pixel_unshuffle(x, 2).flatten(2))  # of each cell four pixels of four channels
+        return torch.stack([((tokens + turn(added)) * turn(weight)).sum((1, 2)), tokens.sum((1, 2))], 1)
+
+    own = (x * F.pixel_shuffle(weight.view(1, 16, 4, 4), 2)).sum(1, keepdim=True)
+    constants = (added * weight).sum(0).view(1, 1, 4, 4)
+    assert_close(CompleteScoreMap(model, "image").attribute(x, 0), own + resized(constants, (8, 8)))

@@ -131,7 +131,12 @@ class Placement:
             numbers = torch.arange(1.0, self._images + 1, device=value.device).view(-1, *(1,) * (len(shape) - 1))
             return Positions(numbers if is_first else zero, zero, zero, (1, 1))
         channel_dim = map_channel_dim(shape, self.frame.shape_for(shape)) if len(shape) in {3, 4} else None
-        left = one if channel_dim is None else one.summed([channel_dim])
+        if channel_dim is None:
+            return one
+        rows, columns = _sides(one)
+        if rows == columns:  # shapes of tokens do not tell which are the channels: those that stand closer together
+            channel_dim = min((1, len(shape) - 1)[::channel_dim], key=one.spread)
+        left = one.summed([channel_dim])
         return one if left.lack(one) else left
 
     def _cells_of(self, value: Value, images: int) -> Cells:

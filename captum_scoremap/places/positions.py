@@ -59,6 +59,11 @@ class Positions:
             for part, axis in sides
         )
 
+    def spread(self, axis: int) -> float:
+        """Return how far from one another elements stand along an axis: the variance of rows and that of columns."""
+        sides = (one for one in (self.row, self.column) if one.shape[axis] > 1)
+        return sum(float(one.var(axis, correction=0).mean()) for one in sides)
+
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Positions":
         """Return the same after a change of image, row and column."""
         return Positions(change(self.image), change(self.row), change(self.column), self.grid)
