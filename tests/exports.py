@@ -95,8 +95,8 @@ the file computes from `method.attribute`, at an image and a label that the comp
 `.onnx` by onnxruntime. Where there is no file, or it is more than 1e-5 off, it says why.
 
 First with weights as torchvision draws them before training, biases and norms set off from zeros and ones; then with
-the weights of `tests/zoo_table.md`, drawn so that every part matters, where two networks magnify rounding a
-thousandfold: there the scores of the plain network, without any map, are 1e-3 apart in PyTorch and in onnxruntime.
+the weights of `tests/zoo_table.md`, drawn so that every part matters, where some networks magnify rounding a
+thousandfold and more: there PyTorch and onnxruntime differ by 1e-3 in the scores of the plain network, without any map.
 
 Written by `python -m tests.exports` with torch {torch}, onnxruntime {onnxruntime}.
 
