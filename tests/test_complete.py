@@ -396,9 +396,45 @@ class Forked(nn.Module):
 
 def test_default_layers_are_those_of_the_way_that_arguments_lead(generator: torch.Generator) -> None:
     model, images = Forked().eval(), torch.rand(2, 3, 12, 12, generator=generator)
-    for way in (0, 1):
+    method = CompleteScoreMap(model)
+    for way in (0, 1, 0):
         expected = CompleteScoreMap(model, [model.ways[way]]).attribute(images, 1, way)
         assert_close(CompleteScoreMap(model).attribute(images, 1, way), expected)
+        assert_close(method.attribute(images, 1, way), expected)
+
+
+class EarlyExit(nn.Module):
+    """Bright images leave early, as in BranchyNet (Teerapittayanon et al. 2016)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, 4, 3, 2, 1), nn.ReLU()) for channels in (3, 4, 4))
+        self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.stages[1](self.stages[0](x))
+        if x.mean() > 0:
+            return self.heads[0](features.mean((2, 3)))
+        return self.heads[1](self.stages[2](features).mean((2, 3)))
+
+
+@pytest.mark.parametrize("wraps", [False, True], ids=["a module", "a function"])
+@pytest.mark.parametrize("build", [CompleteScoreMap, FusedScoreMap])
+def test_default_layers_are_those_of_the_route_that_an_image_takes(
+    build: Any, wraps: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, plain = [], default_layers.main_modules
+    monkeypatch.setattr(default_layers, "main_modules", lambda *of: looked.append(of) or plain(*of))
+    bright = torch.rand(2, 3, 16, 16, generator=generator)
+    original = EarlyExit().eval()
+    expected = [build(copy.deepcopy(original)).attribute(images, 1) for images in (bright, -bright)]
+    for order in (0, 1, 0, 1), (1, 0, 0, 1):
+        model = copy.deepcopy(original)
+        looked.clear()
+        method = build((lambda x, model=model: model(x)) if wraps else model)
+        for number in order:
+            assert_close(method.attribute((bright, -bright)[number], 1), expected[number])
+        assert len(looked) == 2
 
 
 def test_default_layers_of_a_function_are_those_of_the_network_that_it_calls(generator: torch.Generator) -> None:

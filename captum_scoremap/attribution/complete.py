@@ -9,10 +9,10 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images
+from captum_scoremap.layout import Grid
 from captum_scoremap.linear import Ledger, Subject, explain_completely
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target
-from captum_scoremap.tape import Site
 
 from .contract import Contract
 from .default_layers import DefaultLayers, named_layers
@@ -95,9 +95,12 @@ class CompleteScoreMap(Contract):
         """
         image = check_images(inputs)
         subject = self._subject((image,), additional_forward_args)
-        modules = self._coarsest(subject, target) if self._modules is None else self._modules
-        sites: list[Site | None] = [(module, False) for module in modules] or [None]
-        books, score = explain_completely(subject, target, sites)
+        if self._modules is None:
+            books, score = self._default_layers.explained(
+                subject, target, lambda subject, layers: _explained(subject, target, _coarsest(layers))
+            )
+        else:
+            books, score = _explained(subject, target, self._modules)
         size = None if self._has_own_grid else (image.shape[2], image.shape[3])
         with torch.no_grad():
             weights = _default_weights(books, score) if self._modules is None else torch.ones(len(books), 1)
@@ -108,10 +111,16 @@ class CompleteScoreMap(Contract):
         formatted = complete if isinstance(inputs, Tensor) else (complete,)
         return (formatted, placeless) if return_placeless else formatted
 
-    def _coarsest(self, subject: Subject, target: Target) -> list[nn.Module]:
-        """Return the default layers, the last one of each of the two coarsest resolutions, the finer one first."""
-        last = {grid: module for module, grid in self._default_layers(subject, target).items()}
-        return [last[grid] for grid in sorted(last, key=math.prod)[1::-1]]
+
+def _coarsest(layers: Mapping[nn.Module, Grid]) -> list[nn.Module]:
+    """Return the last layer of each of the two coarsest resolutions, the finer one first."""
+    last = {grid: module for module, grid in layers.items()}
+    return [last[grid] for grid in sorted(last, key=math.prod)[1::-1]]
+
+
+def _explained(subject: Subject, target: Target, layers: Sequence[nn.Module]) -> tuple[list[Ledger], Tensor]:
+    """Return the ledgers of layers, or that of the image where there are none, and the score."""
+    return explain_completely(subject, target, [(layer, False) for layer in layers] or [None])
 
 
 def _default_weights(books: Sequence[Ledger], score: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,16 +15,22 @@ from captum_scoremap.layout import Grid
 from captum_scoremap.linear import Subject, main_modules
 from captum_scoremap.multiview import MultiView
 from captum_scoremap.scores import Target, is_function
+from captum_scoremap.tape import Route
 
 __all__ = ["DefaultLayers", "named_layers"]
 
+T = TypeVar("T")
+Layers = dict[nn.Module, Grid]
 _Modules = list["weakref.ref[nn.Module]"]
-# Of each size of the image, and kind of views: the modules there were, and which of them are the layers, with grids.
-_Found = dict[tuple[torch.Size, str | None], tuple[_Modules, _Modules, list[Grid]]]
+# The layers that were found, for each route through a model that images took, the latest last.
+_Routes = dict[Route, tuple[_Modules, list[Grid]]]
+# Of each size of the image, and kind of views: the modules there were, and the layers.
+_Found = dict[tuple[torch.Size, str | None], tuple[_Modules, _Routes]]
 # Of each target that is a function, for heads have layers of their own, and of all labels together.
 _OfTargets = WeakKeyDictionary[Any, _Found]
 # Of each model, whichever methods explain it; a method that is made anew for each image looks no more than once.
 _FOUND: WeakKeyDictionary[Any, _OfTargets] = WeakKeyDictionary()
+_MANY = 100  # routes
 
 
 def named_layers(
@@ -39,29 +45,63 @@ def named_layers(
     return named
 
 
+class _OtherRouteError(Exception):
+    """The image takes another route through the model than the one for which layers were found."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        self.route = route
+
+
 class DefaultLayers:
     """The last main layer of each resolution of a model, found once for each size of the image and target function.
 
-    Of a multi-view network those below the sliding layer count: above it, a position is a view, not a place.
+    A model that branches, as one with early exits, has layers for each route that an image takes through it. Of a
+    multi-view network those below the sliding layer count: above it, a position is a view, not a place.
     """
 
     def __init__(self) -> None:
         self._found: _OfTargets = WeakKeyDictionary()  # of what is not shared
 
-    def __call__(self, subject: Subject, target: Target) -> dict[nn.Module, Grid]:
-        """Return layers, as they run, to their rows and columns; the model runs if it is not known, or has changed."""
-        model, size = unwrap_parallel(subject.forward_func), subject.inputs[0].shape[1:]
+    def explained(self, subject: Subject, target: Target, explain: Callable[[Subject, Layers], T]) -> T:
+        """Return what is explained of a subject at its layers, which are given as they run, to rows and columns.
+
+        The model runs once more where the layers are not known yet: at the first image, where modules have been
+        replaced, and where the image takes another route.
+        """
+        model = unwrap_parallel(subject.forward_func)
+        routes = self._routes(subject, model, target)
+
+        def explained_at(route: Route | None, *, may_differ: bool = False) -> T:
+            known = _layers_there(*routes[route]) if route in routes else None
+            layers = _found_in(model, subject, target) if known is None else known
+
+            def check(taken: Route) -> None:
+                if taken != route and known is not None and not may_differ:
+                    raise _OtherRouteError(taken)
+                routes.pop(taken, None)
+                routes[taken] = list(map(weakref.ref, layers)), list(layers.values())
+                if len(routes) > _MANY:
+                    del routes[next(iter(routes))]
+
+            return explain(replace(subject, on_route=check), layers)
+
+        try:
+            return explained_at(next(reversed(routes), None))
+        except _OtherRouteError as error:
+            route = error.route
+        return explained_at(route, may_differ=True)  # as where the route is drawn
+
+    def _routes(self, subject: Subject, model: Callable[..., Any], target: Target) -> _Routes:
+        """Return the routes of a model as it is, of which those are forgotten where a module has been replaced."""
         known = self._known(subject, model, target)
-        key = size, model.views if isinstance(model, MultiView) else None
+        key = subject.inputs[0].shape[1:], model.views if isinstance(model, MultiView) else None
         modules = list(model.modules()) if isinstance(model, nn.Module) else []  # a function's are not known
-        before, references, grids = known.get(key, ([], [], []))
-        layers = [layer for reference in references if (layer := reference()) is not None]
-        are_there = key in known and len(layers) == len(grids)
-        if are_there and [reference() for reference in before] == modules:  # none has been replaced
-            return dict(zip(layers, grids, strict=True))
-        found = _found_in(model, subject, target)
-        known[key] = list(map(weakref.ref, modules)), list(map(weakref.ref, found)), list(found.values())
-        return found
+        before, routes = known.get(key, ([], {}))
+        if [reference() for reference in before] != modules:
+            routes = {}
+        known[key] = list(map(weakref.ref, modules)), routes
+        return routes
 
     def _known(self, subject: Subject, model: Callable[..., Any], target: Target) -> _Found:
         """Return what is known of a model and a target; what makes no weak key is remembered by the object, or not."""
@@ -76,7 +116,13 @@ class DefaultLayers:
             return {}
 
 
-def _found_in(model: Callable[..., Any], subject: Subject, target: Target) -> dict[nn.Module, Grid]:
+def _layers_there(references: _Modules, grids: list[Grid]) -> Layers | None:
+    """Return layers with their grids; None where one is gone."""
+    layers = [layer for reference in references if (layer := reference()) is not None]
+    return dict(zip(layers, grids, strict=True)) if len(layers) == len(grids) else None
+
+
+def _found_in(model: Callable[..., Any], subject: Subject, target: Target) -> Layers:
     """Return what the run of a model tells."""
     if not isinstance(model, MultiView):
         return main_modules(replace(subject, forward_func=model), target)

@@ -8,6 +8,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_scoremap.checks import check_images
+from captum_scoremap.linear import Subject
 from captum_scoremap.places import Frame, Placement
 from captum_scoremap.rules import Rule
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
@@ -97,31 +98,42 @@ class FusedScoreMap(Contract):
         """
         image = check_images(inputs)
         subject = self._subject((image,), additional_forward_args)
-        layers = self._layers or list(self._default_layers(subject, target))
-        if not layers:
-            raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
-        sites: list[Site] = [(layer, False) for layer in layers]
-
-        def select(output: Any) -> Tensor:
-            scores = select_scores(output, target, len(image))
-            return scores if is_function(target) else logits_in(output)
-
-        recording, output = subject.record(select, sites)
-        label = None if is_function(target) else target
-        with torch.enable_grad():
-            leaf = output.detach().requires_grad_()
-            score, odds = select_scores(leaf, label), log_odds(leaf, label)
-            of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
-        placement = Placement(recording.tape, image.shape)
-        frame = placement.frame
-        with torch.no_grad():
-            image_itself, *named = (_Layer(recording.tapped[site], site, placement) for site in (None, *sites))
-            fused = fuse(_score_maps(recording.tape, of_odds, [image_itself, *named]), odds.detach(), frame)
-            for score_map in _score_maps(recording.tape, of_score, named):
-                has_part = score_map != 0
-                is_aside = ~has_part.flatten(1).any(1)[:, None, None, None]  # the score does not depend on the layer
-                fused = fused * frame.enlarged((has_part | is_aside).to(fused), "nearest")
+        if self._layers is None:
+            fused = self._default_layers.explained(
+                subject, target, lambda subject, layers: _fused(subject, target, list(layers))
+            )
+        else:
+            fused = _fused(subject, target, self._layers)
         return fused if isinstance(inputs, Tensor) else (fused,)
+
+
+def _fused(subject: Subject, target: Target, layers: Sequence[nn.Module]) -> Tensor:
+    """Return the fused map, (N, 1, H, W)."""
+    (image,) = subject.inputs
+    if not layers:
+        raise ValueError("layers must be named for this model, for none of its modules returns a map (N, C, h, w).")
+    sites: list[Site] = [(layer, False) for layer in layers]
+
+    def select(output: Any) -> Tensor:
+        scores = select_scores(output, target, len(image))
+        return scores if is_function(target) else logits_in(output)
+
+    recording, output = subject.record(select, sites)
+    label = None if is_function(target) else target
+    with torch.enable_grad():
+        leaf = output.detach().requires_grad_()
+        score, odds = select_scores(leaf, label), log_odds(leaf, label)
+        of_odds, of_score = (torch.autograd.grad(one.sum(), leaf)[0] for one in (odds, score))
+    placement = Placement(recording.tape, image.shape)
+    frame = placement.frame
+    with torch.no_grad():
+        image_itself, *named = (_Layer(recording.tapped[site], site, placement) for site in (None, *sites))
+        fused = fuse(_score_maps(recording.tape, of_odds, [image_itself, *named]), odds.detach(), frame)
+        for score_map in _score_maps(recording.tape, of_score, named):
+            has_part = score_map != 0
+            is_aside = ~has_part.flatten(1).any(1)[:, None, None, None]  # the score does not depend on the layer
+            fused = fused * frame.enlarged((has_part | is_aside).to(fused), "nearest")
+    return fused
 
 
 def log_odds(output: Tensor, target: Target) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_scoremap.checks import InvalidValueError, as_tuple_of_arguments, unwrap_parallel, warn
 from captum_scoremap.rules import Rule, display_name, with_rules
 from captum_scoremap.scores import Target, is_function, logits_in, select_scores
-from captum_scoremap.tape import Recording, Site
+from captum_scoremap.tape import Recording, Route, Site
 
 __all__ = ["Subject", "scores_of", "warn_of_probabilities"]
 
@@ -18,12 +18,21 @@ _PROBABILITIES = {"softmax", "log_softmax", "sigmoid", "logsigmoid"}
 
 @dataclass(frozen=True)
 class Subject:
-    """What is explained: a model, or a function that calls it, at an image, under rules."""
+    """What is explained: a model, or a function that calls it, at an image, under rules.
+
+    Attributes:
+        forward_func: The model, or the function.
+        inputs: The image.
+        additional_forward_args: Constants.
+        rules: Operation to rule.
+        on_route: Told which modules ran as soon as the model has run; what it raises ends the run.
+    """
 
     forward_func: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     additional_forward_args: object = None
     rules: Mapping[Any, Rule] | None = None
+    on_route: Callable[[Route], None] | None = None
 
     def record(
         self,
@@ -52,6 +61,8 @@ class Subject:
         )
 
         def checked(output: Any) -> Any:
+            if self.on_route is not None:
+                self.on_route(recording.modules.route())
             if stop_at is not None and not recording.modules.calls[stop_at[0]]:
                 raise InvalidValueError(
                     f"layer must run when the model does, got a {type(stop_at[0]).__name__} that never ran."

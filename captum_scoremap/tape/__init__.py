@@ -9,7 +9,7 @@ stand what changes memory (``changes``, on ``memory``), what rounds (``quantized
 from .boundary import Boundary
 from .exits import exits_refused, would_be_baked_in
 from .frozen_model import FrozenModel, freeze
-from .module_tracker import ModuleTracker, Site, root_module
+from .module_tracker import ModuleTracker, Route, Site, root_module
 from .recording import Recording
 from .sight import collector_paused
 from .steps import Step, Tape, Tapped, check_finite, nonfinite_allowed, sites_of
@@ -19,6 +19,7 @@ __all__ = [
     "FrozenModel",
     "ModuleTracker",
     "Recording",
+    "Route",
     "Site",
     "Step",
     "Tape",

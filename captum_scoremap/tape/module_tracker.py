@@ -14,13 +14,16 @@ from captum_scoremap.checks import warn
 
 from .listeners import Listeners
 
-__all__ = ["ModuleTracker", "Refused", "Site", "StopRun", "root_module"]
+__all__ = ["ModuleTracker", "Refused", "Route", "Site", "StopRun", "root_module"]
 
 # In training mode these change the model, or what they do is not one thing for each image.
 _NOT_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.RReLU)
 
 # A place in the model: a module and whether its input is meant, or its output.
 Site = tuple[nn.Module, bool]
+
+# Which of the modules of a model ran, each by its number, and how often.
+Route = frozenset[tuple[int, int]]
 
 
 class StopRun(BaseException):
@@ -84,6 +87,11 @@ class ModuleTracker:
                 for name, module in top.named_modules(prefix=outer):
                     names.setdefault(module, name)
         return {name: module for module, name in names.items()}
+
+    def route(self) -> Route:
+        """Return which modules ran, and how often; without those that are made anew in each run."""
+        members = (module for root in self.roots for module in root.modules())
+        return frozenset((id(module), self.calls[module]) for module in members if module in self.calls)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module and know that it runs."""
