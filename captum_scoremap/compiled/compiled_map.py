@@ -62,8 +62,9 @@ def compile_map(
 
     Raises:
         TypeError: If the method is none of these, or as ``method.attribute``.
-        ValueError: If the map is no graph, as where the model branches on numbers of the image, with where it does; if
-            the graph differs from the eager map; if the map is to have gradients; or as ``method.attribute``.
+        ValueError: If the map is no graph, as where the model branches on numbers of the image, with where it does, or
+            where these choose the elements, and so the places, of a complete or fused map; if the graph differs from
+            the eager map; if the map is to have gradients; or as ``method.attribute``.
         RuntimeError: As ``method.attribute``.
         UnsupportedOperationError: As ``method.attribute``.
 
