@@ -72,8 +72,8 @@ class DefaultLayers:
         model = unwrap_parallel(subject.forward_func)
         routes = self._routes(subject, model, target)
 
-        def explained_at(route: Route | None, *, may_differ: bool = False) -> T:
-            known = _layers_there(*routes[route]) if route in routes else None
+        def explained_at(route: Route, *, may_differ: bool = False) -> T:
+            known = _layers_there(routes.get(route))
             layers = _found_in(model, subject, target) if known is None else known
 
             def check(taken: Route) -> None:
@@ -87,7 +87,7 @@ class DefaultLayers:
             return explain(replace(subject, on_route=check), layers)
 
         try:
-            return explained_at(next(reversed(routes), None))
+            return explained_at(next(reversed(routes), frozenset()))
         except _OtherRouteError as error:
             route = error.route
         return explained_at(route, may_differ=True)  # as where the route is drawn
@@ -116,8 +116,11 @@ class DefaultLayers:
             return {}
 
 
-def _layers_there(references: _Modules, grids: list[Grid]) -> Layers | None:
-    """Return layers with their grids; None where one is gone."""
+def _layers_there(found: tuple[_Modules, list[Grid]] | None) -> Layers | None:
+    """Return the layers that were found, with their grids; None where none were, or one is gone."""
+    if found is None:
+        return None
+    references, grids = found
     layers = [layer for reference in references if (layer := reference()) is not None]
     return dict(zip(layers, grids, strict=True)) if len(layers) == len(grids) else None
 
