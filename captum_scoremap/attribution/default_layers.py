@@ -82,7 +82,7 @@ class DefaultLayers:
                 routes.pop(taken, None)
                 routes[taken] = list(map(weakref.ref, layers)), list(layers.values())
                 if len(routes) > _MANY:
-                    del routes[next(iter(routes))]
+                    routes.pop(next(iter(routes)), None)
 
             return explain(replace(subject, on_route=check), layers)
 
