@@ -646,3 +646,29 @@ def test_of_as_many_tokens_as_channels_those_are_channels_that_stand_closer_toge
     own = (x * F.pixel_shuffle(weight.view(1, 16, 4, 4), 2)).sum(1, keepdim=True)
     constants = (added * weight).sum(0).view(1, 1, 4, 4)
     assert_close(CompleteScoreMap(model, "image").attribute(x, 0), own + resized(constants, (8, 8)))
+
+
+class Mirrored(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.model(x.flip(3))
+        return scores
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(3), nn.Upsample((3, 3)), nn.Upsample((3, 3), mode="bilinear")],
+)
+def test_copies_of_one_cell_stand_nowhere(repeat: nn.Module) -> None:
+    model = filled(
+        nn.Sequential(
+            *(nn.Conv2d(2, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 2, 2), nn.ReLU()),
+            *(nn.AvgPool2d(4), repeat, nn.Flatten(), nn.Linear(36, 3)),
+        )
+    )
+    x, mirrored = images(1, 2, 18, 18), Mirrored(model).eval()
+    assert main_layers(model, x) == ["1", "3"]
+    assert_close(CompleteScoreMap(mirrored).attribute(x, 1).flip(3), CompleteScoreMap(model).attribute(x.flip(3), 1))

@@ -6,6 +6,7 @@ those of the first factor do, or the columns where those of the second do; a map
 interpolation make of another has its cells in the same order.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from itertools import groupby
 from typing import Any
@@ -88,7 +89,7 @@ class _Following:
             shape, one = tuple(output.shape), self.known.get(output)
             is_unknown = one is None or max(one[0].grid) == 1
             # what sees several cells makes a map, if its proportions do not tell otherwise
-            if is_unknown and len(shape) == 4 and map_channel_dim(shape, self._seen) == 1:
+            if is_unknown and len(shape) == 4 and map_channel_dim(shape, self._seen) == 1 and not _repeats(step):
                 self.known[output] = (upright(shape, output.device),)
 
     def _found(self, step: Step) -> list[Found]:
@@ -386,6 +387,11 @@ def _sees_neighbors(step: Step) -> bool:
     if name == "conv" and len(step.args) > 1 and isinstance(step.args[1], (Tensor, Value)):
         return max(step.args[1].shape[2:], default=1) > 1
     return name != "conv" and _makes_maps(name)
+
+
+def _repeats(step: Step) -> bool:
+    """Return whether a step makes copies of one cell, as pooling to a fixed size or interpolation of a small map."""
+    return display_name(step.operation) != "conv" and math.prod(step.values[0].shape[2:]) == 1
 
 
 def _are_alike(before: Sequence[int], after: Sequence[int]) -> bool:
