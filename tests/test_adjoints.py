@@ -396,6 +396,7 @@ EXACT_ONES: dict[str, Callable[[Tensor], Tensor]] = {
     "a bound for what is no number": lambda x: torch.nan_to_num(x.log(), nan=0.5),
     "a bound for what is infinite": lambda x: torch.nan_to_num(x + INFINITE, 0.3, 2.0, -2.0),
     "a sum of what is a number": lambda x: torch.where(x > 0, x, torch.nan).nansum(1, keepdim=True) + x,
+    "a hardshrink": lambda x: F.hardshrink(x, 0.3),
     "a hardshrink of a negative bound": lambda x: F.hardshrink(x, -0.5),
     "a step of live values": lambda x: torch.heaviside(torch.zeros_like(x), x),
     "phases": lambda x: torch.fft.ifft(torch.sgn(torch.fft.fft(x))).real,
