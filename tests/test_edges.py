@@ -97,6 +97,18 @@ def test_functions_are_level_at_their_edges_alone(name: str) -> None:
     assert_close(form.sums + form.bias, form.score, **EXACT)
 
 
+def test_distances_of_many_rows_are_derived_as_those_of_few(generator: torch.Generator) -> None:
+    x = torch.randn(1, 30, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+
+    def one_by_one(x: Tensor) -> Tensor:
+        return (x[:, :, None] - (2 * x + 1)[:, None]).norm(dim=-1)
+
+    (slopes,) = torch.autograd.grad((one_by_one(x) * weight).sum(), x)
+    form = linear_form(lambda x: (torch.cdist(x, 2 * x + 1) * weight).sum((1, 2))[:, None], x.detach(), 0)
+    assert_close(form.coefficients, slopes, **EXACT)
+
+
 MASKED: dict[str, tuple[Function, Function]] = {
     "log": (lambda x: torch.where(x > 0, x.relu().log(), x), lambda x: torch.where(x > 0, x.clamp_min(1e-99).log(), x)),
     "reciprocal": (
