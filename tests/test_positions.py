@@ -672,3 +672,17 @@ def test_copies_of_one_cell_stand_nowhere(repeat: nn.Module) -> None:
     x, mirrored = images(1, 2, 18, 18), Mirrored(model).eval()
     assert main_layers(model, x) == ["1", "3"]
     assert_close(CompleteScoreMap(mirrored).attribute(x, 1).flip(3), CompleteScoreMap(model).attribute(x.flip(3), 1))
+
+
+def test_patches_of_a_part_of_the_image_stand_in_that_part() -> None:
+    x, weight, added = images(1, 1, 8, 8), images(8, 4), images(8, 1) - 0.5
+
+    def model(x: Tensor) -> Tensor:
+        patches = x[..., 4:].unfold(2, 2, 2).unfold(3, 2, 2).reshape(1, 8, 4)  # 4 rows of 2
+        return torch.stack([((patches + added) * weight).sum((1, 2)), patches.sum((1, 2))], 1)
+
+    constants = torch.zeros(1, 1, 4, 4, dtype=x.dtype)
+    constants[..., 2:] = (added * weight).sum(1).view(4, 2)
+    own = torch.zeros_like(x)
+    own[..., 4:] = x[..., 4:] * weight.view(4, 2, 2, 2).transpose(1, 2).reshape(8, 4)
+    assert_close(CompleteScoreMap(model, "image").attribute(x, 0), own + resized(constants, (8, 8)))
