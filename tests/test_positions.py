@@ -648,14 +648,48 @@ def test_of_as_many_tokens_as_channels_those_are_channels_that_stand_closer_toge
     assert_close(CompleteScoreMap(model, "image").attribute(x, 0), own + resized(constants, (8, 8)))
 
 
-class Mirrored(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class Turned(nn.Module):
+    def __init__(self, model: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.turn = model, turn
 
     def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.model(x.flip(3))
+        scores: Tensor = self.model(self.turn(x))
         return scores
+
+
+def mirrored(x: Tensor) -> Tensor:
+    return x.flip(3)
+
+
+class Outlook(nn.Module):
+    """Weights of windows by what stands in the middle, as in VOLO (Yuan et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.values, self.weights = nn.Conv2d(2, 6, 2, 2), nn.Linear(6, 6), nn.Linear(6, 81)
+        self.after, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        values = F.unfold(self.values(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 3, padding=1, stride=2)
+        values = values.unflatten(1, (6, 9)).permute(0, 3, 2, 1)  # (N, windows, 9, channels)
+        weights = self.weights(F.avg_pool2d(x, 2, ceil_mode=True).flatten(2).mT).unflatten(2, (9, 9)).softmax(3)
+        found = (weights @ values).permute(0, 3, 2, 1).flatten(1, 2)
+        x = x + self.after(F.fold(found, x.shape[2:], 3, padding=1, stride=2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        scores: Tensor = self.head(x.relu().mean((2, 3)))
+        return scores
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [mirrored, lambda x: x.flip(2), lambda x: x.mT, lambda x: x.flip(2, 3)],
+    ids=["mirrored", "upside down", "on its side", "half round"],
+)
+def test_sums_over_windows_stand_where_these_were_cut(turn: Callable[[Tensor], Tensor]) -> None:
+    model, x = filled(Outlook()), images(2, 2, 16, 16)
+    turned = CompleteScoreMap(Turned(model, turn).eval(), "image").attribute(x, 1)
+    assert_close(turn(turned), CompleteScoreMap(model, "image").attribute(turn(x), 1))
 
 
 @pytest.mark.parametrize(
@@ -669,9 +703,9 @@ def test_copies_of_one_cell_stand_nowhere(repeat: nn.Module) -> None:
             *(nn.AvgPool2d(4), repeat, nn.Flatten(), nn.Linear(36, 3)),
         )
     )
-    x, mirrored = images(1, 2, 18, 18), Mirrored(model).eval()
+    x, turned = images(1, 2, 18, 18), Turned(model, mirrored).eval()
     assert main_layers(model, x) == ["1", "3"]
-    assert_close(CompleteScoreMap(mirrored).attribute(x, 1).flip(3), CompleteScoreMap(model).attribute(x.flip(3), 1))
+    assert_close(CompleteScoreMap(turned).attribute(x, 1).flip(3), CompleteScoreMap(model).attribute(x.flip(3), 1))
 
 
 def test_patches_of_a_part_of_the_image_stand_in_that_part() -> None:

@@ -32,12 +32,13 @@ Choice = tuple[str, Tensor]
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # where the first factor is
 _ATTENTION = "scaled_dot_product_attention"
 _SAMPLING = "grid_sample"
+_FOLDING = "col2im"
 _FOURIER = {"fft_c2c", "fft_r2c", "fft_c2r"}
 _REDUCING = {"sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "std", "norm", "linalg_vector_norm"}
 _COPYING = {"clone", "contiguous", "alias", "to_copy", "detach"}
 _JOINING = {"cat", "stack", "constant_pad_nd"}
 # Each element is the mean of some.
-_AVERAGING = {"roi_align", "ps_roi_align", _SAMPLING}
+_AVERAGING = {"roi_align", "ps_roi_align", _SAMPLING, _FOLDING}
 # Each is one of those before, as for rules that say so: of those, these write over some.
 _WRITING = {
     *("copy", "index_put", "index_copy", "scatter", "masked_scatter"),
@@ -111,7 +112,7 @@ class _Following:
             key = (str(step.args[1:]), str(step.kwargs))
             given = tensors_in((step.args, dict(step.kwargs), step.frozen()))
             if len(step.values) == 1 and not given:
-                return self._remembered(step, key, self._moved)
+                return self._remembered(step, key, self._folded if name == _FOLDING else self._moved)
             made = self._moved(step)
             if any(one.are_known for found in made for one in found):
                 self.choices += [(name, one) for one in given if name in _AVERAGING or not one.is_floating_point()]
@@ -200,6 +201,10 @@ class _Following:
             for at in range(count)
         ]
         return [tuple(one) for one in zip(*each, strict=True)]
+
+    def _folded(self, step: Step) -> list[Found]:
+        """Return where sums over windows stand: where a map's cells do, if windows stand about where they were cut."""
+        return [tuple(_straightened(one, step.outputs[0].shape) for one in found) for found in self._moved(step)]
 
     def _moved_once(self, step: Step, given: Sequence[Positions | None]) -> list[Positions]:
         name = display_name(step.operation)
@@ -333,14 +338,26 @@ def _unpadded(one: Positions, shape: Sequence[int], kernel: int | None) -> Posit
 
 
 def _straightened(one: Positions, shape: Sequence[int]) -> Positions:
-    """Return the positions of a map whose cells stand less than one from where the image's do as those."""
+    """Return positions of a map, less than a cell from where the image's cells stand, turned or not, as those cells."""
     is_straight = one.grid == tuple(shape[2:]) == (one.row.numel(), one.column.numel())
     if is_straight or not {1, 2, 3}.issuperset(one.axes):
         return one
-    straight = upright(shape, one.row.device).of(one.image)
-    pairs = zip((one.row, one.column), (straight.row, straight.column), shape[2:], strict=True)
-    are_near = [bool(((part > 0) & ((part - center).abs() * count < 1)).all()) for part, center, count in pairs]
-    return straight if all(are_near) else one
+    for axes in (2, 3), (3, 2):
+        row, column = (
+            _straight(part, axis, shape[axis]) for part, axis in zip((one.row, one.column), axes, strict=True)
+        )
+        if row is not None and column is not None:
+            return Positions(one.image, row, column, (shape[axes[0]], shape[axes[1]]))
+    return one
+
+
+def _straight(part: Tensor, axis: int, count: int) -> Tensor | None:
+    """Return the centers of cells along an axis, either way, from which rows, or columns, are less than one away."""
+    centers = cell_centers(count, part.device).view([-1 if other == axis else 1 for other in range(4)])
+    for one in centers, centers.flip(axis):
+        if bool(((part > 0) & ((part - one).abs() * count < 1)).all()):
+            return one
+    return None
 
 
 def _without_padding(along: Tensor) -> Tensor:
@@ -366,7 +383,7 @@ def _is_copied(outward: Sequence[float], cells: Sequence[float]) -> bool:
 
 def _makes_maps(name: str) -> bool:
     """Return whether an operation takes and returns maps, (N, C, h, w)."""
-    return name == "conv" or ("pool" in name and "roi" not in name) or "upsample" in name or name == "col2im"
+    return name == "conv" or ("pool" in name and "roi" not in name) or "upsample" in name
 
 
 def _groups(step: Step) -> int:
@@ -386,7 +403,7 @@ def _sees_neighbors(step: Step) -> bool:
     name = display_name(step.operation)
     if name == "conv" and len(step.args) > 1 and isinstance(step.args[1], (Tensor, Value)):
         return max(step.args[1].shape[2:], default=1) > 1
-    return name != "conv" and _makes_maps(name)
+    return name == _FOLDING or (name != "conv" and _makes_maps(name))
 
 
 def _repeats(step: Step) -> bool:
