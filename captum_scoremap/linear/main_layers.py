@@ -102,14 +102,13 @@ def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Mo
     @cache  # each call encloses many
     def is_coarser(call: ModuleCall, grid: Grid) -> bool:
         sides = [
-            _map_grid(call.module, shape, image) or patch_grid(_tokens(shape, image), image)
-            for shape in (call.given, call.returned)
+            _map_grid(shape, image) or patch_grid(_tokens(shape, image), image) for shape in (call.given, call.returned)
         ]
         return all(side is not None and math.prod(side) < math.prod(grid) for side in sides)
 
     maps: dict[Grid, list[ModuleCall]] = {}
     for output in outputs:
-        grid = _map_grid(output.module, output.returned, image, output.parent)
+        grid = _map_grid(output.returned, image)
         # what is finer inside a module than what that is given and returns is beside the path
         if grid is not None and not any(is_coarser(call, grid) for call in output.outer):
             maps.setdefault(grid, []).append(output)
@@ -144,31 +143,12 @@ def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Mo
     return {output.module: chosen[output] for output in outputs if output in chosen}
 
 
-def _map_grid(
-    module: nn.Module, shape: tuple[int, ...], image_shape: tuple[int, ...], parent: nn.Module | None = None
-) -> Grid | None:
-    """Return the rows and columns of a module's output where it is a map, (N, C, h, w) or (N, h, w, C)."""
+def _map_grid(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> Grid | None:
+    """Return the rows and columns of an output where it is a map, (N, C, h, w) or (N, h, w, C)."""
     channel_dim = map_channel_dim(shape, image_shape) if len(shape) == 4 else None
-    if channel_dim == 1:
-        says = parent if next(module.parameters(), None) is None else module  # an activation says nothing
-        if says is not None and _has_channels_last(says, shape):
-            return None
     if channel_dim is None:
         return None
     return shape[2:] if channel_dim == 1 else shape[1:3]  # type: ignore[return-value]  # of four
-
-
-def _has_channels_last(module: nn.Module, shape: Sequence[int]) -> bool:
-    """Return whether a module is made of linear layers and norms that say so, such as one on windows of tokens.
-
-    The last axis holds the channels of one of its parts, the second those of none.
-    """
-    if any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()):
-        return False
-    parts = list(module.modules())
-    widths = {part.out_features for part in parts if isinstance(part, nn.Linear)}
-    widths |= {part.normalized_shape[-1] for part in parts if isinstance(part, nn.LayerNorm)}
-    return shape[-1] in widths and shape[1] not in widths
 
 
 def _tokens(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
