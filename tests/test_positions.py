@@ -692,6 +692,21 @@ def test_sums_over_windows_stand_where_these_were_cut(turn: Callable[[Tensor], T
     assert_close(turn(turned), CompleteScoreMap(model, "image").attribute(turn(x), 1))
 
 
+def test_the_fused_map_of_a_mirrored_image_is_mirrored() -> None:
+    """Its cells without a part in the score, of 5 pixels and 5/7, too."""
+    model = filled(
+        nn.Sequential(
+            *(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 3), nn.Conv2d(2, 2, 3, 2, 1), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(98, 3)),
+        )
+    )
+    x = images(1, 2, 40, 40) - 0.5
+    turned = FusedScoreMap(Turned(model, mirrored).eval()).attribute(x, 1)
+    expected = FusedScoreMap(model).attribute(mirrored(x), 1)
+    assert (expected == 0).any()
+    assert_close(mirrored(turned), expected)
+
+
 @pytest.mark.parametrize(
     "repeat",
     [nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(3), nn.Upsample((3, 3)), nn.Upsample((3, 3), mode="bilinear")],

@@ -132,7 +132,7 @@ def _fused(subject: Subject, target: Target, layers: Sequence[nn.Module]) -> Ten
         for score_map in _score_maps(recording.tape, of_score, named):
             has_part = score_map != 0
             is_aside = ~has_part.flatten(1).any(1)[:, None, None, None]  # the score does not depend on the layer
-            fused = fused * frame.enlarged((has_part | is_aside).to(fused), "nearest")
+            fused = fused * frame.enlarged((has_part | is_aside).to(fused), "nearest-exact")
     return fused
 
 
