@@ -628,6 +628,19 @@ def test_what_lies_around_a_view_in_memory_is_in_an_onnx_file(
     assert_close(found, method.attribute(y), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(7,), (7, 9), (3, 7, 4)])
+def test_interpolation_by_centers_is_in_an_onnx_file(
+    size: tuple[int, ...], tmp_path: Path, generator: torch.Generator
+) -> None:
+    x, y = torch.randn(2, 2, 3, *[5] * len(size), generator=generator)
+    weights = torch.randn(3, *size, generator=generator)
+    method = ScoreMap(lambda x: (F.interpolate(x, size, mode="nearest-exact") * weights).flatten(1).sum(1))
+    path = compile_map(method, x, backend="graph").export(tmp_path / "map.onnx").path
+    found = read_back(path, ["image"], ["scores", "map"])(y)
+    assert_close(found[0], method.forward_func(y), rtol=1e-5, atol=1e-5)
+    assert_close(found[1], method.attribute(y), rtol=1e-5, atol=1e-6)
+
+
 def test_what_a_runtime_lacks_is_said(tmp_path: Path) -> None:
     """It has no convolution of float64."""
     model = nn.Sequential(nn.Conv3d(3, 4, 2), nn.Flatten()).double().eval()

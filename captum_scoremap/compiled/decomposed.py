@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._decomp import decomposition_table
 
 from captum_scoremap.speed import convolved_otherwise, transposed_otherwise
 
@@ -336,6 +337,9 @@ ONNX: Decompositions = {
     aten.avg_pool3d_backward.default: _average_pool_backward,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward(2),
     aten._adaptive_avg_pool3d_backward.default: _adaptive_pool_backward(3),
+    aten._upsample_nearest_exact1d.default: decomposition_table[aten._upsample_nearest_exact1d.default],
+    aten._upsample_nearest_exact2d.default: decomposition_table[aten._upsample_nearest_exact2d.default],
+    aten._upsample_nearest_exact3d.default: decomposition_table[aten._upsample_nearest_exact3d.default],
     aten.upsample_nearest2d_backward.default: _enlarging(aten.upsample_nearest2d.default, aligns=False),
     aten._upsample_nearest_exact2d_backward.default: _enlarging(aten._upsample_nearest_exact2d.default, aligns=False),
     aten.upsample_bilinear2d_backward.default: _enlarging(aten.upsample_bilinear2d.default, aligns=True),
