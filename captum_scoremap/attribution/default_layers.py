@@ -30,7 +30,7 @@ _Found = dict[tuple[torch.Size, str | None], tuple[_Modules, _Routes]]
 _OfTargets = WeakKeyDictionary[Any, _Found]
 # Of each model, whichever methods explain it; a method that is made anew for each image looks no more than once.
 _FOUND: WeakKeyDictionary[Any, _OfTargets] = WeakKeyDictionary()
-_MANY = 100  # routes
+_MOST_ROUTES = 100  # that are remembered of a model
 
 
 def named_layers(
@@ -81,7 +81,7 @@ class DefaultLayers:
                     raise _OtherRouteError(taken)
                 routes.pop(taken, None)
                 routes[taken] = list(map(weakref.ref, layers)), list(layers.values())
-                if len(routes) > _MANY:
+                if len(routes) > _MOST_ROUTES:
                     routes.pop(next(iter(routes)), None)
 
             return explain(replace(subject, on_route=check), layers)

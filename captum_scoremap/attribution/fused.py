@@ -41,8 +41,8 @@ class FusedScoreMap(Contract):
     It is a map for looking, pointing and cropping, without unit; for one that adds up to the score take
     :class:`LayerScoreMap`. Labels must compete in a softmax; where the model has one score for each image, or the
     target is a function, that is taken for the log-odds, as before a sigmoid. It takes one forward and two backward
-    passes, of which the second ends at the first of the layers, and at the first image of each size one more forward
-    pass that finds the layers.
+    passes, of which the second ends at the first of the layers, and at the first image of each size, and of each route
+    through a model that branches, one or two more forward passes that find the layers.
 
     Args:
         forward_func: The model in evaluation mode, or a function that calls it.
