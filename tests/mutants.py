@@ -32,10 +32,10 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("rules", "tape", "places", "linear", "attribution")
 
 TESTS = """
-    adjoints advice bad_input boundary captum_contract captum_tools casts complete definition edges exactness
-    frame frozen_values functions fused handwritten inference_mode kernels_of_devices layouts linear_form memory modes
-    moving multiview noise numbers own_operations paper planes positions precision quantized random_networks reference
-    relations run scripted speed steps structures sums table targets unseen
+    adjoints advice bad_input boundary captum_contract captum_tools casts complete constant_layers definition edges
+    exactness frame frozen_values functions fused handwritten inference_mode kernels_of_devices layouts linear_form
+    memory modes moving multiview noise numbers own_operations paper planes positions precision quantized
+    random_networks reference relations run scripted speed steps structures sums table targets unseen
 """.split()
 START = 60  # seconds in which pytest starts at the latest
 SLOWER = 5  # times as long as measured: an endless loop, not a busy machine

@@ -200,7 +200,21 @@ def explain(
 
 
 def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Iterable[Tensor]]) -> None:
-    """Warn where the maps of a layer are zero everywhere because the values of operations such as argmin are frozen."""
+    """Warn where maps are zero everywhere: those of constant layers, and of what values such as argmin's are frozen in.
+
+    Of a constant layer among others nothing is said: it may make a weight.
+    """
+    if recording.leaves_layers:
+        maps = [list(each) for each in maps]
+        with unrecorded():
+            is_constant = not any(bool(one.any()) for each in maps for one in each)
+        if is_constant:
+            warn(
+                "a map is zero everywhere: the layer does not depend on the input, and is a constant factor of what "
+                "does. All of S is in B. To explain the layer, make what it depends on the input, and the image an "
+                "additional argument."
+            )
+            return
     is_frozen = recording.has_frozen(score)  # and whatever it depends on
     frozen = [(name, module) for name, module in recording.frozen if is_frozen or name in _BREAKS]
     with unrecorded():

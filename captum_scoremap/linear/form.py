@@ -345,7 +345,8 @@ def linear_form(
         inputs: The image, (N, C, H, W), or a tuple of such inputs.
         target: Label of each image, in any of Captum's forms, or a function from the model's output to (N,).
         layer: The layer; None for the image itself; or several, for which one run and one backward pass serve. If one
-            runs more than once, its last call counts.
+            runs more than once, its last call counts. One that does not depend on the input is a constant factor where
+            it multiplies what does.
         additional_forward_args: Additional arguments; they are constants.
         attribute_to_layer_input: Whether Y is the layer's input.
         rules: Operation to rule, to replace or add some.

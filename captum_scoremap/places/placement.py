@@ -82,16 +82,14 @@ class Placement:
         summed = product.sum(cells.summed, keepdim=True) if cells.summed else product
         size = cells.grid[0] * cells.grid[1] + 1
         if images > 1 and cells.axis is None:
-            total = summed.new_zeros(images * size + 1).index_add(
-                0, cells.where % (images * size + 1), summed.flatten()
-            )
+            total = _added(summed.flatten()[None], cells.where % (images * size + 1), images * size + 1)[0]
             self._check_images(total[-1], summed)
             placed = total[:-1].view(images, size)
         else:
             rows = summed.flatten()[None] if cells.axis is None else summed.movedim(cells.axis, 0).reshape(images, -1)
             if cells.is_order:
                 return self._row(rows.view(images, 1, *cells.grid)), None
-            placed = rows.new_zeros(images, size).index_add(1, cells.where, rows)
+            placed = _added(rows, cells.where, size)
         one = placed[:, 1:].reshape(images, 1, *cells.grid) if max(cells.grid) > 1 else None
         has_rest = cells.has_rest and (one is None or not self._is_rounding(placed[:, 0], summed))
         return self._row(one), self._row(placed[:, 0]) if has_rest else None
@@ -118,7 +116,7 @@ class Placement:
         channel_dim = map_channel_dim(tuple(value.shape), self.frame.shape_for(value.shape))
         if (self._images > 1 and cells.axis is None) or (channel_dim or 0) % value.ndim in positions.axes:
             return cells.axis == 1
-        where = cells.where[cells.where > 0]
+        where = cells.where[0][cells.where[0] > 0]
         return torch.equal(where, torch.arange(1, len(where) + 1, device=where.device))
 
     def _positions_of(self, value: Value) -> Positions:
@@ -170,6 +168,12 @@ class Placement:
             f"every operation must keep the {self._images} images apart, got {tuple(product.shape)}. Explain one "
             "image at a time."
         )
+
+
+def _added(rows: Tensor, where: Tensor, size: int) -> Tensor:
+    """Return the sums of rows in so many cells, (rows, size); what is in several has a part in each."""
+    each = [rows.new_zeros(len(rows), size).index_add(1, one, rows) for one in where]
+    return each[0] if len(each) == 1 else sum(each[1:], each[0]) / len(each)
 
 
 def _sides(positions: Positions) -> list[list[int]]:

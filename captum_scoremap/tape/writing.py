@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import Call, Composite, Linear, Rule, Value, floating, tensors_in
+from captum_scoremap.rules import Call, Composite, Linear, Rule, Tangent, Value, floating, tensors_in
 from captum_scoremap.rules.quantized import EIGHT_BITS
 
 from .geometry import geometry
@@ -24,8 +24,8 @@ def step_of(run: Run, operation: Operation, call: Call, args: tuple[Any, ...], k
     """Return the step of a call, whose arguments have values for tensors, under its rule; not yet written."""
     rule: Any = operation.rule  # there is one
     step = Step(operation.functional, args, kwargs, call.values, call.values, rule=rule, module=run.modules.current)
-    if run.inspect and not isinstance(rule, Linear):
-        _leave_constants(step, call)
+    if run.has_constant_layers and len(step.values) > 1 and not isinstance(rule, (Linear, Tangent)):
+        _leave_constants(run, step, call)
     step.rule = rule.variant(step)
     return step
 
@@ -129,14 +129,16 @@ def _kept(run: Run, state: Any, call: Call) -> Any:
     return tuple(map(kept, state)) if type(state) is tuple else kept(state)
 
 
-def _leave_constants(step: Step, call: Call) -> None:
+def _leave_constants(run: Run, step: Step, call: Call) -> None:
     """Leave to a step and its call, of their live arguments, those that depend on the image, if any do.
 
-    A layer that does not depend on it, such as one that makes another's weight, gives a constant like any other.
+    A layer that does not depend on it, such as one that makes another's weight or encodes a text, gives a constant like
+    any other: what is found at the other layers must not depend on whether it is asked for, too.
     """
     depends = [bool(value.sites & Value.IMAGE) for value in step.values]
-    if all(depends) or not any(depends):
+    if all(depends) or not any(depends) or step.rule.is_affine(step):
         return
+    run.leaves_layers = True
     each: Any = zip(step.values, call.live, depends, strict=True)
     filled = step.filled([value if is_live else tensor for value, tensor, is_live in each])
     step.args, step.kwargs = filled.args, filled.kwargs

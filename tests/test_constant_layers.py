@@ -1,0 +1,158 @@
+"""Layers that do not depend on the image: constants, which change nothing of what is found at the others."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+from captum_scoremap import LayerScoreMap, freeze, linear_form
+from captum_scoremap.linear import check_exactness
+from captum_scoremap.rules import TANGENT
+from tests.between import EXACT, some_images
+
+WORDS = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+class Encoders(nn.Module):
+    """Scores as products of an image's features and those of texts, as CLIP has them; the texts are the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.image = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(64, 6))
+        self.text = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 6))
+
+    def forward(self, x: Tensor, words: Tensor = WORDS) -> Tensor:
+        return self.image(self.conv(x)) @ self.text(words).T
+
+
+class Scaled(nn.Module):
+    """The numbers that something is combined with are a layer's."""
+
+    def __init__(self, combined: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.text, self.combined = nn.Conv2d(3, 4, 3), nn.Embedding(4, 4), combined
+        self.head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.text(torch.arange(4)).abs() + 0.5
+        return self.head(self.combined(self.conv(x), weights))
+
+
+class Doubled(nn.Module):
+    """Makes a weight of another one."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Masked(nn.Module):
+    """A mask that a layer makes of the image, which is frozen."""
+
+    class Mask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x > 0).to(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.text = nn.Conv2d(3, 4, 3), self.Mask()
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(x * self.text(x))
+
+
+def weighed() -> nn.Module:
+    model = Scaled(lambda x, _: x)
+    parametrize.register_parametrization(model.conv, "weight", Doubled())
+    parametrize.register_parametrization(model.head[2], "weight", Doubled())
+    model.text = model.conv.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "encoders": Encoders,
+    "weights": weighed,
+    "mask": Masked,
+    "product": lambda: Scaled(lambda x, w: x * w),
+    "product in place": lambda: Scaled(lambda x, w: x.mul_(w)),
+    "quotient": lambda: Scaled(lambda x, w: w / x.abs()),
+    "matrix product": lambda: Scaled(lambda x, w: x @ w),
+    "changed afterwards": lambda: Scaled(lambda x, w: (x * w) + w.mul_(3.0)),
+    "changed by the image": lambda: Scaled(lambda x, w: x * w.expand(4, 4, 4).contiguous().mul_(x[:1].sum((0, 1)))),
+    "interpolated": lambda: Scaled(lambda x, w: torch.lerp(x, w, x.sigmoid())),
+    "attention": lambda: Scaled(lambda x, w: torch.softmax(x @ w, -1) @ w),
+    "sum": lambda: Scaled(lambda x, w: x + w),
+}
+
+
+def made(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name]().double().eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_explained_as_each_alone(name: str) -> None:
+    """The linear form at a layer is the same whichever others are asked for, and that of the frozen model."""
+    model, image = made(name), some_images(1)
+    layers = [None, model.conv, *([] if name == "weights" else [model.text])]
+    together = linear_form(model, image, 1, layers)
+    frozen = freeze(model, image)
+    for layer, form in zip(layers, together, strict=True):
+        assert_close(form.sums + form.bias, form.score, **EXACT)
+        if layer is not model.text:
+            alone = linear_form(model, image, 1, layer)
+            assert_close(form.coefficients, alone.coefficients, **EXACT)
+            assert alone.coefficients.abs().max() > 1e-3
+        if layer is not None:
+            assert_close(frozen(image, {layer: torch.zeros_like(form.activations)})[:, 1], form.bias, **EXACT)
+    assert_close(frozen(0 * image)[:, 1], together[0].bias, **EXACT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_all_layers_has_no_residual(name: str) -> None:
+    assert check_exactness(made(name), some_images(1), 1, tolerance=1e-12).is_exact
+
+
+def test_a_layer_that_makes_a_weight_may_stand_among_all_layers() -> None:
+    model, image = made("weights"), some_images(1)
+    weight = model.head[2].parametrizations.weight[0]  # type: ignore[union-attr, index]
+    one, none = LayerScoreMap(model, [model.conv, weight]).attribute(image, 1)
+    assert_close(one, LayerScoreMap(model, model.conv).attribute(image, 1), **EXACT)
+    assert not none.any()
+
+
+@pytest.mark.parametrize("name", ["encoders", "product", "matrix product"])
+def test_a_layer_that_is_but_a_factor_is_warned_of(name: str) -> None:
+    """All of S is in its B, and the advice leads to where it is not."""
+    model, image = made(name), some_images(1)
+    with pytest.warns(UserWarning, match="does not depend on the input, and is a constant factor"):
+        form = linear_form(model, image, 1, model.text)
+    assert not form.coefficients.any()
+    assert_close(form.bias, form.score)
+    with pytest.warns(UserWarning, match="does not depend on the input"):
+        assert not LayerScoreMap(model, model.text).attribute(image, 1).any()
+
+
+def test_the_advice_for_a_constant_factor_leads_to_its_map() -> None:
+    model, image = made("encoders"), some_images(1)
+    form = linear_form(lambda words: model(image, words), WORDS, lambda scores: scores[:, 1].expand(5), model.text)
+    assert form.coefficients.abs().max() > 1e-3
+
+
+def test_tangents_are_those_of_constant_layers_too() -> None:
+    """Under `TANGENT` A is the gradient, at a layer that does not depend on the image as well."""
+    model, image = made("encoders"), some_images(1)
+    form = linear_form(model, image, 1, [model.conv, model.text], rules=TANGENT)
+    seen: dict[nn.Module, Tensor] = {}
+    for layer in (model.conv, model.text):
+        layer.register_forward_hook(lambda module, _, output: seen.update({module: output}))
+    gradients = torch.autograd.grad(model(image)[0, 1], list(map(seen.get, (model.conv, model.text))))
+    for one, gradient in zip(form, gradients, strict=True):
+        assert_close(one.coefficients, gradient, **EXACT)
+        assert gradient.abs().max() > 1e-3
