@@ -259,6 +259,10 @@ AS_PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     ),
     "a negated gate": (lambda x: -x.sigmoid() * x, lambda x: -(x.sigmoid() * x)),
     "a saturated hardsigmoid": (lambda x: F.hardsigmoid(8 * x), lambda x: (8 * x / 6 + 0.5).clamp(0, 1)),
+    "a gradient of hardsigmoid": (
+        lambda x: torch.ops.aten.hardsigmoid_backward(x, 8 * x),
+        lambda x: x * ((8 * x).abs() < 3) * torch.tensor(1 / 6).item(),
+    ),
     "pools of volumes": (
         lambda x: F.adaptive_max_pool3d(torch.stack([x, x.flip(1)], 1), 2).flatten(1).repeat(1, 4).view(x.shape),
         lambda x: F.max_pool3d(torch.stack([x, x.flip(1)], 1), 2).flatten(1).repeat(1, 4).view(x.shape),

@@ -128,21 +128,23 @@ def test_a_layer_that_makes_a_weight_may_stand_among_all_layers() -> None:
 
 
 @pytest.mark.parametrize("name", ["encoders", "product", "matrix product"])
-def test_a_layer_that_is_but_a_factor_is_warned_of(name: str) -> None:
-    """All of S is in its B, and the advice leads to where it is not."""
+def test_all_of_the_score_is_in_b_of_a_layer_that_is_but_a_factor(name: str) -> None:
     model, image = made(name), some_images(1)
-    with pytest.warns(UserWarning, match="does not depend on the input, and is a constant factor"):
-        form = linear_form(model, image, 1, model.text)
+    form = linear_form(model, image, 1, model.text)
     assert not form.coefficients.any()
     assert_close(form.bias, form.score)
-    with pytest.warns(UserWarning, match="does not depend on the input"):
-        assert not LayerScoreMap(model, model.text).attribute(image, 1).any()
+    assert not LayerScoreMap(model, model.text).attribute(image, 1).any()
 
 
-def test_the_advice_for_a_constant_factor_leads_to_its_map() -> None:
+def test_a_factor_of_additional_arguments_is_warned_of_with_advice_that_works() -> None:
     model, image = made("encoders"), some_images(1)
-    form = linear_form(lambda words: model(image, words), WORDS, lambda scores: scores[:, 1].expand(5), model.text)
-    assert form.coefficients.abs().max() > 1e-3
+    with pytest.warns(UserWarning, match="depends on additional arguments alone, which are constants"):
+        assert not linear_form(model, image, 1, model.text, WORDS).coefficients.any()
+    swapped = linear_form(lambda words, x: model(x, words).T, WORDS, 0, model.text, image)
+    assert_close(swapped.sums + swapped.bias, model(image, WORDS)[0])
+    assert swapped.coefficients.abs().max() > 1e-3
+    both = linear_form(model, image, 1, [model.conv, model.text], WORDS)  # one of them is of the image
+    assert both[0].coefficients.abs().max() > 1e-3
 
 
 def test_tangents_are_those_of_constant_layers_too() -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, bias_maps, compile_map, linear_form
 from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.linear import main_layers
-from captum_scoremap.places import frame_of
+from captum_scoremap.places import Frame, frame_of
 from captum_scoremap.rules import with_rules
 from captum_scoremap.tape import Recording
 
@@ -114,6 +115,21 @@ def test_frames() -> None:
     # no frame of the whole image: a crop, patches, a convolution on features, no convolution
     for function in (lambda x: conv(x[..., :15]), lambda x: conv(F.pixel_unshuffle(x, 2)[:, :3]), lambda x: 2 * x):
         assert frame(function, shape) in [((20, 30), (0, 20), (0, 30)), ((10, 15), (0, 10), (0, 15))]
+
+
+def test_the_part_of_a_frame_that_is_the_image() -> None:
+    frame = Frame((12, 24), (1, 3, 20, 40), rows=(4, 16), columns=(12, 36))
+    assert frame.box == (12, 24)
+    assert frame.is_padded
+    assert frame.is_of_image(torch.zeros(1, 1, 12, 24))
+    cells = torch.zeros(1, 1, 10, 20)
+    cells[:, :, 2:8, 6:18] = 1.0  # of two pixels each
+    assert frame.cut(cells).shape == (1, 1, 6, 12)
+    assert_close(frame.cut(cells)[:, :, 1:-1, 1:-1], torch.ones(1, 1, 4, 10))
+    back = frame.on_grid(torch.ones(1, 1, 12, 24), (5, 10))  # of four each, sums kept
+    expected = torch.zeros(1, 1, 5, 10)
+    expected[:, :, 1:4, 3:9] = 16.0
+    assert_close(back, expected)
 
 
 def test_a_compiled_complete_map_of_a_model_that_pads() -> None:

@@ -277,8 +277,8 @@ def test_cells_that_are_pooled_behind_padding_stand_where_they_do(name: str, cou
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.01])
-@pytest.mark.parametrize("points", [False, True])
-def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool, shift: float) -> None:
+@pytest.mark.parametrize("points", ["none", "in a row", "in half the rows"])
+def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: str, shift: float) -> None:
     """As a spatial transformer samples, on a grid of about the map's proportions, and as deformable attention does."""
 
     class Sampled(nn.Module):
@@ -292,13 +292,14 @@ def test_a_warped_map_keeps_positions_and_sampled_points_have_none(points: bool,
             )
             if shift:  # the image says where
                 whole = whole + shift * x.mean((1, 2, 3), keepdim=True)
-            grid = whole.reshape(len(x), -1, 1, 2) if points else whole
+            grid = whole.reshape(len(x), -1, 1, 2) if points == "in a row" else whole
+            grid = grid[:, ::2] if points == "in half the rows" else grid
             return self.after(F.grid_sample(self.features(x), grid, align_corners=False)).mean((2, 3))
 
     model, x = filled(Sampled()), images(2, 3, 16, 16)
     found = bias_maps(model, x, 1)
-    assert ("after" in found.maps) == (not points) == ("after" not in found.placeless)
-    share = (found.placeless if points else found.maps)["after"].reshape(2, -1).sum(1)
+    assert ("after" in found.maps) == (points == "none") == ("after" not in found.placeless)
+    share = (found.maps if points == "none" else found.placeless)["after"].reshape(2, -1).sum(1)
     assert_close(share, model.after.bias[1].detach().expand(2), rtol=1e-12, atol=1e-12)
 
 
@@ -590,6 +591,13 @@ def test_a_layer_that_gives_maps_is_asked_about_once_for_each_size(monkeypatch: 
         assert len(asked) == times
 
 
+class Mean(nn.Module):
+    """The mean over rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 def test_layers_that_are_no_maps_say_so() -> None:
     x = images(1, 3, 16, 16)
     queries, tokens, patches = filled(Queries(is_fused=False)), filled(Unrolled()), filled(Patches())
@@ -615,6 +623,8 @@ def test_layers_that_are_no_maps_say_so() -> None:
         assert fused.shape == (1, 1, 16, 16)
     LayerScoreMap(queries, queries.encoder).attribute(x, 1)  # a map: no warning
     LayerScoreMap(patches, patches.blocks[1]).attribute(x, 1)
+    slots = nn.Sequential(nn.Conv2d(3, 77, 4, 4), nn.Flatten(2), nn.Linear(16, 30), Mean(), nn.Linear(30, 3))
+    LayerScoreMap(filled(slots), slots[2]).attribute(x, 1)  # 77 rows of 30, which nobody lays out
 
 
 def test_maps_that_are_sorted_each_have_an_order_of_their_own() -> None:
@@ -629,6 +639,19 @@ def test_maps_that_are_sorted_each_have_an_order_of_their_own() -> None:
         ordered, places = one.sort()
         expected[places] += (ordered + added) * weight
     assert_close(CompleteScoreMap(model, "image").attribute(x, 0).flatten(), expected)
+
+
+def test_sorted_cells_of_several_images_stand_where_those_of_each_alone_do() -> None:
+    """Down to the last cell of the last image."""
+    x, weight, added = images(3, 1, 4, 4), images(16), images(16) - 0.5
+
+    def model(x: Tensor) -> Tensor:
+        cells = torch.sort(x.flatten(1), 1)[0] + added
+        return torch.stack([cells @ weight, cells.sum(1)], 1)
+
+    together = CompleteScoreMap(model, "image").attribute(x, 0)
+    alone = torch.cat([CompleteScoreMap(model, "image").attribute(one[None], 0) for one in x])
+    assert_close(together, alone)
 
 
 @pytest.mark.parametrize(
@@ -660,6 +683,37 @@ class Turned(nn.Module):
 
 def mirrored(x: Tensor) -> Tensor:
     return x.flip(3)
+
+
+class Regional(nn.Module):
+    """Windows of cells with a coarser cell of their own ahead, as in RegionViT (Chen et al. 2022)."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.fine, self.coarse = nn.Conv2d(2, 6, 2, 2), nn.Conv2d(2, 6, 2 * window, 2 * window)
+        self.mix, self.head = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.window
+        fine = self.fine(x).unfold(2, size, size).unfold(3, size, size)  # (N, C, rows, columns, size, size)
+        fine = fine.permute(0, 2, 3, 4, 5, 1).reshape(-1, size * size, 6)
+        tokens = torch.cat([self.coarse(x).permute(0, 2, 3, 1).reshape(-1, 1, 6), fine], 1)
+        tokens = tokens + self.mix(tokens)
+        scores: Tensor = self.head(tokens.relu().unflatten(0, (len(x), -1)).mean((1, 2)))
+        return scores
+
+
+@pytest.mark.parametrize("turn", [mirrored, lambda x: x.mT, lambda x: x.rot90(1, (2, 3))])
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_coarse_cell_among_finer_ones_stands_on_all_around_its_center(
+    window: int, turn: Callable[[Tensor], Tensor]
+) -> None:
+    model, x = filled(Regional(window)), images(2, 2, 4 * window, 4 * window)
+    found = bias_maps(model, x, 1)
+    assert {one.shape[2:] for name, one in found.maps.items() if "mix" in name} == {(2 * window, 2 * window)}
+    turned = CompleteScoreMap(Turned(model, turn).eval(), "image").attribute(x, 1)
+    assert_close(turn(turned), CompleteScoreMap(model, "image").attribute(turn(x), 1))
 
 
 class Outlook(nn.Module):

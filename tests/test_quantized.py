@@ -225,6 +225,8 @@ def test_what_is_out_of_range_has_no_slope(zero_point: int, label: int) -> None:
     assert_close(form.sums + form.bias, model(x)[:, label], **CLOSE)
 
 
+# The first and the last integers among them: -128 and 127 less a zero point of 10.
+STEPS = torch.tensor([-900.0, -143.0, -138.0, -130.0, -101.0, -2.0, 0.0, 3.0, 101.0, 117.0, 122.0, 150.0, 900.0])
 SCALES, ZERO_POINTS = torch.tensor([0.02, 0.01, 0.04]), torch.tensor([10, 0, -20])
 
 
@@ -240,11 +242,17 @@ def test_what_is_out_of_the_range_of_exported_integers_has_no_slope(
     operations = torch.ops.quantized_decomposed
     quantize, read = (getattr(operations, f"{name}_per_{per}") for name in ("quantize", "dequantize"))
     options = scale, zero_point, *axis, -128, 127, torch.int8
-    x = torch.tensor([-900.0, -143.0, -130.0, -101.0, -2.0, 0.0, 3.0, 101.0, 122.0, 150.0, 900.0])
-    x = x[:, None] * torch.as_tensor(scale).reshape(1, -1)  # a row of numbers of steps for each channel
+    x = STEPS[:, None] * torch.as_tensor(scale).reshape(1, -1)  # a row of numbers of steps for each channel
     form = linear_form(lambda x: read(quantize(x, *options), *options).sum(1), x)
     integers = torch.round(x / scale) + zero_point
     assert_close(form.coefficients, ((integers >= -128) & (integers <= 127)).float(), rtol=0, atol=0)
+    assert_close(form.sums + form.bias, form.score, **CLOSE)
+
+
+def test_what_is_out_of_the_range_of_integers_has_no_slope() -> None:
+    x = 0.5 * STEPS[:, None]
+    form = linear_form(lambda x: torch.quantize_per_tensor(x, 0.5, 10, torch.qint8).dequantize().sum(1), x)
+    assert_close(form.coefficients, ((STEPS >= -138) & (STEPS <= 117)).float()[:, None], rtol=0, atol=0)
     assert_close(form.sums + form.bias, form.score, **CLOSE)
 
 

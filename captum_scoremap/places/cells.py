@@ -53,7 +53,7 @@ def cells_of(positions: Positions, images: int) -> Cells:
     between = product(*(_beside(one, side) for one, side in sides))
     is_somewhere = (positions.row > 0) & (positions.column > 0) & positions.are_known
     cell = torch.stack([torch.where(is_somewhere, row * columns + column + 1, 0) for row, column in between])
-    axis, where = None, cell.expand(-1, *sizes).flatten(1)
+    axis, where = None, cell.expand(-1, *sizes).reshape(len(cell), -1)
     if images > 1:
         image = shared(positions.image, fills=True)
         along = [axis for axis, size in enumerate(image.shape) if size > 1]
@@ -63,7 +63,7 @@ def cells_of(positions: Positions, images: int) -> Cells:
             axis, where = (along[0], each[:, 0]) if bool((each == each[:, :1]).all()) else (None, where)
         if axis is None:
             of_all = torch.where(image > 0, (image.long() - 1) * (rows * columns + 1) + cell, -1)
-            where = of_all.expand(-1, *sizes).flatten(1)
+            where = of_all.expand(-1, *sizes).reshape(len(cell), -1)
     order = torch.arange(1, rows * columns + 1, device=where.device)
     is_order = max(grid) > 1 and torch.equal(where, order[None])
     return Cells(summed, axis, where, grid, is_order, bool((cell == 0).any()))

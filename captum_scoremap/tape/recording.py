@@ -91,6 +91,7 @@ class Recording(Run):
         sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
         for tensor in tensors_in(additional):
             self.made(tensor)
+            self.has_additional = True
         with (
             self._errors_raised(),
             _everything_in_sight(),
