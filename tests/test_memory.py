@@ -613,6 +613,19 @@ def test_tensors_that_change_their_shape_in_place_go_on_as_views(name: str) -> N
     assert_exact(model, model.conv, images)
 
 
+def test_a_strided_view_of_another_changes_what_both_are_of() -> None:
+    """Which PyTorch's own derivative has otherwise."""
+    chosen = torch.zeros(128, dtype=torch.bool)
+    chosen[[1, 8, 15, 65, 72, 79]] = True
+
+    def function(x: Tensor) -> Tensor:
+        y = 1 * x
+        y.as_strided((3, 4), (11, 5), 2).as_strided((2, 3), (64, 7), 1).relu_()
+        return y
+
+    assert_as_plain(function, lambda x: torch.where(chosen.view(2, 4, 4, 4), x.relu(), x))
+
+
 def squared_before(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A square of live values, whose factors then change their shape in place, and back."""
 
