@@ -716,6 +716,33 @@ def test_a_coarse_cell_among_finer_ones_stands_on_all_around_its_center(
     assert_close(turn(turned), CompleteScoreMap(model, "image").attribute(turn(x), 1))
 
 
+class Shifted(nn.Module):
+    """Patches of the image and of four shifted ones, as those of a ViT for small data sets (Lee et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Linear(160, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifts = ((1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1))
+        x = torch.cat([x, *(F.pad(x, shift) for shift in shifts)], 1)
+        tokens = self.patches(F.unfold(x, 4, stride=4).mT)
+        tokens = self.mix(tokens.relu()).relu()
+        scores: Tensor = self.head(tokens.mean(1))
+        return scores
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_patches_of_shifted_images_stand_where_those_of_the_image_do(size: tuple[int, int]) -> None:
+    model, x = filled(Shifted()), images(2, 2, *size)
+    assert main_layers(model, x) == ["mix"]
+    grid = size[0] // 4, size[1] // 4
+    assert {tuple(one.shape[2:]) for one in bias_maps(model, x, 1).maps.values()} == {grid}
+    form = linear_form(model, x, 1, model.mix)
+    products = (form.coefficients * form.activations).sum(2).view(2, 1, *grid)
+    assert_close(form._placed()[0], products)
+
+
 class Outlook(nn.Module):
     """Weights of windows by what stands in the middle, as in VOLO (Yuan et al. 2021)."""
 

@@ -17,6 +17,9 @@ __all__ = ["Positions", "begins", "cell_centers", "image_of_all", "shared", "upr
 # Rows and columns are compared in such parts of the image's sides, about as many as single precision tells.
 _PARTS = 2.0**22
 
+# Cells of one side are not so many times as large as others.
+_UNEVEN = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Positions:
@@ -175,10 +178,13 @@ def _mean(one: Tensor, side: int, axes: Collection[int]) -> tuple[Tensor, int]:
         return mean, 1
     known, where = (mean * _PARTS).round().unique(return_inverse=True)
     nowhere = int(known[0] == 0)
-    count = len(known) - nowhere
     covered = (one[one > 0] * side).floor().unique()
-    if count <= side == len(covered):  # the whole side in fewer cells, which may overlap
-        return torch.where(where < nowhere, 0, (where - nowhere + 0.5) / count), count
+    if len(known) - nowhere <= side == len(covered):  # the whole side in fewer cells, which may overlap
+        steps = known[nowhere:].diff()
+        # next to padding means are a little off, and at corners a little more
+        cell = F.pad(steps * _UNEVEN > max(steps.tolist(), default=0), (1 + nowhere, 0)).cumsum(0)
+        count = int(cell[-1]) + 1
+        return torch.where(where < nowhere, 0, (cell[where] + 0.5) / count), count
     return mean, _side(mean, side)
 
 
