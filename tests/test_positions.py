@@ -737,7 +737,9 @@ def test_patches_of_shifted_images_stand_where_those_of_the_image_do(size: tuple
     model, x = filled(Shifted()), images(2, 2, *size)
     assert main_layers(model, x) == ["mix"]
     grid = size[0] // 4, size[1] // 4
-    assert {tuple(one.shape[2:]) for one in bias_maps(model, x, 1).maps.values()} == {grid}
+    found = bias_maps(model, x, 1)
+    assert {found.maps[name].shape[2:] for name in ("patches", "mix")} == {grid}
+    assert [*found.placeless] == ["head"]
     form = linear_form(model, x, 1, model.mix)
     products = (form.coefficients * form.activations).sum(2).view(2, 1, *grid)
     assert_close(form._placed()[0], products)
