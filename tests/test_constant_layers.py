@@ -56,14 +56,23 @@ class Masked(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (x > 0).to(x)
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_added: bool = False) -> None:
         super().__init__()
-        self.conv, self.text = nn.Conv2d(3, 4, 3), self.Mask()
+        self.conv, self.text, self.is_added = nn.Conv2d(3, 4, 3), self.Mask(), is_added
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return self.head(x * self.text(x))
+        mirrored = x.flip(3)
+        return self.head(mirrored + self.text(mirrored) if self.is_added else x * self.text(x))
+
+
+def written_over() -> nn.Module:
+    def combined(x: Tensor, weights: Tensor) -> Tensor:
+        x[:, 1:2] = weights
+        return x
+
+    return Scaled(combined)
 
 
 def weighed() -> nn.Module:
@@ -78,6 +87,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "encoders": Encoders,
     "weights": weighed,
     "mask": Masked,
+    "mask of a mirrored map": lambda: Masked(is_added=True),
     "product": lambda: Scaled(lambda x, w: x * w),
     "product in place": lambda: Scaled(lambda x, w: x.mul_(w)),
     "quotient": lambda: Scaled(lambda x, w: w / x.abs()),
@@ -87,6 +97,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "interpolated": lambda: Scaled(lambda x, w: torch.lerp(x, w, x.sigmoid())),
     "attention": lambda: Scaled(lambda x, w: torch.softmax(x @ w, -1) @ w),
     "sum": lambda: Scaled(lambda x, w: x + w),
+    "sum of a turned map": lambda: Scaled(lambda x, w: x.flip(3) + (w + x.flip(3).round())),
+    "written over a part": written_over,
+    "written over all but what is added": lambda: Scaled(lambda x, w: x + x.clone().copy_(w.expand_as(x))),
+    "beside it": lambda: Scaled(lambda x, w: torch.cat([x[:, :2], w.expand_as(x)[:, 2:]], 1)),
 }
 
 
@@ -109,6 +123,8 @@ def test_layers_are_explained_as_each_alone(name: str) -> None:
             alone = linear_form(model, image, 1, layer)
             assert_close(form.coefficients, alone.coefficients, **EXACT)
             assert alone.coefficients.abs().max() > 1e-3
+            assert_close(form.complete_map(), alone.complete_map(), **EXACT)
+            assert_close(form.placeless, alone.placeless, **EXACT)
         if layer is not None:
             assert_close(frozen(image, {layer: torch.zeros_like(form.activations)})[:, 1], form.bias, **EXACT)
     assert_close(frozen(0 * image)[:, 1], together[0].bias, **EXACT)

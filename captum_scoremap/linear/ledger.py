@@ -141,10 +141,16 @@ def _filled(
                             book.enter(names(step), entry)
             for value, share in zip(step.values, shares, strict=True):
                 beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
-                if beside and share is not None:
-                    entry = placed(constant_times(value.kept.tensor, share), value)
-                    for book in beside:
-                        book.enter(f"beside {names(step)}", entry)
+                if not beside or share is None:
+                    continue
+                if value.sites & Value.IMAGE:
+                    named = [(f"beside {names(step)}", placed(constant_times(value.kept.tensor, share), value))]
+                else:  # a constant, though a layer's
+                    made = zip(step.outputs, gradients, _made_of(step, value), strict=True)
+                    named = [(names(step), placed(constant_times(o, a), z)) for z, a, o in made if a is not None]
+                for book in beside:
+                    for name, entry in named:
+                        book.enter(name, entry)
 
         wanted: dict[Value, Callable[[Tensor], Tensor]] = {
             value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
@@ -163,6 +169,13 @@ def _filled(
         if len(passes) == 1 and not is_traced():
             _check_images(book, score)
     return [book for book, _ in books]
+
+
+def _made_of(step: Step, value: Value) -> list[Tensor]:
+    """Return what an affine step makes of one of its values, without its constants and the others."""
+    zeros = [other.zeros() for other in step.values]
+    alone = [value.kept.tensor if other is value else zero for other, zero in zip(step.values, zeros, strict=True)]
+    return [one - none for one, none in zip(step.forward(alone), step.forward(zeros), strict=True)]
 
 
 def _check_images(book: Ledger, score: Tensor) -> None:

@@ -106,7 +106,7 @@ class _Following:
             return self._remembered(step, (_groups(step), _sees_neighbors(step), _kernel(step)), self._mapped)
         if name == _SAMPLING and not _are_alike(step.values[0].shape, step.outputs[0].shape):
             return []  # some points
-        if name in _COPYING or (name in _WRITING and list(step.values) == [step.args[0]]):  # constants over a map
+        if name in _COPYING or (name in _WRITING and _of_image(step) == [step.args[0]]):  # constants over a map
             return [self.known[source]]
         if step.rule.moves or name in _AVERAGING or name in _CHOOSING:
             key = (str(step.args[1:]), str(step.kwargs))
@@ -239,7 +239,9 @@ class _Following:
 
     def _each(self, step: Step, output: Value) -> Found:
         """Return where elements stand that are made one by one, or row by row."""
-        values = sorted((one for one in step.values if one in self.known), key=lambda value: value.step)
+        known = [one for one in step.values if one in self.known]
+        followed = [one for one in known if one in _of_image(step)] or known  # others are where shapes let one guess
+        values = sorted(followed, key=lambda value: value.step)
         given = [[_aligned(one, value.shape, output.shape) for one in self.known[value]] for value in values]
         fitting = [one for (one, *_) in given if one is not None]
         if not fitting:
@@ -248,6 +250,11 @@ class _Following:
         for other in others:
             first = _merged(first, other)
         return (first, *beside[:1])
+
+
+def _of_image(step: Step) -> list[Value]:
+    """Return the values of a step that depend on the image, not on layers that are constants alone."""
+    return [value for value in step.values if value.sites & Value.IMAGE]
 
 
 def _reduced(one: Positions, dims: Any, left: int) -> Positions:
