@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap
 from captum_scoremap.audit import audit
 from captum_scoremap.audit.explaining import layers_to_pool, pooled
+from captum_scoremap.audit.proof import _filled
 from captum_scoremap.audit.screening import FALSE_ALARMS, _separations, at_any, stand_out
 from captum_scoremap.audit.shards import Shards
 from captum_scoremap.models import LoadedModel, prepare
@@ -142,6 +144,15 @@ def test_pooling_does_not_mind_where_the_channels_are():
     y = torch.rand(2, 3, 4, 5)
     torch.testing.assert_close(pooled(y, 1), pooled(y.movedim(1, -1), -1))
     torch.testing.assert_close(pooled(y, 1), pooled(y.flatten(2).movedim(1, -1), -1))
+
+
+def test_what_is_taken_out_of_a_mirrored_image_is_mirrored():
+    """Cells are of 5 pixels and 5/7, one of them the map's last but one."""
+    image, region = torch.rand(1, 3, 40, 40), torch.zeros(1, 7, 7)
+    region[0, 2, 5] = 1.0
+    filled = _filled(image, region)
+    assert_close(_filled(image.flip(3), region.flip(2)).flip(3), filled)
+    assert 0.02 < float((filled != image).float().mean()) < 0.2
 
 
 def test_few_labels_or_images_are_not_compared(tmp_path):

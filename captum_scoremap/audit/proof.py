@@ -312,7 +312,7 @@ def _moved(region: Tensor, turn: int) -> Tensor:
 
 def _filled(inputs: Tensor, region: Tensor) -> Tensor:
     """The images with a region and what is next to it in the mean color of the rest."""
-    mask = interpolate(region[:, None].float(), size=inputs.shape[2:], mode="nearest")
+    mask = interpolate(region[:, None].float(), size=inputs.shape[2:], mode="nearest-exact")
     width = max(3, inputs.shape[2] // 14) // 2 * 2 + 1
     mask = torch.nn.functional.max_pool2d(mask, width, 1, width // 2).to(inputs)
     rest = (inputs * (1 - mask)).sum((2, 3), keepdim=True) / (1 - mask).sum((2, 3), keepdim=True).clamp(min=1)
