@@ -310,8 +310,26 @@ def test_results_are_resumed(
     assert values["cells"] == pytest.approx(expected.tolist(), abs=1e-6)
     monkeypatch.setattr(metrics, "single_deletion", lambda *_: pytest.fail("was measured already"))
     faithfulness.main([*command, "--metrics", "cells", "--plot", str(tmp_path / "plot.png")])
-    assert (tmp_path / "plot.png").exists()
+    drawn = (tmp_path / "plot.png").read_bytes()
     assert capsys.readouterr().out == table
+    (tmp_path / "page.md").write_text(table)
+    faithfulness.main(["--page", str(tmp_path / "page.md"), "--networks", "tiny", "--plot", str(tmp_path / "same.png")])
+    assert (tmp_path / "same.png").read_bytes() == drawn
+    assert not capsys.readouterr().out
+
+
+def test_the_picture_shows_what_the_page_says() -> None:
+    page = (Path(faithfulness.__file__).parent / "faithfulness.md").read_text()
+    tables = faithfulness.tables_of(page)
+    assert set(tables) <= set(faithfulness.NETWORKS.values())
+    assert len(tables) == page.count("| Method |")
+    for heading, cells in tables.items():
+        rows = page.partition(heading)[2].partition("Images of each metric")[0]
+        for method, found in cells.items():
+            (row,) = (line for line in rows.splitlines() if line.startswith(f"| {method} |"))
+            assert row.count("|") == len(found) + row.count("| - ") + 2
+            for value, half in found.values():
+                assert f"{value:.2f}** ± {half:.2f}" in row or f"{value:.2f} ± {half:.2f}" in row or not half
 
 
 def test_slow_methods_see_fewer_images(subject: Subject) -> None:

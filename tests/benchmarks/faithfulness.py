@@ -398,15 +398,38 @@ def _installed(name: str) -> bool:
     return True
 
 
+# --- the picture ---
+
 _ACROSS = 7
+Cells = dict[str, dict[str, tuple[float, float]]]
+"""Method to title of the column to statistic and half its interval."""
 
 
-def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
+def tables_of(text: str) -> dict[str, Cells]:
+    """What the tables of a page say, by the network's heading."""
+    found: dict[str, Cells] = {}
+    for part in text.split("\n## ")[1:]:
+        heading, first, *_ = part.split("\n\n")
+        titles, _, *rows = ([one.strip() for one in line.strip("|").split("|")] for line in first.splitlines())
+        columns = [one.removesuffix(" ↓").removesuffix(" ↑") for one in titles]
+        found[heading] = {
+            row[0]: {title: _read(one) for title, one in zip(columns[1:], row[1:], strict=True) if one != "-"}
+            for row in rows
+        }
+    return found
+
+
+def _read(text: str) -> tuple[float, float]:
+    value, *half = text.replace("*", "").split(" ± ")
+    return float(value), float(half[0]) if half else 0.0
+
+
+def plot(tables: dict[str, Cells], path: Path) -> None:
     """A panel for each metric, seven side by side, a row for each method, a color for each network."""
-    networks = list(results)
-    names = list(dict.fromkeys(name for found in results.values() for name in found))[::-1]
-    some = {column for found in results.values() for column in measured(found)}
-    columns = [column for column in COLUMNS if column in some and column.better and "3 ×" not in column.title]
+    networks = list(tables)
+    names = list(dict.fromkeys(name for found in tables.values() for name in found))[::-1]
+    some = {title for found in tables.values() for cells in found.values() for title in cells}
+    columns = [one for one in COLUMNS if one.title in some and one.better and "3 ×" not in one.title]
     rows, across = -(-len(columns) // _ACROSS), min(len(columns), _ACROSS)
     height = 0.12 + 0.05 * len(networks)  # of a method, in inches
     figure = Figure(figsize=(2.1 * across + 2, rows * (height * len(names) + 0.8) + 0.7), layout="constrained")
@@ -416,13 +439,12 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
             panel.set_visible(False)
             continue
         for place, network in enumerate(networks):
-            found = {name: column.sample(values) for name, values in results[network].items()}
-            known = [name for name in names if name in found and len(found[name])]
-            if not known:
+            found = {name: cells[column.title] for name, cells in tables[network].items() if column.title in cells}
+            if not found:
                 continue
-            means, halves = zip(*(interval(column, found[name]) for name in known), strict=True)
+            means, halves = zip(*found.values(), strict=True)
             offset = 0.75 * ((len(networks) - 1) / 2 - place) / len(networks)  # the first network on top
-            heights = [names.index(name) + offset for name in known]
+            heights = [names.index(name) + offset for name in found]
             style = {"fmt": "os^vDPX"[place], "color": f"C{place}", "markersize": 3}
             panel.errorbar(means, heights, xerr=halves, elinewidth=1, label=network, **style)
         for row in range(0, len(names), 2):
@@ -441,7 +463,9 @@ def plot(results: dict[str, dict[str, Values]], path: Path) -> None:
         first.set_yticks(range(len(names)), names)
         for label in first.get_yticklabels():
             label.set_fontweight("bold" if "ScoreMap" in label.get_text() else "normal")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(networks), fontsize=8)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    short = [label.split(",")[0].split(" (")[0] for label in labels]
+    figure.legend(handles, short, loc="outside upper right", ncols=len(networks), fontsize=8)
     figure.supxlabel("95% confidence intervals", fontsize=9)
     figure.savefig(path, dpi=130)
 
@@ -483,10 +507,14 @@ def measure(network: str, options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing, print the tables, draw the plot."""
+    """Measure what is missing, print the tables, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="photographs and labels.csv")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results are kept")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, metavar="DIR", help="photographs and labels.csv; takes --out")
+    source.add_argument(
+        "--page", type=Path, metavar="FILE.md", help="tables that were kept: draw them, measure nothing"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results are kept")
     parser.add_argument("--half", default="odd", choices=("odd", "even"), help="of the photographs (default: odd)")
     parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS), metavar="NAME")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that the network takes")
@@ -501,16 +529,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--mosaics", type=int, nargs=2, default=(24, 0), metavar="N", help="mosaics of 2 x 2 and 3 x 3 (default 24 0)"
     )
     parser.add_argument("--only-report", action="store_true", help="measure nothing")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the tables here")
     options = parser.parse_args(arguments)
+    if options.page is None and options.out is None:
+        parser.error("--out must name a folder for the results")
 
-    if not options.only_report:
-        for network in options.networks:
+    if options.page is not None:
+        text = options.page.read_text(encoding="utf-8")
+    else:
+        for network in () if options.only_report else options.networks:
             measure(network, options)
-    results = {network: found for network in options.networks if (found := stored(options.out, network))}
-    print(page(results))
+        text = page({network: found for network in options.networks if (found := stored(options.out, network))})
+        print(text)
     if options.plot is not None:
-        plot(results, options.plot)
+        tables = tables_of(text)
+        headings = [NETWORKS.get(network, network) for network in options.networks]
+        plot({heading: tables[heading] for heading in headings if heading in tables}, options.plot)
 
 
 if __name__ == "__main__":
