@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -104,6 +105,36 @@ def test_pools_flip_where_another_position_catches_up() -> None:
     found = boundary(nn.Sequential(nn.MaxPool2d(2)), direction, image)
     assert_close(found.distance, torch.tensor([0.5], dtype=torch.float64))
     assert found.switch == ("0",)
+
+
+# At [[0, 2, 2]], moved by the direction: whether a switch flips at once, and how far it is otherwise.
+ON_IT: dict[str, tuple[Callable[[Tensor], Tensor], list[float], float]] = {
+    "relu, on": (F.relu, [1.0, 0.0, 0.0], 0.0),
+    "relu, off": (F.relu, [-1.0, -1.0, 0.0], 2.0),
+    "relu, along": (F.relu, [0.0, -1.0, 0.0], 2.0),
+    "not less": (lambda x: x * (x >= 0), [-1.0, 0.0, 0.0], 0.0),
+    "not less, up": (lambda x: x * (x >= 0), [1.0, 0.0, 0.0], math.inf),
+    "less than another": (lambda x: x * (x < x.roll(1, 1)), [0.0, 1.0, 2.0], math.inf),
+    "the other, less": (lambda x: x * (x < x.roll(1, 1)), [0.0, 2.0, 1.0], 0.0),
+    "pool, another": (lambda x: F.max_pool1d(x, 3), [0.0, 1.0, 2.0], 0.0),
+    "pool, the same": (lambda x: F.max_pool1d(x, 3), [1.0, 0.5, 0.25], 4.0),
+    "largest": (lambda x: x.amax(1), [0.0, -1.0, 0.0], 0.0),
+    "hardtanh": (lambda x: F.hardtanh(x, 0.0, 9.0), [1.0, 0.0, 0.0], 0.0),
+    "twice": (lambda x: F.leaky_relu(F.relu(x - 2), -0.2), [0.0, 0.0, 3.0], 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ON_IT)
+def test_an_image_on_a_boundary_leaves_its_region_at_once_or_not(name: str) -> None:
+    function, move, distance = ON_IT[name]
+    image, direction = (torch.tensor([one], dtype=torch.float64) for one in ([0.0, 2.0, 2.0], move))
+    frozen = freeze(function, image)
+    found = frozen.distance_to_boundary(direction)
+    assert_close(found.distance, torch.tensor([distance], dtype=torch.float64))
+    near = freeze(function, image + 1e-6 * direction)
+    assert frozen.same_region(near) == (distance > 0)
+    if distance == 0:
+        assert found.switch[0] in frozen.flipped(near)
 
 
 def test_images_have_distances_of_their_own() -> None:

@@ -626,6 +626,20 @@ def test_a_strided_view_of_another_changes_what_both_are_of() -> None:
     assert_as_plain(function, lambda x: torch.where(chosen.view(2, 4, 4, 4), x.relu(), x))
 
 
+def test_a_strided_view_of_a_tensor_with_gaps_changes_it() -> None:
+    chosen = torch.zeros(2, 4, 4, 4)
+    chosen[0, 0, :2, 1] = chosen[1, 0, :2, 1] = 1.0
+
+    def function(x: Tensor) -> Tensor:
+        y = torch.empty_strided((2, 4, 4, 4), (128, 32, 8, 1), dtype=x.dtype)
+        y.copy_(x)
+        part = y.as_strided((2, 2), (128, 8), 1)
+        part.as_strided((2, 2), (8, 128), 1).mul_(3.0)
+        return y * 1
+
+    assert_as_plain(function, lambda x: x * (1 + 2 * chosen))
+
+
 def squared_before(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A square of live values, whose factors then change their shape in place, and back."""
 

@@ -1,6 +1,6 @@
 """How far the linear region reaches in a direction: the first step at which a switch flips."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ class Boundary:
     """Where a ray from the image leaves its linear region.
 
     Attributes:
-        distance: Step along the direction, (N,), in units of the direction; infinite if no switch ever flips.
+        distance: Step along the direction, (N,), in units of the direction; infinite if no switch ever flips, and 0 if
+            the image lies on a boundary and one flips at once.
         switch: Name of the switch that flips there, for each image, the first of several at once; "" if none does.
 
     Example:
@@ -47,17 +48,16 @@ def nearest_boundary(
             moved[image] = change[image]
             alone.append(moved)
         nearest, switch = float("inf"), ""
-        for step, steps in _crossings(tape, inputs, tuple(alone)):
-            ahead = steps[torch.isfinite(steps) & (steps > 0)]
-            if ahead.numel() and float(ahead.min()) < nearest * closer:
-                nearest, switch = float(ahead.min()), names[step]
+        for step, first in _crossings(tape, inputs, tuple(alone)):
+            if first < nearest * closer:
+                nearest, switch = first, names[step]
         distances.append(nearest)
         switches.append(switch)
     return Boundary(torch.tensor(distances, dtype=inputs[0].dtype, device=inputs[0].device), tuple(switches))
 
 
-def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Iterator[tuple[Step, Tensor]]:
-    """For each step with switches, the steps along the direction at which they flip."""
+def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Iterator[tuple[Step, float]]:
+    """For each step with switches, the first step along the direction at which one flips."""
     values: dict[Value, Tensor] = {}
     changes: dict[Value, Tensor] = {}
     for value, tensor, change in zip(tape.inputs, inputs, direction, strict=True):
@@ -68,9 +68,20 @@ def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, 
         speed = [changes[v] if v in changes else v.zeros() for v in step.values]
         found = step.rule.steps_to_boundary(step.filled(now), speed, step.frozen())
         if found is not None:
-            yield step, found
+            ahead = found[torch.isfinite(found) & (found > 0)]
+            first = float(ahead.min()) if ahead.numel() else float("inf")
+            yield step, 0.0 if bool((found == 0).any()) and _flips_before(step, now, speed, first) else first
         if step.outputs:
             rest = step.forward([v.zeros() for v in step.values])
             values.update(zip(step.outputs, step.forward(now), strict=True))
             moved = step.forward(speed)
             changes.update((v, m - r) for v, m, r in zip(step.outputs, moved, rest, strict=True))
+
+
+def _flips_before(step: Step, now: Sequence[Tensor], speed: Sequence[Tensor], first: float) -> bool:
+    """Return whether a switch on its boundary, where either side may be the one that it is on, flips at once."""
+    reach = min(first / 2, 1.0)
+    call = step.filled([one + reach * change for one, change in zip(now, speed, strict=True)])
+    call.output = call.run()
+    before, after = (step.rule.switch(state) for state in (step.frozen(), step.rule.freeze(call)))
+    return before is not None and after is not None and bool((before != after).any())
