@@ -154,13 +154,40 @@ def test_all_of_the_score_is_in_b_of_a_layer_that_is_but_a_factor(name: str) -> 
 
 def test_a_factor_of_additional_arguments_is_warned_of_with_advice_that_works() -> None:
     model, image = made("encoders"), some_images(1)
-    with pytest.warns(UserWarning, match="depends on additional arguments alone, which are constants"):
+    with pytest.warns(UserWarning, match="does not depend on the image, and is a constant factor"):
         assert not linear_form(model, image, 1, model.text, WORDS).coefficients.any()
     swapped = linear_form(lambda words, x: model(x, words).T, WORDS, 0, model.text, image)
     assert_close(swapped.sums + swapped.bias, model(image, WORDS)[0])
     assert swapped.coefficients.abs().max() > 1e-3
     both = linear_form(model, image, 1, [model.conv, model.text], WORDS)  # one of them is of the image
     assert both[0].coefficients.abs().max() > 1e-3
+
+
+class Answers(nn.Module):
+    """Scores of an image and a question in whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.words = nn.Conv2d(3, 4, 3), nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, question: Tensor) -> Tensor:
+        features = self.conv(x).relu().mean((2, 3))
+        return self.head(features * self.words(question).mean(1))
+
+
+def test_a_question_among_the_inputs_is_a_constant_factor_as_among_additional_arguments() -> None:
+    model, image, question = Answers().double().eval(), some_images(1), torch.tensor([[1, 5, 7]])
+    alone = LayerScoreMap(model, model.conv).attribute(image, 1, question)
+    one, none = LayerScoreMap(model, [model.conv, model.words]).attribute((image, question), 1)
+    assert_close(one, alone, **EXACT)
+    assert not none.any()
+    with pytest.warns(UserWarning, match="make what it depends on the input, and the image an additional argument"):
+        LayerScoreMap(model, model.words).attribute((image, question), 1)
+    swapped = LayerScoreMap(lambda question, x: model(x, question), model.words)
+    words, delta = swapped.attribute(question, 1, image, return_convergence_delta=True)
+    assert words.abs().max() > 1e-3
+    assert_close(delta, torch.zeros_like(delta), **EXACT)
 
 
 def test_tangents_are_those_of_constant_layers_too() -> None:

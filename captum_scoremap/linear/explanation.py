@@ -200,9 +200,9 @@ def explain(
 
 
 def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Iterable[Tensor]]) -> None:
-    """Warn where maps are zero everywhere: of layers of additional arguments, and where values such as argmin's freeze.
+    """Warn where maps are zero everywhere: of layers of other arguments, and where values such as argmin's are frozen.
 
-    Of other layers that do not depend on the image nothing is said: they make weights.
+    Of layers that depend on no argument nothing is said: they make weights.
     """
     if recording.leaves_layers and recording.has_additional:
         maps = [list(each) for each in maps]
@@ -210,9 +210,9 @@ def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Itera
             is_constant = not any(bool(one.any()) for each in maps for one in each)
         if is_constant:
             warn(
-                "a map is zero everywhere: the layer depends on additional arguments alone, which are constants, and "
-                "is a factor of what depends on the input. All of S is in B. To explain the layer, make those the "
-                "input, and the image an additional argument."
+                "a map is zero everywhere: the layer does not depend on the image, and is a constant factor of what "
+                "does. All of S is in B. To explain the layer, make what it depends on the input, and the image an "
+                "additional argument."
             )
             return
     is_frozen = recording.has_frozen(score)  # and whatever it depends on

@@ -88,6 +88,7 @@ class Recording(Run):
         # copies, because the model may change its input in place
         copies = tuple(tensor.detach().clone() for tensor in inputs)
         self.tape.inputs = tap_inputs(self, copies)
+        self.has_additional = None in self.tape.inputs
         sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
         for tensor in tensors_in(additional):
             self.made(tensor)

@@ -49,7 +49,7 @@ class Run(TorchDispatchMode):
         self.bit = Value.FROZEN  # of the last site
         self.has_constant_layers = False  # sites that do not depend on the image
         self.leaves_layers = False  # for constants, those among them that meet what depends on it
-        self.has_additional = False  # tensors, on which such layers may depend
+        self.has_additional = False  # arguments beside the image, on which such layers may depend
         self.tapped: dict[Site | None, Tapped] = {}  # of the input, None, and of each site that ran
         self.frozen: dict[tuple[str, str], None] = {}  # operations, and their modules, whose values are frozen
         self.unverified: list[tuple[str, Step, list[Tensor], Any]] = []  # steps under rules of the user's

@@ -50,7 +50,7 @@ def tap(run: Run, site: Site, passing: Any) -> Any:
             value = run.value_of(passed)
             if value is None:  # a layer that does not depend on the image
                 value = _new_value(run, passed, Value.FROZEN if run.has_frozen(passed) else 0)
-                run.has_constant_layers |= None not in run.tape.inputs  # it may depend on an input of whole numbers
+                run.has_constant_layers = True
                 run.memory.constant_begins(passed)
             elif not run.inspect:
                 value.kept = run.memory.keep(passed)
