@@ -38,6 +38,18 @@ class Wrapped(nn.Module):
         return self.function(x)
 
 
+class Turned(nn.Module):
+    """A network that turns its images first."""
+
+    def __init__(self, net: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.turn = net, turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(self.turn(x))
+        return scores
+
+
 def between(function: Callable[[Tensor], Tensor]) -> Between:
     """The network, always with the same parameters."""
     with torch.random.fork_rng():

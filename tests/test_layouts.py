@@ -13,6 +13,7 @@ from captum_scoremap import CompleteScoreMap, LayerScoreMap, bias_maps
 from captum_scoremap.linear import Subject, main_layers
 from captum_scoremap.linear.subject import scores_of
 from captum_scoremap.places.following import positions_in
+from tests.between import Turned
 from tests.test_positions import filled, images
 
 Move = Callable[[Tensor], Tensor]
@@ -76,15 +77,6 @@ class Shuffled(nn.Module):
         x = self.body(x).relu()
         x = x.view(len(x), 2, 3, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
         return self.head(self.after(x).square().mean((2, 3)))
-
-
-class Turned(nn.Module):
-    def __init__(self, net: nn.Module, turn: Move) -> None:
-        super().__init__()
-        self.net, self.turn = net, turn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(self.turn(x))
 
 
 def halves(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, bias
 from captum_scoremap.layout import resized
 from captum_scoremap.linear import main_layers
 from captum_scoremap.places import placement
+from tests.between import Turned
 
 
 def images(*shape: int) -> Tensor:
@@ -669,16 +670,6 @@ def test_of_as_many_tokens_as_channels_those_are_channels_that_stand_closer_toge
     own = (x * F.pixel_shuffle(weight.view(1, 16, 4, 4), 2)).sum(1, keepdim=True)
     constants = (added * weight).sum(0).view(1, 1, 4, 4)
     assert_close(CompleteScoreMap(model, "image").attribute(x, 0), own + resized(constants, (8, 8)))
-
-
-class Turned(nn.Module):
-    def __init__(self, model: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.turn = model, turn
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.model(self.turn(x))
-        return scores
 
 
 def mirrored(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ What bypasses the layer (a parallel branch) enters as its sub-scores, at its pos
 have no place in the image; their sum is the *placeless* rest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -141,16 +141,10 @@ def _filled(
                             book.enter(names(step), entry)
             for value, share in zip(step.values, shares, strict=True):
                 beside = [book for book, tapped in books if reads & ~value.sites & tapped.bit]
-                if not beside or share is None:
-                    continue
-                if value.sites & Value.IMAGE:
-                    named = [(f"beside {names(step)}", placed(constant_times(value.kept.tensor, share), value))]
-                else:  # a constant, though a layer's
-                    made = zip(step.outputs, gradients, _made_of(step, value), strict=True)
-                    named = [(names(step), placed(constant_times(o, a), z)) for z, a, o in made if a is not None]
-                for book in beside:
-                    for name, entry in named:
-                        book.enter(name, entry)
+                if beside and share is not None:
+                    for name, entry in _beside(placed, step, names(step), value, share, gradients):
+                        for book in beside:
+                            book.enter(name, entry)
 
         wanted: dict[Value, Callable[[Tensor], Tensor]] = {
             value: y.mul for _, tapped in books for value, y in zip(tapped.values, tapped.activations, strict=True)
@@ -171,11 +165,18 @@ def _filled(
     return [book for book, _ in books]
 
 
-def _made_of(step: Step, value: Value) -> list[Tensor]:
-    """Return what an affine step makes of one of its values, without its constants and the others."""
-    zeros = [other.zeros() for other in step.values]
-    alone = [value.kept.tensor if other is value else zero for other, zero in zip(step.values, zeros, strict=True)]
-    return [one - none for one, none in zip(step.forward(alone), step.forward(zeros), strict=True)]
+def _beside(
+    placed: Placement, step: Step, name: str, value: Value, share: Tensor, gradients: Sequence[Tensor | None]
+) -> Iterator[tuple[str, Entry]]:
+    """Yield what a value that does not depend on a layer adds beside it, by name."""
+    if value.sites & Value.IMAGE:
+        yield f"beside {name}", placed(constant_times(value.kept.tensor, share), value)
+        return
+    # a constant, though a layer's: it stands where the step's own do
+    alone = [value.kept.tensor if other is value else other.zeros() for other in step.values]
+    for output, gradient, constant in zip(step.outputs, gradients, step.linear(alone), strict=True):
+        if gradient is not None:
+            yield name, placed(constant_times(constant, gradient), output)
 
 
 def _check_images(book: Ledger, score: Tensor) -> None:

@@ -239,9 +239,9 @@ class _Following:
 
     def _each(self, step: Step, output: Value) -> Found:
         """Return where elements stand that are made one by one, or row by row."""
-        known = [one for one in step.values if one in self.known]
-        followed = [one for one in known if one in _of_image(step)] or known  # others are where shapes let one guess
-        values = sorted(followed, key=lambda value: value.step)
+        followed = [one for one in _of_image(step) if one in self.known]  # others are where shapes let one guess
+        known = followed or [one for one in step.values if one in self.known]
+        values = sorted(known, key=lambda value: value.step)
         given = [[_aligned(one, value.shape, output.shape) for one in self.known[value]] for value in values]
         fitting = [one for (one, *_) in given if one is not None]
         if not fitting:

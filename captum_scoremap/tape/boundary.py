@@ -72,10 +72,8 @@ def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, 
             first = float(ahead.min()) if ahead.numel() else float("inf")
             yield step, 0.0 if bool((found == 0).any()) and _flips_before(step, now, speed, first) else first
         if step.outputs:
-            rest = step.forward([v.zeros() for v in step.values])
             values.update(zip(step.outputs, step.forward(now), strict=True))
-            moved = step.forward(speed)
-            changes.update((v, m - r) for v, m, r in zip(step.outputs, moved, rest, strict=True))
+            changes.update(zip(step.outputs, step.linear(speed), strict=True))
 
 
 def _flips_before(step: Step, now: Sequence[Tensor], speed: Sequence[Tensor], first: float) -> bool:

@@ -55,6 +55,11 @@ class Step(Call):
         """Return the outputs of the affine step for given live arguments."""
         return floating(self.rule.apply(self.filled(tensors), self.frozen()))
 
+    def linear(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the outputs of the affine step for given live arguments, without its constants."""
+        constants = self.forward([value.zeros() for value in self.values])
+        return [whole - one for whole, one in zip(self.forward(tensors), constants, strict=True)]
+
 
 @dataclass
 class Tapped:
