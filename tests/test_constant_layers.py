@@ -79,7 +79,7 @@ def weighed() -> nn.Module:
     model = Scaled(lambda x, _: x)
     parametrize.register_parametrization(model.conv, "weight", Doubled())
     parametrize.register_parametrization(model.head[2], "weight", Doubled())
-    model.text = model.conv.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
+    model.text = model.conv.parametrizations.weight[0]
     return model
 
 
@@ -137,7 +137,7 @@ def test_the_table_of_all_layers_has_no_residual(name: str) -> None:
 
 def test_a_layer_that_makes_a_weight_may_stand_among_all_layers() -> None:
     model, image = made("weights"), some_images(1)
-    weight = model.head[2].parametrizations.weight[0]  # type: ignore[union-attr, index]
+    weight = model.head[2].parametrizations.weight[0]
     one, none = LayerScoreMap(model, [model.conv, weight]).attribute(image, 1)
     assert_close(one, LayerScoreMap(model, model.conv).attribute(image, 1), **EXACT)
     assert not none.any()
