@@ -316,7 +316,7 @@ def _back_otherwise(
     gradient: Tensor, input: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, *geometry: Any
 ) -> Any:
     """Return a transposed convolution, which takes no memory for what was convolved, or what is faster."""
-    if gradient.device.type != "cpu" or geometry[-1] != [True, False, False]:
+    if geometry[-1] != [True, False, False]:
         return NotImplemented
     found = transposed_otherwise(gradient, input.shape, weight, *geometry[:-1])
     if found is None:

@@ -70,7 +70,7 @@ def _dim_of_bits(value: Tensor) -> int | None:
 
     It is the outermost that can be, so that neighbors in memory stay neighbors, which is what vectors are made of.
     """
-    if value.dtype != torch.bool or value.numel() < _MANY or value.device.type != "cpu":
+    if value.dtype != torch.bool or value.numel() < _MANY:
         return None
     fit = [dim for dim, step in enumerate(value.stride()) if value.shape[dim] % 8 == 0 and step > 1]
     return max(fit, key=value.stride, default=None)
