@@ -394,8 +394,10 @@ def test_object_queries_are_no_positions_and_passing_modules_no_layers() -> None
     assert main_layers(model, torch.randn(1, 3, 32, 32)) == ["features"]
 
 
-def test_tokens_that_were_merged_are_positions() -> None:
-    """Swin's as Hugging Face has them: a quarter of the tokens, of twice the channels, at every stage."""
+@pytest.mark.parametrize("side", [32, 28])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_tokens_that_were_merged_are_positions(side: int, is_padded: bool) -> None:
+    """Swin's as Hugging Face has them: a quarter of the tokens, of twice the channels, also of an odd row of them."""
 
     class Merging(nn.Module):
         def __init__(self) -> None:
@@ -408,12 +410,21 @@ def test_tokens_that_were_merged_are_positions() -> None:
             tokens = self.patches(x).flatten(2).transpose(1, 2)
             for block in self.fine:
                 tokens = block(tokens)
-            tokens = self.merge(tokens.unflatten(1, (4, 2, 4, 2)).transpose(2, 3).flatten(3).flatten(1, 2).flatten(2))
+            grid = tokens.unflatten(1, (side // 4, side // 4))
+            odd = side // 4 % 2
+            grid = (
+                nn.functional.pad(grid, (0, 0, 0, odd, 0, odd))
+                if is_padded
+                else grid[:, : -odd or None, : -odd or None]
+            )
+            cells = grid.shape[1] // 2
+            grid = grid.unflatten(2, (cells, 2)).unflatten(1, (cells, 2))
+            tokens = self.merge(grid.transpose(2, 3).flatten(3).flatten(1, 2))
             for block in self.coarse:
                 tokens = block(tokens)
             return tokens.mean(1)
 
-    assert main_layers(Merging().eval(), torch.randn(1, 3, 32, 32)) == ["fine.1", "coarse.1"]
+    assert main_layers(Merging().eval(), torch.randn(1, 3, side, side)) == ["fine.1", "coarse.1"]
 
 
 def test_logits_by_name_as_the_models_of_hugging_face_return_them(model: nn.Sequential, inputs: Tensor) -> None:

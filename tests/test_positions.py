@@ -809,3 +809,25 @@ def test_patches_of_a_part_of_the_image_stand_in_that_part() -> None:
     own = torch.zeros_like(x)
     own[..., 4:] = x[..., 4:] * weight.view(4, 2, 2, 2).transpose(1, 2).reshape(8, 4)
     assert_close(CompleteScoreMap(model, "image").attribute(x, 0), own + resized(constants, (8, 8)))
+
+
+@pytest.mark.parametrize("name", ["channels", "grouped", "images"])
+def test_quarters_of_the_image_one_beside_another_stand_where_they_were_cut(name: str) -> None:
+    """A constant of one quarter stands in it, be the quarters channels or images, also behind a convolution of each."""
+    weight, bias, rest = images(12, 1, 3, 3), torch.zeros(12).double(), images(12, 2)
+    bias[3:6] = 1  # of the quarter at the top right
+
+    def model(x: Tensor) -> Tensor:
+        quarters = [x[..., :8, :8], x[..., :8, 8:], x[..., 8:, :8], x[..., 8:, 8:]]
+        if name == "images":
+            maps = F.conv2d(torch.cat(quarters), weight[:3], padding=1).view(1, 12, 8, 8) + bias.view(1, 12, 1, 1)
+        elif name == "grouped":
+            maps = F.conv2d(torch.cat(quarters, 1), weight, bias, padding=1, groups=4)
+        else:
+            maps = torch.cat(quarters, 1).repeat_interleave(3, 1) + bias.view(1, 12, 1, 1)
+        return maps.sum((2, 3)) @ rest
+
+    x = torch.zeros(1, 1, 16, 16, dtype=torch.float64)  # so that constants are all there is
+    expected = torch.zeros_like(x)
+    expected[..., :8, 8:] = rest[3:6, 1].sum()
+    assert_close(CompleteScoreMap(model, "image").attribute(x, 1), expected)

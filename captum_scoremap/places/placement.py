@@ -135,7 +135,7 @@ class Placement:
         if rows == columns:  # shapes of tokens do not tell which are the channels: those that stand closer together
             channel_dim = min((1, len(shape) - 1)[::channel_dim], key=one.spread)
         left = one.summed([channel_dim])
-        return one if left.lack(one) else left
+        return one if left.lack(one) or not one.are_joined(channel_dim) else left
 
     def _cells_of(self, value: Value, images: int) -> Cells:
         """Return the cells of a value's elements, of images that are told apart."""

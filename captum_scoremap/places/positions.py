@@ -95,6 +95,16 @@ class Positions:
         """Return whether a side is summed up that is not in the others."""
         return self.grid.count(1) > others.grid.count(1)
 
+    def are_joined(self, axis: int) -> bool:
+        """Return whether what differs along an axis alone stands side by side, as the pixels of a window do."""
+
+        def widest_gap(one: Tensor) -> float:
+            known = torch.where(one > 0, one, one.amax(axis, keepdim=True))
+            return float(known.sort(axis).values.diff(dim=axis).amax())
+
+        sides = zip((self.row, self.column), self.grid, strict=True)
+        return all(one.shape[axis] == 1 or widest_gap(one) * side < 1.5 for one, side in sides)
+
     def settled(self) -> "Positions":
         """Return the same on the coarsest grid that tells them apart."""
         rows, columns = _side(self.row, self.grid[0]), _side(self.column, self.grid[1])
