@@ -97,6 +97,22 @@ def test_main_layers_of_a_squashed_photograph() -> None:
         assert main_layers(model, torch.rand(1, 3, height, width)) == ["features.1", "features"]
 
 
+def test_main_layers_above_tiles_are_those_of_the_image() -> None:
+    """The first convolution sees more images than there are, which are parts of them."""
+
+    class Tiles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.across, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 3, 2, 1), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tiles = x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).permute(0, 2, 4, 1, 3, 5)
+            found = self.inside(tiles.flatten(0, 2)).unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+            return self.head(self.across(found.flatten(4).flatten(2, 3)).mean((2, 3)))
+
+    assert main_layers(Tiles().eval(), torch.rand(1, 3, 64, 64)) == ["across"]
+
+
 def test_frames() -> None:
     def frame(function: object, shape: tuple[int, ...]) -> tuple[object, ...]:
         recording = Recording(function, with_rules(None), [])

@@ -831,3 +831,15 @@ def test_quarters_of_the_image_one_beside_another_stand_where_they_were_cut(name
     expected = torch.zeros_like(x)
     expected[..., :8, 8:] = rest[3:6, 1].sum()
     assert_close(CompleteScoreMap(model, "image").attribute(x, 1), expected)
+
+
+def test_what_is_spread_over_channels_keeps_its_positions() -> None:
+    weight, ramp = images(1, 4, 1, 1), images(1, 1, 1, 8)
+
+    def model(x: Tensor) -> Tensor:
+        mirrored = x.flip(3)[:, 0]  # (N, h, w), which meets (1, 4, 1, 1)
+        return (mirrored * weight + ramp).sum((1, 2, 3))[:, None]
+
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    expected = (4 * ramp.flip(3)).expand_as(x)
+    assert_close(CompleteScoreMap(model, "image").attribute(x, 0), expected)
