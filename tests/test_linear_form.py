@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -378,10 +379,14 @@ def test_several_layers_make_a_table(small: tuple[nn.Sequential, Tensor]) -> Non
     assert [line.split()[:2] for line in text.splitlines()[1:]] == [[n, i] for n in ("input", "0", "3") for i in "01"]
     assert f"{float(forms[1].score[0]):.4f}" in text
     assert "3 × 6 × 6" in text
+    assert len(set(map(len, text.splitlines()))) == 1
     assert html.count("<tr>") == 7
     assert html.count("<td>") == 6 * 7
     one = linear_form(model, x[:1], 1, [model[1]])
     assert len(repr(one).splitlines()) == 2
+    inside = nn.Sequential(OrderedDict(a_name_longer_than_its_size=model))
+    named = repr(linear_form(inside, x[:1], 1, [None, model[0]])).splitlines()
+    assert len(set(map(len, named))) == 1
     assert "image" not in repr(one)
     with pytest.raises(ValueError, match=r"layer must name at least one module, got none"):
         linear_form(model, x, 1, [])
