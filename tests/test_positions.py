@@ -256,6 +256,20 @@ def test_padding_by_a_map_s_own_cells_makes_a_map(mode: str, kernel: int, size: 
         assert_close(placeless, model[-1].bias[1].detach().expand(2), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d])
+def test_padding_by_one_row_and_column_on_one_side_makes_a_map(kind: type[nn.Module]) -> None:
+    """As exported networks pad for convolutions with a stride; the ramp shows where the map's cells stand."""
+    model = filled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), kind((0, 1, 0, 1)), nn.Conv2d(4, 4, 2)))
+    x, ramp = images(1, 3, 8, 8), images(1, 1, 1, 8)
+
+    def score(x: Tensor) -> Tensor:
+        return (model(x) * ramp).sum((1, 2, 3))[:, None]
+
+    constants = bias_maps(score, x, 0).maps["3"]
+    expected = (model[3].bias.detach().sum() * ramp).expand(1, 1, 8, 8)
+    assert_close(constants, expected)
+
+
 @pytest.mark.parametrize("name", POOLED)
 @pytest.mark.parametrize("count", [1, 2])
 def test_cells_that_are_pooled_behind_padding_stand_where_they_do(name: str, count: int) -> None:
