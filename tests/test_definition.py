@@ -197,3 +197,23 @@ def test_large_maps_are_summed_image_by_image(generator: torch.Generator) -> Non
     coefficients, activations = torch.randn(2, 2, 9, 512, 512, generator=generator)
     found = Reduction(channel_dim=1)(coefficients, activations)
     assert_close(found, (coefficients * activations).sum(1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("quotient", "is_gate"),
+    [
+        (lambda one, other: one.sigmoid() / other, True),
+        (lambda one, other: one / other.sigmoid(), False),
+        (lambda one, other: 3 / one, True),
+    ],
+    ids=["of a gate", "by a gate", "of a constant"],
+)
+def test_a_quotient_is_a_gate_where_its_numerator_is(
+    quotient: Callable[[Tensor, Tensor], Tensor], is_gate: bool
+) -> None:
+    """A gate is a constant factor; else both factors share the product."""
+    x = torch.tensor([[0.5, 2.0, 3.0]], dtype=torch.float64)
+    form = linear_form(lambda x: quotient(x[:, :1], x[:, 1:2]) * x[:, 2:], x, 0)
+    share = form.score if is_gate else form.score / 2
+    expected = torch.stack([form.score - share, torch.zeros_like(share), share], 1)
+    assert_close(form.sub_scores, expected)

@@ -394,6 +394,22 @@ def test_object_queries_are_no_positions_and_passing_modules_no_layers() -> None
     assert main_layers(model, torch.randn(1, 3, 32, 32)) == ["features"]
 
 
+def test_modules_that_the_forward_makes_are_no_layers(inputs: Tensor) -> None:
+    """They could not be named, and run no more when the model runs again."""
+
+    class Makes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(nn.Tanh()(self.conv(x)).mean((2, 3)))
+
+    model = Makes().to(inputs.dtype).eval()
+    assert main_layers(model, inputs) == ["conv"]
+    assert_close(FusedScoreMap(model).attribute(inputs, 1), FusedScoreMap(model, model.conv).attribute(inputs, 1))
+
+
 @pytest.mark.parametrize("side", [32, 28])
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_tokens_that_were_merged_are_positions(side: int, is_padded: bool) -> None:

@@ -612,6 +612,29 @@ def test_numpy_may_read_what_it_likes_and_write_constants() -> None:
     assert_as_plain(read, lambda x: (2 * x).relu())
 
 
+def test_numpy_may_read_the_model_s_weights() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.detach().numpy().size == self.weight.detach().numpy().size
+            return x * self.weight
+
+    model = Read().eval()
+    assert linear_form(model, torch.rand(1, 3, dtype=torch.float64), 1).coefficients.tolist() == [[0.0, -2.0, 0.0]]
+
+
+def test_a_list_longer_than_the_numbers_that_left_is_one_of_constants() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        assert x.mean().item()  # one number
+        return x.flatten(1)[:, :2] * torch.tensor([1.0, 2.0], dtype=x.dtype)
+
+    image = torch.rand(1, 4, dtype=torch.float64)
+    assert linear_form(scaled, image, 1).coefficients.tolist() == [[0.0, 2.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     "function",
     [
