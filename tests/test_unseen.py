@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from captum_scoremap import LayerScoreMap, NeuronScoreMap, UnsupportedOperationError, linear_form
+from captum_scoremap import (
+    CompleteScoreMap,
+    FusedScoreMap,
+    LayerScoreMap,
+    NeuronScoreMap,
+    UnsupportedOperationError,
+    freeze,
+    linear_form,
+)
 from tests.between import EXACT, Wrapped, assert_as_plain, assert_exact, assert_refused, between, some_images
 
 Function = Callable[[Tensor], Tensor]
@@ -720,3 +729,224 @@ def test_operations_on_lists_are_those_on_each(function: Function, plain: Functi
 @pytest.mark.parametrize("lift", [torch.ops.aten.lift, torch.ops.aten.lift_fresh])
 def test_a_live_tensor_that_is_lifted_stays_live(lift: Function) -> None:
     assert_as_plain(lambda x: lift(2 * x) + x, lambda x: 3 * x)
+
+
+# --- what hides in parameters, buffers and other threads' changes
+
+PARAMETERS: dict[str, Function] = {
+    "Parameter": nn.Parameter,
+    "of what is detached": lambda x: nn.Parameter(x.detach()),
+    "as_subclass": lambda x: x.as_subclass(nn.Parameter),
+    "ParameterList": lambda x: nn.ParameterList([x])[0],
+    "ParameterDict": lambda x: nn.ParameterDict({"one": x})["one"],
+    "functional_call": lambda x: torch.func.functional_call(ADDS, {"one": nn.Parameter(x)}, (x * 0,)),
+    "changed in place": lambda x: nn.Parameter(x.detach().clone()).mul_(1.0),
+}
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one
+
+
+ADDS = Adds()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_made_of_live_tensors_are_live(name: str) -> None:
+    assert_as_plain(lambda x: PARAMETERS[name](2 * x).relu(), lambda x: (2 * x).relu())
+
+
+def test_weights_that_the_forward_makes_are_factors() -> None:
+    """As a hypernetwork makes them: both factors share the product."""
+    makes, layer, image = nn.Linear(4, 12), nn.Linear(4, 3), torch.rand(1, 4)
+
+    def generated(x: Tensor) -> Tensor:
+        layer.weight = nn.Parameter(makes(x).view(3, 4))
+        return layer(x)
+
+    found, plain = (
+        linear_form(model, image, 1) for model in (generated, lambda x: F.linear(x, makes(x).view(3, 4), layer.bias))
+    )
+    assert_close(found.coefficients, plain.coefficients)
+    assert_close(found.bias, plain.bias)
+    assert float(found.coefficients.abs().max()) > 1e-3
+
+
+def written_elsewhere(made: Function) -> Function:
+    """A function that has other threads fill memory that is there already."""
+
+    def function(x: Tensor) -> Tensor:
+        found = made(x)
+        list(POOL.map(lambda at: found[:, at].copy_(x[:, at].relu()), range(4)))
+        return found + x
+
+    return function
+
+
+@pytest.mark.parametrize("made", [torch.zeros_like, torch.ones_like, torch.rand_like, torch.clone, lambda x: x[:] * 1])
+def test_what_other_threads_write_to_memory_is_refused(made: Function) -> None:
+    assert_refused(written_elsewhere(made), r"what changed a tensor in place \(another thread\)")
+
+
+def test_what_this_thread_changes_is_no_other_thread_s() -> None:
+    def changed(x: Tensor) -> Tensor:
+        table = torch.ones_like(x)
+        table[:, 0].add_(1)
+        view = table.detach()[:, 1:]
+        view.mul_(3)
+        torch.add(table, 1, out=table)
+        table.data.add_(1)
+        return x * (table + view.sum() * 0)
+
+    factors = torch.tensor([4.0, 5.0, 5.0, 5.0], dtype=torch.float64).view(4, 1, 1)
+    assert_as_plain(changed, lambda x: x * factors)
+
+
+def test_collections_of_garbage_hide_no_other_thread() -> None:
+    def collected(x: Tensor) -> Tensor:
+        found = POOL.submit(torch.relu, x).result()
+        gc.collect()
+        return found + x
+
+    assert_refused(collected, r"what made a tensor during the run \(another thread")
+
+
+def test_buffers_that_another_thread_made_are_refused() -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("found", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.found = POOL.submit(torch.relu, x).result()
+            return self.found + x
+
+    class Reads(Holds):
+        def forward(self, x: Tensor) -> Tensor:
+            super().forward(x)
+            return F.relu(self.get_buffer("found"))
+
+    for model in (nn.Sequential(nn.ReLU(), Holds()), Reads()):
+        with pytest.raises(UnsupportedOperationError, match=r"what made a (tensor|buffer) during the run"):
+            linear_form(nn.Sequential(nn.Flatten(), model), torch.rand(1, 3), 1)
+
+
+# --- what the model swallows
+
+
+class Swallows(nn.Module):
+    """Does something else where its layer fails, and the image passes."""
+
+    def __init__(self, layer: nn.Module, kind: type[BaseException]) -> None:
+        super().__init__()
+        self.layer, self.kind = layer, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.layer(x)
+        except self.kind:
+            return x + 1
+
+
+class Tripled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.complex(x, x)
+        both.real.mul_(3)
+        return both.real
+
+
+class Hooked(nn.Identity):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_full_backward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", [Exception, BaseException])
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (lambda: nn.BatchNorm1d(4, track_running_stats=False).eval(), "must use running statistics"),
+        (lambda: nn.BatchNorm1d(4).train(), "must be in evaluation mode"),
+        (lambda: Wrapped(lambda x: F.rrelu(x, training=True)), "rrelu must run with training=False"),
+        (Hooked, "must have no full backward hooks"),
+        (Tripled, "complex numbers that change in place"),
+        (lambda: Wrapped(lambda x: x.to_sparse().to_dense()), "must be dense"),
+        (lambda: Wrapped(lambda x: torch.empty_like(x).set_(x.relu())), "could not be seen"),
+    ],
+    ids=["statistics", "training", "rrelu", "hooks", "complex", "sparse", "memory"],
+)
+def test_no_model_swallows_a_refusal(layer: Callable[[], nn.Module], match: str, kind: type[BaseException]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Swallows(layer(), kind))
+    with pytest.raises((ValueError, TypeError, UnsupportedOperationError), match=match):
+        linear_form(model, torch.rand(3, 4), 1)
+
+
+def test_errors_of_operations_are_the_model_s_to_handle() -> None:
+    def handled(x: Tensor) -> Tensor:
+        try:
+            return x @ torch.ones(5, 5, dtype=x.dtype)
+        except RuntimeError:
+            return 2 * x
+
+    assert_as_plain(handled, lambda x: 2 * x)
+
+
+def test_a_neuron_s_layer_in_a_bare_except_runs_once() -> None:
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.layer(x)
+            except:  # noqa: E722
+                return self.layer(2 * x)
+
+    model, image = Tries(), torch.rand(1, 4)
+    assert_close(NeuronScoreMap(model, model.layer).attribute(image, 0).sum(1), model(image)[:, 0].detach())
+
+
+def test_copies_of_a_layer_that_the_forward_makes_are_not_the_layer() -> None:
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x) + copy.deepcopy(self.layer)(10 * x))
+
+    model, image = Copies(), torch.rand(1, 4)
+    form = linear_form(model, image, 1, model.layer)
+    assert_close(form.activations, model.layer(image).detach())
+    assert_close(form.coefficients, model.head.weight[1:].detach())
+    assert_close(form.residual, torch.zeros(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:a Linear runs 2 times")
+def test_layers_that_run_inside_of_derivatives_and_vmap_too() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+            self.net, self.is_mapped = nn.Sequential(*layers), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.is_mapped:
+                return self.net(x) + torch.vmap(lambda one: self.net(one[None])[0])(x)
+            return self.net(x + torch.func.grad(lambda y: self.net(y)[:, 0].sum())(x))
+
+    model, images = Twice().double().eval(), some_images()
+    for model.is_mapped in (False, True):
+        assert_close(freeze(model, images)(images), model(images))
+        form = linear_form(model, images, 1, model.net[3])
+        assert_close(form.residual, torch.zeros(2).double(), rtol=0, atol=1e-9)
+        complete, rest = CompleteScoreMap(model, "image").attribute(images, 1, return_placeless=True)
+        assert_close(complete.sum((1, 2, 3)) + rest, model(images)[:, 1])
+        with pytest.raises(ValueError, match="layers must be named for this model"):
+            FusedScoreMap(model).attribute(images, 1)

@@ -110,8 +110,9 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, Shape]:
 
 
 def _only_tensor(output: Any) -> Tensor | None:
-    """Return the one floating-point tensor of a layer's output, alone or in a tuple."""
+    """Return the one floating-point tensor of a layer's output, alone or in a tuple; none inside of vmap."""
     parts = output if isinstance(output, (tuple, list)) else (output,)
     tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
     nested = any(isinstance(part, (tuple, list, dict)) for part in parts)
-    return tensors[0] if len(tensors) == 1 and not nested else None
+    is_one = len(tensors) == 1 and not nested and not torch._C._functorch.is_functorch_wrapped_tensor(tensors[0])
+    return tensors[0] if is_one else None

@@ -29,9 +29,11 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
             run.name(target, value)
         return target
     if overlaps(target):
-        raise ValueError(
-            f"elements that change in place must lie apart in memory, got a tensor of shape {tuple(target.shape)} "
-            f"and strides {target.stride()} in {operation.display}_. Change a copy of it: x.clone()."
+        raise run.modules.refuse(
+            ValueError(
+                f"elements that change in place must lie apart in memory, got a tensor of shape {tuple(target.shape)} "
+                f"and strides {target.stride()} in {operation.display}_. Change a copy of it: x.clone()."
+            )
         )
     run.sight.written(target)
     known = run.value_of(target)
@@ -58,9 +60,11 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
         if not fits and output.dtype != target.dtype:
             output = run.recorded(output.to, target.dtype)
         if target.shape != output.shape:  # as few operations do, unasked
-            raise ValueError(
-                f"a tensor must keep its shape when it changes in place, got {tuple(target.shape)} that becomes "
-                f"{tuple(output.shape)} in {operation.display}_. Use torch.{operation.display}(...)."
+            raise run.modules.refuse(
+                ValueError(
+                    f"a tensor must keep its shape when it changes in place, got {tuple(target.shape)} that becomes "
+                    f"{tuple(output.shape)} in {operation.display}_. Use torch.{operation.display}(...)."
+                )
             )
         if is_constant:  # to which the steps of a composite refer
             run.memory.release_constants(target)

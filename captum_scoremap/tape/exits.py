@@ -37,9 +37,11 @@ def _leave(run: Run, way: str, tensor: Tensor, *_: object) -> None:
     """Note that the numbers of a tensor leave it."""
     if would_be_baked_in(tensor):
         module = run.modules.current_name
-        raise ValueError(
-            f"the map must not read numbers of the image to be compiled, got Tensor.{way}()"
-            f"{f' in {module!r}' if module else ''}. Use method.attribute, or compute this with PyTorch operations."
+        raise run.modules.refuse(
+            ValueError(
+                f"the map must not read numbers of the image to be compiled, got Tensor.{way}()"
+                f"{f' in {module!r}' if module else ''}. Use method.attribute, or compute this with PyTorch operations."
+            )
         )
     if run.is_live(tensor):
         run.sight.exits.append(way)
@@ -71,6 +73,11 @@ def _pass_storage(run: Run, name: str, *storages: object) -> bool:
     elif is_live:
         run.sight.exits.append(f"untyped_storage().{name}")
     return is_live
+
+
+def _mark(run: Run, _: str, *tensors: object) -> None:
+    """Count it as a change that an autograd function says that it changes tensors."""
+    run.count_changes([one for one in tensors if isinstance(one, Tensor)], more=2)  # beside that of the operation
 
 
 def exits_watched(run: Run) -> AbstractContextManager[None]:
@@ -106,6 +113,22 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
     _DATA.__set__(tensor, data)
 
 
+# Ways to make a parameter of a tensor, which no operation tells of.
+_SUBCLASSES = ("_make_subclass", "as_subclass")
+
+
+def _noticed(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(plain)
+    def noticed(*args: Any, **kwargs: Any) -> Tensor:
+        made = plain(*args, **kwargs)
+        if isinstance(made, torch.nn.Parameter):
+            for run in _watching.here():
+                run.name_alias(made, tensors_in(args)[0])
+        return made
+
+    return noticed
+
+
 # What is watched, and what hears of it; for each name whether the class defines it itself, rather than its base class.
 _WATCHED: tuple[tuple[Any, Callable[..., bool | None], dict[str, bool]], ...] = tuple(
     (home, tell, {name: name in vars(home) for name in names})
@@ -114,6 +137,7 @@ _WATCHED: tuple[tuple[Any, Callable[..., bool | None], dict[str, bool]], ...] = 
         (torch.Tensor, _map, _PYTHON),
         (torch.Tensor, _list, ("new_tensor",)),
         (torch, _list, _OF_LISTS),
+        (torch.autograd.function.FunctionCtx, _mark, ("mark_dirty",)),
         (UntypedStorage, _pass_storage, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
     )
 )
@@ -122,7 +146,7 @@ _WATCHED: tuple[tuple[Any, Callable[..., bool | None], dict[str, bool]], ...] = 
 def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., bool | None]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def watched(one: Any, *args: Any, **kwargs: Any) -> Any:
-        told = [tell(run, name, one, *args[:2], *list(kwargs.values())[:1]) for run in _watching.here()]
+        told = [tell(run, name, one, *args, *list(kwargs.values())[:1]) for run in _watching.here()]
         # bytes of live numbers are copied as numbers of another type
         with unrecorded() if any(told) else nullcontext():
             return plain(one, *args, **kwargs)
@@ -136,10 +160,13 @@ def _watch() -> None:
         for name in names:
             setattr(home, name, _watched(name, getattr(home, name), tell))
     torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment]  # on the class
+    torch.Tensor._make_subclass = staticmethod(_noticed(torch.Tensor._make_subclass))  # type: ignore[assignment]
+    torch.Tensor.as_subclass = _noticed(torch.Tensor.as_subclass)  # type: ignore[assignment]
 
 
 def _watch_no_more() -> None:
-    del torch.Tensor.data
+    for name in ("data", *_SUBCLASSES):
+        delattr(torch.Tensor, name)
     for home, _, names in _WATCHED:
         for name, is_own in names.items():
             if is_own:

@@ -33,7 +33,7 @@ class StopRun(BaseException):
 class Refused(BaseException):
     """Ends a run with an error. No ``TypeError`` itself, of which ``x * y`` makes "unsupported operand type(s)"."""
 
-    def __init__(self, error: TypeError) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
 
@@ -54,12 +54,14 @@ class ModuleTracker:
         roots: The outermost modules.
         current: The module that is running; None for the outermost function.
         calls: How often each module ran.
+        refused: What the run ends with, though the model may go on after it, in a bare ``except:``.
     """
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self.calls: Counter[nn.Module] = Counter()
         self._names: dict[nn.Module, str] = {}
         self.current: nn.Module | None = None
+        self.refused: Refused | None = None
         self._thread = 0
         self._dropped = False
         root = root_module(forward_func)
@@ -102,14 +104,22 @@ class ModuleTracker:
         finally:
             self.current = outer
 
+    def refuse(self, error: Exception) -> Refused:
+        """Return what is to be raised for an error that the model must not handle, as if it were an operation's."""
+        self.refused = self.refused or Refused(error)
+        return self.refused
+
     def _watch(self, site: Site, at_site: Callable[[Site, Any], Any]) -> Any:
         module, at_input = site
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return at_site(site, (args, kwargs)) if threading.get_ident() == self._thread else None
+        def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return at_site(site, (args, kwargs)) if is_here(called) else None
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return at_site(site, output) if threading.get_ident() == self._thread else None
+        def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return at_site(site, output) if is_here(called) else None
+
+        def is_here(called: nn.Module) -> bool:  # a copy that the forward makes of a module has its hooks, too
+            return called is module and threading.get_ident() == self._thread
 
         if at_input:
             return module.register_forward_pre_hook(before, with_kwargs=True)
@@ -149,14 +159,18 @@ class ModuleTracker:
                 "the units that this run kept, and another run gives another. Call model.eval(), unless this is meant."
             )
         if isinstance(module, _NOT_IN_TRAINING) and module.training:  # scripted ones may not know
-            raise ValueError(
-                f"the model must be in evaluation mode, got {self.name_of(module) or type(module).__name__!r} "
-                f"({type(module).__name__}) in training mode. Call model.eval()."
+            raise self.refuse(
+                ValueError(
+                    f"the model must be in evaluation mode, got {self.name_of(module) or type(module).__name__!r} "
+                    f"({type(module).__name__}) in training mode. Call model.eval()."
+                )
             )
         if module._backward_pre_hooks or (module._backward_hooks and module._is_full_backward_hook):
-            raise ValueError(
-                "the model must have no full backward hooks, which pass tensors on unseen; got one at "
-                f"{self.name_of(module) or type(module).__name__!r}. Remove it first (the handle's remove())."
+            raise self.refuse(
+                ValueError(
+                    "the model must have no full backward hooks, which pass tensors on unseen; got one at "
+                    f"{self.name_of(module) or type(module).__name__!r}. Remove it first (the handle's remove())."
+                )
             )
         self.calls[module] += 1
 

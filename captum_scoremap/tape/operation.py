@@ -30,6 +30,8 @@ class Operation:
         # names of the arguments that it is given for what it returns, ``out=``
         self.outs = [one.name for one in arguments if one.kwarg_only and _is_written(one)]
         changed = [position for position, one in enumerate(arguments) if not one.kwarg_only and _is_written(one)]
+        # positions of all arguments that it changes in place
+        self.writes = changed
         # position of the argument that it changes in place; its shape alone, not what its memory holds
         self.changes: int | None = changed[0] if changed else None
         self.changes_shape = torch.Tag.inplace_view in operation.tags

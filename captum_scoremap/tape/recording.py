@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 
-from captum_scoremap.checks import module_by_module, unrecorded
+from captum_scoremap.checks import UnsupportedOperationError, module_by_module, unrecorded
 from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_in
 from captum_scoremap.rules.derivative import is_derivable
 from captum_scoremap.rules.quantized import is_encoded
@@ -98,6 +98,7 @@ class Recording(Run):
             _everything_in_sight(),
             exits_watched(self),
             collector_paused(),
+            self.sight.collections_watched(),
             torch.set_grad_enabled(self._differentiable),
             self.modules.watched([site for site in sites if site is not None], self._at_site),
         ):
@@ -111,6 +112,7 @@ class Recording(Run):
                 self.sight.compare(tensor, self.is_live)
                 if values[id(tensor)] is None:
                     self.sight.read(tensor)
+            self.sight.meet_buffers()
         self.sight.underivable |= {name for name, call in self._without_rules.items() if not is_derivable(call)}
         self.sight.raise_refused()
         with unrecorded():
@@ -123,21 +125,23 @@ class Recording(Run):
     def _run_model(self, *args: Any) -> Any:
         """Return the model's output, or what passed the site at which the run stopped."""
         try:
-            return self.forward_func(*args)
+            output = self.forward_func(*args)
         except (StopRun, RuntimeError):  # which TorchScript makes of every error of Python's
             if not self._stopped_with:
                 raise
-            return self._stopped_with.pop()
+        return self._stopped_with.pop() if self._stopped_with else output
 
     @contextmanager
     def _errors_raised(self) -> Iterator[None]:
         """Raise the errors of operations as what they are, from where they were raised."""
         try:
             yield
-        except (Refused, RuntimeError) as ended:
+            if self.modules.refused is not None:  # which the model swallowed
+                raise self.modules.refused
+        except (Refused, Exception) as ended:
             # TorchScript's own error says which line of the script it was, and nothing of what Python raised there
             is_lost = "TorchScript" in str(ended) and str(ended).rstrip().endswith("RuntimeError:")
-            error = self._last_error if is_lost and self._last_error is not None else ended
+            error = self.modules.refused or (self._last_error if is_lost and self._last_error is not None else ended)
             if isinstance(error, Refused):
                 raise error.error.with_traceback(error.__traceback__) from None
             if error is ended:
@@ -147,8 +151,11 @@ class Recording(Run):
             self._last_error = None  # whose frames hold the run, and all its tensors
 
     def _at_site(self, site: Site, passing: Any) -> Any:
-        if any(map(torch._C._functorch.is_batchedtensor, tensors_in(passing))):  # no one tensor: a part of one, by vmap
+        # no one tensor: a part of one, by vmap, or one inside of a derivative
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_in(passing))):
             return passing
+        if self._stopped_with:  # and the model, which swallowed that, goes on
+            raise StopRun
         if site in self._sites:
             passing = tap(self, site, passing)
         if self._stop_at == site:
@@ -184,7 +191,12 @@ class Recording(Run):
             output = self._run(func, args, kwargs)
             for tensor in arguments:
                 self.sight.keep(tensor)
+        except UnsupportedOperationError as error:
+            self._last_error = self.modules.refuse(error)
+            raise self._last_error from None
         except BaseException as error:
+            if isinstance(error, Refused):
+                self.modules.refused = self.modules.refused or error
             self._last_error = error
             raise
         return output
@@ -196,7 +208,12 @@ class Recording(Run):
         operation = self._operations.get(func)
         if operation is None:
             operation = self._operations[func] = Operation(func, self.rules)
+        if operation.is_view:
+            self.count_changes(tensors_in(args[:1]))
+        if operation.writes:
+            self.count_changes(tensors_in([args[at] for at in operation.writes if at < len(args)]), more=1)
         if operation.outs:
+            self.count_changes(tensors_in([kwargs[name] for name in operation.outs if name in kwargs]), more=1)
             return self._into(func, operation, args, kwargs)
         if operation.lifts:
             self.lift(args[0])

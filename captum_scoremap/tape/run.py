@@ -5,7 +5,7 @@ change memory (``changes``) or round (``quantized``), layers that begin (``taps`
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,9 @@ class Run(TorchDispatchMode):
         self.tapped: dict[Site | None, Tapped] = {}  # of the input, None, and of each site that ran
         self.frozen: dict[tuple[str, str], None] = {}  # operations, and their modules, whose values are frozen
         self.unverified: list[tuple[str, Step, list[Tensor], Any]] = []  # steps under rules of the user's
-        self._known: dict[int, tuple[weakref.ref[Tensor], Value | None, int]] = {}  # and when it became known
+        # and when it became known, by our clock and by how often the tensor had changed
+        self._known: dict[int, tuple[weakref.ref[Tensor], Value | None, int, int]] = {}
+        self._written: dict[int, int] = {}  # how often tensors have changed, as far as was seen, by their memory
         self._made_of_image: dict[int, weakref.ref[Tensor]] = {}  # constants, by what was frozen
 
     def recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,13 +65,20 @@ class Run(TorchDispatchMode):
 
     def name(self, tensor: Tensor, value: Value) -> None:
         """Note which value a tensor is, from now on."""
-        self._known[id(tensor)] = weakref.ref(tensor), value, self.memory.clock
+        self._known[id(tensor)] = weakref.ref(tensor), value, self.memory.clock, _changes(tensor)
 
     def made(self, tensor: Tensor, operation: str = "") -> None:
         """Note that a tensor is a constant, from now on, that an operation made."""
-        self._known[id(tensor)] = weakref.ref(tensor), None, self.memory.clock
+        self._known[id(tensor)] = weakref.ref(tensor), None, self.memory.clock, _changes(tensor)
         if operation:
             self.sight.made(tensor, operation)
+
+    def name_alias(self, alias: Tensor, tensor: Tensor) -> None:
+        """Note that a tensor is another one of the same memory, as a parameter is that is made of one."""
+        with unrecorded():
+            value = self.value_of(tensor)
+            if value is not None:
+                self.name(alias, self.memory.view(tensor, value, alias))
 
     def made_frozen(self, output: Any, operation: Operation) -> None:
         """Note that constants were made of the image: by what freezes its value, or of what that made."""
@@ -90,7 +99,7 @@ class Run(TorchDispatchMode):
     def lift(self, tensor: Tensor) -> None:
         """Note that a tensor is made of Python's or NumPy's numbers, unless it is a live one, which stays so."""
         self.sight.lift(tensor)
-        reference, value, _ = self._known.get(id(tensor), (None, None, 0))
+        reference, value, *_ = self._known.get(id(tensor), (None, None))
         if value is None or reference is None or reference() is not tensor:
             self.made(tensor)
 
@@ -104,7 +113,9 @@ class Run(TorchDispatchMode):
         # the entry of a tensor that is gone may stand where another one is now
         if known is not None and known[0]() is not tensor:
             known = None
-        _, value, since = known or (None, None, 0)
+        _, value, since, changes = known or (None, None, 0, 0)
+        if known is not None and _changes(tensor) > changes:
+            self._check_changes(tensor, changes)
         memory = self.memory.changed.get(tensor.untyped_storage()._cdata) if self.memory.changed else None
         if memory is None:
             return value if known is not None or type(tensor) is Parameter else self._met(tensor)
@@ -114,6 +125,22 @@ class Run(TorchDispatchMode):
             if value is not None:
                 self.name(tensor, value)
         return value
+
+    def count_changes(self, tensors: Iterable[Tensor], more: int = 0) -> None:
+        """Note how often tensors have changed, of which a view is made, or will have when an operation is done.
+
+        A view counts as its tensor does, but only from when the operation that makes it is done.
+        """
+        for tensor in tensors:
+            if tensor.layout is torch.strided:
+                address = tensor.untyped_storage()._cdata
+                self._written[address] = max(self._written.get(address, 0), _changes(tensor) + more)
+
+    def _check_changes(self, tensor: Tensor, known: int) -> None:
+        """Note it where a tensor changed more often than was seen."""
+        changes = _changes(tensor)
+        if tensor.layout is torch.strided and changes > self._written.get(tensor.untyped_storage()._cdata, known):
+            self.sight.hide("what changed a tensor in place (another thread)")
 
     def symbol(self, argument: Any, live: list[Tensor], values: list[Value]) -> Any:
         """Return an argument with values for its live tensors, which are noted; a number may stand for a tensor."""
@@ -139,7 +166,7 @@ class Run(TorchDispatchMode):
             return changed.value is not None
         constants = [
             one
-            for reference, value, _ in list(self._known.values())
+            for reference, value, *_ in list(self._known.values())
             if value is None and (one := reference()) is not None
         ]
         memory = [one.untyped_storage()._cdata for one in constants if one.layout is torch.strided]
@@ -150,15 +177,21 @@ class Run(TorchDispatchMode):
         module = self.modules.current
         for buffer in () if module is None else module._buffers.values():
             if tensor is buffer:
+                self.sight.buffers.append(tensor)
                 return None
         if tensor.layout is torch.strided:  # else it has no memory of its own to share
             address = tensor.untyped_storage()._cdata
-            for reference, value, _ in list(self._known.values()):
+            for reference, value, *_ in list(self._known.values()):
                 known = reference()
                 if value is not None and known is not None and known.untyped_storage()._cdata == address:
                     value = self.memory.view(known, value, tensor)
                     self.name(tensor, value)
                     return value
-        self._known[id(tensor)] = weakref.ref(tensor), None, self.memory.clock
+        self._known[id(tensor)] = weakref.ref(tensor), None, self.memory.clock, _changes(tensor)
         self.sight.meet(tensor)
         return None
+
+
+def _changes(tensor: Tensor) -> int:
+    """Return how often a tensor, or another of its memory, changed in place, as PyTorch counts."""
+    return 0 if tensor.is_inference() else tensor._version

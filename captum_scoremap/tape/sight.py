@@ -6,6 +6,7 @@ operation that made it, or one that holds something though nothing was written t
 """
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ class Sight:
         self._hidden: dict[tuple[str, str], None] = {}
         self.unsupported: dict[tuple[str, str], None] = {}
         self.underivable: set[str] = set()  # of these, those that have no derivative either
+        self.buffers: list[Tensor] = []  # those of modules that were read
+        # tensors of the run that a collection took for older ones
+        self._once_young: dict[int, weakref.ref[Tensor]] = {}
         self.suspects: list[tuple[Tensor, str, str]] = []  # tensors, what they show if none settles it, and where
 
     # -- what is refused
@@ -142,14 +146,48 @@ class Sight:
         """Meet a constant that no operation made: it was there before, or something unseen made it."""
         if not tensor.is_floating_point() or not tensor.numel() or tensor._is_zerotensor():  # which has no memory
             return
-        if not any(map(is_, gc.get_objects(generation=0), repeat(tensor))):  # a loop takes three times as long
+        is_young = any(map(is_, gc.get_objects(generation=0), repeat(tensor)))  # a loop takes three times as long
+        if not is_young and not self._was_young(tensor):
             return
         if tensor.layout is not torch.strided:
             self.hide("what made a tensor during the run (another thread, or a compiled kernel)")
             return
-        if not self.is_state(tensor.untyped_storage()._cdata):
+        if self._is_buffer(tensor) or not self.is_state(tensor.untyped_storage()._cdata):
             exits = "".join(f", Tensor.{name}()" for name in dict.fromkeys(self.exits))
             self._suspect(tensor, f"what made a tensor during the run (another thread, or a compiled kernel{exits})")
+
+    def _was_young(self, tensor: Tensor) -> bool:
+        reference = self._once_young.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    @contextmanager
+    def collections_watched(self) -> Iterator[None]:
+        """Remember which tensors are of the run where the model has the collector look for garbage."""
+
+        def collects(phase: str, _: object) -> None:
+            if phase == "start":
+                young = [one for one in gc.get_objects(generation=0) if issubclass(type(one), Tensor)]
+                self._once_young.update({id(one): weakref.ref(one) for one in young})
+
+        gc.callbacks.append(collects)
+        try:
+            yield
+        finally:
+            gc.callbacks.remove(collects)
+
+    def meet_buffers(self) -> None:
+        """Look whether buffers that were read are of the run, though no operation made them."""
+        ids = set(map(id, self.buffers))
+        are_young = bool(ids) and any(map(ids.__contains__, map(id, gc.get_objects(generation=0))))
+        if are_young or any(map(self._was_young, self.buffers)):
+            self.hide("what made a buffer during the run (another thread, or a compiled kernel)")
+
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        """Return whether a tensor itself, which was made during the run, belongs to a module."""
+        plain = (
+            one for root in self.modules.roots for one in root.modules() if not isinstance(one, torch.jit.ScriptModule)
+        )
+        return any(buffer is tensor for module in plain for buffer in module._buffers.values())
 
     def is_state(self, address: int, kind: type[Tensor] = Tensor) -> bool:
         """Return whether memory is that of a tensor of this kind that belongs to the modules that run."""

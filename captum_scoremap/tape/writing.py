@@ -26,7 +26,10 @@ def step_of(run: Run, operation: Operation, call: Call, args: tuple[Any, ...], k
     step = Step(operation.functional, args, kwargs, call.values, call.values, rule=rule, module=run.modules.current)
     if run.has_constant_layers and len(step.values) > 1 and not isinstance(rule, (Linear, Tangent)):
         _leave_constants(run, step, call)
-    step.rule = rule.variant(step)
+    try:
+        step.rule = rule.variant(step)
+    except Exception as error:
+        raise run.modules.refuse(error) from None
     return step
 
 
@@ -48,7 +51,10 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
             where = f"rule for {operation.display!r} ({type(rule).__name__}), in module {run.modules.current_name!r},"
             run.unverified.append((where, step, *to_verify(call)))
         if is_constant or not rule.is_affine(step):
-            step.state = _kept(run, rule.packed(call, rule.freeze(call)), call)
+            try:
+                step.state = _kept(run, rule.packed(call, rule.freeze(call)), call)
+            except Exception as error:
+                raise run.modules.refuse(error) from None
         if is_constant:
             run.tape.steps.append(step)
             return output
