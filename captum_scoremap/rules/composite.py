@@ -48,6 +48,13 @@ def _rms_norm(
     return (found if weight is None else found * weight), scale
 
 
+def _dropout(input: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """Keep, of the input, what the kernel keeps of a constant: what it draws is frozen, as all noise is."""
+    _, kept = torch.native_dropout(torch.ones_like(input), p, train)
+    scale = 1.0 if train is False else 1 / (1 - p) if p < 1 else 0.0
+    return input * kept * scale, kept
+
+
 def gated_half(input: Tensor, dim: int = -1) -> Tensor:
     """Multiply the first half by the sigmoid of the second, which is a gate."""
     first, second = input.chunk(2, dim)
@@ -165,5 +172,6 @@ COMPOSITE: dict[str, Rule] = {
     "scatter.reduce": Composite(_scatter_reduce),
     "scatter.value_reduce": Composite(_scatter_reduce),
     "_fused_rms_norm": Composite(_rms_norm),
+    "native_dropout": Composite(_dropout),
     **{name: Composite(body) for name, body in RECURRENT.items()},
 }
