@@ -91,13 +91,6 @@ def _adaptively_pooled(call: Call, gradient: Tensor) -> list[Tensor]:
     return [backward(gradient, call.values[0].empty())]
 
 
-def _embedded(call: Call, gradient: Tensor) -> list[Tensor]:
-    """The rows' coefficients, those of ``padding_idx`` too, which autograd leaves out."""
-    weight, rows = call.values[0], call.args[1].reshape(-1)
-    found = torch.zeros(weight.shape, dtype=gradient.dtype, device=gradient.device)
-    return [found.index_add(0, rows, gradient.reshape(-1, weight.shape[1]))]
-
-
 def _moving(
     transpose: Callable[[Call, Tensor], Sequence[Tensor | None]] | None = None,
     apply: Callable[[Call], Any] = Call.run,
@@ -159,7 +152,8 @@ AFFINE: dict[str, Linear] = {
     "mean": Linear(_averaged, homogeneous=True),
     **dict.fromkeys(("avg_pool2d", "avg_pool3d"), Linear(_average_pooled, homogeneous=True)),
     **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), Linear(_adaptively_pooled, homogeneous=True)),
-    "embedding": Linear(_embedded),
+    # whose own transpose leaves out the row of ``padding_idx``
+    "embedding": Linear(apply=lambda call: call.args[0][call.args[1]]),
     **dict.fromkeys(("index_put", "put"), Placing(2)),
     **dict.fromkeys(("scatter", "index_copy"), Placing(3)),
     **dict.fromkeys(("max_unpool2d", "max_unpool3d"), Placing(0)),

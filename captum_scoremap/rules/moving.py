@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Value
-from .coefficients import cast, summed_to
+from .call import Call
+from .coefficients import cast
 from .rule import Gradients, Linear
 
 __all__ = [
@@ -106,12 +106,6 @@ class Copy(Linear):
         output: Tensor = source.to(target.dtype).expand(target.shape)
         return output
 
-    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients of the source, summed over what was repeated; it may be the target itself."""
-        target, source = call.args[:2]
-        share = summed_to(gradients[0], source)
-        return [None, share] if isinstance(target, Value) else [share]
-
 
 class Placing(Linear):
     """New values for some elements of a tensor. Where several go to one place the last of them counts.
@@ -136,41 +130,18 @@ class Placing(Linear):
         self.source = source
 
     def apply(self, call: Call, state: None) -> Any:
-        """Run the operation; where gradients are taken, as a gather of what stays."""
-        source = call.args[self.source]
+        """Run the operation; where gradients are taken, as for the transpose, as a gather of what stays."""
+        source, args = call.args[self.source], list(call.args)
         if not torch.is_grad_enabled() or _adds(call) or not isinstance(source, Tensor):
             return call.run()
-        placed = self._placed(call)
+        # the number of the new value that stays at each place, counted from 1; 0 where there is none
+        numbers = torch.arange(1.0, source.numel() + 1, dtype=torch.float64, device=call.values[0].device)
+        args[self.source] = numbers.reshape(source.shape)
+        if self.source:
+            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=numbers.device)
+        placed = call.operation(*args, **call.kwargs).long()
         stays = torch.cat((source.new_zeros(1), source.reshape(-1)))[placed]
         return torch.where(placed == 0, call.args[0], stays) if self.source else stays
-
-    def _placed(self, call: Call) -> Tensor:
-        """Return the number of the new value that stays at each place, counted from 1; 0 where there is none."""
-        source, args = call.args[self.source], list(call.args)
-        is_one = not isinstance(source, (Tensor, Value))
-        count, device = 1 if is_one else source.shape.numel(), call.values[0].device
-        numbers = torch.arange(1.0, count + 1, dtype=torch.float64, device=device)
-        args[self.source] = 1.0 if is_one else numbers.reshape(source.shape)
-        if self.source:
-            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=device)
-        placed: Tensor = call.operation(*args, **call.kwargs).long()
-        return placed
-
-    def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
-        """Return the coefficients of what was not overwritten, and of each new value that was not."""
-        (gradient,), source = gradients, call.args[self.source]
-        if _adds(call):
-            return super().transpose(call, state, gradients)
-        count = source.shape.numel() if isinstance(source, (Tensor, Value)) else 1
-        placed = self._placed(call)
-        found: list[Tensor | None] = []
-        if self.source and isinstance(call.args[0], Value):
-            found.append(cast(gradient.masked_fill(placed != 0, 0), call.args[0]))
-        if isinstance(source, Value):
-            row = torch.zeros(count + 1, dtype=gradient.dtype, device=gradient.device)
-            share = row.index_add(0, placed.reshape(-1), gradient.reshape(-1))[1:].reshape(source.shape)
-            found.append(cast(share, source))
-        return found
 
 
 def _adds(call: Call) -> bool:
