@@ -111,11 +111,6 @@ def _nan_to_num(
     return found.masked_fill(input == -torch.inf, limits.min if neginf is None else neginf)
 
 
-def _ldexp(input: Tensor, other: Tensor) -> Tensor:
-    """Multiply by a power of two, in one type."""
-    return input * torch.pow(2.0, other)
-
-
 def _linspace(
     start: Tensor | float, end: Tensor | float, steps: int, *, dtype: torch.dtype | None = None, **_: Any
 ) -> Tensor:
@@ -151,7 +146,7 @@ COMPOSITE: dict[str, Rule] = {
     "nan_to_num": Composite(_nan_to_num),
     "nansum": Composite(lambda input, *rest, **named: input.masked_fill(input.isnan(), 0.0).sum(*rest, **named)),
     "sgn": Composite(_sgn),
-    "ldexp": Composite(_ldexp),
+    "ldexp": Composite(lambda input, other: input * torch.pow(2.0, other)),
     "linspace": Composite(_linspace),
     "logspace": Composite(_logspace),
     "_chunk_cat": Composite(_chunk_cat),
