@@ -292,10 +292,6 @@ def _has_size(tensor: Tensor, size: Tensor | Sequence[int]) -> bool:
     return tensor.shape == (size.shape if isinstance(size, Tensor) else torch.Size(size))
 
 
-def _polygamma_in_place(x: Tensor, n: int) -> Tensor:
-    return x.copy_(torch.polygamma(n, x))
-
-
 def _batch_norm(training: bool, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return the norm, and nothing in place of what a kernel keeps for its backward pass."""
     found = torch.ops.aten.native_batch_norm(x, *args[:4], training, *args[4:])
@@ -309,7 +305,7 @@ def _batch_norm_with_update(x: Tensor, weight: Any, bias: Any, *args: Any) -> tu
 
 # Operations that are made of others: they have no out-of-place form with the same arguments, or are kernels of norms.
 _MADE_OF: dict[str, Callable[..., Any]] = {
-    "polygamma_": _polygamma_in_place,
+    "polygamma_": lambda x, n: x.copy_(torch.polygamma(n, x)),
     "_native_batch_norm_legit": torch.ops.aten.native_batch_norm,
     "_batch_norm_no_update": partial(_batch_norm, False),
     "_batch_norm_with_update": partial(_batch_norm, True),
