@@ -263,7 +263,6 @@ TANGENT: Mapping[str, Rule] = {
 # Kernels by the name under which users know them, which errors and reports use.
 _KERNELS: Mapping[str, tuple[str, ...]] = {
     "softmax": ("_softmax", "_safe_softmax"),
-    "log_softmax": ("_log_softmax",),
     "prelu": ("_prelu_kernel",),
     "logsigmoid": ("log_sigmoid_forward",),
     "rrelu": ("rrelu_with_noise",),
