@@ -65,9 +65,9 @@ class Explanation:
                 value: self._reduction.at(self._activations.get(value, y))
                 for value, y in zip(tapped.values, tapped.activations, strict=True)
             }
-        if consume:  # so that each Y is freed once its map is made
-            for site in self._sites:  # the same one may be named twice
-                self.tapped(site).release()
+        if consume:  # each Y is held by what is made of it alone, so that it is freed once its map is made
+            for value in wanted:
+                value.kept = None
         found = self.tape.transposed(self.tape.seeds(torch.ones_like(self.score)), wanted, consume=consume)
         for site in self._sites:
             values = self.tapped(site).values
