@@ -8,7 +8,7 @@ tensor is *live* if it depends on the image. Operations on tensors that are not 
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -264,8 +264,10 @@ class Recording(Run):
     def _without_rule(self, func: Any, operation: Operation, call: Call) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
         args, kwargs = call.args, call.kwargs
-        if operation.name in _RESIZES and kwargs.get("memory_format") is None and _has_size(args[0], args[1]):
-            return args[0]
+        if operation.name in _RESIZES and kwargs.get("memory_format") is None:
+            size = args[1].shape if isinstance(args[1], Tensor) else torch.Size(args[1])
+            if args[0].shape == size:
+                return args[0]
         if operation.name.startswith("_foreach"):  # on a CPU, and so to us, one operation for each tensor
             return self.recorded(func._op_dk, DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         body = _MADE_OF.get(func.overloadpacket.__name__, func.decompose)
@@ -286,10 +288,6 @@ class Recording(Run):
 
 
 _RESIZES = {"resize", "resize_as"}
-
-
-def _has_size(tensor: Tensor, size: Tensor | Sequence[int]) -> bool:
-    return tensor.shape == (size.shape if isinstance(size, Tensor) else torch.Size(size))
 
 
 def _batch_norm(training: bool, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -332,9 +330,7 @@ def _has_complex(args: Sequence[Any]) -> bool:
 @contextmanager
 def _everything_in_sight() -> Iterator[None]:
     """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
-    with ExitStack() as stack:
-        stack.enter_context(module_by_module())
-        torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
+    is_compiler_there = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    with module_by_module(), torch.compiler.set_stance("force_eager") if is_compiler_there else nullcontext():
         yield
