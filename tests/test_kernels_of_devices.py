@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from captum_scoremap import freeze, linear_form
-from captum_scoremap.rules import DEFAULT, Tangent
+from captum_scoremap import ScoreMap, freeze, linear_form
+from captum_scoremap.rules import DEFAULT, TANGENT, Tangent
 
 aten = torch.ops.aten
 MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
@@ -297,3 +297,19 @@ def test_dropout_by_one_kernel(share: float, is_training: bool | None) -> None:
     scale = kept[0]
     assert_close(frozen(2 * inputs), head(((conv(2 * inputs) * (conv(inputs) > 0)) * scale).flatten(1)))
     assert all("dropout" not in name for name in frozen.switches)
+
+
+@pytest.mark.parametrize("options", [{"grad_kwargs": {"create_graph": True}}, {"rules": TANGENT}])
+def test_dropout_by_one_kernel_draws_once(options: dict[str, Any]) -> None:
+    """However the map is made, it is that of the units that the run kept."""
+
+    def model(x: Tensor) -> Tensor:
+        dropped, mask = torch.native_dropout(x.relu(), 0.5, True)
+        kept.append(mask)
+        return dropped.sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    kept: list[Tensor] = []
+    method = ScoreMap(model, multiply_by_inputs=False, rules=options.get("rules"))
+    coefficients = method.attribute(torch.ones(1, 50), 0, grad_kwargs=options.get("grad_kwargs"))
+    assert_close(coefficients.detach(), 2.0 * kept[0])

@@ -68,19 +68,16 @@ def shares_of_constants(recording: Recording, score: Tensor) -> dict[str, Tensor
     tape = recording.tape
     if tape.value_of_output() is None:  # the score does not depend on the image
         return {"score": score}
-    constants: dict[Value, Tensor] = {}
+    wanted: dict[Value, Callable[[Tensor], Tensor]] = {}
     for step in tape.steps:
         pairs = zip(step.outputs, step.constants(), strict=False)
-        constants |= {value: one for value, one in pairs if one is not None and bool(one.any())}
-    wanted: dict[Value, Callable[[Tensor], Tensor]] = {
-        value: partial(_product, constant) for value, constant in constants.items()
-    }
+        wanted |= {value: partial(_product, one) for value, one in pairs if one is not None and bool(one.any())}
     # one row for each image: to whom a step's coefficients belong is known only that way
     rows = torch.eye(len(score), dtype=score.dtype, device=score.device)
     found = over_rows(lambda row: tape.transposed(tape.seeds(row), wanted), rows)
     name_of = names_of_steps(recording)
     shares: dict[str, Tensor] = {}
-    for value in constants:
+    for value in wanted:
         if value in found:
             name, share = name_of(tape.steps[value.step]), found[value].to(score.dtype)
             shares[name] = shares[name] + share if name in shares else share

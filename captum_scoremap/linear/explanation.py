@@ -11,7 +11,7 @@ from captum_scoremap.rules import Value
 from captum_scoremap.scores import Target
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, check_finite, collector_paused
 
-from .reduction import Reduction, image_sums
+from .reduction import Reduction
 from .subject import Subject, scores_of
 
 __all__ = ["Explanation", "explain", "image_axis", "warn_of_empty_maps"]
@@ -65,9 +65,9 @@ class Explanation:
                 value: self._reduction.at(self._activations.get(value, y))
                 for value, y in zip(tapped.values, tapped.activations, strict=True)
             }
-        if consume:  # so that each Y is freed once its map is made
-            for site in self._sites:  # the same one may be named twice
-                self.tapped(site).release()
+        if consume:  # each Y is held by what is made of it alone, so that it is freed once its map is made
+            for value in wanted:
+                value.kept = None
         found = self.tape.transposed(self.tape.seeds(torch.ones_like(self.score)), wanted, consume=consume)
         for site in self._sites:
             values = self.tapped(site).values
@@ -118,12 +118,15 @@ class Explanation:
     @torch.no_grad()
     def sums_of(self, products: Sequence[Tensor], site: Site | None) -> Tensor:
         """Return the sum for each image, (N,), of what is shaped like a site, or like it without its channels."""
-        tapped = self.tapped(site)
-        each = zip(tapped.values, tapped.activations, products, strict=True)
-        return image_sums(products, [self._axis(value, y, product) for value, y, product in each], self.score)
+        tapped, total = self.tapped(site), torch.zeros_like(self.score)
+        for value, y, product in zip(tapped.values, tapped.activations, products, strict=True):
+            axis = self._axis(value, y, product)
+            if axis is not None:
+                total = total + product.movedim(axis, 0).reshape(len(total), -1).sum(1)
+        return total
 
     def _axis(self, value: Value, activations: Tensor, product: Tensor) -> int | None:
-        """Return the dimension of a layer's tensor that holds the images."""
+        """Return the dimension of a layer's tensor that holds the images; None where it holds none."""
         count = len(self.score)
         # what does not depend on the images may have as many rows by chance
         if count == 1 or (

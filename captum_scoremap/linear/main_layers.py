@@ -130,7 +130,7 @@ def _chosen(outputs: Sequence[ModuleCall], image: tuple[int, ...]) -> dict[nn.Mo
         some = maps.get(grid) or tokens[grid]
         if has_extra and grid not in maps:  # after the blocks, a class token may hold all of the score
             some = some[: some.index(blocks[0]) + 1] if blocks[0] in some else some
-        whole = _last_outermost(some)
+        whole = min(reversed(some), key=lambda call: call.depth)  # the last of those that the fewest modules enclose
         around = {call.module for call in blocks[-1].outer} if blocks else set()
         if any(one.module in around for one in maps.get(grid, ())):
             blocks = []  # of a stage, or a block, that lays its tokens out as a map
@@ -170,24 +170,17 @@ def _is_merged(grid: Grid, output: ModuleCall, tokens: dict[Grid, list[ModuleCal
     )
 
 
-def _last_outermost(outputs: Sequence[ModuleCall]) -> ModuleCall:
-    """Return the last of those that the fewest modules enclose."""
-    depth = min(output.depth for output in outputs)
-    return [output for output in outputs if output.depth == depth][-1]
-
-
 def _longest_row(outputs: Sequence[ModuleCall]) -> list[ModuleCall]:
     """Return the blocks of the longest row: modules of one type that one module calls one after another.
 
     Where there is but one block, it is the row of all that is not inside another: embeddings, and the block.
     """
+    parts = [output for output in outputs if next(output.module.children(), None) is not None]
     rows: dict[tuple[nn.Module | None, type], list[ModuleCall]] = {}
-    for output in outputs:
-        if next(output.module.children(), None) is not None:
-            rows.setdefault((output.parent, type(output.module)), []).append(output)
+    for part in parts:
+        rows.setdefault((part.parent, type(part.module)), []).append(part)
     row = max(rows.values(), key=lambda row: (len(row), -row[0].depth), default=[])
     if len(row) > 1:
         return row
-    parts = [output for output in outputs if next(output.module.children(), None) is not None]
     inner = {module for part in parts for module in part.module.modules() if module is not part.module}
     return [part for part in parts if part.module not in inner]

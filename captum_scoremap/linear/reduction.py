@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_scoremap.rules import Value
 from captum_scoremap.speed import faster
 
-__all__ = ["Reduction", "image_sums", "relative_residual"]
+__all__ = ["Reduction", "relative_residual"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,6 @@ class Reduction:
 def summed_products(coefficients: Tensor, activations: Tensor, dim: int) -> Tensor:
     """Return A·Y summed over a dimension, counted from the end, which is kept with size 1."""
     return (coefficients * activations).sum(dim, keepdim=True)
-
-
-def image_sums(products: Sequence[Tensor], axes: Sequence[int | None], score: Tensor) -> Tensor:
-    """Return the sum of A·Y for each image, (N,), given the dimension that holds the images (None for none of them)."""
-    total = torch.zeros_like(score)
-    for product, axis in zip(products, axes, strict=True):
-        if axis is not None:
-            total = total + product.movedim(axis, 0).reshape(len(score), -1).sum(1)
-    return total
 
 
 def relative_residual(residual: Tensor, score: Tensor, sums: Tensor) -> Tensor:

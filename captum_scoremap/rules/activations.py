@@ -17,7 +17,7 @@ from .coefficients import conjugate, summed_to
 from .rule import Composite, Frozen, Gradients, Rule, steps_until_equal
 from .tangent import Tangent
 
-__all__ = ["Breakpoints", "Choice", "Clamp", "Dropout", "Gate", "PReLU", "PiecewiseLinear", "Power"]
+__all__ = ["Breakpoints", "Choice", "Clamp", "Gate", "PReLU", "PiecewiseLinear", "Power"]
 
 Number = float | Tensor
 
@@ -242,46 +242,6 @@ class Gate(Rule):
     def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
         """Return gate * coefficients."""
         return [summed_to(gradients[0] * conjugate(state), call.values[0])]
-
-
-class Dropout(Rule):
-    """Dropout by one kernel: what it drew is frozen, as all noise is.
-
-    Equation:
-        y = m̄ · x / (1 − p), with m̄ = 1 for elements that are kept, else 0
-
-    Example:
-        >>> from captum_scoremap import freeze
-        >>> x = torch.ones(1, 100)
-        >>> frozen = freeze(lambda x: torch.native_dropout(x, 0.5, True)[0], x)
-        >>> sorted(set(frozen(3 * x)[0].tolist()))
-        [0.0, 6.0]
-    """
-
-    kind = "mask"
-    live_outputs = 1
-    homogeneous = True
-
-    def freeze(self, call: Call) -> Tensor:
-        """Return which elements are kept."""
-        kept: Tensor = call.output[1]
-        return kept
-
-    def apply(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return those elements, made as much larger as there are fewer of them."""
-        return call.input * state * self._scale(call), state
-
-    def transpose(self, call: Call, state: Tensor, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients of those elements."""
-        return [masked(gradients[0], state) * self._scale(call)]
-
-    def switch(self, state: Tensor) -> None:
-        """Return None: what is drawn is no part of the image's region."""
-
-    @staticmethod
-    def _scale(call: Call) -> float:
-        share, is_training = call.argument("p"), call.argument("train")
-        return 1.0 if is_training is False else 1 / (1 - share) if share < 1 else 0.0
 
 
 class Power(Gate):

@@ -5,6 +5,7 @@ live arguments. Whatever has none here is derived by autograd.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .call import Call, Value
 from .coefficients import conjugate, summed_to
-from .moving import AsComplex, AsReal, AsStrided, AsStridedScatter, Clone, Copy, Placing, Split, View, reshaped
+from .moving import Copy, Placing, Split, cast_back, cloned, joined, parted, reshaped, scattered, strided, viewed
 from .rule import Linear
 
 __all__ = ["AFFINE", "reduced"]
@@ -54,11 +55,6 @@ def _concatenated(call: Call, gradient: Tensor) -> list[Tensor]:
     return [part.reshape(one.shape).to(one.dtype) for part, one in pairs if isinstance(one, Value)]
 
 
-def _stacked(call: Call, gradient: Tensor) -> list[Tensor]:
-    pairs = zip(gradient.unbind(call.argument("dim")), call.argument("tensors"), strict=True)
-    return [part for part, one in pairs if isinstance(one, Value)]
-
-
 def reduced(call: Call) -> Sequence[int] | None:
     """Return over which dimensions an operation goes, None for all."""
     dim = call.argument("dim")
@@ -95,21 +91,21 @@ def _adaptively_pooled(call: Call, gradient: Tensor) -> list[Tensor]:
     return [backward(gradient, call.values[0].empty())]
 
 
-def _embedded(call: Call, gradient: Tensor) -> list[Tensor]:
-    """The rows' coefficients, those of ``padding_idx`` too, which autograd leaves out."""
-    weight, rows = call.values[0], call.args[1].reshape(-1)
-    found = torch.zeros(weight.shape, dtype=gradient.dtype, device=gradient.device)
-    return [found.index_add(0, rows, gradient.reshape(-1, weight.shape[1]))]
-
-
-def _moving(transpose: Callable[[Call, Tensor], Sequence[Tensor | None]]) -> Linear:
-    return Linear(transpose, keeps_gates=True, homogeneous=True, moves=True)
+def _moving(
+    transpose: Callable[[Call, Tensor], Sequence[Tensor | None]] | None = None,
+    apply: Callable[[Call], Any] = Call.run,
+    rule: type[Linear] = Linear,
+) -> Linear:
+    return rule(transpose, apply, keeps_gates=True, homogeneous=True, moves=True)
 
 
 AFFINE: dict[str, Linear] = {
-    **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), View()),
+    **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), _moving(reshaped, viewed)),
     **dict.fromkeys("squeeze unsqueeze flatten unflatten".split(), _moving(reshaped)),
-    **dict.fromkeys("clone _to_copy convert_element_type detach alias lift lift_fresh contiguous to".split(), Clone()),
+    **dict.fromkeys(
+        "clone _to_copy convert_element_type detach alias lift lift_fresh contiguous to".split(),
+        _moving(cast_back, cloned),
+    ),
     "copy": Copy(keeps_gates=True),
     "permute": _moving(_permuted),
     "transpose": _moving(lambda call, gradient: [gradient.transpose(*call.args[1:3])]),
@@ -124,20 +120,19 @@ AFFINE: dict[str, Linear] = {
         ("neg", "_neg_view"), Linear(lambda call, gradient: [-gradient], keeps_gates=True, homogeneous=True)
     ),
     "cat": _moving(_concatenated),
-    "stack": _moving(_stacked),
     "constant_pad_nd": Linear(
         lambda call, gradient: [F.pad(gradient, [-size for size in call.args[1]])], keeps_gates=True, moves=True
     ),
-    **dict.fromkeys("split split_with_sizes unsafe_split unsafe_split_with_sizes unbind".split(), Split()),
-    "as_strided": AsStrided(),
-    "view_as_complex": AsComplex(),
-    "view_as_real": AsReal(),
+    **dict.fromkeys("split split_with_sizes unsafe_split unsafe_split_with_sizes unbind".split(), _moving(rule=Split)),
+    "as_strided": _moving(apply=strided),
+    "view_as_complex": Linear(apply=joined, keeps_gates=True),
+    "view_as_real": Linear(apply=parted, keeps_gates=True),
     **dict.fromkeys(
         """
-        repeat repeat_interleave index _unsafe_index index_select gather take masked_select narrow_copy roll flip rot90
-        diagonal diag_embed unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+        stack repeat repeat_interleave index _unsafe_index index_select gather take masked_select narrow_copy roll flip
+        rot90 diagonal diag_embed unfold pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
         """.split(),
-        Linear(keeps_gates=True, homogeneous=True, moves=True),
+        _moving(),
     ),
     **dict.fromkeys(
         """
@@ -151,13 +146,14 @@ AFFINE: dict[str, Linear] = {
         Linear(keeps_gates=True),
     ),
     # of gates these make no gate
-    "as_strided_scatter": AsStridedScatter(),
+    "as_strided_scatter": Linear(apply=scattered),
     "fill": Copy(),
     "sum": Linear(_summed, homogeneous=True),
     "mean": Linear(_averaged, homogeneous=True),
     **dict.fromkeys(("avg_pool2d", "avg_pool3d"), Linear(_average_pooled, homogeneous=True)),
     **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), Linear(_adaptively_pooled, homogeneous=True)),
-    "embedding": Linear(_embedded),
+    # whose own transpose leaves out the row of ``padding_idx``
+    "embedding": Linear(apply=lambda call: call.args[0][call.args[1]]),
     **dict.fromkeys(("index_put", "put"), Placing(2)),
     **dict.fromkeys(("scatter", "index_copy"), Placing(3)),
     **dict.fromkeys(("max_unpool2d", "max_unpool3d"), Placing(0)),

@@ -57,12 +57,10 @@ class Attention(Rule):
 
     def _scores(self, call: Call) -> Tensor:
         """Return what the softmax is taken of, (..., queries, keys)."""
-        query, key, _ = call.args[:3]
+        query, key = call.args[0], self._repeated(call.args[1], call.args[0])
         dropout, scale = call.argument("dropout_p"), call.argument("scale")
         if dropout:
             raise ValueError(f"scaled_dot_product_attention must have no dropout, got {dropout}. Call model.eval().")
-        if key.shape[-3] != query.shape[-3]:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         scores: Tensor = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if call.argument("is_causal"):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -101,7 +99,8 @@ class Attention(Rule):
         return () if call.is_live(call.args[2]) else super().constants(call, state)
 
     @staticmethod
-    def _repeated(value: Tensor, weights: Tensor) -> Tensor:
-        if value.shape[-3] == weights.shape[-3]:
-            return value
-        return value.repeat_interleave(weights.shape[-3] // value.shape[-3], -3)
+    def _repeated(one: Tensor, other: Tensor) -> Tensor:
+        """Return keys or values for as many heads as another tensor has, of which several may share one."""
+        if one.shape[-3] == other.shape[-3]:
+            return one
+        return one.repeat_interleave(other.shape[-3] // one.shape[-3], -3)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 from .recurrent import RECURRENT
 from .rule import Composite, Rule
@@ -15,19 +16,6 @@ __all__ = ["COMPOSITE", "gated_half"]
 def _clamp(input: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
     bounded = input if min is None else torch.maximum(input, min)
     return bounded if max is None else torch.minimum(bounded, max)
-
-
-def _nll_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Return the score of each target with its sign changed; the total weight is constant."""
-    channel = min(1, input.dim() - 1)
-    kept = target != ignore_index
-    label = torch.where(kept, target, 0)
-    weights = kept.to(input.dtype) if weight is None else kept * weight[label]
-    losses = -input.gather(channel, label.unsqueeze(channel)).squeeze(channel) * weights
-    total = weights.sum()
-    return (losses, losses.sum() / total, losses.sum())[reduction], total
 
 
 def _scatter_reduce(input: Tensor, dim: int, index: Tensor, src: Tensor | float, *, reduce: str) -> Tensor:
@@ -48,15 +36,17 @@ def _rms_norm(
     return (found if weight is None else found * weight), scale
 
 
+def _dropout(input: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """Keep, of the input, what the kernel keeps of a constant: what it draws is frozen, as all noise is."""
+    _, kept = torch.native_dropout(torch.ones_like(input), p, train)
+    scale = 1.0 if train is False else 1 / (1 - p) if p < 1 else 0.0
+    return input * kept * scale, kept
+
+
 def gated_half(input: Tensor, dim: int = -1) -> Tensor:
     """Multiply the first half by the sigmoid of the second, which is a gate."""
     first, second = input.chunk(2, dim)
     return first * second.sigmoid()
-
-
-def _aminmax(input: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    dims = () if dim is None else (dim,)
-    return input.amin(dims, keepdim), input.amax(dims, keepdim)
 
 
 def _bincount(input: Tensor, weights: Tensor, minlength: int = 0) -> Tensor:
@@ -95,20 +85,6 @@ def _embedding_bag(
     return found, bags, counts, counts
 
 
-def _nan_to_num(
-    input: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
-) -> Tensor:
-    limits = torch.finfo(input.dtype)
-    found = input.masked_fill(input.isnan(), nan or 0.0)
-    found = found.masked_fill(input == torch.inf, limits.max if posinf is None else posinf)
-    return found.masked_fill(input == -torch.inf, limits.min if neginf is None else neginf)
-
-
-def _ldexp(input: Tensor, other: Tensor) -> Tensor:
-    """Multiply by a power of two, in one type."""
-    return input * torch.pow(2.0, other)
-
-
 def _linspace(
     start: Tensor | float, end: Tensor | float, steps: int, *, dtype: torch.dtype | None = None, **_: Any
 ) -> Tensor:
@@ -124,33 +100,23 @@ def _logspace(
     return torch.pow(base, _linspace(start, end, steps, dtype=one.dtype)).to(dtype or torch.get_default_dtype())
 
 
-def _chunk_cat(tensors: Sequence[Tensor], dim: int, num_chunks: int) -> Tensor:
-    """Return chunks of tensors side by side, each padded with zeros to the length of the first."""
-    rows, dim = [], dim % tensors[0].dim()
-    for one in tensors:
-        length = -(-one.shape[dim] // num_chunks)
-        missing = length * num_chunks - one.shape[dim]
-        padded = torch.cat([one, one.new_zeros(*one.shape[:dim], missing, *one.shape[dim + 1 :])], dim)
-        rows.append(padded.reshape(*one.shape[:dim], num_chunks, -1))
-    return torch.cat(rows, -1)
-
-
 def _sgn(input: Tensor) -> Tensor:
     """Return the sign, which is a mask; of complex numbers the phase, which is none."""
     return input / input.abs().masked_fill(input == 0, 1.0) if input.is_complex() else input.sign()
 
 
+# Kernels that PyTorch itself writes out in operations that have rules.
+_DECOMPOSED = ("nan_to_num", "_chunk_cat", "aminmax", "nll_loss_forward", "nll_loss2d_forward")
+
 COMPOSITE: dict[str, Rule] = {
-    "nan_to_num": Composite(_nan_to_num),
+    **{name: Composite(decomposition_table[getattr(torch.ops.aten, name).default]) for name in _DECOMPOSED},
     "nansum": Composite(lambda input, *rest, **named: input.masked_fill(input.isnan(), 0.0).sum(*rest, **named)),
     "sgn": Composite(_sgn),
-    "ldexp": Composite(_ldexp),
+    "ldexp": Composite(lambda input, other: input * torch.pow(2.0, other)),
     "linspace": Composite(_linspace),
     "logspace": Composite(_logspace),
-    "_chunk_cat": Composite(_chunk_cat),
     "heaviside": Composite(lambda input, values: torch.where(input == 0, values, (input > 0).to(values.dtype))),
     "bincount": Composite(_bincount),
-    "aminmax": Composite(_aminmax),
     **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), Composite(_embedding_bag)),
     "clamp.Tensor": Composite(_clamp),
     "clamp_min.Tensor": Composite(_clamp),
@@ -160,10 +126,9 @@ COMPOSITE: dict[str, Rule] = {
     "addcdiv": Composite(lambda input, tensor1, tensor2, *, value=1: input + value * (tensor1 / tensor2)),
     # of traced models, with how cuDNN is to go about it
     "_convolution": Composite(lambda *args: torch.ops.aten.convolution(*args[:9])),
-    "nll_loss_forward": Composite(_nll_loss),
-    "nll_loss2d_forward": Composite(_nll_loss),
     "scatter.reduce": Composite(_scatter_reduce),
     "scatter.value_reduce": Composite(_scatter_reduce),
     "_fused_rms_norm": Composite(_rms_norm),
+    "native_dropout": Composite(_dropout),
     **{name: Composite(body) for name, body in RECURRENT.items()},
 }

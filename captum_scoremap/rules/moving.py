@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Value
-from .coefficients import cast, summed_to
+from .call import Call
+from .coefficients import cast
 from .rule import Gradients, Linear
 
 __all__ = [
-    "AsComplex",
-    "AsReal",
-    "AsStrided",
-    "AsStridedScatter",
-    "Clone",
     "Copy",
     "Placing",
     "Split",
-    "View",
+    "cast_back",
+    "cloned",
+    "joined",
+    "parted",
     "reshaped",
+    "scattered",
+    "strided",
+    "viewed",
 ]
 
 
@@ -31,27 +32,14 @@ class Split(Linear):
         y_i = x[range i]
     """
 
-    def __init__(self) -> None:
-        super().__init__(keeps_gates=True, homogeneous=True, moves=True)
-
     def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
         """Put the parts together."""
-        given, shape = next(gradient for gradient in gradients if gradient is not None), call.values[0].shape
+        parts: Any = gradients
+        if any(part is None for part in parts):
+            zeros = call.filled([call.values[0].zeros()]).run()
+            parts = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
         unbinds = call.operation.overloadpacket.__name__.startswith("unbind")  # type: ignore[attr-defined]
-        dim = call.argument("dim")
-        if unbinds:
-            return [torch.stack([torch.zeros_like(given) if g is None else g for g in gradients], dim)]
-        sizes = call.args[1]
-        if isinstance(sizes, int):
-            sizes = [min(sizes, shape[dim] - start) for start in range(0, shape[dim], max(1, sizes))] or [0]
-        zeros = torch.zeros((), dtype=given.dtype, device=given.device)
-        parts = [
-            zeros.expand(*shape[: dim % len(shape)], size, *shape[dim % len(shape) + 1 :])
-            if gradient is None
-            else gradient
-            for size, gradient in zip(sizes, gradients, strict=True)
-        ]
-        return [torch.cat(parts, dim)]
+        return [(torch.stack if unbinds else torch.cat)(parts, call.argument("dim"))]
 
 
 def reshaped(call: Call, gradient: Tensor) -> list[Tensor]:
@@ -59,74 +47,35 @@ def reshaped(call: Call, gradient: Tensor) -> list[Tensor]:
     return [gradient.reshape(call.values[0].shape)]
 
 
-class View(Linear):
-    """A view of another shape; a copy where the tensor does not lie in memory as at the image.
-
-    Equation:
-        y[i] = x[j(i)], with j given by the shapes
-    """
-
-    def __init__(self) -> None:
-        super().__init__(reshaped, keeps_gates=True, homogeneous=True, moves=True)
-
-    def apply(self, call: Call, state: None) -> Tensor:
-        """Reshape."""
-        output: Tensor = call.input.reshape(call.args[1])
-        return output
+def viewed(call: Call) -> Tensor:
+    """View a tensor in another shape; copy it where it does not lie in memory as at the image."""
+    output: Tensor = call.input.reshape(call.args[1])
+    return output
 
 
-class Clone(Linear):
-    """The same numbers as another tensor, maybe of another type or in another order in memory.
-
-    Equation:
-        y = x
-    """
-
-    def __init__(self) -> None:
-        super().__init__(_cast_back, keeps_gates=True, homogeneous=True, moves=True)
-
-    def apply(self, call: Call, state: None) -> Any:
-        """Copy; several at once, as ``vmap`` has them, in any order, since a format is one of four dimensions."""
-        if call.operation is torch.ops.aten.detach.default:  # which would keep gradients from the frozen model
-            return call.input.view_as(call.input)
-        if torch._C._functorch.peek_interpreter_stack() is None or "memory_format" not in call.kwargs:
-            return call.run()
-        kwargs = {name: argument for name, argument in call.kwargs.items() if name != "memory_format"}
-        return call.operation(*call.args, **kwargs)
-
-
-def _cast_back(call: Call, gradient: Tensor) -> list[Tensor]:
+def cast_back(call: Call, gradient: Tensor) -> list[Tensor]:
+    """Return the transpose of every copy, maybe of another type or in another order in memory."""
     return [cast(gradient, call.values[0])]
 
 
-class AsComplex(Linear):
-    """Pairs of real numbers, wherever they lie in memory, as complex ones, which PyTorch's view wants side by side.
-
-    Equation:
-        y[i] = x[i, 0] + j x[i, 1]
-    """
-
-    def __init__(self) -> None:
-        super().__init__(lambda call, gradient: [torch.view_as_real(gradient.resolve_conj())], keeps_gates=True)
-
-    def apply(self, call: Call, state: None) -> Tensor:
-        """Join the pairs."""
-        return torch.complex(*call.input.unbind(-1))
+def cloned(call: Call) -> Any:
+    """Copy; several at once, as ``vmap`` has them, in any order, since a format is one of four dimensions."""
+    if call.operation is torch.ops.aten.detach.default:  # which would keep gradients from the frozen model
+        return call.input.view_as(call.input)
+    if torch._C._functorch.peek_interpreter_stack() is None or "memory_format" not in call.kwargs:
+        return call.run()
+    kwargs = {name: argument for name, argument in call.kwargs.items() if name != "memory_format"}
+    return call.operation(*call.args, **kwargs)
 
 
-class AsReal(Linear):
-    """Complex numbers as pairs of real ones.
+def joined(call: Call) -> Tensor:
+    """Make complex numbers of pairs, wherever these lie in memory: PyTorch's view wants them side by side."""
+    return torch.complex(*call.input.unbind(-1))
 
-    Equation:
-        y[i, 0] = Re x[i], y[i, 1] = Im x[i]
-    """
 
-    def __init__(self) -> None:
-        super().__init__(lambda call, gradient: [torch.complex(*gradient.unbind(-1))], keeps_gates=True)
-
-    def apply(self, call: Call, state: None) -> Tensor:
-        """Part the pairs: as a view, a conjugate by mark alone has none, and coefficients must lie side by side."""
-        return torch.stack((call.input.real, call.input.imag), -1)
+def parted(call: Call) -> Tensor:
+    """Make pairs of complex numbers: as a view, a conjugate by mark alone has none."""
+    return torch.stack((call.input.real, call.input.imag), -1)
 
 
 class Copy(Linear):
@@ -157,12 +106,6 @@ class Copy(Linear):
         output: Tensor = source.to(target.dtype).expand(target.shape)
         return output
 
-    def transpose(self, call: Call, state: None, gradients: Gradients) -> list[Tensor | None]:
-        """Return the coefficients of the source, summed over what was repeated; it may be the target itself."""
-        target, source = call.args[:2]
-        share = summed_to(gradients[0], source)
-        return [None, share] if isinstance(target, Value) else [share]
-
 
 class Placing(Linear):
     """New values for some elements of a tensor. Where several go to one place the last of them counts.
@@ -187,41 +130,18 @@ class Placing(Linear):
         self.source = source
 
     def apply(self, call: Call, state: None) -> Any:
-        """Run the operation; where gradients are taken, as a gather of what stays."""
-        source = call.args[self.source]
+        """Run the operation; where gradients are taken, as for the transpose, as a gather of what stays."""
+        source, args = call.args[self.source], list(call.args)
         if not torch.is_grad_enabled() or _adds(call) or not isinstance(source, Tensor):
             return call.run()
-        placed = self._placed(call)
+        # the number of the new value that stays at each place, counted from 1; 0 where there is none
+        numbers = torch.arange(1.0, source.numel() + 1, dtype=torch.float64, device=call.values[0].device)
+        args[self.source] = numbers.reshape(source.shape)
+        if self.source:
+            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=numbers.device)
+        placed = call.operation(*args, **call.kwargs).long()
         stays = torch.cat((source.new_zeros(1), source.reshape(-1)))[placed]
         return torch.where(placed == 0, call.args[0], stays) if self.source else stays
-
-    def _placed(self, call: Call) -> Tensor:
-        """Return the number of the new value that stays at each place, counted from 1; 0 where there is none."""
-        source, args = call.args[self.source], list(call.args)
-        is_one = not isinstance(source, (Tensor, Value))
-        count, device = 1 if is_one else source.shape.numel(), call.values[0].device
-        numbers = torch.arange(1.0, count + 1, dtype=torch.float64, device=device)
-        args[self.source] = 1.0 if is_one else numbers.reshape(source.shape)
-        if self.source:
-            args[0] = torch.zeros(call.args[0].shape, dtype=numbers.dtype, device=device)
-        placed: Tensor = call.operation(*args, **call.kwargs).long()
-        return placed
-
-    def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
-        """Return the coefficients of what was not overwritten, and of each new value that was not."""
-        (gradient,), source = gradients, call.args[self.source]
-        if _adds(call):
-            return super().transpose(call, state, gradients)
-        count = source.shape.numel() if isinstance(source, (Tensor, Value)) else 1
-        placed = self._placed(call)
-        found: list[Tensor | None] = []
-        if self.source and isinstance(call.args[0], Value):
-            found.append(cast(gradient.masked_fill(placed != 0, 0), call.args[0]))
-        if isinstance(source, Value):
-            row = torch.zeros(count + 1, dtype=gradient.dtype, device=gradient.device)
-            share = row.index_add(0, placed.reshape(-1), gradient.reshape(-1))[1:].reshape(source.shape)
-            found.append(cast(share, source))
-        return found
 
 
 def _adds(call: Call) -> bool:
@@ -229,45 +149,24 @@ def _adds(call: Call) -> bool:
     return any(argument is True for argument in (*call.args, *call.kwargs.values()))
 
 
-class AsStrided(Linear):
-    """A view by strides of a tensor's memory: a gather.
-
-    Equation:
-        y[i] = x[j(i)], with j given by the strides
-    """
-
-    def __init__(self) -> None:
-        super().__init__(keeps_gates=True, homogeneous=True, moves=True)
-
-    def apply(self, call: Call, state: None) -> Tensor:
-        """Gather from the elements."""
-        output: Tensor = call.input.reshape(-1).index_select(0, self._elements(call)).reshape(call.args[1])
-        return output
-
-    @staticmethod
-    def _elements(call: Call) -> Tensor:
-        """Return which elements of the tensor lie where the view's do: it may lie in memory in any order."""
-        value = call.values[0]
-        places = _places(value.device, value.shape, value.stride)
-        length = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride, strict=True))
-        memory = torch.zeros(max(length, 0), dtype=places.dtype, device=value.device)
-        memory = memory.index_copy(0, places, torch.arange(value.shape.numel(), device=value.device))
-        return memory.index_select(0, _places(value.device, *call.args[1:]))
+def strided(call: Call) -> Tensor:
+    """Gather what a view by strides shows of a tensor, which may lie in memory in any order."""
+    value = call.values[0]
+    places = _places(value.device, value.shape, value.stride)
+    length = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride, strict=True))
+    memory = torch.zeros(max(length, 0), dtype=places.dtype, device=value.device)
+    memory = memory.index_copy(0, places, torch.arange(value.shape.numel(), device=value.device))
+    elements = memory.index_select(0, _places(value.device, *call.args[1:]))
+    output: Tensor = call.input.reshape(-1).index_select(0, elements).reshape(call.args[1])
+    return output
 
 
-class AsStridedScatter(Linear):
-    """New values for a view by strides of a row of elements.
-
-    Equation:
-        y[j] = source[i] where j = j(i), else x[j]
-    """
-
-    def apply(self, call: Call, state: None) -> Tensor:
-        """Put the source where the view lies."""
-        row, source, *geometry = call.args
-        positions = _places(row.device, *geometry)
-        output: Tensor = row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
-        return output
+def scattered(call: Call) -> Tensor:
+    """Put new values where a view by strides of a row of elements lies."""
+    row, source, *geometry = call.args
+    positions = _places(row.device, *geometry)
+    output: Tensor = row.reshape(-1).index_copy(0, positions, source.reshape(-1).to(row.dtype)).reshape(row.shape)
+    return output
 
 
 def _places(device: torch.device, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:

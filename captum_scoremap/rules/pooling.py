@@ -103,7 +103,8 @@ class MaxPool(Rule):
         kernel, stride, padding, dilation, _ = map(call.argument, _WINDOWS)
         rows = []
         for axis in range(self.dimensions):
-            k, s, p, d = (_axis(value, axis) for value in (kernel, stride or kernel, padding, dilation))
+            # one number for each axis, or one for all
+            k, s, p, d = (sizes[axis % len(sizes)] for sizes in (kernel, stride or kernel, padding, dilation))
             position = torch.arange(out[axis]) * s - p + (torch.arange(k) * d)[:, None]
             inside = (position >= 0) & (position < shape[axis])
             rows.append((position.clamp(0, shape[axis] - 1), inside))
@@ -127,12 +128,6 @@ def _adaptive_windows(shape: tuple[int, ...], out: tuple[int, ...]) -> list[tupl
         position = first + torch.arange(int((last - first).max()))[:, None]
         rows.append((position.clamp(max=size - 1), position < last))
     return rows
-
-
-def _axis(value: Any, axis: int) -> int:
-    if isinstance(value, (tuple, list)):
-        return int(value[axis] if len(value) > 1 else value[0])
-    return int(value)
 
 
 class Extremum(Rule):

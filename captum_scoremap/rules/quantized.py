@@ -102,10 +102,6 @@ def _scaled_product(
     return product if bias is None else product + bias.to(a.dtype)
 
 
-def _leaky_linear(x: Tensor, packed: Unpacked, scale: float, zero_point: int, slope: float) -> Tensor:
-    return F.leaky_relu(_linear(x, packed), slope)
-
-
 def _convolution(x: Tensor, packed: Unpacked, *_: Any) -> Tensor:
     weight = packed.weight
     flat = x.dim() == 3  # of which packed parameters make two dimensions, the first of one row
@@ -113,10 +109,6 @@ def _convolution(x: Tensor, packed: Unpacked, *_: Any) -> Tensor:
         x, weight = x.unsqueeze(2), weight if weight.dim() == 4 else weight.unsqueeze(2)
     found = torch.convolution(x, weight, packed.bias, *packed.geometry)
     return found.squeeze(2) if flat else found
-
-
-def _added_convolution(x: Tensor, other: Tensor, packed: Unpacked, *_: Any) -> Tensor:
-    return _convolution(x, packed) + other
 
 
 def _clipped(x: Tensor, scale: Any, zero_point: Any, lowest: int, highest: int, *_: Any, **__: Any) -> Tensor:
@@ -147,7 +139,7 @@ _DYNAMIC, _DIMENSIONS = ("", "_dynamic"), ("1d", "2d", "3d")
 _BEFORE_RELU: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     **{f"conv{d}": _convolution for d in _DIMENSIONS},
-    "conv2d_add": _added_convolution,
+    "conv2d_add": lambda x, other, packed, *_: _convolution(x, packed) + other,
     **{f"batch_norm{d}": _batch_norm for d in ("", *_DIMENSIONS)},
     **dict.fromkeys(("add", "add_scalar"), lambda a, b, *_: a + b),
     **dict.fromkeys(("mul", "mul_scalar"), lambda a, b, *_: a * b),
@@ -159,7 +151,7 @@ _BODIES: dict[str, Callable[..., Tensor]] = {
     **{f"{name}_relu": _then(torch.relu, body) for name, body in _BEFORE_RELU.items()},
     **dict.fromkeys(("linear_dynamic", "linear_dynamic_fp16"), _linear),
     **dict.fromkeys(("linear_relu_dynamic", "linear_relu_dynamic_fp16"), _then(torch.relu, _linear)),
-    "linear_leaky_relu": _leaky_linear,
+    "linear_leaky_relu": lambda x, packed, scale, zero_point, slope: F.leaky_relu(_linear(x, packed), slope),
     "linear_tanh": _then(torch.tanh, _linear),
     **{f"conv{d}_dynamic": _convolution for d in _DIMENSIONS},
     **{f"conv_transpose{d}{how}": _convolution for d in _DIMENSIONS for how in _DYNAMIC},

@@ -160,6 +160,8 @@ class Linear(Rule):
     Args:
         transpose: From the call and the coefficients of its first output to those of its live arguments; None to have
             autograd derive it.
+        apply: From the call to its output; the operation itself by default, which may ask more of its arguments than
+            their numbers, such as a place in memory.
         keeps_gates: Whether the output is a gate where all live arguments are.
         homogeneous: Whether it makes zeros of zeros, unless there is a constant tensor among its arguments.
         moves: Whether every element of its output is one of its arguments', somewhere else, or zero.
@@ -178,12 +180,14 @@ class Linear(Rule):
     def __init__(
         self,
         transpose: Callable[[Call, Tensor], Sequence[Tensor | None]] | None = None,
+        apply: Callable[[Call], Any] = Call.run,
         *,
         keeps_gates: bool = False,
         homogeneous: bool = False,
         moves: bool = False,
     ) -> None:
         self._transpose = transpose
+        self._apply = apply
         self.keeps_gates = keeps_gates
         self.homogeneous = homogeneous
         self.moves = moves
@@ -192,8 +196,8 @@ class Linear(Rule):
         """Freeze nothing."""
 
     def apply(self, call: Call, state: None) -> Any:
-        """Run the operation itself."""
-        return call.run()
+        """Run the operation itself, or what stands for it."""
+        return self._apply(call)
 
     def transpose(self, call: Call, state: None, gradients: Gradients) -> Sequence[Tensor | None]:
         """Apply the transpose."""

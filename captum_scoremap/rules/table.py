@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Breakpoints, Choice, Clamp, Dropout, Gate, PiecewiseLinear, Power, PReLU
+from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, Power, PReLU
 from .affine import AFFINE
 from .attention import Attention
 from .composite import COMPOSITE, gated_half
@@ -167,7 +167,6 @@ _NONLINEAR: dict[str, Rule] = {
         Tangent(gate=True),
     ),
     "hardsigmoid": PiecewiseLinear(_hardsigmoid, gate=True),
-    "native_dropout": Dropout(),
     # scales
     "native_layer_norm": LayerNorm(),
     "native_group_norm": GroupNorm(),
@@ -264,7 +263,6 @@ TANGENT: Mapping[str, Rule] = {
 # Kernels by the name under which users know them, which errors and reports use.
 _KERNELS: Mapping[str, tuple[str, ...]] = {
     "softmax": ("_softmax", "_safe_softmax"),
-    "log_softmax": ("_log_softmax",),
     "prelu": ("_prelu_kernel",),
     "logsigmoid": ("log_sigmoid_forward",),
     "rrelu": ("rrelu_with_noise",),

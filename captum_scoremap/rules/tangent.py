@@ -176,8 +176,3 @@ class Sample(Rule):
         drawn, parameters, slopes = state
         moved: Tensor = slopes * (call.input - parameters)
         return drawn + moved - drawn * moved.sum(-1, keepdim=True) if self._sums_to_one else drawn + moved
-
-    def transpose(self, call: Call, state: tuple[Tensor, ...], gradients: Gradients) -> list[Tensor | None]:
-        """Return the slopes times the coefficients."""
-        (gradient,), (drawn, _, slopes) = gradients, state
-        return [slopes * (gradient - (drawn * gradient).sum(-1, keepdim=True) if self._sums_to_one else gradient)]

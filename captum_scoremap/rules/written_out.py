@@ -40,10 +40,6 @@ def _norm(x: Tensor, p: float = 2.0, dim: Any = None, keepdim: bool = False, *, 
     return torch.where(found == 0, 0.0, powers.masked_fill(found == 0, 1.0) ** (1 / p))
 
 
-def _distances(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
-    return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
-
-
 def _many_distances(x1: Tensor, x2: Tensor) -> Tensor:
     """Return distances of many rows, which the kernel finds by a product; level where that is nothing but rounding."""
     sizes = x1.square().sum(-1, keepdim=True) + x2.square().sum(-1, keepdim=True).mT
@@ -104,7 +100,7 @@ _DERIVED_ONCE = (
 
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
-    aten._cdist_forward.default: _distances,
+    aten._cdist_forward.default: lambda x1, x2, p, *_: _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1),
     aten._euclidean_dist.default: _many_distances,
     aten._linalg_eigh.default: _eigh,
     aten._linalg_svd.default: _svd,

@@ -69,15 +69,5 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 def fills(tensor: Tensor, length: int) -> bool:
-    """Return whether a tensor is all of its memory, each element once."""
-    if tensor.is_contiguous():
-        return tensor.numel() == length
-    size, stride, offset = geometry(tensor)
-    if offset or size.numel() != length:
-        return False
-    expected = 1
-    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
-        if step != expected:
-            return False
-        expected *= count
-    return True
+    """Return whether a tensor is all of its memory, of so many elements, each once."""
+    return tensor.numel() == length and not overlaps(tensor)

@@ -84,7 +84,7 @@ def _out_of_place(operation: Any, name: str, overload: str) -> tuple[str, Any]:
     # an overload of TorchScript's numbers may go by the name
     for candidate in (overload, *packet.overloads()):
         functional = getattr(packet, candidate, None)
-        if functional is None or _writes(functional):
+        if functional is None or any(map(_is_written, functional._schema.arguments)):
             continue
         own_types, own_names = _arguments(functional)
         if own_types == types and names <= own_names:
@@ -97,10 +97,6 @@ def _arguments(operation: Any) -> tuple[list[str], set[str]]:
     arguments = operation._schema.arguments
     types = [str(argument.type) for argument in arguments if not argument.kwarg_only]
     return types, {argument.name for argument in arguments if argument.kwarg_only and not _is_written(argument)}
-
-
-def _writes(operation: Any) -> bool:
-    return any(map(_is_written, operation._schema.arguments))
 
 
 def _is_written(argument: Any) -> bool:

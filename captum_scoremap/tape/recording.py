@@ -8,7 +8,7 @@ tensor is *live* if it depends on the image. Operations on tensors that are not 
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -281,8 +281,10 @@ class Recording(Run):
     def _without_rule(self, func: Any, operation: Operation, call: Call) -> Any:
         """Run an operation that has no rule: as what it is made of, or so that all of them can be named at the end."""
         args, kwargs = call.args, call.kwargs
-        if operation.name in _RESIZES and kwargs.get("memory_format") is None and _has_size(args[0], args[1]):
-            return args[0]
+        if operation.name in _RESIZES and kwargs.get("memory_format") is None:
+            size = args[1].shape if isinstance(args[1], Tensor) else torch.Size(args[1])
+            if args[0].shape == size:
+                return args[0]
         if operation.name.startswith("_foreach"):  # on a CPU, and so to us, one operation for each tensor
             return self.recorded(func._op_dk, DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         body = _MADE_OF.get(func.overloadpacket.__name__, func.decompose)
@@ -305,14 +307,6 @@ class Recording(Run):
 _RESIZES = {"resize", "resize_as"}
 
 
-def _has_size(tensor: Tensor, size: Tensor | Sequence[int]) -> bool:
-    return tensor.shape == (size.shape if isinstance(size, Tensor) else torch.Size(size))
-
-
-def _polygamma_in_place(x: Tensor, n: int) -> Tensor:
-    return x.copy_(torch.polygamma(n, x))
-
-
 def _batch_norm(training: bool, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return the norm, and nothing in place of what a kernel keeps for its backward pass."""
     found = torch.ops.aten.native_batch_norm(x, *args[:4], training, *args[4:])
@@ -326,7 +320,7 @@ def _batch_norm_with_update(x: Tensor, weight: Any, bias: Any, *args: Any) -> tu
 
 # Operations that are made of others: they have no out-of-place form with the same arguments, or are kernels of norms.
 _MADE_OF: dict[str, Callable[..., Any]] = {
-    "polygamma_": _polygamma_in_place,
+    "polygamma_": lambda x, n: x.copy_(torch.polygamma(n, x)),
     "_native_batch_norm_legit": torch.ops.aten.native_batch_norm,
     "_batch_norm_no_update": partial(_batch_norm, False),
     "_batch_norm_with_update": partial(_batch_norm, True),
@@ -353,9 +347,7 @@ def _has_complex(args: Sequence[Any]) -> bool:
 @contextmanager
 def _everything_in_sight() -> Iterator[None]:
     """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
-    with ExitStack() as stack:
-        stack.enter_context(module_by_module())
-        torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
+    is_compiler_there = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    with module_by_module(), torch.compiler.set_stance("force_eager") if is_compiler_there else nullcontext():
         yield

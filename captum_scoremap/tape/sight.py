@@ -37,8 +37,8 @@ class Sight:
 
     def __init__(self, modules: ModuleTracker) -> None:
         self.modules = modules
-        self.exits: list[str] = []
-        self._single_exits = 0
+        self.exits: list[str] = []  # ways in which numbers of live tensors left
+        self.single_exits = 0  # how many left one by one, as ``item()`` and ``float()`` have it
         self.bare: dict[int, tuple[StorageWeakRef, bool]] = {}  # new memory, which something unseen may fill
         self.open: dict[int, _Open] = {}  # memory whose address left PyTorch, and what it held after each operation
         self._hidden: dict[tuple[str, str], None] = {}
@@ -110,10 +110,6 @@ class Sight:
 
     # -- whether constants are what they seem
 
-    def leave_one(self) -> None:
-        """Note that a single number of a live tensor leaves it, as ``item()`` and ``float()`` have it."""
-        self._single_exits += 1
-
     def made(self, tensor: Tensor, operation: str) -> None:
         """Note that an operation made a constant, and may have left its memory for something unseen to fill."""
         if (operation in _UNFILLED or operation in _ZEROS) and tensor.numel() and tensor.is_floating_point():
@@ -136,7 +132,7 @@ class Sight:
 
         Single numbers are always constants, as ``item()`` makes them; a list may be of as many as left one by one.
         """
-        if self._single_exits >= tensor.numel() > 1 and tensor.is_floating_point():
+        if self.single_exits >= tensor.numel() > 1 and tensor.is_floating_point():
             self.hide("what became of the numbers that left through Tensor.item()")
         if self.exits and tensor.numel() > 1 and tensor.is_floating_point():
             exits = " and ".join(f"Tensor.{name}()" for name in dict.fromkeys(self.exits))

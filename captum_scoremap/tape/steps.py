@@ -74,11 +74,6 @@ class Tapped:
         """Y, as it was when it passed."""
         return tuple(value.kept.tensor for value in self.values)
 
-    def release(self) -> None:
-        """Hold on to Y no longer; what still needs it has it."""
-        for value in self.values:
-            value.kept = None
-
 
 Visit = Callable[[Step, Sequence[Tensor | None], Sequence[Tensor | None]], None]
 

@@ -6,20 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import Call, Tangent, substituted, tensors_in
+from captum_scoremap.rules import Tangent, tensors_in
 from captum_scoremap.rules.derivative import NoDerivativeError
 
 from .steps import Step
 
-__all__ = ["to_verify", "verify"]
-
-
-def to_verify(call: Call) -> tuple[list[Tensor], Any]:
-    """Return copies of a call's live arguments and output, to be verified later.
-
-    Below autograd, where calls arrive, a rule cannot use autograd.
-    """
-    return [tensor.clone() for tensor in call.live], substituted(call.output, torch.clone)
+__all__ = ["verify"]
 
 
 def verify(where: str, step: Step, live: Iterable[Tensor], output: Any) -> None:

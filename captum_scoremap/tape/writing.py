@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import Call, Composite, Linear, Rule, Tangent, Value, floating, tensors_in
+from captum_scoremap.rules import Call, Composite, Linear, Rule, Tangent, Value, floating, substituted, tensors_in
 from captum_scoremap.rules.quantized import EIGHT_BITS
 
 from .geometry import geometry
@@ -15,7 +15,6 @@ from .module_tracker import Refused
 from .operation import Operation
 from .run import Run
 from .steps import Step
-from .verification import to_verify
 
 __all__ = ["not_dense", "not_to_change", "step_of", "write"]
 
@@ -47,9 +46,10 @@ def write(run: Run, operation: Operation, call: Call, step: Step, function: Call
             _note_constant(run, operation, output)
             if not run.inspect:
                 return output
-        if not operation.is_trusted:
+        if not operation.is_trusted:  # held to the operation after the run: down here no rule can use autograd
             where = f"rule for {operation.display!r} ({type(rule).__name__}), in module {run.modules.current_name!r},"
-            run.unverified.append((where, step, *to_verify(call)))
+            copies = [tensor.clone() for tensor in call.live], substituted(call.output, torch.clone)
+            run.unverified.append((where, step, *copies))
         if is_constant or not rule.is_affine(step):
             try:
                 step.state = _kept(run, rule.packed(call, rule.freeze(call)), call)
@@ -119,7 +119,7 @@ def _note_constant(run: Run, operation: Operation, output: Any) -> None:
         run.made(tensor, operation.name)
     run.made_frozen(output, operation)
     if operation.name == "_local_scalar_dense":
-        run.sight.leave_one()
+        run.sight.single_exits += 1
 
 
 def _kept(run: Run, state: Any, call: Call) -> Any:
