@@ -98,8 +98,6 @@ def pushed(
             values, pull = torch.func.vjp(outputs, *points)[:2]
             return values, torch.func.vjp(pull, tuple(map(torch.ones_like, values)))[1](moves)[0]
         except (RuntimeError, NotImplementedError) as error:
-            if _NO_FORMULA in str(error):
-                raise
             if _OF_PHASES in str(error):  # of vectors that are told up to a phase: forward mode takes one
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that PyTorch scripts functions
@@ -129,9 +127,7 @@ def _pushed_twice_back(
     function: Function, points: Sequence[Tensor], moves: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     with torch.enable_grad():
-        leaves = [point.detach().requires_grad_() for point in points]
-        outs = function(*leaves)
-        _check_derivable(outs)
+        leaves, outs = _derived(function, points)
         derived = [out for out in outs if out.requires_grad]
         # of all sizes, so that no sum of them vanishes by chance
         seeds = [torch.linspace(1, 2, out.numel()).to(out).reshape(out.shape).requires_grad_() for out in derived]
@@ -153,22 +149,64 @@ def _pushed_twice_back(
     ]
 
 
-@torch.no_grad()
 def _pushed_one_by_one(
     function: Function, points: Sequence[Tensor], moves: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return the same by reverse mode alone, one backward pass for each element of the output."""
-    values, changes = function(*points), []
+    values, is_derived, pull = (_pulls_of_batches if _is_batched() else _pulls)(function, points)
+    changes = []
     for number, value in enumerate(values):
         change = [torch.zeros_like(value).sum()] * value.numel()
-        for place in range(value.numel()):
+        for place in range(value.numel()) if is_derived[number] else ():
             seed = torch.zeros_like(value, memory_format=torch.contiguous_format)
             seed.view(-1)[place] = 1.0
-            seeds = [seed if at == number else None for at in range(len(values))]
-            pairs = zip(pulled_back(function, points, seeds), moves, strict=True)
-            change[place] = sum(((row * move).sum() for row, move in pairs if row is not None), change[place])
+            pairs = zip(pull(number, seed), moves, strict=True)
+            change[place] = sum(((row * move).sum() for row, move in pairs), change[place])
         changes.append(torch.stack(change).reshape(value.shape) if change else torch.zeros_like(value))
     return values, changes
+
+
+Pull = Callable[[int, Tensor], Sequence[Tensor]]
+"""From the number of an output and its coefficients to those of the arguments."""
+
+
+def _pulls(function: Function, points: Sequence[Tensor]) -> tuple[list[Tensor], list[bool], Pull]:
+    """Return a function's values, whether each depends on the arguments, and what pulls its coefficients back."""
+    with torch.enable_grad():
+        leaves, outs = _derived(function, points)
+
+    def pull(number: int, seed: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(
+            outs[number], leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    return [out.detach() for out in outs], [out.requires_grad for out in outs], pull
+
+
+def _pulls_of_batches(function: Function, points: Sequence[Tensor]) -> tuple[list[Tensor], list[bool], Pull]:
+    """Return the same inside of functorch's transforms, which some operations do not bear."""
+    is_derived: list[bool] = []
+
+    def noted(*live: Tensor) -> tuple[Tensor, ...]:
+        outs: tuple[Tensor, ...] = function(*live)
+        is_derived.extend(out.requires_grad for out in outs)
+        return outs
+
+    values, pull_all = torch.func.vjp(noted, *points)[:2]
+
+    def pull(number: int, seed: Tensor) -> Sequence[Tensor]:
+        seeds = tuple(seed if at == number else torch.zeros_like(value) for at, value in enumerate(values))
+        found: Sequence[Tensor] = pull_all(seeds)
+        return found
+
+    return [value.detach() for value in values], is_derived, pull
+
+
+def _derived(function: Function, points: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    leaves = [point.detach().requires_grad_() for point in points]
+    outs = function(*leaves)
+    _check_derivable(outs)
+    return leaves, outs
 
 
 def _check_derivable(outs: Sequence[Tensor]) -> None:
