@@ -45,6 +45,10 @@ NOISE: dict[str, Callable[[Tensor], Tensor]] = {
     "randint": lambda x: x.relu()[:, torch.randint(4, (4,))],
     "Python's": lambda x: x.relu() * random.random(),
     "a distribution": lambda x: x + torch.distributions.Normal(x, x.sigmoid()).rsample(),
+    "a sample": lambda x: x + torch.distributions.Normal(x, x.sigmoid()).sample(),
+    "normal about it": lambda x: torch.normal(x, 0.5),
+    "normal, as wide as it": lambda x: torch.normal(0.5, x.sigmoid()),
+    "normal of both": lambda x: torch.normal(x[:, :1], x.sigmoid(), generator=torch.Generator().manual_seed(4)),
     "a gamma distribution": lambda x: x * torch.distributions.Gamma(x.exp(), 2.0).rsample(),
     "Dirichlet's": lambda x: x * torch.distributions.Dirichlet(x.exp()).rsample(),
     "a beta distribution": lambda x: x * torch.distributions.Beta(x.exp(), 2.0).rsample(),
@@ -257,3 +261,12 @@ def test_frozen_models_are_functions(name: str) -> None:
 def test_maps_of_noise_draw_anew_with_every_call() -> None:
     images, model = some_images(), Between(lambda x: x * torch.randn_like(x)).double().eval()
     assert not torch.equal(ScoreMap(model).attribute(images, 1), ScoreMap(model).attribute(images, 1))
+
+
+def test_noise_about_the_image_moves_with_it() -> None:
+    """PyTorch's own derivative of torch.normal is zero."""
+    image = torch.rand(1, 4, dtype=torch.float64)
+    for noisy, slope in ((lambda x: torch.normal(x, 0.5), 1.0), (lambda x: torch.normal(3 * x, x), None)):
+        form = linear_form(noisy, image, 2)
+        slope = form.score / image[0, 2] if slope is None else slope
+        assert_close(form.coefficients, torch.tensor([[0.0, 0.0, float(slope), 0.0]], dtype=torch.float64))

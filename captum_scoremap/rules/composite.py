@@ -43,6 +43,13 @@ def _dropout(input: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tenso
     return input * kept * scale, kept
 
 
+def _normal(mean: Tensor | float, std: Tensor | float, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw as the kernel does, and scale and shift it: what is drawn is frozen, its mean and its spread are not."""
+    live = next(one for one in (mean, std) if isinstance(one, Tensor))
+    shape = torch.broadcast_shapes(*(one.shape for one in (mean, std) if isinstance(one, Tensor)))
+    return torch.empty(shape, dtype=live.dtype, device=live.device).normal_(generator=generator) * std + mean
+
+
 def gated_half(input: Tensor, dim: int = -1) -> Tensor:
     """Multiply the first half by the sigmoid of the second, which is a gate."""
     first, second = input.chunk(2, dim)
@@ -130,5 +137,6 @@ COMPOSITE: dict[str, Rule] = {
     "scatter.value_reduce": Composite(_scatter_reduce),
     "_fused_rms_norm": Composite(_rms_norm),
     "native_dropout": Composite(_dropout),
+    **dict.fromkeys(("normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor"), Composite(_normal)),
     **{name: Composite(body) for name, body in RECURRENT.items()},
 }

@@ -28,7 +28,7 @@ _FROZEN = """
     equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or logical_not
     logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argmax argmin argsort
     nonzero nonzero_static count_nonzero searchsorted bucketize _unique2 unique_dim unique_consecutive round
-    floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc empty_strided_like bernoulli normal
+    floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc empty_strided_like bernoulli isin
     multinomial poisson binomial _assert_async is_same_size is_pinned _has_same_storage_numel nms _use_cudnn_ctc_loss
     _use_miopen_ctc_loss
 """

@@ -313,6 +313,13 @@ def _batch_norm(training: bool, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return *found, x.new_empty(0, dtype=torch.uint8)
 
 
+def _batch_norm_legit(x: Tensor, weight: Any, bias: Any, *args: Any) -> tuple[Tensor, ...]:
+    """Return the norm, by statistics that are given or, with fewer arguments, of the image."""
+    statistics = () if len(args) == 5 else (None, None)
+    found: tuple[Tensor, ...] = torch.ops.aten.native_batch_norm(x, weight, bias, *statistics, *args)
+    return found
+
+
 def _batch_norm_with_update(x: Tensor, weight: Any, bias: Any, *args: Any) -> tuple[Tensor, ...]:
     mean, variance = (one.clone() for one in args[:2])
     return *_batch_norm(True, x, weight, bias, mean, variance, *args[2:]), mean, variance
@@ -321,7 +328,7 @@ def _batch_norm_with_update(x: Tensor, weight: Any, bias: Any, *args: Any) -> tu
 # Operations that are made of others: they have no out-of-place form with the same arguments, or are kernels of norms.
 _MADE_OF: dict[str, Callable[..., Any]] = {
     "polygamma_": lambda x, n: x.copy_(torch.polygamma(n, x)),
-    "_native_batch_norm_legit": torch.ops.aten.native_batch_norm,
+    "_native_batch_norm_legit": _batch_norm_legit,
     "_batch_norm_no_update": partial(_batch_norm, False),
     "_batch_norm_with_update": partial(_batch_norm, True),
     "_batch_norm_with_update_functional": _batch_norm_with_update,
