@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,14 +17,10 @@ from torch.testing import assert_close
 from captum_scoremap import UnsupportedOperationError, freeze, linear_form
 from captum_scoremap.rules import tensors_in
 
-_MAY_SET_FLAGS = "__allow_nonbracketed_mutation_flag"
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of PyTorch's tests
-    before = vars(torch.backends)[_MAY_SET_FLAGS]
+# of PyTorch's tests, which take it from everybody to set flags
+with warnings.catch_warnings(), patch.object(torch.backends, "disable_global_flags", lambda: None):
+    warnings.simplefilter("ignore")
     from torch.testing._internal.common_methods_invocations import op_db
-
-    vars(torch.backends)[_MAY_SET_FLAGS] = before  # which they take from everybody
 
 SAMPLES = 3  # of each operation
 OPERATIONS = {
