@@ -209,16 +209,16 @@ def _mean(one: Tensor, side: int, axes: Collection[int]) -> tuple[Tensor, int]:
     return mean, _side(mean, side)
 
 
-def _side(one: Tensor, side: int) -> int:
-    """Return how many cells a side has, as the least distance between rows, or columns, tells."""
+def _side(one: Tensor, side: int, most: int | None = None) -> int:
+    """Return how many cells a side has, at most as many as before or so many, as the least distance tells."""
     steps = (one[one > 0] * _PARTS).round().unique().diff()
     steps = steps[steps > 2]
-    return max(2, min(side, round(_PARTS / float(steps.min())))) if side > 1 and len(steps) else side
+    return max(2, min(most or side, round(_PARTS / float(steps.min())))) if side > 1 and len(steps) else side
 
 
 def _whole_side(one: Tensor, side: int, most: int) -> int:
     """Return how many cells, up to a number, a side has at whose centers all rows, or columns, stand; or as before."""
-    count = _side(one, most)
+    count = _side(one, side, most)
     known = one[one > 0] * count - 0.5
-    is_finer = side > 1 and count > side and bool(((known - known.round()).abs() < _CENTERED).all())
+    is_finer = count > side and bool(((known - known.round()).abs() < _CENTERED).all())
     return count if is_finer else side
