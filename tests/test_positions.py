@@ -857,3 +857,156 @@ def test_what_is_spread_over_channels_keeps_its_positions() -> None:
     x = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
     expected = (4 * ramp.flip(3)).expand_as(x)
     assert_close(CompleteScoreMap(model, "image").attribute(x, 0), expected)
+
+
+def around(x: Tensor, size: int) -> Tensor:
+    return F.pad(x, (size,) * 4, mode="circular")
+
+
+def joined_around(x: Tensor) -> Tensor:
+    x = torch.cat([x[..., -1:], x, x[..., :1]], 3)
+    return torch.cat([x[:, :, -1:], x, x[:, :, :1]], 2)
+
+
+def by_center(mode: str) -> Callable[[Tensor], Tensor]:
+    """A convolution that reads no padding, so that it is the same of a map that is shifted round."""
+    weight = F.pad(weights(4, 4, 1, 1), (1, 1, 1, 1))
+    return lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), weight, weights(4))
+
+
+def weights(*shape: int) -> Tensor:
+    return images(*shape) - 0.5
+
+
+# What is the same of a map shifted round by even numbers of rows and columns, also the map of half as many cells.
+ROUND: dict[str, Callable[[Tensor], Tensor]] = {
+    "interpolated": lambda x: F.avg_pool2d((F.interpolate(x, scale_factor=2) - 0.3).relu(), 2),
+    "interpolated to thrice the size": lambda x: F.max_pool2d((F.interpolate(x, scale_factor=3) - 0.3).relu(), 3),
+    "transposed": lambda x: F.conv2d(
+        F.conv_transpose2d(x, weights(4, 4, 2, 2), weights(4), 2).relu(), weights(4, 4, 2, 2), stride=2
+    ),
+    "pooled by maxima": lambda x: F.interpolate((F.max_pool2d(x, 2) - 0.3).relu(), scale_factor=2),
+    "pooled by means": lambda x: F.conv_transpose2d((F.avg_pool2d(x, 2) - 0.3).relu(), weights(4, 4, 2, 2), None, 2),
+    "with a stride": lambda x: F.interpolate(
+        F.conv2d(around(x, 1), weights(4, 4, 3, 3), weights(4), 2).relu(), scale_factor=2
+    ),
+    "circular": lambda x: F.conv2d(around(x, 1), weights(4, 4, 3, 3), weights(4)).relu(),
+    "circular by two": lambda x: F.conv2d(around(x, 2), weights(4, 4, 5, 5), weights(4)).relu(),
+    "circular, dilated": lambda x: F.conv2d(around(x, 2), weights(4, 4, 3, 3), weights(4), dilation=2).relu(),
+    "circular, joined": lambda x: F.conv2d(joined_around(x), weights(4, 4, 3, 3), weights(4)).relu(),
+    "circular, pooled": lambda x: (F.max_pool2d(around(x, 1), 3, 1) - 0.3).relu(),
+    **{f"padded: {mode}": by_center(mode) for mode in ("constant", "reflect", "replicate", "circular")},
+}
+
+# Of each cell by itself, so that the order of cells is all the same.
+ALONE = ("interpolated", "interpolated to thrice the size", "transposed")
+
+
+class Undone(nn.Module):
+    """A network that puts the cells of a map in another order, does something and puts them back."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        change: Callable[[Tensor], Tensor],
+        undo: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.function, self.change, self.undo = function, change, undo
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.after(self.undo(self.function(self.change(self.before(x))))).sum((2, 3))
+        return scores
+
+
+def assert_undone(
+    function: Callable[[Tensor], Tensor],
+    change: Callable[[Tensor], Tensor],
+    undo: Callable[[Tensor], Tensor],
+    *size: int,
+) -> None:
+    """Complete maps are those of the network that leaves the cells in order."""
+    x = images(*(size or (2, 3, 6, 8)))
+    plain, changed = (filled(Undone(function, *both)) for both in ((nn.Identity(), nn.Identity()), (change, undo)))
+    assert_close(changed(x), plain(x))
+    for layer in (None, "image", "before"):
+        found, expected = (
+            CompleteScoreMap(model, model.before if layer == "before" else layer).attribute(x, 1)
+            for model in (changed, plain)
+        )
+        assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROUND)
+@pytest.mark.parametrize(("shift", "size"), [((2, 4), (2, 3, 6, 8)), ((0, -2), (1, 3, 6, 8)), ((4, 6), (1, 3, 12, 12))])
+def test_beside_a_seam_cells_stand_on_their_own_side_of_it(
+    name: str, shift: tuple[int, int], size: tuple[int, ...]
+) -> None:
+    back = (-shift[0], -shift[1])
+    assert_undone(ROUND[name], lambda x: x.roll(shift, (2, 3)), lambda x: x.roll(back, (2, 3)), *size)
+
+
+@pytest.mark.parametrize("name", [*ALONE, *(name for name in ROUND if "circular" in name or "padded" in name)])
+@pytest.mark.parametrize("shift", [(1, 3), (-1, 0), (0, 1)])
+def test_shifts_by_odd_numbers_of_cells_leave_a_seam_as_well(name: str, shift: tuple[int, int]) -> None:
+    """Down to a single row or column beyond the seam."""
+    back = (-shift[0], -shift[1])
+    assert_undone(ROUND[name], lambda x: x.roll(shift, (2, 3)), lambda x: x.roll(back, (2, 3)))
+
+
+@pytest.mark.parametrize("name", [*ALONE, "pooled by maxima", *(name for name in ROUND if "padded" in name)])
+@pytest.mark.parametrize("turn", ["mirrored", "on its side"])
+def test_maps_may_be_turned_and_shifted_round(name: str, turn: str) -> None:
+    def function(x: Tensor) -> Tensor:  # the same of what is turned
+        return F.avg_pool2d(F.interpolate(x, scale_factor=2), 2) if name == "transposed" else ROUND[name](x)
+
+    turned = mirrored if turn == "mirrored" else (lambda x: x.mT)
+    assert_undone(function, lambda x: turned(x).roll((2, 2), (2, 3)), lambda x: turned(x.roll((-2, -2), (2, 3))))
+
+
+ORDER = torch.tensor([5, 0, 3, 6, 1, 7, 2, 4])
+BY_TWO, BY_THREE = (torch.cat([torch.arange(8)[at::step] for at in range(step)]) for step in (2, 3))
+
+
+def written(x: Tensor) -> Tensor:
+    whole = torch.zeros_like(x)
+    whole[..., :4], whole[..., 4:] = x[..., ::2], x[..., 1::2]
+    return whole
+
+
+REORDERED: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "by an index": (lambda x: x[..., ORDER], ORDER),
+    "every other one": (lambda x: torch.cat([x[..., ::2], x[..., 1::2]], 3), BY_TWO),
+    "every third one": (lambda x: torch.cat([x[..., at::3] for at in range(3)], 3), BY_THREE),
+    "written": (written, BY_TWO),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+@pytest.mark.parametrize("function", ["none", *ALONE])
+def test_columns_that_are_joined_in_another_order_are_as_narrow_as_before(name: str, function: str) -> None:
+    change, order = REORDERED[name]
+    assert_undone(ROUND.get(function, lambda x: (x - 0.3).relu()), change, lambda x: x[..., order.argsort()])
+
+
+def test_every_other_column_and_the_rest_are_put_back_side_by_side() -> None:
+    assert_undone(
+        lambda x: (x - 0.3).relu(),
+        REORDERED["every other one"][0],
+        lambda x: torch.stack([x[..., :4], x[..., 4:]], 4).flatten(3),
+    )
+
+
+def test_of_a_map_that_is_shifted_round_and_interpolated_all_but_the_seam_is_as_it_was() -> None:
+    """Linear interpolation mixes the cells on both sides of a seam, which the plain network does not."""
+
+    def function(x: Tensor) -> Tensor:
+        return F.avg_pool2d((F.interpolate(x, scale_factor=2, mode="bilinear") - 0.3).relu(), 2)
+
+    x = images(2, 3, 6, 8)
+    plain = filled(Undone(function, nn.Identity(), nn.Identity()))
+    changed = filled(Undone(function, lambda x: x.roll(4, 3), lambda x: x.roll(-4, 3)))
+    found, expected = (CompleteScoreMap(model, "image").attribute(x, 1) for model in (changed, plain))
+    inside = [1, 2, 5, 6]
+    assert_close(found[..., inside], expected[..., inside], rtol=1e-5, atol=1e-6)

@@ -8,7 +8,6 @@ interpolation make of another has its cells in the same order.
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,6 +36,8 @@ _FOURIER = {"fft_c2c", "fft_r2c", "fft_c2r"}
 _REDUCING = {"sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "std", "norm", "linalg_vector_norm"}
 _COPYING = {"clone", "contiguous", "alias", "to_copy", "detach"}
 _JOINING = {"cat", "stack", "constant_pad_nd"}
+# What follows one another that many cells apart, or more, lies on both sides of a seam.
+_SEAM = 1.5
 # Each element is the mean of some.
 _AVERAGING = {"roi_align", "ps_roi_align", _SAMPLING, _FOLDING}
 # Each is one of those before, as for rules that say so: of those, these write over some.
@@ -189,8 +190,7 @@ class _Following:
         if sees_frame or (_sees_neighbors(step) and output.ndim == 4):
             one = _straightened(_unpadded(one, source.shape, _kernel(step)), source.shape)
         for axis in range(2, output.ndim):
-            if source.shape[axis] != output.shape[axis]:
-                one = _resampled(one, axis, source.shape[axis], output.shape[axis])
+            one = _resampled(one, axis, output.shape[axis])
         return one
 
     def _moved(self, step: Step) -> list[Found]:
@@ -234,6 +234,7 @@ class _Following:
             one = Positions(shared(image, fills=name in _JOINING), shared(row), shared(column), grid)
             is_fewer = one.row.numel() + one.column.numel() < max(two.row.numel() + two.column.numel() for two in known)
             is_nowhere = one.row.numel() == 1 and not bool(one.row)
+            one = one.refined([two.grid for two in known]) if len(known) > 1 else one
             found.append(one.nowhere() if is_nowhere else one.settled() if is_fewer and name not in _AVERAGING else one)
         return found
 
@@ -298,20 +299,28 @@ def _grouped(part: Tensor, groups: int, channels: int) -> Tensor:
     return shared(part.unflatten(1, (groups, -1)).mean(2).repeat_interleave(channels // groups, 1))
 
 
-def _resampled(one: Positions, axis: int, before: int, after: int) -> Positions:
+def _resampled(one: Positions, axis: int, after: int) -> Positions:
     """Return positions with more or fewer of them along an axis, at the same distances all along it."""
+    if all(part.shape[axis] in {1, after} for part in (one.image, one.row, one.column)):
+        return one
     if after == 1:
         return one.summed([axis])
-    places = (torch.arange(after, device=one.row.device) + 0.5) * (before / after) - 0.5
-    low = places.floor().clamp(0, max(before - 2, 0)).long()
-    high = (low + 1).clamp_max(before - 1)
 
     def side(part: Tensor, cells: int) -> tuple[Tensor, int]:
-        if part.shape[axis] == 1:
+        before = part.shape[axis]
+        if before in {1, after}:
             return part, cells
         whole = part.movedim(axis, -1)
-        first, second = whole[..., low], whole[..., high]
-        found = first + (places - low) * torch.where((first > 0) & (second > 0), second - first, 0)
+        places = (torch.arange(after, device=part.device) + 0.5) * (before / after) - 0.5
+        low = places.floor().clamp(0, before - 2).long()
+        first, second = whole[..., low], whole[..., low + 1]
+        known = (first > 0) & (second > 0)
+        beyond = places - low
+        found = first + beyond * torch.where(known, second - first, 0)
+        # a seam is a border to either side of it: no mean of both, but as far from the nearer one as elsewhere
+        step = _direction(whole) / cells
+        beside = torch.where(beyond > 0.5, second + (beyond - 1) * step, first + beyond * step)
+        found = torch.where(known & ((second - first).abs() * cells > _SEAM), beside, found)
         found = torch.where(first > 0, found, second)
         highest = whole.flatten(0, -2).amax(0)
         is_along = len(highest[highest > 0].unique()) > 1  # rather than nowhere at some cells
@@ -321,10 +330,19 @@ def _resampled(one: Positions, axis: int, before: int, after: int) -> Positions:
     return Positions(image_of_all(one.image, [axis]), row, column, (rows, columns))
 
 
+def _direction(whole: Tensor) -> Tensor:
+    """Return whether positions rise along the last axis, 1, or fall, -1, by those closest to one another; (..., 1)."""
+    steps = whole.diff()
+    counts = (whole[..., 1:] > 0) & (whole[..., :-1] > 0) & (steps != 0)
+    nearness = torch.where(counts, 1 / steps, 0).sum(-1, keepdim=True)
+    return torch.where(nearness < 0, -1, 1)
+
+
 def _unpadded(one: Positions, shape: Sequence[int], kernel: int | None) -> Positions:
     """Return the positions of a map with padding around it, where all of it is taken for the image.
 
-    Before pooling that is less than a kernel, which is the pooling's own padding; there may be more in windows.
+    Before pooling that is less than a kernel, which is the pooling's own padding; there may be more in windows. Of a
+    map in another order, as one that is shifted round, they are those without the padding, and as many fewer.
     """
     if not {2, 3}.issuperset(one.axes) or one.are_in_order or not bool((one.row > 0).any()):
         return one
@@ -332,15 +350,21 @@ def _unpadded(one: Positions, shape: Sequence[int], kernel: int | None) -> Posit
     parts, grid = [one.row, one.column], list(one.grid)
     for at, part in enumerate(parts):
         for axis in (2, 3):
+            sizes = [-1 if other == axis else 1 for other in range(4)]
             along = part.amax([other for other in range(4) if other != axis])
-            inside = _without_padding(along)
+            start, inside = _without_padding(along)
             padding = len(along) - len(inside)
             is_padded = has_gaps or padding > 0
-            if is_padded and bool(inside[0] != inside[-1]) and (kernel is None or padding < kernel):
-                centers = cell_centers(shape[axis], part.device)
-                centers = centers if bool(inside[0] < inside[-1]) else centers.flip(0)
-                parts[at] = centers.view([-1 if other == axis else 1 for other in range(4)])
-                grid[at] = shape[axis]
+            if not is_padded or bool(inside[0] == inside[-1]) or (kernel is not None and padding >= kernel):
+                continue
+            if not _is_in_order(inside) and bool(((part == along.view(sizes)) | (part == 0)).all()):
+                is_around = torch.equal(along[start : start + len(inside)], inside)
+                parts[at] = inside.view(sizes) if is_around else part
+                continue
+            centers = cell_centers(shape[axis], part.device)
+            centers = centers if bool(inside[0] < inside[-1]) else centers.flip(0)
+            parts[at] = centers.view(sizes)
+            grid[at] = shape[axis]
     return Positions(one.image, parts[0], parts[1], (grid[0], grid[1]))
 
 
@@ -360,6 +384,8 @@ def _straightened(one: Positions, shape: Sequence[int]) -> Positions:
 
 def _straight(part: Tensor, axis: int, count: int) -> Tensor | None:
     """Return the centers of cells along an axis, either way, from which rows, or columns, are less than one away."""
+    if part.shape[axis] != count:
+        return None
     centers = cell_centers(count, part.device).view([-1 if other == axis else 1 for other in range(4)])
     for one in centers, centers.flip(axis):
         if bool(((part > 0) & ((part - one).abs() * count < 1)).all()):
@@ -367,18 +393,29 @@ def _straight(part: Tensor, axis: int, count: int) -> Tensor | None:
     return None
 
 
-def _without_padding(along: Tensor) -> Tensor:
-    """Return the rows, or columns, of a side without what stands nowhere around it, or is of its own cells again."""
-    known = along[along > 0]
+def _without_padding(along: Tensor) -> tuple[int, Tensor]:
+    """Return the rows, or columns, of a side without what stands nowhere around it, or is of its own cells again.
+
+    The first is where they start. Where any part would do, as of a side that goes round, it is the one in the middle.
+    """
+    known, places = along[along > 0], along.tolist()
+    count = len(set(places))
+    if len(known) < len(along) or count == len(along):
+        return int((along > 0).nonzero()[0]) if len(known) else 0, known
+    # of two in the middle, the one without a seam
+    starts = sorted(range(len(along) - count + 1), key=lambda at: not _is_in_order(along[at : at + count]))
+    for at in sorted(starts, key=lambda at: abs(2 * at + count - len(along))):
+        cells = places[at : at + count]
+        is_whole = len(set(cells)) == count
+        if is_whole and _is_copied(places[:at][::-1], cells) and _is_copied(places[at + count :], cells[::-1]):
+            return at, along[at : at + count]
+    return 0, known
+
+
+def _is_in_order(along: Tensor) -> bool:
+    """Return whether all rows, or columns, of a side are each further on than the one before, or all further back."""
     turns = along.diff().sign()
-    if len(known) < len(along) or bool((turns == turns[:1]).all()):
-        return known
-    runs = [len(list(run)) for _, run in groupby(turns.tolist())]
-    longest = max(range(len(runs)), key=runs.__getitem__)
-    start = sum(runs[:longest])
-    inside = along[start : start + runs[longest] + 1]
-    before, cells, after = along[:start].tolist(), inside.tolist(), along[start + len(inside) :].tolist()
-    return inside if _is_copied(before[::-1], cells) and _is_copied(after, cells[::-1]) else known
+    return bool(((turns == turns[:1]) & (turns != 0)).all())
 
 
 def _is_copied(outward: Sequence[float], cells: Sequence[float]) -> bool:

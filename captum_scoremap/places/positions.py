@@ -17,6 +17,9 @@ __all__ = ["Positions", "begins", "cell_centers", "image_of_all", "shared", "upr
 # Rows and columns are compared in such parts of the image's sides, about as many as single precision tells.
 _PARTS = 2.0**22
 
+# What lies no further from the center of a cell, in cells, lies at it.
+_CENTERED = 1e-2
+
 # Cells of one side are not so many times as large as others.
 _UNEVEN = 4
 
@@ -110,6 +113,14 @@ class Positions:
         rows, columns = _side(self.row, self.grid[0]), _side(self.column, self.grid[1])
         return Positions(self.image, self.row, self.column, (rows, columns))
 
+    def refined(self, grids: Sequence[Grid]) -> "Positions":
+        """Return the same, made of several, on the finer grid that these are parts of, as every other column is."""
+        rows, columns = (
+            _whole_side(part, side, sum(sides))
+            for part, side, sides in zip((self.row, self.column), self.grid, zip(*grids, strict=True), strict=True)
+        )
+        return Positions(self.image, self.row, self.column, (rows, columns))
+
 
 def upright(shape: Sequence[int], device: torch.device) -> Positions:
     """Return the positions of maps (N, C, h, w) that lie as the images do."""
@@ -198,8 +209,16 @@ def _mean(one: Tensor, side: int, axes: Collection[int]) -> tuple[Tensor, int]:
     return mean, _side(mean, side)
 
 
-def _side(one: Tensor, side: int) -> int:
-    """Return how many cells a side has, as the least distance between rows, or columns, tells."""
+def _side(one: Tensor, side: int, most: int | None = None) -> int:
+    """Return how many cells a side has, at most as many as before or so many, as the least distance tells."""
     steps = (one[one > 0] * _PARTS).round().unique().diff()
     steps = steps[steps > 2]
-    return max(1, min(side, round(_PARTS / float(steps.min())))) if side > 1 and len(steps) else side
+    return max(2, min(most or side, round(_PARTS / float(steps.min())))) if side > 1 and len(steps) else side
+
+
+def _whole_side(one: Tensor, side: int, most: int) -> int:
+    """Return how many cells, up to a number, a side has at whose centers all rows, or columns, stand; or as before."""
+    count = _side(one, side, most)
+    known = one[one > 0] * count - 0.5
+    is_finer = count > side and bool(((known - known.round()).abs() < _CENTERED).all())
+    return count if is_finer else side
