@@ -1,6 +1,7 @@
 """The table of rules: which rule each ATen operation has."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from .affine import AFFINE
 from .attention import Attention
 from .composite import COMPOSITE, gated_half
 from .normalization import BatchNorm, GroupNorm, LayerNorm
-from .pooling import Extremum, MaxPool, Ordered, Scattered
+from .pooling import Extremum, MaxPool, Ordered, Position, Scattered
 from .products import Convolution, Division, Product, matrix_times, times
 from .quantized import QUANTIZED, Rounded
 from .rule import Comparison, Composite, Frozen, Rule
@@ -25,8 +26,8 @@ __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
 _COMPARISONS = "eq ne lt le gt ge"
 
 _FROZEN = """
-    equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or logical_not
-    logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argmax argmin argsort
+    equal allclose isclose isreal logical_and logical_or logical_not
+    logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argsort
     nonzero nonzero_static count_nonzero searchsorted bucketize _unique2 unique_dim unique_consecutive round
     floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc empty_strided_like bernoulli normal
     multinomial poisson binomial _assert_async is_same_size is_pinned _has_same_storage_numel nms _use_cudnn_ctc_loss
@@ -246,6 +247,8 @@ _CONSTANT: dict[str, Rule] = {
     **{name: Frozen(reads=False) for name in _UNREAD.split()},
     **{name: Comparison() for name in _COMPARISONS.split()},
     **{name: Comparison(0.0) for name in ("sign", "signbit")},
+    **{name: Comparison(math.inf) for name in "isfinite isinf isnan isneginf isposinf".split()},  # at no finite step
+    **{name: Position() for name in ("argmax", "argmin")},
 }
 
 DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT, **QUANTIZED}

@@ -149,20 +149,26 @@ class FrozenModel:
     def distance_to_boundary(self, direction: Tensor | Sequence[Tensor]) -> Boundary:
         """Return the first step along ``direction`` at which a switch flips.
 
-        Exact for piecewise-linear models; for others it is that of the frozen model, a first-order estimate.
+        Exact for piecewise-linear models; for others it is that of the frozen model, a first-order estimate. Where what
+        switches cannot be followed (``mode``, ``topk`` without ``sorted``, rounding, the median of a whole tensor, a
+        rule of your own without ``steps_to_boundary``), a warning names it, and the region may end before.
 
         Args:
-            direction: Change of the input per unit step, shaped like it.
+            direction: Change of the input per unit step, shaped like it, finite.
 
         Returns:
             The distance for each image, and the name of the switch that flips.
 
         Raises:
-            ValueError: If the direction's shape is not that of the input.
+            ValueError: If the direction's shape is not that of the input, or a number of it is NaN or infinite.
             RuntimeError: If the model's weights changed in place since it was frozen.
         """
         self._check_constants()
         directions = self._shaped(direction, "direction must be shaped like the inputs")
+        if unlimited := sum(int((~one.isfinite()).sum()) for one in directions):
+            raise ValueError(
+                f"direction must be finite, got {unlimited} values that are NaN or infinite. Replace them first."
+            )
         with torch.no_grad():
             return nearest_boundary(self._tape, self._names, self._inputs, directions)
 
