@@ -23,8 +23,10 @@ from captum_scoremap import (
     linear_form,
 )
 from captum_scoremap.checks import UnsupportedOperationError
-from captum_scoremap.rules import Call, Rule
+from captum_scoremap.rules import Call, Rule, Tangent
 from tests.state import untouched
+
+NONE = Tangent()  # of no operation
 
 
 class Argmax(nn.Module):
@@ -283,6 +285,15 @@ BAD = [
         r"rules must be a mapping",
         rules=[WrongShape()],
     ),
+    Bad(
+        "rules of a class", TypeError, r"got the class GELU, which is none. Did you mean 'gelu'", rules={nn.GELU: NONE}
+    ),
+    Bad("rules of a module", TypeError, r"got a module \(ReLU6\), .*Did you mean 'relu6'", rules={nn.ReLU6(): NONE}),
+    Bad("rules of a function of others", TypeError, r"got the function len, which is none", rules={len: NONE}),
+    Bad("rules of a number", TypeError, r"such as 'relu', .* got 3, which is none.$", rules={3: NONE}),
+    Bad("rules of a name", ValueError, r"rules must name .* got 'geluu', .*Did you mean 'gelu'", rules={"geluu": NONE}),
+    Bad("rules of capitals", ValueError, r"got 'MaxPool2d'.*Did you mean 'max_pool2d'", rules={"MaxPool2d": NONE}),
+    Bad("rules of a library", ValueError, r"got 'none::relus'.*Did you mean 'relu'", rules={"none::relus": NONE}),
     Bad("rule is no rule", TypeError, r"rules\['relu'\] must be a Rule", rules={"relu": torch.relu}),
     Bad(
         "rule of wrong shape",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from captum_scoremap import ScoreMap
-from captum_scoremap.rules import Gate, Rule, Tangent
+from captum_scoremap.rules import Gate, Rule, Tangent, with_rules
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, assert_refused, between, some_images
 
 LIBRARY = torch.library.Library("scoremap_tests", "FRAGMENT")
@@ -58,7 +58,14 @@ def test_operations_of_a_library_are_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["doubled", "scoremap_tests::doubled", torch.ops.scoremap_tests.doubled, torch.ops.scoremap_tests.doubled.default],
+    [
+        "doubled",
+        doubled,
+        "scoremap_tests::doubled",
+        "scoremap_tests::doubled.default",
+        torch.ops.scoremap_tests.doubled,
+        torch.ops.scoremap_tests.doubled.default,
+    ],
 )
 def test_operations_of_a_library_go_by_the_tangent_or_a_rule(key: Any) -> None:
     plain = lambda x: 2 * x**2  # noqa: E731
@@ -67,6 +74,20 @@ def test_operations_of_a_library_go_by_the_tangent_or_a_rule(key: Any) -> None:
     expected = ScoreMap(other).attribute(images, 1)
     assert_close(ScoreMap(own, rules={key: Doubled()}).attribute(images, 1), expected, **EXACT)
     assert_exact(own, own.conv, images, rules={key: Doubled()})
+
+
+def test_operations_that_are_registered_late_may_be_named() -> None:
+    with pytest.raises(ValueError, match="got 'scoremap_tests::late', which is none"):
+        with_rules({"scoremap_tests::late": Doubled()})
+
+    @torch.library.custom_op("scoremap_tests::late", mutates_args=())
+    def late(x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy() ** 2)
+
+    plain = lambda x: 2 * x**2  # noqa: E731
+    for key in ("scoremap_tests::late", late):
+        found = ScoreMap(between(late), rules={key: Doubled()}).attribute(some_images(), 1)
+        assert_close(found, ScoreMap(between(plain)).attribute(some_images(), 1), **EXACT)
 
 
 def test_operations_of_a_library_without_a_formula_take_a_gate_or_a_rule() -> None:
