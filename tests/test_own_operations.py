@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from captum_scoremap import ScoreMap
+from captum_scoremap import ScoreMap, linear_form
 from captum_scoremap.rules import Gate, Rule, Tangent, with_rules
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, assert_refused, between, some_images
 
@@ -128,3 +128,32 @@ def test_a_formula_that_can_be_derived_twice_takes_one_pass() -> None:
     cubed.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
     assert_is_gradient(cubed, rules={"cubed": Tangent()})
     assert 0 < len(passes) < 40
+
+
+class Slope(Rule):
+    """The value at the image, and a slope of three."""
+
+    def freeze(self, call: Any) -> tuple[Tensor, Tensor]:
+        return call.input, call.output
+
+    def apply(self, call: Any, state: tuple[Tensor, Tensor]) -> Tensor:
+        return state[1] + 3 * (call.input - state[0])
+
+
+class Nothing(Slope):
+    """NaN everywhere, also where the operation has a value."""
+
+    def apply(self, call: Any, state: tuple[Tensor, Tensor]) -> Tensor:
+        return call.input * torch.nan
+
+
+@pytest.mark.parametrize("rule", [Tangent(), Slope()])
+def test_a_rule_may_return_nan_where_the_operation_does(rule: Rule) -> None:
+    x = torch.tensor([[0.1, 0.75, 0.3, 1.0]], dtype=torch.float64)
+    log = lambda x: torch.where(x > 0.5, (x - 0.5).log(), x)  # noqa: E731  NaN, but masked, below
+    form = linear_form(lambda x: log(x).sum(1)[:, None], x, 0, rules={"log": rule})
+    slopes = [1.0, 3.0, 1.0, 3.0] if isinstance(rule, Slope) else [1.0, 4.0, 1.0, 2.0]
+    assert_close(form.coefficients, torch.tensor([slopes], dtype=torch.float64), **EXACT)
+    assert_close(form.sums + form.bias, log(x).sum(1), **EXACT)
+    with pytest.raises(ValueError, match="rule for 'log' .* got a relative difference of nan"):
+        linear_form(lambda x: log(x).sum(1)[:, None], x, 0, rules={"log": Nothing()})
