@@ -155,5 +155,5 @@ def test_a_rule_may_return_nan_where_the_operation_does(rule: Rule) -> None:
     slopes = [1.0, 3.0, 1.0, 3.0] if isinstance(rule, Slope) else [1.0, 4.0, 1.0, 2.0]
     assert_close(form.coefficients, torch.tensor([slopes], dtype=torch.float64), **EXACT)
     assert_close(form.sums + form.bias, log(x).sum(1), **EXACT)
-    with pytest.raises(ValueError, match="rule for 'log' .* got a relative difference of nan"):
+    with pytest.raises(ValueError, match=r"rule for 'log' .* got a relative difference of nan"):
         linear_form(lambda x: log(x).sum(1)[:, None], x, 0, rules={"log": Nothing()})
