@@ -258,15 +258,24 @@ def check_inputs(inputs: object, *, indices: bool = False) -> tuple[Tensor, ...]
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise InvalidTypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}.")
-        if tensor.layout is not torch.strided or tensor.is_meta:
-            kind = "one on the device meta, without any" if tensor.is_meta else f"one of layout {tensor.layout}"
-            raise TypeError(f"inputs must be dense tensors of numbers, got {kind}. Make them dense: inputs.to_dense().")
+        if tensor.is_meta:
+            raise TypeError(
+                "inputs must be dense tensors of numbers, got one on the device meta, without any. Pass the image "
+                "itself, on the device of the model, which must have its weights."
+            )
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            dense = "inputs.to_padded_tensor(0.0)" if tensor.is_nested else "inputs.to_dense()"
+            kind = f"one of layout {tensor.layout}{', nested' if tensor.is_nested else ''}"
+            raise TypeError(f"inputs must be dense tensors of numbers, got {kind}. Make them dense: {dense}.")
         shape = tuple(tensor.shape)
         are_indices = tensor.dtype in {torch.int32, torch.int64}
         if not (tensor.is_floating_point() or (indices and are_indices)):
             advice = (
                 "Of token ids explain a layer, such as the embedding: LayerScoreMap(model, model.embedding)."
                 if are_indices and not indices
+                else "Explain real and imaginary parts: torch.view_as_real(inputs), of lambda x: "
+                "model(torch.view_as_complex(x))."
+                if tensor.is_complex()
                 else "Convert and normalize images: inputs.float() / 255."
             )
             raise TypeError(f"inputs must be floating point, got {tensor.dtype}. {advice}")

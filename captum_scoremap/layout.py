@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,11 +79,19 @@ def channels_at(channel_dim: int | None, input_shape: Sequence[int]) -> int | Ca
     Returns:
         The axis, or :func:`channel_dim_of` for this input.
 
+    Raises:
+        TypeError: If it is no integer.
+
     Example:
         >>> channels_at(1, (2, 3, 224, 224)), channels_at(None, (2, 3, 224, 224))((2, 56, 56, 96))
         (1, -1)
     """
-    return functools.partial(channel_dim_of, input_shape=input_shape) if channel_dim is None else channel_dim
+    if channel_dim is None:
+        return functools.partial(channel_dim_of, input_shape=input_shape)
+    given: object = channel_dim
+    if isinstance(given, bool) or not isinstance(given, (int, np.integer)):
+        raise TypeError(f"channel_dim must be an integer, got {given!r}. Leave it out to find it by the shapes.")
+    return int(given)
 
 
 def _unlikeness(grid: Sequence[int], input_shape: Sequence[int]) -> float:

@@ -24,6 +24,7 @@ from captum_scoremap import (
     freeze,
     linear_form,
 )
+from captum_scoremap.rules import Frozen, Tangent
 from tests.between import EXACT, Wrapped, between, some_images
 
 special = torch.special
@@ -223,6 +224,64 @@ def test_the_rule_that_an_error_suggests_works(name: str) -> None:
     form = explained(rules)
     assert_close(form.score, expected, **EXACT)
     assert_close(form.sums + form.bias, form.score, rtol=1e-10, atol=1e-11)
+
+
+def test_an_operation_of_which_one_output_has_a_derivative_is_advised_its_tangent() -> None:
+    """Eigenvectors are told up to a phase; eigenvalues have a gradient, which is what is found."""
+    x = torch.rand(1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5
+    assert linalg.eigvals(x).imag.any()
+    score = lambda x: linalg.eigvals(x).real.exp().sum(1)[:, None]  # noqa: E731
+    with pytest.raises(UnsupportedOperationError) as problem:
+        linear_form(score, x, 0)
+    assert "no derivative" not in str(problem.value)
+    rules = {name: rule for name, rule in advised_rules(problem.value).items() if isinstance(rule, Tangent)}
+    assert list(rules) == ["linalg_eig"]
+    form, leaf = linear_form(score, x, 0, rules=rules | {"exp": Tangent()}), x.clone().requires_grad_()
+    assert_close(form.coefficients, torch.autograd.grad(score(leaf).sum(), leaf)[0], **EXACT)
+    assert_close(form.sums + form.bias, score(x)[:, 0], **EXACT)
+
+
+def test_the_value_is_advised_of_what_has_no_derivative_at_all() -> None:
+    with pytest.raises(UnsupportedOperationError, match=r"Of special_bessel_j0 PyTorch has no derivative") as problem:
+        linear_form(special.bessel_j0, torch.rand(1, 3), 0)
+    assert {name: type(rule) for name, rule in advised_rules(problem.value).items()} == {"special_bessel_j0": Frozen}
+
+
+def test_complex_inputs_are_explained_by_their_parts() -> None:
+    model = lambda z: (z * z).abs() + z.imag  # noqa: E731
+    inputs = torch.randn(2, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=r"got torch.complex128. Explain real and imaginary parts: ") as problem:
+        linear_form(model, inputs, 1)
+    advice = re.search(r"parts: (.*), of (lambda.*)\.$", str(problem.value))
+    assert advice is not None
+    known = {"torch": torch, "inputs": inputs, "model": model}
+    parts, of_parts = (eval(code, known) for code in advice.groups())
+    form = linear_form(of_parts, parts, 1)
+    assert form.coefficients[..., 1].any()
+    assert_close(form.sums + form.bias, model(inputs)[:, 1], **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize(
+    "made",
+    [
+        Tensor.to_sparse,
+        Tensor.to_sparse_csr,
+        lambda one: torch.nested.as_nested_tensor(list(one[..., None]), layout=torch.jagged),
+        lambda one: torch.nested.as_nested_tensor(list(one), layout=torch.strided),
+    ],
+)
+def test_inputs_that_are_not_dense_are_made_so_as_advised(made: Callable[[Tensor], Tensor]) -> None:
+    inputs = made(torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"inputs must be dense tensors .* Make them dense: ") as problem:
+        linear_form(lambda x: x.flatten(1), inputs, 1)
+    dense = eval(str(problem.value).partition("Make them dense: ")[2].removesuffix("."), {"inputs": inputs})
+    assert linear_form(lambda x: x.flatten(1), dense, 1).score.tolist() == [1.0, 1.0]
+
+
+def test_inputs_without_numbers_are_not_to_be_made_dense() -> None:
+    with pytest.raises(TypeError, match=r"on the device meta, without any. Pass the image itself, on the device"):
+        linear_form(nn.Flatten(), torch.ones(2, 3, device="meta"), 1)
 
 
 def test_all_operations_without_a_rule_are_named_with_their_module() -> None:

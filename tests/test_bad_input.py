@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from captum_scoremap import (
     linear_form,
 )
 from captum_scoremap.checks import UnsupportedOperationError
-from captum_scoremap.rules import Call, Rule
+from captum_scoremap.rules import Call, Rule, Tangent
 from tests.state import untouched
+
+NONE = Tangent()  # of no operation
 
 
 class Argmax(nn.Module):
@@ -283,6 +286,15 @@ BAD = [
         r"rules must be a mapping",
         rules=[WrongShape()],
     ),
+    Bad(
+        "rules of a class", TypeError, r"got the class GELU, which is none. Did you mean 'gelu'", rules={nn.GELU: NONE}
+    ),
+    Bad("rules of a module", TypeError, r"got a module \(ReLU6\), .*Did you mean 'relu6'", rules={nn.ReLU6(): NONE}),
+    Bad("rules of a function of others", TypeError, r"got the function len, which is none", rules={len: NONE}),
+    Bad("rules of a number", TypeError, r"such as 'relu', .* got 3, which is none.$", rules={3: NONE}),
+    Bad("rules of a name", ValueError, r"rules must name .* got 'geluu', .*Did you mean 'gelu'", rules={"geluu": NONE}),
+    Bad("rules of capitals", ValueError, r"got 'MaxPool2d'.*Did you mean 'max_pool2d'", rules={"MaxPool2d": NONE}),
+    Bad("rules of a library", ValueError, r"got 'none::relus'.*Did you mean 'relu'", rules={"none::relus": NONE}),
     Bad("rule is no rule", TypeError, r"rules\['relu'\] must be a Rule", rules={"relu": torch.relu}),
     Bad(
         "rule of wrong shape",
@@ -445,3 +457,35 @@ def test_inputs_are_dense_tensors_of_numbers(made: Callable[[Tensor], Tensor], k
     for attribute in (ScoreMap(model).attribute, lambda *given: linear_form(model, *given)):
         with pytest.raises(TypeError, match=rf"inputs must be dense tensors of numbers, got one (of|on) {kind}"):
             attribute(odd, 1)
+
+
+CHANNELS: dict[str, Callable[[nn.Sequential, Any], object]] = {
+    "map": lambda m, dim: LayerScoreMap(m, m[0]).attribute(images(), 1, channel_dim=dim),
+    "all labels": lambda m, dim: LayerScoreMap(m, m[0]).attribute_targets(images(), channel_dim=dim),
+    "form": lambda m, dim: linear_form(m, images(), 1, m[0]).score_map(dim),
+    "neuron": lambda m, dim: NeuronScoreMap(m, m[2]).attribute(
+        images(), 1, to_layer=m[0], attr_dim_summation=True, channel_dim=dim
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CHANNELS)
+@pytest.mark.parametrize("dim", [4, -5, 0, -4, "1", 1.0, True, (1,)])
+def test_a_dimension_that_holds_no_channels_is_named(call: str, dim: object) -> None:
+    kind, match = TypeError, rf"channel_dim must be an integer, got {re.escape(repr(dim))}\. Leave it out"
+    if type(dim) is int:
+        kind, match = ValueError, rf"channel_dim must be .* from -4 to 3 .*, got {dim} for a layer of \(2, 4, 4, 4\)"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    with pytest.raises(kind, match=match):
+        CHANNELS[call](model, dim)
+
+
+def test_images_that_do_not_come_first_leave_the_first_dimension_free() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).T  # (numbers, N)
+
+    layer = Layer()
+    model, x = lambda x: layer(x).T, images()
+    found = LayerScoreMap(model, layer).attribute(x, 1, channel_dim=0)
+    assert_close(found, x.flatten(1)[:, 1][None], rtol=0, atol=0)

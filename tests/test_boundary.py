@@ -92,6 +92,94 @@ def test_whatever_has_switches_flips_where_it_does(name: str) -> None:
     assert set(frozen.flipped(beyond)) == set(found.switch)
 
 
+def picked(position: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.gather(1, position(x, 1, keepdim=True))
+
+
+# Operations that take elements by their order.
+ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sort": lambda x: x.sort(1)[0],
+    "sort, descending, stable": lambda x: x.sort(dim=-1, stable=True, descending=True)[0],
+    "sort, rows": lambda x: x.view(1, 3, 2).sort(1)[0],
+    "argsort": lambda x: x.gather(1, x.argsort(1)),
+    "topk": lambda x: x.topk(3, 1)[0],
+    "topk, smallest": lambda x: x.topk(2, largest=False)[0],
+    "topk, one, in no order": lambda x: x.topk(1, 1, sorted=False)[0],
+    "topk, all": lambda x: x.topk(6)[0],
+    "topk, columns": lambda x: x.view(1, 3, 2).topk(2, 1)[0],
+    "median": lambda x: x.median(1)[0],
+    "median, kept": lambda x: x.median(1, keepdim=True)[0],
+    "nanmedian": lambda x: x.nanmedian(1)[0],
+    "kthvalue": lambda x: x.view(1, 2, 3).kthvalue(2, 2)[0],
+    "cummax": lambda x: x.cummax(1)[0],
+    "cummin": lambda x: x.view(1, 3, 2).cummin(1)[0],
+    "quantile": lambda x: x.quantile(0.3, 1),
+    "argmax": picked(torch.argmax),
+    "argmin": picked(torch.argmin),
+    "argmax, gone": lambda x: x[:, x.argmax(1)],
+    "argmax, of all": lambda x: x.flatten()[x.argmax()][None],
+    "argmax, of all, kept": lambda x: x.gather(1, x.argmax(keepdim=True)),
+    "argmax, scattered": lambda x: x * torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0),
+}
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", ORDERS)
+def test_orders_hold_up_to_the_boundary_and_not_beyond(name: str, seed: int) -> None:
+    function, draws = ORDERS[name], torch.Generator().manual_seed(seed)
+    image, direction = (torch.randn(1, 6, dtype=torch.float64, generator=draws) for _ in range(2))
+    if seed % 2:
+        direction[0, 2:] = 0.0  # two move past others that stand
+    frozen = freeze(function, image)
+    found = frozen.distance_to_boundary(direction)
+    step, (switch,) = float(found.distance), found.switch
+    if switch == "":
+        assert frozen.same_region(freeze(function, image + 1e4 * direction))
+    else:
+        assert frozen.same_region(freeze(function, image + (1 - 1e-9) * step * direction))
+        assert switch in frozen.flipped(freeze(function, image + (1 + 1e-9) * step * direction))
+
+
+def test_the_largest_is_overtaken_by_a_smaller_one() -> None:
+    image, direction = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0, 0.0, 0.0]])
+    found = boundary(lambda x: x.topk(1, 1)[0], direction, image)
+    assert (found.distance.tolist(), found.switch) == ([0.5], ("topk",))
+
+
+# What no order decides, and what errors call it.
+NOT_FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mode": lambda x: x.mode(1)[0],
+    "topk": lambda x: x.topk(2, 1, sorted=False)[0],
+    "round": lambda x: x * x.round(),
+    "median": lambda x: x.median()[None],
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([0.0, 4.0], dtype=x.dtype)),
+    "scatter_reduce": lambda x: x.scatter_reduce(1, torch.zeros(1, 3, dtype=torch.long), x, "amax"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOLLOWED)
+def test_switches_that_are_not_followed_are_named(name: str) -> None:
+    with pytest.warns(UserWarning, match=f"does not follow the switches of {name}, which may flip before") as said:
+        found = boundary(lambda x: NOT_FOLLOWED[name](x).relu(), -torch.ones_like(ROW))
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert found.switch[0] in {"relu", ""}
+
+
+@pytest.mark.parametrize("name", NOT_FOLLOWED)
+def test_switches_that_do_not_move_need_not_be_followed(name: str) -> None:
+    found = boundary(
+        lambda x: NOT_FOLLOWED[name](x[:, :3]) + x[:, 3:].relu().sum(), -torch.eye(4)[3:], torch.ones(1, 4)
+    )
+    assert (found.distance.tolist(), found.switch) == ([1.0], ("relu",))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_direction_is_finite(number: float) -> None:
+    with pytest.raises(ValueError, match=r"direction must be finite, got 2 values that are NaN or infinite"):
+        boundary(nn.ReLU(), torch.tensor([[number, 1.0, number]], dtype=torch.float64))
+
+
 def test_a_later_switch_that_is_nearer_wins() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Threshold(1.5, 0.0))
     found = boundary(model, torch.tensor([[-1.0, 0.0, 0.0]], dtype=torch.float64))
@@ -120,6 +208,11 @@ ON_IT: dict[str, tuple[Callable[[Tensor], Tensor], list[float], float]] = {
     "pool, the same": (lambda x: F.max_pool1d(x, 3), [1.0, 0.5, 0.25], 4.0),
     "largest": (lambda x: x.amax(1), [0.0, -1.0, 0.0], 0.0),
     "hardtanh": (lambda x: F.hardtanh(x, 0.0, 9.0), [1.0, 0.0, 0.0], 0.0),
+    "sort": (lambda x: x.sort(dim=1, stable=True)[0], [0.0, 1.0, 0.0], 0.0),
+    "sort, the same": (lambda x: x.sort(dim=1, stable=True)[0], [1.0, 0.0, 0.5], 2.0),
+    "argmax": (picked(torch.argmax), [0.0, 0.0, 1.0], 0.0),
+    "argmax, the same": (picked(torch.argmax), [3.0, 1.0, 0.0], 1.0),
+    "cummax": (lambda x: x.cummax(1)[0], [0.0, 1.0, 0.0], 0.0),
     "twice": (lambda x: F.leaky_relu(F.relu(x - 2), -0.2), [0.0, 0.0, 3.0], 0.0),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from torch.testing import assert_close
 
 from captum_scoremap import CompleteScoreMap, FusedScoreMap, LayerScoreMap, NeuronScoreMap, ScoreMap, linear_form
 from captum_scoremap.linear.batching import over_rows
+from captum_scoremap.rules import Tangent
 from tests.configurations import (
     CONFIGURATIONS,
     Configuration,
@@ -551,6 +554,19 @@ def ours(model: Any) -> list[Any]:
         FusedScoreMap(model),
         CompleteScoreMap(model),
     ]
+
+
+@pytest.mark.parametrize("copied", [lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy, copy.copy])
+@pytest.mark.parametrize("rules", [None, {"relu": Tangent()}])
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("make", [ScoreMap, CompleteScoreMap, FusedScoreMap])
+def test_methods_are_pickled_and_copied(make: Any, is_used: bool, rules: Any, copied: Callable[[Any], Any]) -> None:
+    method, x = make(built(Image), rules=rules), X[0]
+    if is_used:
+        method.attribute(x, 1)
+    twin = copied(method)
+    for _ in range(2):
+        assert_close(twin.attribute(x, 1), method.attribute(x, 1), rtol=0, atol=0)
 
 
 def test_futures_are_refused_in_words() -> None:

@@ -564,6 +564,46 @@ def test_what_a_frozen_model_refuses(refused: Any, message: str, small: tuple[nn
         refused(freeze(model, x), model, x)
 
 
+OUTPUT = r"outputs must hold tensors shaped like those that the Conv2d returned"
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (lambda y: (y, y), ValueError, rf"{OUTPUT}, \[(.*)\]; got \[\1, \1\]"),
+        (lambda y: (), ValueError, rf"{OUTPUT}, .*; got \[\]"),
+        (lambda y: None, TypeError, rf"{OUTPUT}, got NoneType. Pass tensors"),
+        (lambda y: 0.0, TypeError, rf"{OUTPUT}, got float. Pass tensors"),
+        (lambda y: [y.tolist()], TypeError, rf"{OUTPUT}, got list"),
+        (lambda y: y[:1], ValueError, rf"{OUTPUT}, .*; got \[\(1, "),
+        (lambda y: y[:, :, :1, :1], ValueError, rf"{OUTPUT}, .*; got \[\(2, .*, 1, 1\)\]"),
+        (lambda y: y.half(), ValueError, rf"{OUTPUT}, of .*; got torch.float16 on .*Convert"),
+    ],
+)
+def test_tensors_in_place_of_a_layers_outputs_are_like_them(
+    given: Any, kind: type[Exception], message: str, small: tuple[nn.Sequential, Tensor]
+) -> None:
+    model, x = small
+    frozen, y = freeze(model, x), model[0](x).detach()
+    with pytest.raises(kind, match=message):
+        frozen(x, {model[0]: given(y)})
+    for fits in (y, (y,), [y]):
+        torch.testing.assert_close(frozen(x, {model[0]: fits}), model(x))
+
+
+def test_what_is_no_tensor_and_no_frozen_model_is_named(small: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = small
+    frozen = freeze(model, x)
+    for use, name in ((frozen, "inputs"), (frozen.distance_to_boundary, "direction")):
+        for odd in ("a", [[1.0]], 3):
+            with pytest.raises(TypeError, match=rf"{name} must be shaped like .*, got (str|list|int). Pass tensors"):
+                use(odd)  # type: ignore[operator]
+    for compare in (frozen.flipped, frozen.same_region):
+        for other in (3, model, x):
+            with pytest.raises(TypeError, match=rf"other must be a frozen model, got {type(other).__name__}\. Freeze"):
+                compare(other)  # type: ignore[arg-type]
+
+
 OURS: dict[str, tuple[Rule, Callable[[Tensor], Tensor]]] = {
     "mul": (Product(keeps_gates=True), lambda x: x * 2 + x * x),
     "addmm": (Product((1, 2), term=0), lambda x: torch.addmm(x[0, 0, :, :1], x[0, 1], x[1, 1], beta=0.5, alpha=3.0)),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from captum_scoremap import ScoreMap
-from captum_scoremap.rules import Gate, Rule, Tangent
+from captum_scoremap import ScoreMap, linear_form
+from captum_scoremap.rules import Gate, Rule, Tangent, with_rules
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, assert_refused, between, some_images
 
 LIBRARY = torch.library.Library("scoremap_tests", "FRAGMENT")
@@ -58,7 +58,14 @@ def test_operations_of_a_library_are_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["doubled", "scoremap_tests::doubled", torch.ops.scoremap_tests.doubled, torch.ops.scoremap_tests.doubled.default],
+    [
+        "doubled",
+        doubled,
+        "scoremap_tests::doubled",
+        "scoremap_tests::doubled.default",
+        torch.ops.scoremap_tests.doubled,
+        torch.ops.scoremap_tests.doubled.default,
+    ],
 )
 def test_operations_of_a_library_go_by_the_tangent_or_a_rule(key: Any) -> None:
     plain = lambda x: 2 * x**2  # noqa: E731
@@ -67,6 +74,20 @@ def test_operations_of_a_library_go_by_the_tangent_or_a_rule(key: Any) -> None:
     expected = ScoreMap(other).attribute(images, 1)
     assert_close(ScoreMap(own, rules={key: Doubled()}).attribute(images, 1), expected, **EXACT)
     assert_exact(own, own.conv, images, rules={key: Doubled()})
+
+
+def test_operations_that_are_registered_late_may_be_named() -> None:
+    with pytest.raises(ValueError, match="got 'scoremap_tests::late', which is none"):
+        with_rules({"scoremap_tests::late": Doubled()})
+
+    @torch.library.custom_op("scoremap_tests::late", mutates_args=())
+    def late(x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy() ** 2)
+
+    plain = lambda x: 2 * x**2  # noqa: E731
+    for key in ("scoremap_tests::late", late):
+        found = ScoreMap(between(late), rules={key: Doubled()}).attribute(some_images(), 1)
+        assert_close(found, ScoreMap(between(plain)).attribute(some_images(), 1), **EXACT)
 
 
 def test_operations_of_a_library_without_a_formula_take_a_gate_or_a_rule() -> None:
@@ -107,3 +128,32 @@ def test_a_formula_that_can_be_derived_twice_takes_one_pass() -> None:
     cubed.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
     assert_is_gradient(cubed, rules={"cubed": Tangent()})
     assert 0 < len(passes) < 40
+
+
+class Slope(Rule):
+    """The value at the image, and a slope of three."""
+
+    def freeze(self, call: Any) -> tuple[Tensor, Tensor]:
+        return call.input, call.output
+
+    def apply(self, call: Any, state: tuple[Tensor, Tensor]) -> Tensor:
+        return state[1] + 3 * (call.input - state[0])
+
+
+class Nothing(Slope):
+    """NaN everywhere, also where the operation has a value."""
+
+    def apply(self, call: Any, state: tuple[Tensor, Tensor]) -> Tensor:
+        return call.input * torch.nan
+
+
+@pytest.mark.parametrize("rule", [Tangent(), Slope()])
+def test_a_rule_may_return_nan_where_the_operation_does(rule: Rule) -> None:
+    x = torch.tensor([[0.1, 0.75, 0.3, 1.0]], dtype=torch.float64)
+    log = lambda x: torch.where(x > 0.5, (x - 0.5).log(), x)  # noqa: E731  NaN, but masked, below
+    form = linear_form(lambda x: log(x).sum(1)[:, None], x, 0, rules={"log": rule})
+    slopes = [1.0, 3.0, 1.0, 3.0] if isinstance(rule, Slope) else [1.0, 4.0, 1.0, 2.0]
+    assert_close(form.coefficients, torch.tensor([slopes], dtype=torch.float64), **EXACT)
+    assert_close(form.sums + form.bias, log(x).sum(1), **EXACT)
+    with pytest.raises(ValueError, match=r"rule for 'log' .* got a relative difference of nan"):
+        linear_form(lambda x: log(x).sum(1)[:, None], x, 0, rules={"log": Nothing()})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from captum_scoremap.rules import DEFAULT, TANGENT, Call, Rule, display_name
+from captum_scoremap import linear_form
+from captum_scoremap.rules import DEFAULT, TANGENT, Call, Linear, Rule, display_name, with_rules
 from captum_scoremap.rules.attention import Attention
 from captum_scoremap.rules.products import Product
 
@@ -78,3 +80,40 @@ def test_products_are_of_tensors(name: str) -> None:
     arguments = getattr(packet, packet.overloads()[0])._schema.arguments
     assert all("Tensor" in str(arguments[factor].type) for factor in rule.factors)
     assert rule.term is None or arguments[rule.term].name in {"self", "bias"}
+
+
+def keys_of(name: str) -> set[object]:
+    """What users may call an operation, given the dispatcher's name for it."""
+    namespace, _, overloaded = name.partition("::")
+    plain = overloaded.partition(".")[0]
+    packet = getattr(getattr(torch.ops, namespace), plain)
+    overloads = {getattr(packet, overload) for overload in packet.overloads()}
+    return {name, overloaded, plain, f"{namespace}::{plain}", display_name(plain), packet, *overloads}
+
+
+def test_all_operations_may_be_named() -> None:
+    rule = Linear()
+    for name in torch._C._dispatch_get_all_op_names():
+        for key in keys_of(name):
+            assert rule in with_rules({key: rule}).values()
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_names_of_the_table_name_its_rows_alone(name: str) -> None:
+    rule = Linear()
+    assert {key for key, one in with_rules({name: rule}).items() if one is rule} == {name}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("gelu", "aten::gelu", "gelu_", "gelu.default", "aten::gelu.out", F.gelu, torch.ops.aten.gelu),
+        *(getattr(torch.ops.aten.gelu, overload) for overload in torch.ops.aten.gelu.overloads()),
+        *(torch.ops.aten.gelu_, torch.ops.aten.gelu_.default),
+    ],
+)
+def test_all_forms_of_an_operation_are_one(key: object) -> None:
+    x, rule = torch.rand(1, 3, dtype=torch.float64), TANGENT["gelu"]
+    for function in (F.gelu, lambda x: torch.ops.aten.gelu_(x.clone())):
+        form = linear_form(function, x, 1, rules={key: rule})
+        torch.testing.assert_close(form.coefficients, linear_form(function, x, 1, rules=TANGENT).coefficients)

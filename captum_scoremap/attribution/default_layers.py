@@ -63,6 +63,10 @@ class DefaultLayers:
     def __init__(self) -> None:
         self._found: _OfTargets = WeakKeyDictionary()  # of what is not shared
 
+    def __reduce__(self) -> Any:
+        """Leave out of pickles and copies what was found: weak references to modules that are not theirs."""
+        return DefaultLayers, ()
+
     def explained(self, subject: Subject, target: Target, explain: Callable[[Subject, Layers], T]) -> T:
         """Return what is explained of a subject at its layers, which are given as they run, to rows and columns.
 

@@ -142,7 +142,7 @@ class LayerScoreMap(LayerAttribution, Contract):
             self._subject(tensors, additional_forward_args),
             target,
             sites,
-            Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None),
+            Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None, len(tensors[0])),
             keep=return_convergence_delta,
             create_graph=create_graph,
         )
@@ -189,7 +189,7 @@ class LayerScoreMap(LayerAttribution, Contract):
             self._subject(tensors, additional_forward_args),
             targets,
             self._sites(attribute_to_layer_input),
-            Reduction(self.multiplies_by_inputs, channels_at(channel_dim, tensors[0].shape)),
+            Reduction(self.multiplies_by_inputs, channels_at(channel_dim, tensors[0].shape), len(tensors[0])),
             internal_batch_size,
         )
         if relu_attributions:

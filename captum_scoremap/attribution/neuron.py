@@ -120,7 +120,7 @@ class NeuronScoreMap(NeuronAttribution, Contract):
             self._subject(tensors, additional_forward_args),
             partial(select_neuron, selector=neuron_selector),
             [site],
-            Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None),
+            Reduction(self.multiplies_by_inputs, channels if attr_dim_summation else None, len(tensors[0])),
             keep=return_convergence_delta,
             create_graph=create_graph,
             stop_at=neuron,

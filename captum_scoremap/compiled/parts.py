@@ -76,7 +76,7 @@ def _linear_parts(
         sites = [*method._sites(bool(options.get("attribute_to_layer_input")))]
         channels = channels_at(options.get("channel_dim"), tensors[0].shape)
         is_summed = options.get("attr_dim_summation", True)
-        reduction = Reduction(method.multiplies_by_inputs, channels if is_summed else None)
+        reduction = Reduction(method.multiplies_by_inputs, channels if is_summed else None, len(tensors[0]))
     run = explain(method._subject(tensors, additional), select, sites, reduction, keep=True)
     names = _names(method, sites)
     found = {}

@@ -146,8 +146,14 @@ class LinearForm:
 
         Returns:
             In logits, (N, 1, H, W) for a layer of (N, C, H, W), (N, tokens, 1) for one of (N, tokens, C).
+
+        Raises:
+            TypeError: If the dimension is no integer.
+            ValueError: If the layer has none of that number, or it is that of the images.
         """
-        reduction = Reduction(channel_dim=channels_at(channel_dim, self.input_shape))
+        reduction = Reduction(
+            True, channels_at(channel_dim, self.input_shape), self.input_shape[0] if self.input_shape else None
+        )
         return _each(reduction, self.coefficients, self.activations)
 
     @property

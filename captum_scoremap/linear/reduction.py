@@ -19,12 +19,29 @@ class Reduction:
     multiply: bool = True  # whether to take the sub-scores A·Y, or A alone
     # to sum over, kept with size 1, or what finds it by the shape; None, or none there, to sum over none
     channel_dim: int | Callable[[Sequence[int]], int] | None = None
+    images: int | None = None  # how many there are, so that their dimension is not taken for the channels'
 
     def channels(self, activations: Tensor | Value) -> int | None:
-        """Return the dimension to sum over, counted from the end, where a batch of labels in front does no harm."""
+        """Return the dimension to sum over, counted from the end, where a batch of labels in front does no harm.
+
+        Raises:
+            ValueError: If the one that a caller names is none of the tensor's, or that of the images.
+        """
         dims = activations.ndim
         channels = self.channel_dim(activations.shape) if callable(self.channel_dim) else self.channel_dim
-        return None if channels is None or not -dims <= channels < dims else channels % dims - dims
+        if channels is None or (dims == 1 and channels == 1):  # one number for each image
+            return None
+        is_there = -dims <= channels < dims
+        if not callable(self.channel_dim) and (not is_there or self._holds_images(channels % dims, activations)):
+            raise ValueError(
+                f"channel_dim must be the dimension of the channels, from {-dims} to {dims - 1} and not that of the "
+                f"images, got {channels} for a layer of {tuple(activations.shape)}. Leave it out to find it by the "
+                "shapes."
+            )
+        return channels % dims - dims if is_there else None
+
+    def _holds_images(self, axis: int, activations: Tensor | Value) -> bool:
+        return axis == 0 and activations.shape[0] == self.images
 
     def shape(self, activations: Tensor | Value) -> torch.Size:
         """Return the shape of the result."""

@@ -217,8 +217,20 @@ def _check_derivable(outs: Sequence[Tensor]) -> None:
 
 
 def is_derivable(call: Call) -> bool:
-    """Return whether autograd can derive an operation, whose call has tensors for its live arguments and an output."""
-    seeds = tuple(map(torch.ones_like, floating(call.output)))
+    """Return whether autograd can derive an operation, or at least one of its outputs.
+
+    The call has tensors for its live arguments, and an output. Of several outputs some may have no derivative, as
+    eigenvectors that are told up to a phase have none, while eigenvalues do.
+    """
+    outputs = floating(call.output)
+    return any(_has_derivative(call, [place == at for place in range(len(outputs))]) for at in range(len(outputs)))
+
+
+def _has_derivative(call: Call, are_asked: Sequence[bool]) -> bool:
+    """Return whether autograd can derive the outputs that are asked for."""
+    seeds = [
+        torch.ones_like(one) if asked else None for one, asked in zip(floating(call.output), are_asked, strict=True)
+    ]
     try:
         shares = pulled_back(lambda *live: call.filled(live).written_out(), call.live, seeds)
     except (RuntimeError, TypeError, ValueError) as error:  # those of a user's own formula, too

@@ -10,10 +10,10 @@ from captum_scoremap.speed import faster
 
 from .affine import reduced
 from .call import Call
-from .rule import Gradients, Linear, Rule
+from .rule import Frozen, Gradients, Linear, Rule
 from .tangent import Tangent
 
-__all__ = ["Extremum", "MaxPool", "Ordered", "Scattered"]
+__all__ = ["Extremum", "MaxPool", "Ordered", "Position", "Scattered"]
 
 
 class MaxPool(Rule):
@@ -209,6 +209,56 @@ class Ordered(Rule):
         if call.input.dim() and state.dim() < call.input.dim():
             return call.input.gather(dim, state.unsqueeze(dim)).squeeze(dim), state
         return call.input.gather(dim, state), state
+
+    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor | None:
+        """Return the steps at which elements meet whose order decides which positions are taken.
+
+        Of sorted values neighbors meet, of a running extremum what comes next, of all others what was not taken and the
+        last one that was. What ``mode`` takes, and in which order ``topk`` without ``sorted``, no order decides: None.
+        """
+        name, x, change = call.operation.overloadpacket.__name__, call.input, changes[0]  # type: ignore[attr-defined]
+        is_in_order = name != "topk" or call.argument("sorted") or call.argument("k") < 2
+        if name == "mode" or not is_in_order:
+            return None
+        if not state.numel() or not x.dim():
+            return torch.full((1,), torch.inf, device=x.device)
+        dim = call.argument("dim")
+        if state.dim() < x.dim():
+            state = state.unsqueeze(dim)
+        taken, speed = x.gather(dim, state), change.gather(dim, state)
+        count, length = state.shape[dim], x.shape[dim]
+        if name in {"cummax", "cummin"}:
+            before = taken.narrow(dim, 0, length - 1), speed.narrow(dim, 0, length - 1)
+            return _until_they_meet(*before, x.narrow(dim, 1, length - 1), change.narrow(dim, 1, length - 1))
+        left, right = ((taken.narrow(dim, at, count - 1), speed.narrow(dim, at, count - 1)) for at in (0, 1))
+        neighbors = _until_they_meet(*left, *right)
+        if name == "sort":
+            return neighbors
+        others = _until_they_meet(taken.narrow(dim, count - 1, 1), speed.narrow(dim, count - 1, 1), x, change)
+        return torch.cat([neighbors, others.scatter(dim, state, torch.inf)], dim)
+
+
+def _until_they_meet(first: Tensor, change: Tensor, second: Tensor, other_change: Tensor) -> Tensor:
+    """Return the step at which two values are equal; not finite where they never are."""
+    return (first - second) / (other_change - change)
+
+
+class Position(Frozen):
+    """``argmax`` and ``argmin``: the position of an extremum, which another element takes where it reaches that.
+
+    Equation:
+        y = j̄, with j̄ = argmax x̄, or argmin x̄
+    """
+
+    def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
+        """Return the step at which another element reaches the one at the frozen position."""
+        x, change, dim = call.input, changes[0], call.argument("dim")
+        if dim is None or not x.dim():
+            x, change, state, dim = x.flatten(), change.flatten(), state.flatten(), 0
+        elif not call.argument("keepdim"):
+            state = state.unsqueeze(dim)
+        steps = _until_they_meet(x.gather(dim, state), change.gather(dim, state), x, change)
+        return steps.scatter(dim, state, torch.inf)
 
 
 class Scattered(Tangent):

@@ -1,19 +1,22 @@
 """The table of rules: which rule each ATen operation has."""
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from captum_scoremap.checks import nearest
 
 from .activations import Breakpoints, Choice, Clamp, Gate, PiecewiseLinear, Power, PReLU
 from .affine import AFFINE
 from .attention import Attention
 from .composite import COMPOSITE, gated_half
 from .normalization import BatchNorm, GroupNorm, LayerNorm
-from .pooling import Extremum, MaxPool, Ordered, Scattered
+from .pooling import Extremum, MaxPool, Ordered, Position, Scattered
 from .products import Convolution, Division, Product, matrix_times, times
 from .quantized import QUANTIZED, Rounded
 from .rule import Comparison, Composite, Frozen, Rule
@@ -25,8 +28,8 @@ __all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
 _COMPARISONS = "eq ne lt le gt ge"
 
 _FROZEN = """
-    equal allclose isclose isfinite isinf isnan isneginf isposinf isreal logical_and logical_or logical_not
-    logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argmax argmin argsort
+    equal allclose isclose isreal logical_and logical_or logical_not
+    logical_xor all any bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ argsort
     nonzero nonzero_static count_nonzero searchsorted bucketize _unique2 unique_dim unique_consecutive round
     floor ceil trunc floor_divide _local_scalar_dense is_nonzero one_hot histc empty_strided_like bernoulli isin
     multinomial poisson binomial _assert_async is_same_size is_pinned _has_same_storage_numel nms _use_cudnn_ctc_loss
@@ -246,6 +249,8 @@ _CONSTANT: dict[str, Rule] = {
     **{name: Frozen(reads=False) for name in _UNREAD.split()},
     **{name: Comparison() for name in _COMPARISONS.split()},
     **{name: Comparison(0.0) for name in ("sign", "signbit")},
+    **{name: Comparison(math.inf) for name in "isfinite isinf isnan isneginf isposinf".split()},  # at no finite step
+    **{name: Position() for name in ("argmax", "argmin")},
 }
 
 DEFAULT: Mapping[str, Rule] = {**_NONLINEAR, **_LINEAR, **_CONSTANT, **QUANTIZED}
@@ -345,7 +350,8 @@ def with_rules(rules: Mapping[Any, Rule] | None) -> Mapping[str, Rule]:
         The whole table, by name of the ATen operation.
 
     Raises:
-        TypeError: If ``rules`` is no mapping of operations to rules.
+        TypeError: If ``rules`` is no mapping of operations to rules; modules and their classes are none.
+        ValueError: If there is no operation of a name.
 
     Example:
         >>> with_rules({torch.sin: TANGENT["sin"]})["sin"] is TANGENT["sin"]
@@ -367,15 +373,74 @@ def with_rules(rules: Mapping[Any, Rule] | None) -> Mapping[str, Rule]:
 
 
 def _aten_names(operation: Any) -> tuple[str, ...]:
+    """Return the names in the table that a key of ``rules`` stands for."""
+    operation = getattr(operation, "_opoverload", operation)  # of ``torch.library.custom_op``
     if isinstance(operation, torch._ops.OpOverload):
-        name = f"{operation.overloadpacket.__name__}.{operation._overloadname}"
-        return (name.removesuffix(".default"),)
+        name = _in_table(operation.namespace, operation.overloadpacket.__name__)
+        return (_plain(f"{name}.{operation._overloadname}"),)
+    if isinstance(operation, (type, nn.Module)) or not (isinstance(operation, str) or callable(operation)):
+        raise _no_operation(operation, TypeError)
     name = operation if isinstance(operation, str) else getattr(operation, "__name__", type(operation).__name__)
-    name = name.rpartition("::")[2]
+    namespace, _, name = name.rpartition("::")
+    if isinstance(operation, torch._ops.OpOverloadPacket):
+        namespace = operation._qualified_op_name.partition("::")[0]
     if name.startswith("__i") and name.endswith("__"):
         name = "__" + name[3:]
+    if namespace.startswith("quantized") and (_in_table(namespace, name) in DEFAULT or _first_known((name,))):
+        return (_in_table(namespace, name),)
     if name in DEFAULT:
         return (name,)
+    if "." in name and _first_known((name,)):
+        return (_plain(name),)
     plain = name.strip("_").removeprefix("fft_")
-    forms = (plain, f"_{plain}", f"native_{plain}", f"{plain}_with_indices", f"linalg_{plain}", name)
-    return _ATEN_NAMES.get(plain) or (next((form for form in forms if form in DEFAULT), name),)
+    forms = (plain, f"_{plain}", f"native_{plain}", f"{plain}_with_indices", f"linalg_{plain}")
+    found = _ATEN_NAMES.get(plain) or next(((form,) for form in forms if form in DEFAULT), None)
+    if found is None:
+        known = _first_known((_plain(name), *forms))  # of which there is no rule yet
+        if known is None:
+            raise _no_operation(operation, ValueError if isinstance(operation, str) else TypeError)
+        found = (known,)
+    return found
+
+
+def _plain(name: str) -> str:
+    """Return the name of the form that neither works in place nor is given ``out=``; the default overload has none."""
+    name, _, overload = name.partition(".")
+    overload = overload.removesuffix("out").removesuffix("_").removesuffix("default")
+    plain = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    return f"{plain}.{overload}" if overload else plain
+
+
+def _in_table(namespace: str, name: str) -> str:
+    """Return the name in the table, which is without the namespace but for quantized operations."""
+    return f"{namespace}::{name}" if namespace.startswith("quantized") else name
+
+
+_OPERATIONS: set[str] = set()  # names of all operations there are, as far as they were asked for
+
+
+def _first_known(names: Sequence[str]) -> str | None:
+    """Return the first of some names that is one of an operation, in any namespace."""
+    if _OPERATIONS.isdisjoint(names):  # libraries may have added some since
+        for one in torch._C._dispatch_get_all_op_names():
+            name, _, overload = one.rpartition("::")[2].partition(".")
+            _OPERATIONS.update((name, _plain(name), display_name(name), f"{name}.{overload or 'default'}"))
+    return next((name for name in names if name in _OPERATIONS), None)
+
+
+def _no_operation(operation: Any, kind: type[Exception]) -> Exception:
+    """Return the error that says that a key of ``rules`` stands for no operation."""
+    got, name = repr(operation), operation if isinstance(operation, str) else None
+    if isinstance(operation, type):
+        got, name = f"the class {operation.__name__}", operation.__name__
+    elif isinstance(operation, nn.Module):
+        got, name = f"a module ({type(operation).__name__})", type(operation).__name__
+    elif callable(operation):
+        name = getattr(operation, "__name__", type(operation).__name__)
+        got = f"the function {name}"
+    known = {*map(display_name, DEFAULT), *_ATEN_NAMES}
+    hint = "" if name is None else nearest(name.lower().rpartition("::")[2], sorted(known))
+    return kind(
+        f"rules must name operations, such as 'relu', torch.relu or torch.ops.aten.relu, got {got}, which is none."
+        + hint
+    )

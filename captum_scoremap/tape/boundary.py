@@ -6,11 +6,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_scoremap.rules import Value
+from captum_scoremap.checks import warn
+from captum_scoremap.rules import Value, display_name
 
 from .steps import Step, Tape, given_or_kept
 
 __all__ = ["Boundary", "nearest_boundary"]
+
+
+# Operations with kinks or jumps that no rule names a switch of: they go by their value or tangent at the image.
+_UNNAMED = frozenset(
+    """
+    round floor ceil trunc floor_divide histc _unique2 unique_dim unique_consecutive median nanmedian frac fmod
+    remainder copysign scatter_reduce index_reduce segment_reduce fractional_max_pool2d fractional_max_pool3d roi_pool
+    ps_roi_pool renorm smooth_l1_loss huber_loss multi_margin_loss multilabel_margin_loss_forward
+    """.split()
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ def nearest_boundary(
     """Return the nearest boundary for each image, moved alone, so that whatever flips is due to that one."""
     distances: list[float] = []
     switches: list[str] = []
+    missed: dict[str, None] = {}
     # switches at one distance flip in the order of the steps, whatever rounding made of the distances
     closer = 1 - 1e3 * torch.finfo(inputs[0].dtype).eps
     for image in range(inputs[0].shape[0]):
@@ -49,15 +61,24 @@ def nearest_boundary(
             alone.append(moved)
         nearest, switch = float("inf"), ""
         for step, first in _crossings(tape, inputs, tuple(alone)):
-            if first < nearest * closer:
+            if first is None:
+                missed[names.get(step, display_name(step.operation))] = None
+            elif first < nearest * closer:
                 nearest, switch = first, names[step]
         distances.append(nearest)
         switches.append(switch)
+    if missed:
+        warn(
+            f"distance_to_boundary does not follow the switches of {', '.join(missed)}, which may flip before. Where "
+            "they do, frozen(x) and model(x) part: compare them at x = inputs + step * direction."
+        )
     return Boundary(torch.tensor(distances, dtype=inputs[0].dtype, device=inputs[0].device), tuple(switches))
 
 
-def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Iterator[tuple[Step, float]]:
-    """For each step with switches, the first step along the direction at which one flips."""
+def _crossings(
+    tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
+) -> Iterator[tuple[Step, float | None]]:
+    """For each step with switches, the first step along the direction at which one flips; None where none can tell."""
     values: dict[Value, Tensor] = {}
     changes: dict[Value, Tensor] = {}
     for value, tensor, change in zip(tape.inputs, inputs, direction, strict=True):
@@ -67,13 +88,24 @@ def _crossings(tape: Tape, inputs: tuple[Tensor, ...], direction: tuple[Tensor, 
         now = [given_or_kept(v, values) for v in step.values]
         speed = [changes[v] if v in changes else v.zeros() for v in step.values]
         found = step.rule.steps_to_boundary(step.filled(now), speed, step.frozen())
-        if found is not None:
+        if found is None or found.is_complex():
+            if _has_switches(step) and any(bool(change.any()) for change in speed):
+                yield step, None
+        else:
             ahead = found[torch.isfinite(found) & (found > 0)]
             first = float(ahead.min()) if ahead.numel() else float("inf")
             yield step, 0.0 if bool((found == 0).any()) and _flips_before(step, now, speed, first) else first
         if step.outputs:
             values.update(zip(step.outputs, step.forward(now), strict=True))
             changes.update(zip(step.outputs, step.linear(speed), strict=True))
+
+
+def _has_switches(step: Step) -> bool:
+    """Return whether a step is not smooth around the image, be it named or not."""
+    if step.rule.is_affine(step) or not step.rule.reads:
+        return False
+    is_unnamed = step.operation.overloadpacket.__name__ in _UNNAMED  # type: ignore[attr-defined]
+    return is_unnamed or step.rule.switch(step.frozen()) is not None
 
 
 def _flips_before(step: Step, now: Sequence[Tensor], speed: Sequence[Tensor], first: float) -> bool:

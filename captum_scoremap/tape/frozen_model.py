@@ -70,8 +70,9 @@ class FrozenModel:
             What the model returns: scores (N, K), or whatever it is.
 
         Raises:
-            TypeError: If ``outputs`` is no mapping: several inputs are one tuple.
-            ValueError: If a shape is not the recorded one, or a layer did not run.
+            TypeError: If ``outputs`` is no mapping (several inputs are one tuple), or something given is no tensor.
+            ValueError: If a shape, type or device is not the recorded one, a layer returned another number of tensors,
+                or did not run.
             RuntimeError: If the model's weights changed in place since it was frozen.
         """
         if outputs is not None and not isinstance(outputs, Mapping):
@@ -83,22 +84,20 @@ class FrozenModel:
         for layer, value in () if outputs is None else outputs.items():
             if layer not in self._ran or layer not in self._layers:
                 raise ValueError(f"outputs must name layers that ran, got a {type(layer).__name__} that did not.")
-            given_values = (value,) if isinstance(value, Tensor) else tuple(value)
-            known.update(zip(self._layers[layer].values, given_values, strict=True))
+            known.update(zip(self._layers[layer].values, self._outputs(layer, value), strict=True))
         given = self._shaped(inputs, "inputs must be shaped like those the model was frozen at")
         known.update((place, tensor) for place, tensor in zip(self._tape.inputs, given, strict=True) if place)
         return self._tape.output_at(known)
 
     def _shaped(self, tensors: Tensor | Sequence[Tensor], wanted: str) -> tuple[Tensor, ...]:
         """Return tensors as a tuple, which must be shaped like the inputs."""
-        given: Any = as_tuple(tensors)
-        shapes, expected = ([tuple(tensor.shape) for tensor in some] for some in (given, self._inputs))
-        if shapes != expected:
-            raise ValueError(f"{wanted}, {expected}; got {shapes}.")
-        kinds, wanted_kinds = ([f"{one.dtype} on {one.device}" for one in some] for some in (given, self._inputs))
-        if kinds != wanted_kinds:
-            raise ValueError(f"{wanted}, of {', '.join(wanted_kinds)}; got {', '.join(kinds)}. Convert them first.")
-        return tuple(given)
+        return _like(self._inputs, as_tuple(tensors), wanted)
+
+    def _outputs(self, layer: nn.Module, value: object) -> tuple[Tensor, ...]:
+        """Return the tensors given for a layer's outputs as a tuple, which must be shaped like those."""
+        given = (value,) if value is None else as_tuple(value)
+        wanted = f"outputs must hold tensors shaped like those that the {type(layer).__name__} returned"
+        return _like(self._layers[layer].values, given, wanted)
 
     def __reduce__(self) -> Any:
         """Refuse to be pickled."""
@@ -132,8 +131,13 @@ class FrozenModel:
             Name of the switch to the number of places; empty in the same linear region.
 
         Raises:
+            TypeError: If the other is no frozen model.
             ValueError: If the two are not frozen from the same model at inputs of one shape.
         """
+        if not isinstance(other, FrozenModel):
+            raise TypeError(
+                f"other must be a frozen model, got {type(other).__name__}. Freeze the model at the other input."
+            )
         mine, others = self.switches, other.switches
         if mine.keys() != others.keys() or any(mine[name].shape != others[name].shape for name in mine):
             raise ValueError(
@@ -149,22 +153,43 @@ class FrozenModel:
     def distance_to_boundary(self, direction: Tensor | Sequence[Tensor]) -> Boundary:
         """Return the first step along ``direction`` at which a switch flips.
 
-        Exact for piecewise-linear models; for others it is that of the frozen model, a first-order estimate.
+        Exact for piecewise-linear models; for others it is that of the frozen model, a first-order estimate. Where what
+        switches cannot be followed (``mode``, ``topk`` without ``sorted``, rounding, the median of a whole tensor, a
+        rule of your own without ``steps_to_boundary``), a warning names it, and the region may end before.
 
         Args:
-            direction: Change of the input per unit step, shaped like it.
+            direction: Change of the input per unit step, shaped like it, finite.
 
         Returns:
             The distance for each image, and the name of the switch that flips.
 
         Raises:
-            ValueError: If the direction's shape is not that of the input.
+            TypeError: If the direction is no tensor, or a tuple of such for several inputs.
+            ValueError: If the direction's shape is not that of the input, or a number of it is NaN or infinite.
             RuntimeError: If the model's weights changed in place since it was frozen.
         """
         self._check_constants()
         directions = self._shaped(direction, "direction must be shaped like the inputs")
+        if unlimited := sum(int((~one.isfinite()).sum()) for one in directions):
+            raise ValueError(
+                f"direction must be finite, got {unlimited} values that are NaN or infinite. Replace them first."
+            )
         with torch.no_grad():
             return nearest_boundary(self._tape, self._names, self._inputs, directions)
+
+
+def _like(those: Sequence[Tensor | Value], given: tuple[Any, ...], wanted: str) -> tuple[Tensor, ...]:
+    """Return what is given, which must be tensors of the shapes, types and devices of those."""
+    for one in given:
+        if not isinstance(one, Tensor):
+            raise TypeError(f"{wanted}, got {type(one).__name__}. Pass tensors; several as one tuple.")
+    shapes, expected = ([tuple(one.shape) for one in some] for some in (given, those))
+    if shapes != expected:
+        raise ValueError(f"{wanted}, {expected}; got {shapes}.")
+    kinds, wanted_kinds = ([f"{one.dtype} on {one.device}" for one in some] for some in (given, those))
+    if kinds != wanted_kinds:
+        raise ValueError(f"{wanted}, of {', '.join(wanted_kinds)}; got {', '.join(kinds)}. Convert them first.")
+    return given
 
 
 def freeze(
