@@ -141,6 +141,10 @@ class Call:
                 return True
         return False
 
+    def is_first_alone_live(self) -> bool:
+        """Return whether the first argument depends on the image, and no other."""
+        return len(self.live) == 1 and len(self.args) > 0 and self.args[0] is self.live[0]
+
     def is_gate(self, argument: object) -> bool:
         """Return whether a live argument is a gate."""
         return any(argument is one and value.gate for one, value in zip(self.live, self.values, strict=True))

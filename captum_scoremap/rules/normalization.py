@@ -36,7 +36,7 @@ class Standardize(Rule):
 
     def variant(self, call: Call) -> Rule:
         """Return the norm without weight and bias, and these after it, where one of them is live."""
-        if not any(call.is_live(one) for one in call.args[self.weight : self.weight + 2]):
+        if call.is_first_alone_live() or not any(map(call.is_live, call.args[self.weight : self.weight + 2])):
             return self
         operation = call.operation
 
@@ -154,7 +154,7 @@ class BatchNorm(Standardize):
 
     def variant(self, call: Call) -> Rule:
         """Return the formula, too, where running statistics are live; they must not be updated."""
-        if not any(call.is_live(one) for one in call.args[3:5]):
+        if call.is_first_alone_live() or not any(map(call.is_live, call.args[3:5])):
             return super().variant(call)
         if not self.is_affine(call):
             raise ValueError(

@@ -24,6 +24,7 @@ class Operation:
         is_quantized = operation.namespace.startswith("quantized")
         if is_quantized:  # else they would go by the names of plain ones
             name = f"{operation.namespace}::{name}"
+        self.overload = operation  # held, so that its identity stays its own
         arguments = operation._schema.arguments
         # positions of arguments that may be tensors
         self.tensors = [at for at, one in enumerate(arguments) if "Tensor" in str(one.type) and one.name != _SCRATCH]
@@ -103,5 +104,5 @@ def _is_written(argument: Any) -> bool:
     return bool(argument.alias_info is not None and argument.alias_info.is_write and argument.name != _SCRATCH)
 
 
-# Under the default rules, for all runs.
-OPERATIONS: dict[Any, Operation] = {}
+# By the identity of the overload, under the default rules, for all runs.
+OPERATIONS: dict[int, Operation] = {}

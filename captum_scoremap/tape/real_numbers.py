@@ -13,22 +13,23 @@ __all__ = ["RealNumbers"]
 
 
 class RealNumbers:
-    """The real numbers behind the quantized tensors of a run, as tensors that are recorded."""
+    """The real numbers behind the quantized tensors of a run, as tensors that are recorded.
+
+    Attributes:
+        known: Of each such tensor, by its identity, itself and the numbers.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._known)
+        self.known: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return what a quantized tensor that depends on the image stands for; None for any other tensor."""
-        reference, numbers = self._known.get(id(tensor), (None, None))
+        reference, numbers = self.known.get(id(tensor), (None, None))
         return numbers if reference is not None and reference() is tensor else None
 
     def stand(self, tensor: Tensor, numbers: Tensor) -> None:
         """Note what a quantized tensor stands for."""
-        self._known[id(tensor)] = weakref.ref(tensor), numbers
+        self.known[id(tensor)] = weakref.ref(tensor), numbers
 
     def are_in(self, arguments: Any) -> bool:
         """Return whether a quantized tensor that depends on the image is among some arguments."""

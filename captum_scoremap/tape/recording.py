@@ -203,17 +203,17 @@ class Recording(Run):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and write its step."""
-        if isinstance(func, torch._ops.HigherOrderOperator):
-            return self._run_higher_order(func, args, kwargs)
-        operation = self._operations.get(func)
+        operation = self._operations.get(id(func))  # its own hash is a function of Python's, and takes longer
         if operation is None:
-            operation = self._operations[func] = Operation(func, self.rules)
+            if isinstance(func, torch._ops.HigherOrderOperator):
+                return self._run_higher_order(func, args, kwargs)
+            operation = self._operations[id(func)] = Operation(func, self.rules)
         if operation.is_view:
-            self.count_changes(tensors_in(args[:1]))
+            self.count_changes(args[:1])
         if operation.writes:
-            self.count_changes(tensors_in([args[at] for at in operation.writes if at < len(args)]), more=1)
+            self.count_changes([args[at] for at in operation.writes if at < len(args)], more=1)
         if operation.outs:
-            self.count_changes(tensors_in([kwargs[name] for name in operation.outs if name in kwargs]), more=1)
+            self.count_changes([kwargs[name] for name in operation.outs if name in kwargs], more=1)
             return self._into(func, operation, args, kwargs)
         if operation.lifts:
             self.lift(args[0])
@@ -225,7 +225,7 @@ class Recording(Run):
                 break
             symbols[position] = self.symbol(args[position], live, values)
         named = {name: self.symbol(argument, live, values) for name, argument in kwargs.items()} if kwargs else {}
-        if self.real and self.real.are_in((args, kwargs)):
+        if self.real.known and self.real.are_in((args, kwargs)):
             where = operation.changes
             if where is not None and isinstance(args[where], Tensor) and not is_encoded(args[where]):
                 return self._run(func, self.real.besides(args, where), kwargs)

@@ -5,7 +5,7 @@ change memory (``changes``) or round (``quantized``), layers that begin (``taps`
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,15 +126,16 @@ class Run(TorchDispatchMode):
                 self.name(tensor, value)
         return value
 
-    def count_changes(self, tensors: Iterable[Tensor], more: int = 0) -> None:
+    def count_changes(self, arguments: Sequence[Any], more: int = 0) -> None:
         """Note how often tensors have changed, of which a view is made, or will have when an operation is done.
 
         A view counts as its tensor does, but only from when the operation that makes it is done.
         """
-        for tensor in tensors:
-            if tensor.layout is torch.strided:
+        for tensor in tensors_in(arguments):
+            changes = _changes(tensor) + more
+            if changes and tensor.layout is torch.strided:
                 address = tensor.untyped_storage()._cdata
-                self._written[address] = max(self._written.get(address, 0), _changes(tensor) + more)
+                self._written[address] = max(self._written.get(address, 0), changes)
 
     def _check_changes(self, tensor: Tensor, known: int) -> None:
         """Note it where a tensor changed more often than was seen."""
@@ -194,4 +195,7 @@ class Run(TorchDispatchMode):
 
 def _changes(tensor: Tensor) -> int:
     """Return how often a tensor, or another of its memory, changed in place, as PyTorch counts."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # made under torch.inference_mode, where nothing is counted
+        return 0
