@@ -388,8 +388,8 @@ def _aten_names(operation: Any) -> tuple[str, ...]:
         name = "__" + name[3:]
     if namespace.startswith("quantized") and (_in_table(namespace, name) in DEFAULT or _first_known((name,))):
         return (_in_table(namespace, name),)
-    if name in DEFAULT:
-        return (name,)
+    if name in DEFAULT:  # and may arrive as other operations, too
+        return tuple({name: None, **dict.fromkeys(_ATEN_NAMES.get(name, ()))})
     if "." in name and _first_known((name,)):
         return (_plain(name),)
     plain = name.strip("_").removeprefix("fft_")
