@@ -90,7 +90,9 @@ def keys_of(name: str) -> set[object]:
     """What users may call an operation, given the dispatcher's name for it."""
     namespace, _, overloaded = name.partition("::")
     plain = overloaded.partition(".")[0]
-    packet = getattr(getattr(torch.ops, namespace), plain)
+    packet = getattr(getattr(torch.ops, namespace), plain, None)
+    if packet is None:  # of a library that is only there in part
+        return set()
     overloads = {getattr(packet, overload) for overload in packet.overloads()}
     return {name, overloaded, plain, f"{namespace}::{plain}", display_name(plain), packet, *overloads}
 
