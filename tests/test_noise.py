@@ -270,3 +270,29 @@ def test_noise_about_the_image_moves_with_it() -> None:
         form = linear_form(noisy, image, 2)
         slope = form.score / image[0, 2] if slope is None else slope
         assert_close(form.coefficients, torch.tensor([[0.0, 0.0, float(slope), 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        torch.distributions.Dirichlet,
+        lambda x: torch.distributions.Beta(x, 2 * x),
+        lambda x: torch.distributions.Gamma(x, 2.0),
+    ],
+    ids=["Dirichlet", "beta", "gamma"],
+)
+def test_draws_move_with_their_parameters_as_for_autograd(
+    distribution: Callable[[Tensor], torch.distributions.Distribution],
+) -> None:
+    image = torch.tensor([[0.7, 1.5, 2.0, 0.9]], dtype=torch.float64)
+
+    def drawn(x: Tensor) -> Tensor:
+        torch.manual_seed(6)
+        return distribution(x).rsample()
+
+    with torch.random.fork_rng():
+        leaf = image.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(drawn(leaf)[:, 2].sum(), leaf)
+        form = linear_form(drawn, image, 2)
+    assert_close(form.coefficients, expected)
+    assert_close(form.sums + form.bias, form.score)
