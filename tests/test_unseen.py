@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -832,7 +834,9 @@ def test_buffers_that_another_thread_made_are_refused() -> None:
             return F.relu(self.get_buffer("found"))
 
     for model in (nn.Sequential(nn.ReLU(), Holds()), Reads()):
-        with pytest.raises(UnsupportedOperationError, match=r"what made a (tensor|buffer) during the run"):
+        with pytest.raises(
+            UnsupportedOperationError, match=r"what made a (tensor|parameter or a buffer) during the run"
+        ):
             linear_form(nn.Sequential(nn.Flatten(), model), torch.rand(1, 3), 1)
 
 
@@ -950,3 +954,188 @@ def test_layers_that_run_inside_of_derivatives_and_vmap_too() -> None:
         assert_close(complete.sum((1, 2, 3)) + rest, model(images)[:, 1])
         with pytest.raises(ValueError, match="layers must be named for this model"):
             FusedScoreMap(model).attribute(images, 1)
+
+
+# --- constants that change by something else than operations
+
+WEIGHT = torch.tensor([0.3, -0.7, 0.5, 0.1], dtype=torch.float64)
+
+
+def by_data(x: Tensor) -> Tensor:
+    weight = nn.Parameter(WEIGHT.clone())
+    kept = weight.data
+    weight.data = kept.sign()
+    found = x * weight.view(4, 1, 1)
+    weight.data = kept
+    return found
+
+
+def by_swap(x: Tensor) -> Tensor:
+    one, other = nn.Parameter(WEIGHT.sign()), nn.Parameter(WEIGHT.clone())
+    found = x * one.view(4, 1, 1)
+    torch.utils.swap_tensors(one, other)
+    return found + 0 * one.sum()
+
+
+def by_swap_of_what_is_read(x: Tensor) -> Tensor:
+    one, other = nn.Parameter(WEIGHT.sign().view(4, 1, 1)), nn.Parameter(WEIGHT.clone().view(4, 1, 1))
+    found = x * one
+    torch.utils.swap_tensors(one, other)
+    return found + 0 * one
+
+
+def by_numpy(x: Tensor) -> Tensor:
+    weight = WEIGHT.sign().view(4, 1, 1)
+    found = x * weight
+    weight.numpy()[:] = 7
+    return found
+
+
+def by_a_fused_optimizer(x: Tensor) -> Tensor:
+    weight, gradient, momentum = torch.ones(4).double(), torch.ones(4).double(), WEIGHT.sign()
+    found = x * momentum.view(4, 1, 1)
+    settings = {"weight_decay": 0.0, "momentum": 0.5, "lr": 0.1, "dampening": 0.0, "nesterov": False}
+    torch._fused_sgd_([weight], [gradient], [momentum], **settings, maximize=False, is_first_step=False)
+    return found + 0 * weight.sum()
+
+
+def by_resizing(x: Tensor) -> Tensor:
+    weight = WEIGHT.sign().view(4, 1, 1)
+    found = x * weight
+    weight.untyped_storage().resize_(0)
+    return found
+
+
+@torch.library.custom_op("captum_scoremap_tests::change_both", mutates_args={"first", "second"})
+def change_both(first: Tensor, second: Tensor) -> Tensor:
+    first.mul_(3)
+    second.mul_(2)
+    return first + second
+
+
+def by_a_library(x: Tensor) -> Tensor:
+    one, other = torch.ones(4).double(), WEIGHT.sign()
+    found = x * other.view(4, 1, 1)
+    both = change_both(one, other)
+    return found + 0 * both.sum()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(by_data, by_swap, by_swap_of_what_is_read, by_numpy),
+        *(by_a_fused_optimizer, by_resizing, by_a_library),
+    ],
+)
+def test_constants_stay_what_they_were_when_they_were_read(function: Function) -> None:
+    assert_as_plain(function, lambda x: x * WEIGHT.sign().view(4, 1, 1))
+
+
+def elsewhere(change: Callable[[], object]) -> None:
+    POOL.submit(change).result()
+
+
+def then_viewed(x: Tensor) -> Tensor:
+    found = torch.ones_like(x)
+    elsewhere(lambda: found.copy_(x.relu()))
+    return found.view(x.shape) + x
+
+
+def then_changed(x: Tensor) -> Tensor:
+    found = torch.ones_like(x)
+    elsewhere(lambda: found.copy_(x.relu()))
+    return found.mul_(1.0) + x
+
+
+def then_written_to(x: Tensor) -> Tensor:
+    found = torch.ones_like(x)
+    elsewhere(lambda: found.copy_(x.relu()))
+    torch.add(found, 0.0, out=found)
+    return found + x
+
+
+def of_what_depends(x: Tensor) -> Tensor:
+    found = x.clone()
+    elsewhere(lambda: found.mul_(2))
+    return found[:] * 1
+
+
+@pytest.mark.parametrize("function", [then_viewed, then_changed, then_written_to, of_what_depends])
+def test_what_another_thread_changed_is_refused_however_it_is_read(function: Function) -> None:
+    assert_refused(function, r"what changed a tensor in place \(another thread\)")
+
+
+def test_parameters_that_another_thread_made_are_refused() -> None:
+    assert_refused(
+        lambda x: POOL.submit(lambda: nn.Parameter(x.relu())).result() + x, "what made a parameter or a buffer during"
+    )
+
+
+class MarkedFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2).add_(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * gradient
+
+
+def trained(x: Tensor) -> Tensor:
+    weight = nn.Parameter(torch.ones(4).double())
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9, fused=True)
+    with torch.enable_grad():
+        weight.sum().backward()
+    optimizer.step()
+    return x * weight.view(4, 1, 1)
+
+
+NORM = nn.BatchNorm2d(4).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("function", "plain"),
+    [
+        (lambda x: MarkedFirst.apply(x * 1) + 0, lambda x: 2 * x + 1),
+        (lambda x: copy.deepcopy(NORM)(x), NORM),
+        (lambda x: nn.BatchNorm2d(4).double().eval()(x), NORM),
+        (trained, lambda x: x * 0.9),
+        (lambda x: torch.vmap(lambda one: one * nn.Parameter(one))(x), lambda x: x * x),
+        (lambda x: nn.GRU(4, 4).double()(x[:, 0] * 0)[0][:, None] * 0 + x, lambda x: x),
+    ],
+    ids=["marked first", "a deep copy", "made anew", "a fused optimizer", "vmap", "cast"],
+)
+def test_what_one_thread_does_is_not_refused(function: Function, plain: Function) -> None:
+    assert_as_plain(function, plain)
+
+
+def test_a_refusal_outside_of_operations_is_not_swallowed() -> None:
+    def swallows(x: Tensor) -> Tensor:
+        both = torch.complex(x, x)
+        real = both.real
+        both.mul_(2)
+        try:
+            return nn.Parameter(real) * 1
+        except BaseException:
+            return x + 1
+
+    with pytest.raises(TypeError, match="complex numbers that change in place"):
+        linear_form(swallows, torch.rand(1, 3), 1)
+
+
+def test_a_refused_run_leaves_no_tensors() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def refused(x: Tensor) -> Tensor:
+        found = 2 * x
+        seen.append(weakref.ref(found))
+        return F.rrelu(found, training=True)
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            linear_form(refused, torch.rand(1, 3), 1)
+        assert seen[0]() is None
+    finally:
+        gc.enable()

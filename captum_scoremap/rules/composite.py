@@ -43,7 +43,7 @@ def _dropout(input: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tenso
     return input * kept * scale, kept
 
 
-def _normal(mean: Tensor | float, std: Tensor | float, *, generator: torch.Generator | None = None) -> Tensor:
+def _normal(mean: Tensor | float, std: Tensor | float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
     """Draw as the kernel does, and scale and shift it: what is drawn is frozen, its mean and its spread are not."""
     live = next(one for one in (mean, std) if isinstance(one, Tensor))
     shape = torch.broadcast_shapes(*(one.shape for one in (mean, std) if isinstance(one, Tensor)))

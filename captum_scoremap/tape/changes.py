@@ -85,8 +85,10 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     """Run an operation as it is that makes constants, be it in the memory of live tensors."""
     if operation.hides_scales:  # integers of the image: rounded, so frozen, but the scales beside them are not
         run.sight.lack_rule(f"quantized {operation.name}")
-    where = operation.changes
-    written = tensors_in([kwargs[name] for name in operation.outs] if where is None else args[where])
+    written = tensors_in([
+        *(args[at] for at in operation.writes if at < len(args)),
+        *(kwargs[name] for name in operation.outs),
+    ])
     before = []
     for tensor in written:
         value = run.value_of(tensor)
@@ -98,14 +100,16 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     read_constants(run, operation, args)
     is_frozen = run.has_frozen((args, kwargs))
     output = func(*args, **kwargs)
+    if operation.overload.namespace != "aten":  # of which PyTorch counts what they are made of, too
+        run.count_changes(written, more=1)
     for tensor, content in before:
         run.memory.now_holds(tensor, None, content)
         run.made(tensor)
     if operation.name == "set":
         run.forget(args[0])  # what it holds now may be live
         run.sight.placed(args[0])
-    if not written or not isinstance(output, Tensor):  # beside what it changes it may return something new
-        for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
+    for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
+        if not any(tensor is one for one in written):  # beside what it changes it may return something new
             run.made(tensor, operation.name)
     if is_frozen:
         run.made_frozen(output, operation)
@@ -116,7 +120,7 @@ def read_constants(run: Run, operation: Operation, args: tuple[Any, ...]) -> Non
     """Look at the constants that an operation reads, where something unseen may have filled one's memory."""
     if run.sight.bare and operation.reads:
         for at in operation.tensors:
-            if at < len(args) and at != operation.changes:
+            if at < len(args) and at not in operation.writes:
                 for tensor in tensors_in(args[at]):
                     if run.value_of(tensor) is None:
                         run.sight.read(tensor)

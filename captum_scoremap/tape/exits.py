@@ -47,6 +47,7 @@ def _leave(run: Run, way: str, tensor: Tensor, *_: object) -> None:
         run.sight.exits.append(way)
     if way in _ADDRESSES:
         run.sight.open_memory(tensor, way)
+        run.keep_constants(tensor)  # as others may write there from now on
 
 
 def _map(run: Run, way: str, *tensors: object) -> None:
@@ -77,7 +78,26 @@ def _pass_storage(run: Run, name: str, *storages: object) -> bool:
 
 def _mark(run: Run, _: str, *tensors: object) -> None:
     """Count it as a change that an autograd function says that it changes tensors."""
-    run.count_changes([one for one in tensors if isinstance(one, Tensor)], more=2)  # beside that of the operation
+    run.expect_change([one for one in tensors if isinstance(one, Tensor)])
+
+
+def _swap(run: Run, _: str, *tensors: object) -> None:
+    """Hold on to the constants that steps read, of tensors that become one another; of live ones it is refused."""
+    for one in tensors:
+        if isinstance(one, Tensor):
+            if run.is_live(one):
+                run.sight.hide("what torch.utils.swap_tensors() made of two tensors")
+            run.keep_constants(one)
+            run.forget(one)  # no reference of ours may be left
+
+
+def _resize(run: Run, name: str, storage: UntypedStorage, *_: object) -> None:
+    """Hold on to the constants in memory that goes; refuse it of live tensors'."""
+    if run.may_lie_in(storage):
+        run.sight.hide(f"what UntypedStorage.{name}() did to a tensor's memory")
+    else:
+        with unrecorded():
+            run.keep_constants(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
 
 
 def exits_watched(run: Run) -> AbstractContextManager[None]:
@@ -110,7 +130,10 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
     for run in _watching.here():
         if run.is_live(tensor) or run.is_live(data):
             run.sight.hide("what was assigned to Tensor.data")  # other memory, of which no operation tells
+        run.keep_constants(tensor)
     _DATA.__set__(tensor, data)
+    for run in _watching.here():
+        run.count_changes([tensor])  # in memory where none of its were counted
 
 
 # Ways to make a parameter of a tensor, which no operation tells of.
@@ -123,7 +146,7 @@ def _noticed(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         made = plain(*args, **kwargs)
         if isinstance(made, torch.nn.Parameter):
             for run in _watching.here():
-                run.name_alias(made, tensors_in(args)[0])
+                run.name_alias(made, tensors_in((args, kwargs))[0])
         return made
 
     return noticed
@@ -138,6 +161,8 @@ _WATCHED: tuple[tuple[Any, Callable[..., bool | None], dict[str, bool]], ...] = 
         (torch.Tensor, _list, ("new_tensor",)),
         (torch, _list, _OF_LISTS),
         (torch.autograd.function.FunctionCtx, _mark, ("mark_dirty",)),
+        (torch.utils, _swap, ("swap_tensors",)),
+        (UntypedStorage, _resize, ("resize_",)),
         (UntypedStorage, _pass_storage, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
     )
 )
@@ -149,7 +174,15 @@ def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., bool | No
         told = [tell(run, name, one, *args, *list(kwargs.values())[:1]) for run in _watching.here()]
         # bytes of live numbers are copied as numbers of another type
         with unrecorded() if any(told) else nullcontext():
-            return plain(one, *args, **kwargs)
+            output = plain(one, *args, **kwargs)
+        for run in _watching.here():
+            if name == "__deepcopy__":  # made by no operation, but of what is known
+                run.made_copy(output, one)
+            elif name == "swap_tensors":
+                for tensor in (one, *args):
+                    run.made(tensor)
+                    run.count_changes([tensor])
+        return output
 
     watched.plain = plain  # type: ignore[attr-defined]
     return watched

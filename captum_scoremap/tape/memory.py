@@ -18,7 +18,7 @@ from captum_scoremap.checks import unrecorded
 from captum_scoremap.rules import Copy, Rule, Value, tensors_in
 
 from .geometry import Geometry, are_apart, fills, geometry
-from .module_tracker import ModuleTracker, Refused
+from .module_tracker import ModuleTracker
 from .steps import Kept, Step, Tape, sites_of
 
 __all__ = ["Before", "Memory"]
@@ -141,7 +141,7 @@ class Memory:
         memory = self.changed.get(storage._cdata)
         held = (value and (value.root or (value,))[0], None if memory is None else memory.value)
         for live in filter(None, held):
-            _check_read_alike(target, live.dtype)
+            self._check_read_alike(target, live.dtype)
         length = storage.nbytes() // target.element_size()
         if fills(target, length):
             return None
@@ -188,7 +188,7 @@ class Memory:
 
     def now_holds(self, target: Tensor, value: Value | None, before: Before | None) -> None:
         """Note that a tensor was changed in place: what it holds now, None for constants, and what lay around it."""
-        _check_read_alike(target, target.dtype)
+        self._check_read_alike(target, target.dtype)
         self.clock += 1
         address = target.untyped_storage()._cdata
         memory = self.changed.get(address)
@@ -235,7 +235,7 @@ class Memory:
         """Return what the memory holds where a tensor lies; None for constants alone."""
         if memory.value is None:
             return None
-        _check_read_alike(tensor, memory.value.dtype)
+        self._check_read_alike(tensor, memory.value.dtype)
         if memory.is_constant(tensor):
             return None
         if memory.geometry == geometry(tensor):
@@ -290,6 +290,23 @@ class Memory:
         (made,) = self._tape.write(step, [like], gate=all(value.gate for value in values))
         return made
 
+    def _check_read_alike(self, tensor: Tensor, written: torch.dtype) -> None:
+        """Raise where a tensor reads numbers in memory otherwise than they were written."""
+        if tensor.dtype == written and not tensor.is_conj() and not tensor.is_neg():
+            return
+        if tensor.is_complex() or written.is_complex:
+            error = TypeError(
+                "complex numbers that change in place must be read and changed by complex views that are no "
+                f"conjugates, got {'a conjugate' if tensor.is_conj() else 'a'} view of {tensor.dtype}. Change a copy: "
+                "torch.view_as_real(x).clone(), or x.conj().resolve_conj()."
+            )
+        else:
+            error = TypeError(
+                f"memory that changes in place must be read and changed as numbers of one type, got a view of "
+                f"{tensor.dtype} where {written} was written. Compute this without tensor.view(dtype)."
+            )
+        raise self._modules.refuse(error)
+
 
 def _uses(tensor: Tensor) -> int:
     """Return how often a tensor's memory is referred to."""
@@ -317,21 +334,3 @@ def _standing(value: Value, place: Geometry) -> list[tuple[Value, Geometry, floa
         found.append((root, where, beneath.clock))
         root, where = beneath.value, beneath.geometry
     return found[::-1]
-
-
-def _check_read_alike(tensor: Tensor, written: torch.dtype) -> None:
-    """Raise where a tensor reads numbers in memory otherwise than they were written."""
-    if tensor.dtype == written and not tensor.is_conj() and not tensor.is_neg():
-        return
-    if tensor.is_complex() or written.is_complex:
-        error = TypeError(
-            "complex numbers that change in place must be read and changed by complex views that are no conjugates, "
-            f"got {'a conjugate' if tensor.is_conj() else 'a'} view of {tensor.dtype}. Change a copy: "
-            "torch.view_as_real(x).clone(), or x.conj().resolve_conj()."
-        )
-    else:
-        error = TypeError(
-            f"memory that changes in place must be read and changed as numbers of one type, got a view of "
-            f"{tensor.dtype} where {written} was written. Compute this without tensor.view(dtype)."
-        )
-    raise Refused(error)

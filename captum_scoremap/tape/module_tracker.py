@@ -35,6 +35,7 @@ class Refused(BaseException):
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+        self.args = (str(error),)  # not the error itself, whose frames hold the run
 
 
 def root_module(function: object) -> nn.Module | None:

@@ -112,7 +112,7 @@ class Recording(Run):
                 self.sight.compare(tensor, self.is_live)
                 if values[id(tensor)] is None:
                     self.sight.read(tensor)
-            self.sight.meet_buffers()
+            self.sight.meet_state()
         self.sight.underivable |= {name for name, call in self._without_rules.items() if not is_derivable(call)}
         self.sight.raise_refused()
         with unrecorded():
@@ -143,12 +143,16 @@ class Recording(Run):
             is_lost = "TorchScript" in str(ended) and str(ended).rstrip().endswith("RuntimeError:")
             error = self.modules.refused or (self._last_error if is_lost and self._last_error is not None else ended)
             if isinstance(error, Refused):
-                raise error.error.with_traceback(error.__traceback__) from None
+                plain = error.error.with_traceback(error.__traceback__)
+                try:
+                    raise plain from None
+                finally:
+                    del plain, error.error, error  # a frame of it that holds it would hold all tensors, too
             if error is ended:
                 raise
             raise error from ended
         finally:
-            self._last_error = None  # whose frames hold the run, and all its tensors
+            self._last_error = self.modules.refused = None  # whose frames hold the run, and all its tensors
 
     def _at_site(self, site: Site, passing: Any) -> Any:
         # no one tensor: a part of one, by vmap, or one inside of a derivative
@@ -208,15 +212,16 @@ class Recording(Run):
             if isinstance(func, torch._ops.HigherOrderOperator):
                 return self._run_higher_order(func, args, kwargs)
             operation = self._operations[id(func)] = Operation(func, self.rules)
-        if operation.is_view:
-            self.count_changes(args[:1])
-        if operation.writes:
-            self.count_changes([args[at] for at in operation.writes if at < len(args)], more=1)
         if operation.outs:
-            self.count_changes([kwargs[name] for name in operation.outs if name in kwargs], more=1)
+            given = tensors_in([kwargs[name] for name in operation.outs if name in kwargs])
+            for tensor in given:
+                self.value_of(tensor)  # which checks what changed before
+            self.count_changes(given, more=1)
             return self._into(func, operation, args, kwargs)
         if operation.lifts:
             self.lift(args[0])
+        if operation.writes and operation.overload.namespace != "aten":  # which PyTorch counts before it runs
+            self.count_changes([args[at] for at in operation.writes if at < len(args)])
         live: list[Tensor] = []
         values: list[Value] = []
         symbols = list(args)
@@ -225,6 +230,10 @@ class Recording(Run):
                 break
             symbols[position] = self.symbol(args[position], live, values)
         named = {name: self.symbol(argument, live, values) for name, argument in kwargs.items()} if kwargs else {}
+        if operation.is_view:
+            self.count_changes(args[:1])
+        if operation.writes:
+            self.count_changes([args[at] for at in operation.writes if at < len(args)], more=1)
         if self.real.known and self.real.are_in((args, kwargs)):
             where = operation.changes
             if where is not None and isinstance(args[where], Tensor) and not is_encoded(args[where]):

@@ -5,6 +5,7 @@ change memory (``changes``) or round (``quantized``), layers that begin (``taps`
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ class Run(TorchDispatchMode):
         # and when it became known, by our clock and by how often the tensor had changed
         self._known: dict[int, tuple[weakref.ref[Tensor], Value | None, int, int]] = {}
         self._written: dict[int, int] = {}  # how often tensors have changed, as far as was seen, by their memory
+        self._expected: Counter[int] = Counter()  # and how often beside that, as autograd functions say
         self._made_of_image: dict[int, weakref.ref[Tensor]] = {}  # constants, by what was frozen
 
     def recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -75,10 +77,28 @@ class Run(TorchDispatchMode):
 
     def name_alias(self, alias: Tensor, tensor: Tensor) -> None:
         """Note that a tensor is another one of the same memory, as a parameter is that is made of one."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # no one tensor
+            return
         with unrecorded():
             value = self.value_of(tensor)
-            if value is not None:
+            if value is None:
+                self.made(alias)
+            else:
                 self.name(alias, self.memory.view(tensor, value, alias))
+
+    def made_copy(self, copy: object, tensor: Tensor) -> None:
+        """Note that a tensor is a copy of a constant, unless it is one of the image, which is met as what it is."""
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        if isinstance(copy, Tensor) and not is_wrapped and not self.is_live(tensor):
+            self.made(copy)
+            self.sight.written(copy)
+
+    def keep_constants(self, tensor: Tensor) -> None:
+        """Hold on to what was read of a tensor's memory, before it changes by something else than operations."""
+        if tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            with unrecorded():
+                self.memory.release_constants(tensor)
+                self.memory.about_to_change(tensor)
 
     def made_frozen(self, output: Any, operation: Operation) -> None:
         """Note that constants were made of the image: by what freezes its value, or of what that made."""
@@ -118,7 +138,10 @@ class Run(TorchDispatchMode):
             self._check_changes(tensor, changes)
         memory = self.memory.changed.get(tensor.untyped_storage()._cdata) if self.memory.changed else None
         if memory is None:
-            return value if known is not None or type(tensor) is Parameter else self._met(tensor)
+            if known is None and type(tensor) is Parameter:
+                self.sight.state.append(tensor)
+                return None
+            return value if known is not None else self._met(tensor)
         is_known = known is not None or memory.was_constant
         if not (is_known and memory.leaves(tensor, since)):
             value = self.memory.read(tensor, memory, value, since)
@@ -137,10 +160,20 @@ class Run(TorchDispatchMode):
                 address = tensor.untyped_storage()._cdata
                 self._written[address] = max(self._written.get(address, 0), changes)
 
+    def expect_change(self, tensors: Sequence[Tensor]) -> None:
+        """Note that tensors will count one change more than operations make."""
+        for tensor in tensors:
+            if tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                self.is_live(tensor)  # which checks what changed before
+                self._expected[tensor.untyped_storage()._cdata] += 1
+                self.count_changes([tensor])
+
     def _check_changes(self, tensor: Tensor, known: int) -> None:
         """Note it where a tensor changed more often than was seen."""
-        changes = _changes(tensor)
-        if tensor.layout is torch.strided and changes > self._written.get(tensor.untyped_storage()._cdata, known):
+        if tensor.layout is not torch.strided:
+            return
+        address = tensor.untyped_storage()._cdata
+        if _changes(tensor) > self._written.get(address, known) + self._expected[address]:
             self.sight.hide("what changed a tensor in place (another thread)")
 
     def symbol(self, argument: Any, live: list[Tensor], values: list[Value]) -> Any:
@@ -178,11 +211,11 @@ class Run(TorchDispatchMode):
         module = self.modules.current
         for buffer in () if module is None else module._buffers.values():
             if tensor is buffer:
-                self.sight.buffers.append(tensor)
+                self.sight.state.append(tensor)
                 return None
         if tensor.layout is torch.strided:  # else it has no memory of its own to share
             address = tensor.untyped_storage()._cdata
-            for reference, value, *_ in list(self._known.values()):
+            for reference, value, *_ in reversed(list(self._known.values())):  # the last, behind a layer
                 known = reference()
                 if value is not None and known is not None and known.untyped_storage()._cdata == address:
                     value = self.memory.view(known, value, tensor)
