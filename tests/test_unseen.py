@@ -637,6 +637,16 @@ def test_numpy_may_read_the_model_s_weights() -> None:
     assert linear_form(model, torch.rand(1, 3, dtype=torch.float64), 1).coefficients.tolist() == [[0.0, -2.0, 0.0]]
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [lambda x: [x.mean().item(), x.amax().item()], lambda x: x.flatten()[:2].tolist()],
+    ids=["item", "tolist"],
+)
+def test_a_list_of_two_numbers_that_left_is_refused(numbers: Callable[[Tensor], list[float]]) -> None:
+    with pytest.raises(UnsupportedOperationError, match="what became of the numbers that left"):
+        linear_form(lambda x: x[:, :2] * torch.tensor(numbers(x)), torch.rand(1, 4), 1)
+
+
 def test_a_list_longer_than_the_numbers_that_left_is_one_of_constants() -> None:
     def scaled(x: Tensor) -> Tensor:
         assert x.mean().item()  # one number
