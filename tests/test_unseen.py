@@ -1075,6 +1075,45 @@ def test_what_another_thread_changed_is_refused_however_it_is_read(function: Fun
     assert_refused(function, r"what changed a tensor in place \(another thread\)")
 
 
+@pytest.mark.parametrize("is_parameter", [False, True])
+def test_what_another_thread_writes_to_the_model_s_state_is_refused(is_parameter: bool) -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            found = torch.zeros(2, 3)
+            if is_parameter:
+                self.found = nn.Parameter(found, requires_grad=False)
+            else:
+                self.register_buffer("found", found)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.found
+            elsewhere(lambda: found[: len(x)].copy_(x.relu()))
+            return found[: len(x)] + x
+
+    for count in (1, 2):
+        with pytest.raises(UnsupportedOperationError, match=r"what changed a tensor in place \(another thread\)"):
+            linear_form(nn.Sequential(nn.Flatten(), Holds()), torch.rand(count, 3), 1)
+
+
+def test_the_model_may_change_its_state() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean, weight = self.get_buffer("mean"), self.weight.detach()
+            mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+            weight.data.add_(1)
+            self.weight.data = 2 * self.weight.data
+            return x * self.weight
+
+    form = linear_form(Counts(), torch.rand(1, 4), 1)
+    assert form.coefficients.tolist() == [[0.0, 4.0, 0.0, 0.0]]
+
+
 def test_parameters_that_another_thread_made_are_refused() -> None:
     assert_refused(
         lambda x: POOL.submit(lambda: nn.Parameter(x.relu())).result() + x, "what made a parameter or a buffer during"

@@ -87,6 +87,7 @@ class Recording(Run):
         """
         # copies, because the model may change its input in place
         copies = tuple(tensor.detach().clone() for tensor in inputs)
+        self.watch_state()
         self.tape.inputs = tap_inputs(self, copies)
         self.has_additional = None in self.tape.inputs
         sites = self._sites if self._stop_at in (None, *self._sites) else (*self._sites, self._stop_at)
@@ -113,6 +114,7 @@ class Recording(Run):
                 if values[id(tensor)] is None:
                     self.sight.read(tensor)
             self.sight.meet_state()
+            self.check_state()
         self.sight.underivable |= {name for name, call in self._without_rules.items() if not is_derivable(call)}
         self.sight.raise_refused()
         with unrecorded():

@@ -58,6 +58,7 @@ class Run(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Tensor], Value | None, int, int]] = {}
         self._written: dict[int, int] = {}  # how often tensors have changed, as far as was seen, by their memory
         self._expected: Counter[int] = Counter()  # and how often beside that, as autograd functions say
+        self._state: dict[int, tuple[Tensor, int]] = {}  # parameters and buffers, and how often they had changed
         self._made_of_image: dict[int, weakref.ref[Tensor]] = {}  # constants, by what was frozen
 
     def recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +135,11 @@ class Run(TorchDispatchMode):
         if known is not None and known[0]() is not tensor:
             known = None
         _, value, since, changes = known or (None, None, 0, 0)
-        if known is not None and _changes(tensor) > changes:
+        if known is None and id(tensor) in self._state:
+            _, changes = self._state[id(tensor)]
+        elif known is None:
+            changes = _changes(tensor)
+        if _changes(tensor) > changes:
             self._check_changes(tensor, changes)
         memory = self.memory.changed.get(tensor.untyped_storage()._cdata) if self.memory.changed else None
         if memory is None:
@@ -159,6 +164,20 @@ class Run(TorchDispatchMode):
             if changes and tensor.layout is torch.strided:
                 address = tensor.untyped_storage()._cdata
                 self._written[address] = max(self._written.get(address, 0), changes)
+
+    def watch_state(self) -> None:
+        """Note how often parameters and buffers have changed before the run: others may change what it has not read."""
+        for root in self.modules.roots:
+            for module in root.modules():
+                state = (*module._parameters.values(), *module._buffers.values())
+                self._state |= {id(one): (one, _changes(one)) for one in state if one is not None}
+
+    def check_state(self) -> None:
+        """Note it where parameters or buffers changed more often than was seen."""
+        for tensor, before in self._state.values():
+            if _changes(tensor) > before:
+                self._check_changes(tensor, before)
+        self._state.clear()
 
     def expect_change(self, tensors: Sequence[Tensor]) -> None:
         """Note that tensors will count one change more than operations make."""
