@@ -20,22 +20,24 @@ from torch.testing import assert_close
 from captum_scoremap import UnsupportedOperationError, freeze, linear_form
 from captum_scoremap.rules import tensors_in
 
-warnings.simplefilter("ignore")  # of PyTorch's tests, and of operations
-
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
-
 SAMPLES = 3  # of each operation
-OPERATIONS = {
-    f"{one.name} {one.variant_test_name}".strip(): one
-    for one in op_db
-    if torch.float64 in one.supported_dtypes("cpu")
-    and not one.name.startswith("jiterator")  # of a GPU
-    and one.variant_test_name != "partial_views"  # which reads memory beside its argument
-}
 REFUSED = r"[;,] got |must have a rule|could not be seen"
 ROUNDED = {"bfloat16", "half", "chalf", "float", "cfloat"}
 # Of numbers in a range, which steps away from the image leave.
 NARROW = {"nn.functional.binary_cross_entropy", "bernoulli", "multinomial", "linalg.cholesky", "cholesky"}
+
+
+def operations() -> list[Any]:
+    """All of the list that take double precision on a CPU."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return [
+        one
+        for one in op_db
+        if torch.float64 in one.supported_dtypes("cpu")
+        and not one.name.startswith("jiterator")  # of a GPU
+        and one.variant_test_name != "partial_views"  # which reads memory beside its argument
+    ]
 
 
 def numbers_of(sample: Any) -> list[Tensor]:
@@ -110,13 +112,15 @@ def check(operation: Any) -> None:
 
 def main(part: int, parts: int) -> int:
     """Check every so many operations, and print what is wrong; return how many were checked."""
-    names = list(OPERATIONS)[part::parts]
-    for name in names:
+    warnings.simplefilter("ignore")  # of PyTorch's tests, and of operations
+    checked = operations()[part::parts]
+    for operation in checked:
         try:
-            check(OPERATIONS[name])
+            check(operation)
         except Exception as error:
+            name = f"{operation.name} {operation.variant_test_name}".strip()
             print(f"{name}: {type(error).__name__}: {error}".replace("\n", " "))
-    return len(names)
+    return len(checked)
 
 
 if __name__ == "__main__":
