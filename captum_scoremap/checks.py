@@ -26,6 +26,7 @@ __all__ = [
     "check_inputs",
     "check_layer",
     "check_layers",
+    "has_memory",
     "is_traced",
     "is_tuple_of_one",
     "module_by_module",
@@ -149,6 +150,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message that suggests the names most like ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has strides in memory: one that is sparse, or stands for others in vmap, has none."""
+    return tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_traced() -> bool:

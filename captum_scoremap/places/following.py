@@ -18,7 +18,7 @@ from captum_scoremap.rules import Value, display_name, tensors_in
 from captum_scoremap.tape import Step, Tape
 
 from .moves import moved
-from .positions import Positions, begins, cell_centers, image_of_all, shared, upright
+from .positions import SEAM, Positions, begins, cell_centers, image_of_all, shared, upright
 
 __all__ = ["Choice", "Found", "positions_in"]
 
@@ -36,8 +36,6 @@ _FOURIER = {"fft_c2c", "fft_r2c", "fft_c2r"}
 _REDUCING = {"sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "std", "norm", "linalg_vector_norm"}
 _COPYING = {"clone", "contiguous", "alias", "to_copy", "detach"}
 _JOINING = {"cat", "stack", "constant_pad_nd"}
-# What follows one another that many cells apart, or more, lies on both sides of a seam.
-_SEAM = 1.5
 # Each element is the mean of some.
 _AVERAGING = {"roi_align", "ps_roi_align", _SAMPLING, _FOLDING}
 # Each is one of those before, as for rules that say so: of those, these write over some.
@@ -320,7 +318,7 @@ def _resampled(one: Positions, axis: int, after: int) -> Positions:
         # a seam is a border to either side of it: no mean of both, but as far from the nearer one as elsewhere
         step = _direction(whole) / cells
         beside = torch.where(beyond > 0.5, second + (beyond - 1) * step, first + beyond * step)
-        found = torch.where(known & ((second - first).abs() * cells > _SEAM), beside, found)
+        found = torch.where(known & ((second - first).abs() * cells > SEAM), beside, found)
         found = torch.where(first > 0, found, second)
         highest = whole.flatten(0, -2).amax(0)
         is_along = len(highest[highest > 0].unique()) > 1  # rather than nowhere at some cells

@@ -12,10 +12,13 @@ from torch.nn import functional as F
 from captum_scoremap.layout import Grid, map_channel_dim, patch_grid
 from captum_scoremap.rules import Value
 
-__all__ = ["Positions", "begins", "cell_centers", "image_of_all", "shared", "upright"]
+__all__ = ["SEAM", "Positions", "begins", "cell_centers", "image_of_all", "shared", "upright"]
 
 # Rows and columns are compared in such parts of the image's sides, about as many as single precision tells.
 _PARTS = 2.0**22
+
+# What follows one another that many cells apart, or more, lies on both sides of a seam, or in parts of their own.
+SEAM = 1.5
 
 # What lies no further from the center of a cell, in cells, lies at it.
 _CENTERED = 1e-2
@@ -106,7 +109,7 @@ class Positions:
             return float(known.sort(axis).values.diff(dim=axis).amax())
 
         sides = zip((self.row, self.column), self.grid, strict=True)
-        return all(one.shape[axis] == 1 or widest_gap(one) * side < 1.5 for one, side in sides)
+        return all(one.shape[axis] == 1 or widest_gap(one) * side < SEAM for one, side in sides)
 
     def settled(self) -> "Positions":
         """Return the same on the coarsest grid that tells them apart."""

@@ -201,8 +201,6 @@ class Recording(Run):
             self._last_error = self.modules.refuse(error)
             raise self._last_error from None
         except BaseException as error:
-            if isinstance(error, Refused):
-                self.modules.refused = self.modules.refused or error
             self._last_error = error
             raise
         return output

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_scoremap.checks import unrecorded
+from captum_scoremap.checks import has_memory, unrecorded
 from captum_scoremap.rules import Frozen, Rule, Value, floating, tensors_in
 
 from .memory import Memory
@@ -58,7 +58,7 @@ class Run(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Tensor], Value | None, int, int]] = {}
         self._written: dict[int, int] = {}  # how often tensors have changed, as far as was seen, by their memory
         self._expected: Counter[int] = Counter()  # and how often beside that, as autograd functions say
-        self._state: dict[int, tuple[Tensor, int]] = {}  # parameters and buffers, and how often they had changed
+        self._state_before: dict[int, tuple[Tensor, int]] = {}  # parameters and buffers, and how often they had changed
         self._made_of_image: dict[int, weakref.ref[Tensor]] = {}  # constants, by what was frozen
 
     def recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class Run(TorchDispatchMode):
 
     def keep_constants(self, tensor: Tensor) -> None:
         """Hold on to what was read of a tensor's memory, before it changes by something else than operations."""
-        if tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if has_memory(tensor):
             with unrecorded():
                 self.memory.release_constants(tensor)
                 self.memory.about_to_change(tensor)
@@ -134,17 +134,14 @@ class Run(TorchDispatchMode):
         # the entry of a tensor that is gone may stand where another one is now
         if known is not None and known[0]() is not tensor:
             known = None
-        _, value, since, changes = known or (None, None, 0, 0)
-        if known is None and id(tensor) in self._state:
-            _, changes = self._state[id(tensor)]
-        elif known is None:
-            changes = _changes(tensor)
-        if _changes(tensor) > changes:
-            self._check_changes(tensor, changes)
+        changes = _changes(tensor)
+        _, value, since, before = known or (None, None, 0, self._state_before.get(id(tensor), (tensor, changes))[1])
+        if changes > before:
+            self._check_changes(tensor, before)
         memory = self.memory.changed.get(tensor.untyped_storage()._cdata) if self.memory.changed else None
         if memory is None:
             if known is None and type(tensor) is Parameter:
-                self.sight.state.append(tensor)
+                self.sight.state_read.append(tensor)
                 return None
             return value if known is not None else self._met(tensor)
         is_known = known is not None or memory.was_constant
@@ -170,19 +167,19 @@ class Run(TorchDispatchMode):
         for root in self.modules.roots:
             for module in root.modules():
                 state = (*module._parameters.values(), *module._buffers.values())
-                self._state |= {id(one): (one, _changes(one)) for one in state if one is not None}
+                self._state_before |= {id(one): (one, _changes(one)) for one in state if one is not None}
 
     def check_state(self) -> None:
         """Note it where parameters or buffers changed more often than was seen."""
-        for tensor, before in self._state.values():
+        for tensor, before in self._state_before.values():
             if _changes(tensor) > before:
                 self._check_changes(tensor, before)
-        self._state.clear()
+        self._state_before.clear()
 
     def expect_change(self, tensors: Sequence[Tensor]) -> None:
         """Note that tensors will count one change more than operations make."""
         for tensor in tensors:
-            if tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if has_memory(tensor):
                 self.is_live(tensor)  # which checks what changed before
                 self._expected[tensor.untyped_storage()._cdata] += 1
                 self.count_changes([tensor])
@@ -230,7 +227,7 @@ class Run(TorchDispatchMode):
         module = self.modules.current
         for buffer in () if module is None else module._buffers.values():
             if tensor is buffer:
-                self.sight.state.append(tensor)
+                self.sight.state_read.append(tensor)
                 return None
         if tensor.layout is torch.strided:  # else it has no memory of its own to share
             address = tensor.untyped_storage()._cdata

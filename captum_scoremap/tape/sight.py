@@ -44,7 +44,7 @@ class Sight:
         self._hidden: dict[tuple[str, str], None] = {}
         self.unsupported: dict[tuple[str, str], None] = {}
         self.underivable: set[str] = set()  # of these, those that have no derivative either
-        self.state: list[Tensor] = []  # parameters, and buffers of modules, that were read
+        self.state_read: list[Tensor] = []  # parameters, and buffers of modules, that were read
         # tensors of the run that a collection took for older ones
         self._once_young: dict[int, weakref.ref[Tensor]] = {}
         self.suspects: list[tuple[Tensor, str, str]] = []  # tensors, what they show if none settles it, and where
@@ -173,9 +173,9 @@ class Sight:
 
     def meet_state(self) -> None:
         """Look whether parameters and buffers that were read are of the run, though no operation made them."""
-        ids = set(map(id, self.state))
+        ids = set(map(id, self.state_read))
         are_young = bool(ids) and any(map(ids.__contains__, map(id, gc.get_objects(generation=0))))
-        if are_young or any(map(self._was_young, self.state)):
+        if are_young or any(map(self._was_young, self.state_read)):
             self.hide("what made a parameter or a buffer during the run (another thread, or a compiled kernel)")
 
     def _is_buffer(self, tensor: Tensor) -> bool:

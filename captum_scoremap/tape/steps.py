@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import is_traced
+from captum_scoremap.checks import has_memory, is_traced
 from captum_scoremap.rules import Call, Rule, Value, floating, substituted, tensors_in
 from captum_scoremap.speed import Packed
 
@@ -292,8 +292,7 @@ def check_finite(results: Iterable[Tensor], what: str = "the coefficients of the
 
 def _version(tensor: Tensor) -> tuple[int, int]:
     """Return what shows that a tensor changed: how often it did in place, and where its memory lies (``data``)."""
-    has_memory = tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor._version, tensor.data_ptr() if has_memory else 0
+    return tensor._version, tensor.data_ptr() if has_memory(tensor) else 0
 
 
 def sites_of(values: Iterable[Value]) -> int:

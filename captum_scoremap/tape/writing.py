@@ -81,7 +81,7 @@ def not_dense(run: Run, operation: Operation, tensor: Tensor) -> Refused:
     """Return the error for a nested or sparse tensor."""
     kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
     module = run.modules.current_name
-    return Refused(
+    return run.modules.refuse(
         TypeError(
             f"every tensor on the way from the image to the score must be dense, got {kind} from {operation.display}"
             f"{f' in {module!r}' if module else ''}. Compute this with dense tensors (nested ones padded, and masked)."
@@ -92,7 +92,7 @@ def not_dense(run: Run, operation: Operation, tensor: Tensor) -> Refused:
 def not_to_change(run: Run, operation: Operation, tensor: Tensor) -> Refused:
     """Return the error for numbers in a few bits that an operation writes where others may read them."""
     module = run.modules.current_name
-    return Refused(
+    return run.modules.refuse(
         TypeError(
             f"numbers in a few bits must be made by a cast, in memory of their own, got {tensor.dtype} from "
             f"{operation.display}{f' in {module!r}' if module else ''}. Compute this with plain numbers, and cast the "
