@@ -257,6 +257,47 @@ def test_the_model_is_affine_up_to_the_boundary_and_not_beyond(seed: int) -> Non
     assert_close(frozen(inside), model(inside).detach(), rtol=1e-12, atol=1e-13)
 
 
+CANCELLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "x + (c - x)": lambda x: F.relu(x + (0.3 - x)),
+    "(x + c) - x": lambda x: F.relu((x + 0.3) - x),
+    "c - x, tensor": lambda x: F.relu(x + (torch.linspace(-1, 1, 6).to(x) - x)),
+    "norms' biases": lambda x: F.relu(F.batch_norm(x, torch.zeros(6).to(x), torch.ones(6).to(x), eps=0) - x + 0.1),
+    "linear": lambda x: F.relu(F.linear(x, torch.eye(6).to(x), torch.linspace(-1, 1, 6).to(x)) - x),
+    "maximum": lambda x: torch.maximum(0.7 - x, 0.2 - x) + x,
+    "max_pool1d": lambda x: F.max_pool1d(torch.stack([x + 0.1, x + 0.7], 2), 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CANCELLED)
+def test_what_cancels_does_not_move(name: str, dtype: torch.dtype) -> None:
+    """Rounding of a constant beside a change is no change, or a switch would flip at some 1e16."""
+    draws = torch.Generator().manual_seed(0)
+    for size in (1e-3, 0.9449569463146377, 7.0):
+        image, direction = (torch.randn(1, 6, dtype=dtype, generator=draws) for _ in range(2))
+        found = boundary(CANCELLED[name], size * direction, image)
+        assert (found.distance.tolist(), found.switch) == ([math.inf], ("",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-20, 1e-6, 1e-3, 1.0, 1e3])
+def test_small_directions_lose_nothing_to_large_constants(size: float, dtype: torch.dtype) -> None:
+    """Distances scale with the inverse of the direction, to rounding, whatever a bias beside it is."""
+    direction = torch.full((1, 3), -size, dtype=dtype)
+    if float(direction[0, 0]) == 0:
+        pytest.skip("smaller than what the type can hold")
+    image = torch.tensor([[1.0, 2.0, 4.0]], dtype=dtype)
+    found = boundary(lambda x: F.relu(x + 2.0 - 2.0), direction, image)
+    wanted = float(image[0, 0]) / -float(direction[0, 0])
+    if wanted <= torch.finfo(dtype).max:
+        assert_close(float(found.distance), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_a_direction_of_zeros_leaves_nothing() -> None:
+    found = boundary(nn.ReLU(), torch.zeros_like(ROW))
+    assert (found.distance.tolist(), found.switch) == ([math.inf], ("",))
+
+
 def test_names_of_functions_are_numbered() -> None:
     def model(x: Tensor) -> Tensor:
         return F.relu(F.relu(x - 1) - 1.5)

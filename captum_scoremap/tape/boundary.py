@@ -1,6 +1,7 @@
 """How far the linear region reaches in a direction: the first step at which a switch flips."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +53,17 @@ def nearest_boundary(
     switches: list[str] = []
     missed: dict[str, None] = {}
     # switches at one distance flip in the order of the steps, whatever rounding made of the distances
-    closer = 1 - 1e3 * torch.finfo(inputs[0].dtype).eps
+    eps = torch.finfo(inputs[0].dtype).eps
+    closer = 1 - min(1e3 * eps, eps**0.5)
+    largest = _largest_change({value.dtype for step in tape.steps for value in step.values})
     for image in range(inputs[0].shape[0]):
+        size = max(float(change[image].abs().max()) for change in direction)
+        # a power of two, which rounds nothing, and which single precision can hold
+        scale = 2.0 ** min(round(math.log2(largest) - math.log2(size)), 120) if size else 1.0
         alone = []
         for change in direction:
             moved = torch.zeros_like(change)
-            moved[image] = change[image]
+            moved[image] = scale * change[image]
             alone.append(moved)
         nearest, switch = float("inf"), ""
         for step, first in _crossings(tape, inputs, tuple(alone)):
@@ -65,7 +71,7 @@ def nearest_boundary(
                 missed[names.get(step, display_name(step.operation))] = None
             elif first < nearest * closer:
                 nearest, switch = first, names[step]
-        distances.append(nearest)
+        distances.append(scale * nearest)
         switches.append(switch)
     if missed:
         warn(
@@ -73,6 +79,16 @@ def nearest_boundary(
             "they do, frozen(x) and model(x) part: compare them at x = inputs + step * direction."
         )
     return Boundary(torch.tensor(distances, dtype=inputs[0].dtype, device=inputs[0].device), tuple(switches))
+
+
+def _largest_change(dtypes: Set[torch.dtype]) -> float:
+    """Return a size of changes that drowns the constants which every step adds to them, and takes off again.
+
+    Nothing of their rounding is left then, so that changes that cancel are zero. It leaves room for what grows on the
+    way.
+    """
+    ranges = [torch.finfo(dtype) for dtype in dtypes if dtype.is_floating_point]
+    return min((min(one.eps**-2, one.max**0.25) for one in ranges), default=1.0)
 
 
 def _crossings(
