@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from captum_scoremap import LayerScoreMap, ScoreMap, bias_maps, bias_terms, freeze, linear_form
+from captum_scoremap.rules import TANGENT, Rule, Tangent
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, between, some_images
 
 
@@ -54,6 +55,30 @@ def test_batch_norms_of_other_dimensions_scale(dims: int) -> None:
     form = linear_form(lambda y: (norm(y).flatten(2).transpose(1, 2) * weights).sum((1, 2)), x)
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().view(-1, *[1] * dims)
     assert_close(form.coefficients, weights.transpose(1, 2).reshape(x.shape) * scale, **EXACT)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["running statistics", "the image's statistics"])
+@pytest.mark.parametrize("rules", [TANGENT, {"batch_norm": Tangent()}], ids=["TANGENT", "Tangent()"])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 3), (1, 16, 4, 4)])
+def test_tangents_of_batch_norms_are_derivatives(
+    shape: tuple[int, ...], rules: dict[str, Rule], training: bool
+) -> None:
+    """Also where PyTorch's own backward pass is wrong: transposed, before or behind the norm."""
+    statistics = (None, None) if training else (randn(shape[1]), randn(shape[1], seed=1).abs() + 0.5)
+    x, change = randn(*shape), randn(*shape, seed=2)
+    weights = randn(shape[0], math.prod(shape[2:]), shape[1], seed=5)
+
+    def before(y: Tensor) -> Tensor:
+        return (F.batch_norm(y, *statistics, training=training).flatten(2).transpose(1, 2) * weights).sum((1, 2))
+
+    def behind(y: Tensor) -> Tensor:
+        return before(y.transpose(1, -1).contiguous().transpose(1, -1))
+
+    for function in (before, behind):
+        form = linear_form(function, x, rules=rules)
+        slope = (function(x + 1e-6 * change) - function(x - 1e-6 * change)) / 2e-6
+        assert_close((form.coefficients * change).flatten(1).sum(1), slope, rtol=1e-6, atol=1e-6)
+        assert_close(form.sums + form.bias, form.score, **EXACT)
 
 
 W = randn(4, 4)

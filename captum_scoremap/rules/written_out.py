@@ -98,6 +98,8 @@ _DERIVED_ONCE = (
     aten.log_sigmoid_backward.default,
 )
 
+_BATCH_NORMS = (aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
     aten._cdist_forward.default: lambda x1, x2, p, *_: _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1),
@@ -115,6 +117,8 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.xlogy.Tensor: _level(aten.xlogy.Tensor, lambda x, y: (x == 0) & (y == 0), 1.0, moved=1),
     aten.pow.Tensor_Tensor: _level(aten.pow.Tensor_Tensor, lambda x, n: (x == 0) & (n.real < 1), 1.0),
     **{one: decomposition_table[one] for one in _DERIVED_ONCE},
+    # on a CPU its own backward pass is wrong for a contiguous argument and coefficients in channels-last order
+    **{one: decomposition_table[one] for one in _BATCH_NORMS},
     aten.native_layer_norm_backward.default: _through_input(aten.native_layer_norm_backward.default, 3, 4),
     aten.native_batch_norm_backward.default: _through_input(aten.native_batch_norm_backward.default, 5, 6),
     aten.native_group_norm_backward.default: _group_norm_backward,
