@@ -279,6 +279,46 @@ def test_what_cancels_does_not_move(name: str, dtype: torch.dtype) -> None:
         assert (found.distance.tolist(), found.switch) == ([math.inf], ("",))
 
 
+def mean_of_others(x: Tensor) -> Tensor:
+    """Three means of the same numbers, added up in different orders."""
+    return torch.stack([x.mean(1), (x[:, 0] + x[:, 2] + x[:, 1]) / 3, (x[:, 1] + (x[:, 2] + x[:, 0])) / 3], 1)
+
+
+ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_pool1d": lambda x: F.max_pool1d(mean_of_others(x)[:, None], 3),
+    "adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(mean_of_others(x)[:, None], 1),
+    "amax": lambda x: mean_of_others(x).amax(1),
+    "max": lambda x: mean_of_others(x).max(1)[0],
+    "sort": lambda x: mean_of_others(x).sort(1)[0],
+    "topk": lambda x: mean_of_others(x).topk(2, 1)[0],
+    "cummax": lambda x: mean_of_others(x).cummax(1)[0],
+    "argmax": lambda x: mean_of_others(x).argmax(1) + x.sum(1),
+    "maximum": lambda x: torch.maximum(*mean_of_others(x)[:, 1:].unbind(1)),
+    "minimum": lambda x: torch.minimum(*mean_of_others(x)[:, :2].unbind(1)),
+    "where": lambda x: torch.where(mean_of_others(x)[:, 0] > mean_of_others(x)[:, 1], x[:, 0], x[:, 1]),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_moves_alike_never_meets(name: str) -> None:
+    """But for rounding it is one value: no step tells which of them is the larger."""
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        image, direction = (torch.randn(1, 3, dtype=torch.float64, generator=draws) for _ in range(2))
+        assert boundary(ALIKE[name], direction, image).distance.tolist() == [math.inf]
+
+
+def test_windows_of_circular_padding_move_alike() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Conv1d(3, 2, 3, stride=2, padding=2, bias=False, padding_mode="circular").double()
+    model = nn.Sequential(layer, nn.MaxPool1d(2, 1, dilation=2))
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        image, direction = (torch.randn(1, 3, 4, dtype=torch.float64, generator=draws) for _ in range(2))
+        assert boundary(model, direction, image).distance.tolist() == [math.inf]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e-20, 1e-6, 1e-3, 1.0, 1e3])
 def test_small_directions_lose_nothing_to_large_constants(size: float, dtype: torch.dtype) -> None:

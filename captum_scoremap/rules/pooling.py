@@ -10,7 +10,7 @@ from captum_scoremap.speed import faster
 
 from .affine import reduced
 from .call import Call
-from .rule import Frozen, Gradients, Linear, Rule
+from .rule import Frozen, Gradients, Linear, Rule, until_they_meet
 from .tangent import Tangent
 
 __all__ = ["Extremum", "MaxPool", "Ordered", "Position", "Scattered"]
@@ -81,7 +81,7 @@ class MaxPool(Rule):
         steps = []
         for index, inside in zip(members, valid, strict=True):
             where = index.expand_as(winner)
-            step = (winner - x.gather(-1, where)) / (change.gather(-1, where) - speed)
+            step = until_they_meet(winner, speed, x.gather(-1, where), change.gather(-1, where))
             steps.append(torch.where(inside & (where != state.flatten(spatial)), step, torch.inf))
         return torch.stack(steps)
 
@@ -166,7 +166,7 @@ class Extremum(Rule):
     def steps_to_boundary(self, call: Call, changes: Sequence[Tensor], state: Tensor) -> Tensor:
         """Return the step at which another position reaches the frozen one."""
         x, change = self._flat(call, call.input), self._flat(call, changes[0])
-        steps = (x.gather(-1, state) - x) / (change - change.gather(-1, state))
+        steps = until_they_meet(x.gather(-1, state), change.gather(-1, state), x, change)
         return steps.scatter(-1, state, torch.inf)
 
     @staticmethod
@@ -229,18 +229,13 @@ class Ordered(Rule):
         count, length = state.shape[dim], x.shape[dim]
         if name in {"cummax", "cummin"}:
             before = taken.narrow(dim, 0, length - 1), speed.narrow(dim, 0, length - 1)
-            return _until_they_meet(*before, x.narrow(dim, 1, length - 1), change.narrow(dim, 1, length - 1))
+            return until_they_meet(*before, x.narrow(dim, 1, length - 1), change.narrow(dim, 1, length - 1))
         left, right = ((taken.narrow(dim, at, count - 1), speed.narrow(dim, at, count - 1)) for at in (0, 1))
-        neighbors = _until_they_meet(*left, *right)
+        neighbors = until_they_meet(*left, *right)
         if name == "sort":
             return neighbors
-        others = _until_they_meet(taken.narrow(dim, count - 1, 1), speed.narrow(dim, count - 1, 1), x, change)
+        others = until_they_meet(taken.narrow(dim, count - 1, 1), speed.narrow(dim, count - 1, 1), x, change)
         return torch.cat([neighbors, others.scatter(dim, state, torch.inf)], dim)
-
-
-def _until_they_meet(first: Tensor, change: Tensor, second: Tensor, other_change: Tensor) -> Tensor:
-    """Return the step at which two values are equal; not finite where they never are."""
-    return (first - second) / (other_change - change)
 
 
 class Position(Frozen):
@@ -257,7 +252,7 @@ class Position(Frozen):
             x, change, state, dim = x.flatten(), change.flatten(), state.flatten(), 0
         elif not call.argument("keepdim"):
             state = state.unsqueeze(dim)
-        steps = _until_they_meet(x.gather(dim, state), change.gather(dim, state), x, change)
+        steps = until_they_meet(x.gather(dim, state), change.gather(dim, state), x, change)
         return steps.scatter(dim, state, torch.inf)
 
 

@@ -17,7 +17,7 @@ from captum_scoremap.speed import faster
 from .call import Call, floating
 from .derivative import pulled_back
 
-__all__ = ["Comparison", "Composite", "Frozen", "Gradients", "Linear", "Rule", "steps_until_equal"]
+__all__ = ["Comparison", "Composite", "Frozen", "Gradients", "Linear", "Rule", "steps_until_equal", "until_they_meet"]
 
 Gradients = tuple[Any, ...]
 """Coefficients of each output, tensors; None where the score does not depend on it, which it does on one at least."""
@@ -148,7 +148,17 @@ def steps_until_equal(call: Call, first: Any, second: Any, changes: Sequence[Ten
     """Return the steps along a direction at which two arguments of a call are equal, infinite where they never are."""
     remaining = iter(changes)
     speeds = [next(remaining) if call.is_live(argument) else 0.0 for argument in (first, second)]
-    return (second - first) / (speeds[0] - speeds[1])  # type: ignore[no-any-return]  # one of the two is a tensor
+    return until_they_meet(first, speeds[0], second, speeds[1])
+
+
+def until_they_meet(first: Any, change: Any, second: Any, other_change: Any) -> Tensor:
+    """Return the steps at which two values that change are equal; not finite where they never are.
+
+    Those that change alike but for rounding never are: windows of one content, as circular padding makes them.
+    """
+    apart = other_change - change
+    rounding = 8 * torch.finfo(apart.dtype).eps * (abs(change) + abs(other_change))
+    return (first - second) / apart.where(apart.abs() > rounding, 0.0)  # type: ignore[no-any-return]
 
 
 class Linear(Rule):
