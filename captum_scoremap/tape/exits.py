@@ -17,11 +17,10 @@ from captum_scoremap.rules import tensors_in
 
 from .listeners import Listeners
 from .run import Run
-from .sight import COPIES
 
 __all__ = ["exits_refused", "exits_watched", "would_be_baked_in"]
 
-_EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", *COPIES)
+_EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__")
 # Those after which others know a tensor's memory, and may write to it.
 _ADDRESSES = {"numpy", "__array__", "__dlpack__", "data_ptr"}
 # Python's functions, element by element, of a tensor and others.
@@ -81,6 +80,16 @@ def _mark(run: Run, _: str, *tensors: object) -> None:
     run.expect_change([one for one in tensors if isinstance(one, Tensor)])
 
 
+def _copied(run: Run, copy: Tensor, original: Tensor, *_: object) -> None:
+    run.made_copy(copy, original)  # made by no operation, but of what is known
+
+
+def _wrapped(run: Run, made: Tensor, *arguments: object) -> None:
+    """Note that a parameter is made of a tensor, which no operation tells of."""
+    if isinstance(made, torch.nn.Parameter):
+        run.name_alias(made, tensors_in(arguments)[0])
+
+
 def _swap(run: Run, _: str, *tensors: object) -> None:
     """Hold on to the constants that steps read, of tensors that become one another; of live ones it is refused."""
     for one in tensors:
@@ -89,6 +98,13 @@ def _swap(run: Run, _: str, *tensors: object) -> None:
                 run.sight.hide("what torch.utils.swap_tensors() made of two tensors")
             run.keep_constants(one)
             run.forget(one)  # no reference of ours may be left
+
+
+def _swapped(run: Run, _: None, *tensors: object) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            run.made(tensor)
+            run.count_changes([tensor])
 
 
 def _resize(run: Run, name: str, storage: UntypedStorage, *_: object) -> None:
@@ -136,52 +152,42 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
         run.count_changes([tensor])  # in memory where none of its were counted
 
 
-# Ways to make a parameter of a tensor, which no operation tells of.
-_SUBCLASSES = ("_make_subclass", "as_subclass")
-
-
-def _noticed(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(plain)
-    def noticed(*args: Any, **kwargs: Any) -> Tensor:
-        made = plain(*args, **kwargs)
-        if isinstance(made, torch.nn.Parameter):
-            for run in _watching.here():
-                run.name_alias(made, tensors_in((args, kwargs))[0])
-        return made
-
-    return noticed
-
-
-# What is watched, and what hears of it; for each name whether the class defines it itself, rather than its base class.
-_WATCHED: tuple[tuple[Any, Callable[..., bool | None], dict[str, bool]], ...] = tuple(
-    (home, tell, {name: name in vars(home) for name in names})
-    for home, tell, names in (
-        (torch.Tensor, _leave, _EXITS),
-        (torch.Tensor, _map, _PYTHON),
-        (torch.Tensor, _list, ("new_tensor",)),
-        (torch, _list, _OF_LISTS),
-        (torch.autograd.function.FunctionCtx, _mark, ("mark_dirty",)),
-        (torch.utils, _swap, ("swap_tensors",)),
-        (UntypedStorage, _resize, ("resize_",)),
-        (UntypedStorage, _pass_storage, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
+# What is watched, what hears of it before and after; for each name whether the class defines it itself, rather than its
+# base class.
+_WATCHED: tuple[tuple[Any, Callable[..., bool | None] | None, Callable[..., None] | None, dict[str, bool]], ...] = (
+    tuple(
+        (home, before, after, {name: name in vars(home) for name in names})
+        for home, before, after, names in (
+            (torch.Tensor, _leave, None, _EXITS),
+            (torch.Tensor, _leave, _copied, ("__deepcopy__",)),
+            (torch.Tensor, None, _wrapped, ("_make_subclass", "as_subclass")),
+            (torch.Tensor, _map, None, _PYTHON),
+            (torch.Tensor, _list, None, ("new_tensor",)),
+            (torch, _list, None, _OF_LISTS),
+            (torch.autograd.function.FunctionCtx, _mark, None, ("mark_dirty",)),
+            (torch.utils, _swap, _swapped, ("swap_tensors",)),
+            (UntypedStorage, _resize, None, ("resize_",)),
+            (UntypedStorage, _pass_storage, None, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
+        )
     )
 )
 
 
-def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., bool | None]) -> Callable[..., Any]:
+def _watched(
+    name: str,
+    plain: Callable[..., Any],
+    before: Callable[..., bool | None] | None,
+    after: Callable[..., None] | None,
+) -> Callable[..., Any]:
     @functools.wraps(plain)
-    def watched(one: Any, *args: Any, **kwargs: Any) -> Any:
-        told = [tell(run, name, one, *args, *list(kwargs.values())[:1]) for run in _watching.here()]
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        told = [before(run, name, *args, *list(kwargs.values())[:1]) for run in _watching.here()] if before else []
         # bytes of live numbers are copied as numbers of another type
         with unrecorded() if any(told) else nullcontext():
-            output = plain(one, *args, **kwargs)
-        for run in _watching.here():
-            if name == "__deepcopy__":  # made by no operation, but of what is known
-                run.made_copy(output, one)
-            elif name == "swap_tensors":
-                for tensor in (one, *args):
-                    run.made(tensor)
-                    run.count_changes([tensor])
+            output = plain(*args, **kwargs)
+        if after:
+            for run in _watching.here():
+                after(run, output, *args, *kwargs.values())
         return output
 
     watched.plain = plain  # type: ignore[attr-defined]
@@ -189,18 +195,17 @@ def _watched(name: str, plain: Callable[..., Any], tell: Callable[..., bool | No
 
 
 def _watch() -> None:
-    for home, tell, names in _WATCHED:
+    for home, before, after, names in _WATCHED:
         for name in names:
-            setattr(home, name, _watched(name, getattr(home, name), tell))
+            watched = _watched(name, getattr(home, name), before, after)
+            # its first argument is a class
+            setattr(home, name, staticmethod(watched) if name == "_make_subclass" else watched)
     torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment]  # on the class
-    torch.Tensor._make_subclass = staticmethod(_noticed(torch.Tensor._make_subclass))  # type: ignore[assignment]
-    torch.Tensor.as_subclass = _noticed(torch.Tensor.as_subclass)  # type: ignore[assignment]
 
 
 def _watch_no_more() -> None:
-    for name in ("data", *_SUBCLASSES):
-        delattr(torch.Tensor, name)
-    for home, _, names in _WATCHED:
+    del torch.Tensor.data
+    for home, _, _, names in _WATCHED:
         for name, is_own in names.items():
             if is_own:
                 setattr(home, name, getattr(home, name).plain)

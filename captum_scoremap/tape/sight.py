@@ -24,10 +24,10 @@ from captum_scoremap.checks import UnsupportedOperationError, unrecorded
 from .listeners import Listeners
 from .module_tracker import ModuleTracker
 
-__all__ = ["COPIES", "Sight", "collector_paused"]
+__all__ = ["Sight", "collector_paused"]
 
 # Ways for tensors to leave for Python and come back.
-COPIES = ("__deepcopy__", "__reduce_ex__")
+_COPIES = ("__deepcopy__", "__reduce_ex__")
 _UNFILLED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
@@ -118,7 +118,7 @@ class Sight:
 
     def placed(self, tensor: Tensor) -> None:
         """Note that a tensor was given other memory, as copies and pickles of tensors are."""
-        if tensor.is_floating_point() and any(way in COPIES or "storage" in way for way in self.exits):
+        if tensor.is_floating_point() and any(way in _COPIES or "storage" in way for way in self.exits):
             storage = tensor.untyped_storage()
             self.bare[storage._cdata] = StorageWeakRef(storage), False
 
