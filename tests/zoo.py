@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import importlib.util
 import itertools
 import math
@@ -17,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -503,7 +503,7 @@ model's own. *Complete* is the worst |sum of C + placeless - S| / |S| of complet
 |sum of the bias maps - B| / (|S| + |A·Y|), at the image and at those of the layers that are maps. Models marked *
 compute a part in float32, whatever they are given.
 
-Written by `python -m tests.zoo` with torch {torch}, torchvision {torchvision}{timm}.
+Written by `python -m tests.zoo{looked_at}` with {versions}.
 
 | model | image | residual at the image | worst at a layer | layers | forward | complete | bias maps |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -540,9 +540,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="where to write the table, else only printed")
     options = parser.parse_args(arguments)
     entries = itertools.chain.from_iterable(entries_of(zoo, options.models) for zoo in options.zoo)
-    versions = [f", {zoo} {importlib.import_module(zoo).__version__}" for zoo in options.zoo if zoo != "torchvision"]
-    text = HEADER.format(torch=torch.__version__, torchvision=torchvision.__version__, timm="".join(versions))
-    table = Table(text, options.out)
+    packages = dict.fromkeys(("torch", "torchvision", *options.zoo))
+    # the public version, without the build
+    versions = ", ".join(f"{one} {metadata.version(one).partition('+')[0]}" for one in packages)
+    looked_at = "" if options.layers is None else f" --layers {options.layers}"
+    table = Table(HEADER.format(looked_at=looked_at, versions=versions), options.out)
     for row in measured((item for item in entries if not table.has(str(item))), options.layers):
         table.add(line(row))
 
