@@ -6,8 +6,8 @@ Every message says what must be, what was, and what to do. Nothing here changes 
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ __all__ = [
     "has_memory",
     "is_traced",
     "is_tuple_of_one",
-    "module_by_module",
     "nearest",
     "unrecorded",
     "unwrap_parallel",
@@ -173,17 +172,6 @@ def warn(message: str) -> None:
 def unrecorded() -> AbstractContextManager[None]:
     """Hide what runs inside from all modes: for checks that look at numbers, which are no part of what is computed."""
     return _disable_current_modes()
-
-
-@contextmanager
-def module_by_module() -> Iterator[None]:
-    """Run the modules inside PyTorch's transformer layers, not one kernel for all, nor on nested tensors."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def unwrap_parallel(forward_func: Callable[..., object]) -> Callable[..., object]:

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap.checks import module_by_module
 from captum_scoremap.layout import map_channel_dim, token_grid
 from captum_scoremap.linear import Reduction, ledgers, main_layers
 from captum_scoremap.rules import Value, with_rules
 from captum_scoremap.scores import logits_in, shape_or_type
+from captum_scoremap.settings import module_by_module
 from captum_scoremap.tape import Recording, Site, Tape, Tapped, nonfinite_allowed
 
 __all__ = ["MAPS", "ROLES", "Explained", "MapLayer", "explain", "layers_to_pool", "map_layers", "pooled"]

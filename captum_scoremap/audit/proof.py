@@ -24,8 +24,8 @@ from captum_scoremap.attribution import LayerScoreMap
 from captum_scoremap.audit.concentration import border_share, peak, resized
 from captum_scoremap.audit.explaining import MapLayer
 from captum_scoremap.audit.screening import FALSE_ALARMS, Candidate
-from captum_scoremap.checks import module_by_module
 from captum_scoremap.scores import logits_in
+from captum_scoremap.settings import module_by_module
 
 __all__ = ["Example", "prove"]
 

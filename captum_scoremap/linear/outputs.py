@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from captum_scoremap.checks import module_by_module
+from captum_scoremap.settings import module_by_module
 
 __all__ = ["ModuleCall", "layer_shapes", "outputs_of"]
 

@@ -13,12 +13,13 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from captum_scoremap.attribution import CompleteScoreMap, LayerScoreMap, NeuronScoreMap
-from captum_scoremap.checks import check_callable, check_layer, module_by_module
+from captum_scoremap.checks import check_callable, check_layer
 from captum_scoremap.layout import channel_dim_of
 from captum_scoremap.patches.geometry import Box
 from captum_scoremap.patches.pictures import Picture, Preprocess, Unreadable, batches, examples
 from captum_scoremap.receptive_fields import ReceptiveField, receptive_field
 from captum_scoremap.scores import is_function, logits_in, shape_or_type
+from captum_scoremap.settings import module_by_module
 
 __all__ = ["By", "Patch", "semantic_patches"]
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_scoremap.receptive_fields import rules  # noqa: F401  # enters the rules
 from captum_scoremap.receptive_fields.reach import EndlessReach, NoRuleError, Reach
+from captum_scoremap.settings import plain_attention
 
 __all__ = ["ReceptiveField", "receptive_field"]
 
@@ -191,7 +191,7 @@ def _run(model: Callable[[Tensor], Any], layer: nn.Module, image: Reach) -> Tens
             _evaluation(modules.values()),
             _module_in_errors(modules),
             torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
+            plain_attention(),
         ):
             model(image)
     finally:

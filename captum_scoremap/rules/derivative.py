@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from captum_scoremap.settings import plain_attention
 
 from .call import Call, floating
 
@@ -61,7 +62,7 @@ def pulled_back(
         return tuple(out for out, gradient in zip(found, gradients, strict=False) if gradient is not None)
 
     chosen = tuple(gradient for gradient in gradients if gradient is not None)
-    with sdpa_kernel(SDPBackend.MATH):
+    with plain_attention():
         if _is_batched():  # coefficients of several labels at once
             return list(torch.func.vjp(outputs, *points)[1](chosen))
         keeps_graph = torch.is_grad_enabled()
@@ -91,7 +92,7 @@ def pushed(
     if not is_batched and torch.is_grad_enabled() and any(move.requires_grad for move in moves):
         found = _Pushed.apply(function, tuple(points), *moves)
         return found[: len(found) // 2], found[len(found) // 2 :]
-    with sdpa_kernel(SDPBackend.MATH):  # of the kernels of attention only the plain one can be derived twice
+    with plain_attention():  # of the kernels of attention only the plain one can be derived twice
         try:
             if not is_batched:
                 return _pushed_twice_back(outputs, points, moves)

@@ -110,7 +110,10 @@ def _crossings(
         else:
             ahead = found[torch.isfinite(found) & (found > 0)]
             first = float(ahead.min()) if ahead.numel() else float("inf")
-            yield step, 0.0 if bool((found == 0).any()) and _flips_before(step, now, speed, first) else first
+            yield (
+                step,
+                0.0 if bool((found == 0).any()) and _flips_before(step, now, speed, first) else first,
+            )
         if step.outputs:
             values.update(zip(step.outputs, step.forward(now), strict=True))
             changes.update(zip(step.outputs, step.linear(speed), strict=True))
@@ -126,7 +129,8 @@ def _has_switches(step: Step) -> bool:
 
 def _flips_before(step: Step, now: Sequence[Tensor], speed: Sequence[Tensor], first: float) -> bool:
     """Return whether a switch on its boundary, where either side may be the one that it is on, flips at once."""
-    reach = min(first / 2, 1.0)
+    size, pace = (max(float(one.nan_to_num(0.0, 0.0, 0.0).abs().max()) for one in some) for some in (now, speed))
+    reach = min(first / 2, (size or 1.0) / (pace or 1.0))  # no further than that all can be told apart
     call = step.filled([one + reach * change for one, change in zip(now, speed, strict=True)])
     call.output = call.run()
     before, after = (step.rule.switch(state) for state in (step.frozen(), step.rule.freeze(call)))

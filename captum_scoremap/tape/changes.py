@@ -1,18 +1,19 @@
 """Operations that change memory: in place, be it of live tensors or of constants that steps refer to."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from captum_scoremap.rules import Call, Copy, Value, floating, tensors_in
 
-from .geometry import overlaps
+from .geometry import is_crossed, overlaps
 from .operation import Operation
 from .run import Run
 from .steps import Step
 from .writing import write
 
-__all__ = ["change", "read_constants", "run_constant"]
+__all__ = ["change", "check_apart", "read_constants", "run_constant"]
 
 
 def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) -> Any:
@@ -81,6 +82,20 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
     return target
 
 
+def check_apart(run: Run, operation: Operation, targets: Sequence[Any], others: Sequence[Tensor]) -> None:
+    """Refuse to write to memory that is read at other elements, of which the kernel may have written some before."""
+    for target in tensors_in(targets):
+        for other in others:
+            if other is not target and is_crossed(target, other):
+                raise run.modules.refuse(
+                    ValueError(
+                        f"what changes in place must not be read from the same memory at other elements, got such a "
+                        f"tensor of shape {tuple(other.shape)} in {operation.display}: the result depends on the order "
+                        "in which PyTorch happens to write them. Read a copy: x.clone()."
+                    )
+                )
+
+
 def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation as it is that makes constants, be it in the memory of live tensors."""
     if operation.hides_scales:  # integers of the image: rounded, so frozen, but the scales beside them are not
@@ -111,6 +126,8 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
         if not any(tensor is one for one in written):  # beside what it changes it may return something new
             run.made(tensor, operation.name)
+    if operation.reads_memory and run.memory.holds_live(args[0]):  # it may reach what is live
+        run.forget(output)
     if is_frozen:
         run.made_frozen(output, operation)
     return output

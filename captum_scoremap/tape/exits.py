@@ -22,7 +22,7 @@ __all__ = ["exits_refused", "exits_watched", "would_be_baked_in"]
 
 _EXITS = ("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__reduce_ex__")
 # Those after which others know a tensor's memory, and may write to it.
-_ADDRESSES = {"numpy", "__array__", "__dlpack__", "data_ptr"}
+_ADDRESSES = {"numpy", "__array__", "__dlpack__", "to_dlpack", "data_ptr"}
 # Python's functions, element by element, of a tensor and others.
 _PYTHON = ("apply_", "map_", "map2_")
 # What makes a tensor of a list, in which tensors are read by no operation.
@@ -159,6 +159,7 @@ _WATCHED: tuple[tuple[Any, Callable[..., bool | None] | None, Callable[..., None
         (home, before, after, {name: name in vars(home) for name in names})
         for home, before, after, names in (
             (torch.Tensor, _leave, None, _EXITS),
+            *((home, _leave, None, ("to_dlpack",)) for home in (torch, torch.utils.dlpack)),
             (torch.Tensor, _leave, _copied, ("__deepcopy__",)),
             (torch.Tensor, None, _wrapped, ("_make_subclass", "as_subclass")),
             (torch.Tensor, _map, None, _PYTHON),

@@ -6,7 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "are_apart", "fills", "geometry", "overlaps"]
+from captum_scoremap.checks import has_memory
+
+__all__ = ["Geometry", "are_apart", "fills", "geometry", "is_crossed", "overlaps"]
 
 Geometry = tuple[torch.Size, tuple[int, ...], int]
 
@@ -60,12 +62,41 @@ def overlaps(tensor: Tensor) -> bool:
     reach = 0
     for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
         if step <= reach:  # it may still fit into gaps
-            places = torch.zeros((), dtype=torch.long)
-            for length, each in zip(size, stride, strict=True):
-                places = places[..., None] + torch.arange(length) * each
-            return bool(places.unique().numel() < size.numel())
+            return bool(_places(tensor).unique().numel() < size.numel())
         reach += (count - 1) * step
     return False
+
+
+def is_crossed(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether an element of one tensor lies where another element of the other does, as in a shifted view."""
+    if not (has_memory(tensor) and has_memory(other)):
+        return False
+    if tensor.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    if tensor.element_size() == other.element_size():
+        if _broadcast(geometry(other), tensor.shape) == _broadcast(geometry(tensor), tensor.shape):
+            return False
+        if are_apart(geometry(tensor), geometry(other)):
+            return False
+    size = max(tensor.element_size(), other.element_size())
+    first, second = (_places(one) * one.element_size() // size for one in (tensor, other))
+    return bool(torch.isin(first, second.unique()).any())
+
+
+def _broadcast(place: Geometry, shape: torch.Size) -> tuple[list[int], int]:
+    """Return the strides along axes of more than one element, broadcast to a shape, and its offset."""
+    sizes, steps, offset = place
+    missing = len(shape) - len(sizes)
+    steps = (0,) * missing + tuple(step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
+    return [step for n, step in zip(shape, steps, strict=False) if n > 1], offset
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Return the position of each element in memory, counted in elements."""
+    places = torch.tensor(int(tensor.storage_offset()))
+    for length, each in zip(tensor.shape, tensor.stride(), strict=True):
+        places = places[..., None] + torch.arange(length) * each
+    return places
 
 
 def fills(tensor: Tensor, length: int) -> bool:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 
-from captum_scoremap.checks import UnsupportedOperationError, module_by_module, unrecorded
+from captum_scoremap.checks import UnsupportedOperationError, unrecorded
 from captum_scoremap.rules import DEFAULT, Call, Rule, Value, floating, tensors_in
 from captum_scoremap.rules.derivative import is_derivable
 from captum_scoremap.rules.quantized import is_encoded
+from captum_scoremap.settings import as_written, module_by_module
 
-from .changes import change, read_constants, run_constant
+from .changes import change, check_apart, read_constants, run_constant
 from .exits import exits_watched
 from .module_tracker import Refused, Site, StopRun
 from .operation import OPERATIONS, Operation
@@ -233,7 +234,10 @@ class Recording(Run):
         if operation.is_view:
             self.count_changes(args[:1])
         if operation.writes:
-            self.count_changes([args[at] for at in operation.writes if at < len(args)], more=1)
+            targets = [args[at] for at in operation.writes if at < len(args)]
+            self.count_changes(targets, more=1)
+            if values:
+                check_apart(self, operation, targets, tensors_in((args, kwargs)))
         if self.real.known and self.real.are_in((args, kwargs)):
             where = operation.changes
             if where is not None and isinstance(args[where], Tensor) and not is_encoded(args[where]):
@@ -278,6 +282,7 @@ class Recording(Run):
         if operation.functional is None:
             raise self.sight.ended(f"what {operation.display}(out=...) wrote to a tensor's memory")
         given = tensors_in([kwargs[name] for name in operation.outs])
+        check_apart(self, operation, given, arguments)
         rest = {name: argument for name, argument in kwargs.items() if name not in operation.outs}
         with self:
             made = tensors_in(operation.functional(*args, **rest))
@@ -365,5 +370,5 @@ def _everything_in_sight() -> Iterator[None]:
     """Whole-module kernels off, and compiled code run as it was written; both as before afterwards."""
     torch.clear_autocast_cache()  # of parameters that an earlier call cast, where none of the run's operations did
     is_compiler_there = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
-    with module_by_module(), torch.compiler.set_stance("force_eager") if is_compiler_there else nullcontext():
+    with module_by_module(), as_written() if is_compiler_there else nullcontext():
         yield
