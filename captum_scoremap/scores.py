@@ -75,9 +75,11 @@ def select_scores(output: Any, target: Target, images: int | None = None) -> Ten
     output = logits_in(output)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         got = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        advice = f"Name one by a function as target: lambda output: output{_way_to_scores(output)}[:, label]."
+        if isinstance(output, (Tensor, np.ndarray)):
+            advice = "Have the model return the scores that these were made of, as a tensor."
         raise InvalidTypeError(
-            f"the model must return a floating-point tensor of scores, (N, ...), got {got}. Name one by a function as "
-            f"target: lambda output: output{_way_to_scores(output)}[:, label]."
+            f"the model must return a floating-point tensor of scores, (N, ...), got {got}. {advice}"
         )
     if output.dim() == 0 and images == 1:
         return select_scores(output[None], target, images)

@@ -152,6 +152,9 @@ NOT_FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "topk": lambda x: x.topk(2, 1, sorted=False)[0],
     "round": lambda x: x * x.round(),
     "median": lambda x: x.median()[None],
+    "norm": lambda x: F.pairwise_distance(x, torch.ones_like(x), p=1.0)[:, None],
+    "linalg_vector_norm": lambda x: torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True),
+    "cdist": lambda x: torch.cdist(x, torch.zeros_like(x), p=1.0),
     "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([0.0, 4.0], dtype=x.dtype)),
     "scatter_reduce": lambda x: x.scatter_reduce(1, torch.zeros(1, 3, dtype=torch.long), x, "amax"),
 }
@@ -208,6 +211,8 @@ ON_IT: dict[str, tuple[Callable[[Tensor], Tensor], list[float], float]] = {
     "pool, the same": (lambda x: F.max_pool1d(x, 3), [1.0, 0.5, 0.25], 4.0),
     "largest": (lambda x: x.amax(1), [0.0, -1.0, 0.0], 0.0),
     "hardtanh": (lambda x: F.hardtanh(x, 0.0, 9.0), [1.0, 0.0, 0.0], 0.0),
+    "largest, the same": (lambda x: x.amax(1), [1.0, 1.0, -1.0], math.inf),
+    "pool, kept": (lambda x: F.max_pool1d(x, 3), [1.0, 1.0, -1.0], math.inf),
     "sort": (lambda x: x.sort(dim=1, stable=True)[0], [0.0, 1.0, 0.0], 0.0),
     "sort, the same": (lambda x: x.sort(dim=1, stable=True)[0], [1.0, 0.0, 0.5], 2.0),
     "argmax": (picked(torch.argmax), [0.0, 0.0, 1.0], 0.0),

@@ -202,3 +202,16 @@ def test_a_type_that_a_derivative_has_no_kernel_for_is_said_and_the_advice_works
         linear_form(model, images, 1)
     form = linear_form(model.float(), images.float(), 1)
     assert_close(form.sums + form.bias, form.score, rtol=1e-5, atol=1e-5)
+
+
+MASKED_OFF: dict[str, tuple[Function, Function]] = {
+    "relu": (lambda x: x.masked_fill(x < 0, -torch.inf).relu(), torch.relu),
+    "relu6": (lambda x: F.relu6(x.masked_fill(x < 0, -torch.inf)), F.relu6),
+    "clamp": (lambda x: x.masked_fill(x < 0, -torch.inf).clamp(0, 3), lambda x: x.clamp(0, 3)),
+    "hardtanh": (lambda x: F.hardtanh(x.masked_fill(x < 0, torch.inf), -3, 0) + x, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("name", MASKED_OFF)
+def test_infinities_of_a_mask_are_off_behind_a_mask(name: str) -> None:
+    assert_as_plain(*MASKED_OFF[name])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from captum_scoremap import ScoreMap, linear_form
+from captum_scoremap import ScoreMap, UnsupportedOperationError, linear_form
 from captum_scoremap.rules import Gate, Rule, Tangent, with_rules
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, assert_refused, between, some_images
 
@@ -45,6 +45,55 @@ class Doubled(Rule):
 
     def apply(self, call: Any, state: Tensor) -> Tensor:
         return state * call.input
+
+
+def _named_as(name: str, function: Any) -> Any:
+    """An operation of one's own by the name of one of PyTorch's, which does something else."""
+
+    @torch.library.custom_op(f"scoremap_names::{name}", mutates_args=())
+    def operation(x: Tensor) -> Tensor:
+        return function(x)  # type: ignore[no-any-return]
+
+    operation.register_autograd(
+        lambda ctx, gradient: 3 * ctx.saved_tensors[0] ** 2 * gradient,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return operation
+
+
+NAMES = ("relu", "round", "mean", "sort", "silu", "view", "clone", "linear", "native_relu", "softmax", "batch_norm")
+NAMED = {name: _named_as(name, lambda x: x**3) for name in (*NAMES, "relu_copy")}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_operations_of_a_library_are_not_those_of_pytorch_by_the_same_name(name: str) -> None:
+    full = name if name == "relu_copy" else f"scoremap_names::{name}"
+    assert_refused(NAMED[name], rf'(?s){full} .*rules={{"{full}": Tangent')
+    for key in (full, NAMED[name], getattr(torch.ops.scoremap_names, name)):
+        assert_is_gradient(NAMED[name], rules={key: Tangent()})
+
+
+def test_rules_for_operations_of_pytorch_are_not_for_those_of_others_by_the_same_name() -> None:
+    for key in ("relu", torch.relu, torch.ops.aten.relu):
+        with pytest.raises(UnsupportedOperationError, match="scoremap_names::relu"):
+            linear_form(NAMED["relu"], torch.ones(1, 2), 0, rules={key: Tangent()})
+    with pytest.raises(ValueError, match="got 'scoremap_names::nothing', which is none"):
+        linear_form(torch.relu, torch.ones(1, 2), 0, rules={"scoremap_names::nothing": Tangent()})
+
+
+@pytest.mark.parametrize("name", ["sum", "amax", "transpose", "where", "var", "add"])
+def test_prims_are_what_they_stand_for(name: str) -> None:
+    prims = torch.ops.prims
+    calls: dict[str, tuple[Any, Any]] = {
+        "sum": (lambda x: prims.sum(x, [1])[:, None], lambda x: x.sum(1, keepdim=True)),
+        "amax": (lambda x: prims.amax(x, [1])[:, None], lambda x: x.amax(1, keepdim=True)),
+        "transpose": (lambda x: prims.transpose(x, [0, 1, 3, 2]), lambda x: x.transpose(2, 3)),
+        "where": (lambda x: prims.where(x > 0, x, 2 * x), lambda x: torch.where(x > 0, x, 2 * x)),
+        "var": (lambda x: prims.var(x, [1], 1.0)[:, None], lambda x: x.var(1, keepdim=True)),
+        "add": (lambda x: prims.add(x, 2 * x), lambda x: x + 2 * x),
+    }
+    function, plain = calls[name]
+    assert_as_plain(lambda x: x + function(x), lambda x: x + plain(x))
 
 
 def test_operations_of_a_library_made_of_pytorchs_are_seen() -> None:

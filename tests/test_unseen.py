@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import gc
 import threading
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from captum_scoremap import (
     FusedScoreMap,
     LayerScoreMap,
     NeuronScoreMap,
+    ScoreMap,
     UnsupportedOperationError,
     freeze,
     linear_form,
@@ -1188,3 +1191,174 @@ def test_a_refused_run_leaves_no_tensors() -> None:
         assert seen[0]() is None
     finally:
         gc.enable()
+
+
+# --- memory that is written while it is read --------------------------------------------------------------
+
+
+def shifted(x: Tensor, change: Callable[[Tensor], object]) -> Tensor:
+    change(y := x * 1)
+    return y
+
+
+# Of which PyTorch reads, batch by batch, what it has just written.
+CROSSED: dict[str, Callable[[Tensor], object]] = {
+    "a token shift": lambda y: y[:, 1:].copy_(y[:, :-1]),
+    "differences": lambda y: y[:, 1:].sub_(y[:, :-1]),
+    "relative to the first": lambda y: y.sub_(y[:, :1]),
+    "along rows": lambda y: y[..., 1:].add_(y[..., :-1]),
+    "transposed": lambda y: y[:, :3, :3].copy_(y[:, :3, :3].transpose(1, 2)),
+    "lerp_": lambda y: y.lerp_(y[..., :1], 0.5),
+    "addcmul_": lambda y: y.addcmul_(y[:, :1], torch.ones_like(y)),
+    "clamp_": lambda y: y.clamp_(min=y[:, :1]),
+    "out=": lambda y: torch.sub(y, y[:, :1], out=y),
+    "out=, a part": lambda y: torch.mul(y[:, :-1], 2.0, out=y[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("name", CROSSED)
+@pytest.mark.parametrize("count", [1, 2])
+def test_memory_that_is_read_elsewhere_than_it_is_written_is_refused(name: str, count: int) -> None:
+    images = torch.randn(count, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"must not be read from the same memory at other elements.*x\.clone\(\)"):
+        linear_form(lambda x: shifted(x, CROSSED[name]).sum((1, 2)), images)
+
+
+# The same of a copy, as the error says, and what lies apart or at the same elements.
+NOT_CROSSED: dict[str, Callable[[Tensor], object]] = {
+    "a copy": lambda y: y[:, 1:].copy_(y[:, :-1].clone()),
+    "the first, copied": lambda y: y.sub_(y[:, :1].clone()),
+    "itself": lambda y: y.mul_(y),
+    "a view of itself": lambda y: y.mul_(y[:, :]),
+    "broadcast alike": lambda y: y.add_(y[None][0]),
+    "another row": lambda y: y[:, 0].add_(y[:, 1]),
+    "others in turn": lambda y: y[..., ::2].add_(y[..., 1::2]),
+    "halves": lambda y: y[..., :2].sub_(y[..., 2:]),
+    "an index": lambda y: y[:, [0, 1]].copy_(y[:, [1, 0]]),
+    "out= itself": lambda y: torch.mul(y, 2.0, out=y),
+    "out= apart": lambda y: torch.mul(y[:, :1], 2.0, out=y[:, 1:2]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CROSSED)
+def test_memory_that_is_read_apart_or_where_it_is_written_is_seen(name: str) -> None:
+    images = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def function(x: Tensor) -> Tensor:
+        return (shifted(x, NOT_CROSSED[name]) * weights).sum((1, 2))
+
+    form = linear_form(function, images)
+    assert_close(form.score, function(images), **EXACT)
+    assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
+WINDOWS: dict[str, Function] = {
+    "around what is live": lambda x: padded(x)[:, :1].as_strided((len(x), 3, 4), (6, 1, 1)).sum(1),
+    "from what is zero": lambda x: zeroed(x)[:, 0].as_strided((len(x), 4), (4, 1)),
+}
+
+
+def padded(x: Tensor) -> Tensor:
+    buffer = x.new_zeros(len(x), 6)
+    buffer[:, 1:5] = x
+    return buffer
+
+
+def zeroed(x: Tensor) -> Tensor:
+    y = x * 1
+    y[:, 0].zero_()
+    return y
+
+
+PLAINLY: dict[str, Function] = {
+    "around what is live": lambda x: F.pad(x, (1, 1)).unfold(1, 4, 1).sum(1),
+    "from what is zero": lambda x: x * torch.tensor([0.0, 1.0, 1.0, 1.0]).to(x),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_of_constants_reach_what_is_live_around_them(name: str) -> None:
+    images = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    functions = WINDOWS[name], PLAINLY[name]
+    form, plain = (linear_form(lambda x, of=one: (of(x) * weights).sum(1), images) for one in functions)
+    assert_close(form.coefficients, plain.coefficients, **EXACT)
+    assert_close(form.bias, plain.bias, **EXACT)
+
+
+@pytest.mark.parametrize("module", [torch, torch.utils.dlpack], ids=["torch", "torch.utils.dlpack"])
+def test_memory_that_is_handed_on_by_a_capsule_is_watched(module: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * 1
+        memory = np.from_dlpack(Capsule(module.to_dlpack(y)))
+        ctypes.memset(memory.ctypes.data, 0, 4)
+        return y.sum(1)
+
+    with pytest.raises(UnsupportedOperationError, match="to_dlpack"):
+        linear_form(function, torch.randn(2, 4))
+
+
+class Capsule:
+    """What NumPy wants of a tensor's memory."""
+
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # the CPU's memory
+
+
+CASTS: dict[str, Function] = {
+    "double": lambda memory: memory.double(),
+    "type_as": lambda memory: memory.type_as(torch.ones(1, dtype=torch.float64)),
+    "twice": lambda memory: memory.half().double(),
+    "clone": lambda memory: memory.clone(),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_memory_may_be_cast_before_it_is_filled(name: str) -> None:
+    def function(x: Tensor) -> Tensor:
+        (memory := CASTS[name](torch.Tensor(2, 4))).copy_(x)
+        return memory.sum(1)
+
+    form = linear_form(function, torch.randn(2, 4, dtype=torch.float64))
+    assert_close(form.coefficients, torch.ones(2, 4, dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_memory_that_was_cast_and_that_something_unseen_filled_is_refused(name: str) -> None:
+    images = torch.randn(2, 4, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        memory = torch.empty(2, 4)
+        memory.numpy()[:] = x.detach().numpy() ** 2
+        return (x * CASTS[name](memory)).sum(1)
+
+    with pytest.raises(UnsupportedOperationError, match="what filled a new tensor's memory"):
+        linear_form(function, images)
+
+
+def test_a_model_that_keeps_its_last_answer_is_warned_of() -> None:
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+            self.last: tuple[Tensor, Tensor] | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.last is None or not torch.equal(self.last[0], x):
+                self.last = x, self.layer(x)
+            return self.last[1]
+
+    model, images = Remembering().eval(), torch.randn(2, 1, 2, 2)
+    ScoreMap(model).attribute(images, 1)
+    for use in (lambda: ScoreMap(model).attribute(images, 1), lambda: CompleteScoreMap(model).attribute(images, 1)):
+        with pytest.warns(UserWarning, match="the score does not depend on the inputs"):
+            use()
+    model.last = None
+    assert ScoreMap(model).attribute(images, 1).any()

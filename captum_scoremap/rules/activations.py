@@ -86,7 +86,10 @@ class PiecewiseLinear(Rule):
     def apply(self, call: Call, state: Tensor) -> Tensor:
         """Return slope * x + offset of the frozen piece."""
         x, breakpoints = call.input, self._breakpoints(call)
-        output: Tensor = x * _chosen(breakpoints.slopes, state, x.dtype)
+        slope = _chosen(breakpoints.slopes, state, x.dtype)
+        if any(map(_is_zero, breakpoints.slopes)):  # a mask's infinities, too, are off
+            x = x.masked_fill(slope == 0, 0.0)
+        output: Tensor = x * slope
         if any(not _is_zero(offset) for offset in breakpoints.offsets):
             output = output + _chosen(breakpoints.offsets, state, x.dtype)
         return output

@@ -23,7 +23,7 @@ from .rule import Comparison, Composite, Frozen, Rule
 from .tangent import Backward, FirstLinear, Sample, Tangent
 from .written_out import WRITTEN_OUT
 
-__all__ = ["DEFAULT", "TANGENT", "display_name", "with_rules"]
+__all__ = ["DEFAULT", "TANGENT", "display_name", "in_table", "with_rules"]
 
 _COMPARISONS = "eq ne lt le gt ge"
 
@@ -376,7 +376,7 @@ def _aten_names(operation: Any) -> tuple[str, ...]:
     """Return the names in the table that a key of ``rules`` stands for."""
     operation = getattr(operation, "_opoverload", operation)  # of ``torch.library.custom_op``
     if isinstance(operation, torch._ops.OpOverload):
-        name = _in_table(operation.namespace, operation.overloadpacket.__name__)
+        name = in_table(operation.namespace, operation.overloadpacket.__name__)
         return (_plain(f"{name}.{operation._overloadname}"),)
     if isinstance(operation, (type, nn.Module)) or not (isinstance(operation, str) or callable(operation)):
         raise _no_operation(operation, TypeError)
@@ -384,10 +384,11 @@ def _aten_names(operation: Any) -> tuple[str, ...]:
     namespace, _, name = name.rpartition("::")
     if isinstance(operation, torch._ops.OpOverloadPacket):
         namespace = operation._qualified_op_name.partition("::")[0]
+    full = in_table(namespace, name) if namespace else name
+    if full != name and (full in DEFAULT or _first_known((full,))):
+        return (_plain(full),)
     if name.startswith("__i") and name.endswith("__"):
         name = "__" + name[3:]
-    if namespace.startswith("quantized") and (_in_table(namespace, name) in DEFAULT or _first_known((name,))):
-        return (_in_table(namespace, name),)
     if name in DEFAULT:  # and may arrive as other operations, too
         return tuple({name: None, **dict.fromkeys(_ATEN_NAMES.get(name, ()))})
     if "." in name and _first_known((name,)):
@@ -411,9 +412,25 @@ def _plain(name: str) -> str:
     return f"{plain}.{overload}" if overload else plain
 
 
-def _in_table(namespace: str, name: str) -> str:
-    """Return the name in the table, which is without the namespace but for quantized operations."""
-    return f"{namespace}::{name}" if namespace.startswith("quantized") else name
+# Libraries whose operations the table is about.
+_KNOWN = {"aten", "torchvision"}
+
+
+def in_table(namespace: str, name: str) -> str:
+    """Return the name of an operation in the table of rules.
+
+    It is without the namespace, but for quantized operations, and those of other libraries that go by a name of the
+    table's: what they do is another thing.
+
+    Example:
+        >>> in_table("aten", "add"), in_table("mine", "add"), in_table("mine", "merge")
+        ('add', 'mine::add', 'merge')
+    """
+    is_other = namespace.startswith("quantized") or (namespace not in _KNOWN and display_name(_plain(name)) in _TAKEN)
+    return f"{namespace}::{name}" if is_other else name
+
+
+_TAKEN = {name.partition(".")[0] for name in DEFAULT if "::" not in name} | {*map(display_name, DEFAULT), *_ATEN_NAMES}
 
 
 _OPERATIONS: set[str] = set()  # names of all operations there are, as far as they were asked for
@@ -424,7 +441,8 @@ def _first_known(names: Sequence[str]) -> str | None:
     if _OPERATIONS.isdisjoint(names):  # libraries may have added some since
         for one in torch._C._dispatch_get_all_op_names():
             name, _, overload = one.rpartition("::")[2].partition(".")
-            _OPERATIONS.update((name, _plain(name), display_name(name), f"{name}.{overload or 'default'}"))
+            full = one.partition(".")[0]
+            _OPERATIONS.update((name, _plain(name), display_name(name), f"{name}.{overload or 'default'}", full))
     return next((name for name in names if name in _OPERATIONS), None)
 
 

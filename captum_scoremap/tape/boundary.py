@@ -15,6 +15,8 @@ from .steps import Step, Tape, given_or_kept
 __all__ = ["Boundary", "nearest_boundary"]
 
 
+# Norms and distances, with the name of their order: of those between 1 and infinity one is smooth.
+_NORMS = {"linalg_vector_norm": "ord", "norm": "p", "_cdist_forward": "p", "_pdist_forward": "p", "dist": "p"}
 # Operations with kinks or jumps that no rule names a switch of: they go by their value or tangent at the image.
 _UNNAMED = frozenset(
     """
@@ -123,7 +125,9 @@ def _has_switches(step: Step) -> bool:
     """Return whether a step is not smooth around the image, be it named or not."""
     if step.rule.is_affine(step) or not step.rule.reads:
         return False
-    is_unnamed = step.operation.overloadpacket.__name__ in _UNNAMED  # type: ignore[attr-defined]
+    name = step.operation.overloadpacket.__name__  # type: ignore[attr-defined]
+    order = step.argument(_NORMS[name]) if name in _NORMS else None
+    is_unnamed = name in _UNNAMED or (order is not None and not 1 < order < math.inf)
     return is_unnamed or step.rule.switch(step.frozen()) is not None
 
 

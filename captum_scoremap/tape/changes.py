@@ -16,6 +16,10 @@ from .writing import write
 __all__ = ["change", "check_apart", "read_constants", "run_constant"]
 
 
+# What copies memory, whatever it holds, to memory of its own.
+_COPIES = {"_to_copy", "clone"}
+
+
 def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) -> Any:
     """Run and record an operation that changes an argument in place."""
     where: Any = operation.changes
@@ -112,7 +116,9 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
         run.memory.release_constants(tensor)
         run.memory.about_to_change(tensor)
         run.sight.written(tensor)
-    read_constants(run, operation, args)
+    copies = bool(run.sight.bare) and operation.name in _COPIES
+    if not copies:
+        read_constants(run, operation, args)
     is_frozen = run.has_frozen((args, kwargs))
     output = func(*args, **kwargs)
     if operation.overload.namespace != "aten":  # of which PyTorch counts what they are made of, too
@@ -126,6 +132,8 @@ def run_constant(run: Run, func: Any, operation: Operation, args: tuple[Any, ...
     for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
         if not any(tensor is one for one in written):  # beside what it changes it may return something new
             run.made(tensor, operation.name)
+    if copies and isinstance(output, Tensor):
+        run.sight.copied(output, args[0])
     if operation.reads_memory and run.memory.holds_live(args[0]):  # it may reach what is live
         run.forget(output)
     if is_frozen:

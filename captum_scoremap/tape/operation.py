@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from captum_scoremap.rules import DEFAULT, Copy, Linear, Rounded, Rule, display_name
+from captum_scoremap.rules.table import in_table
 
 __all__ = ["OPERATIONS", "Operation"]
 
@@ -22,8 +23,8 @@ class Operation:
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
         is_quantized = operation.namespace.startswith("quantized")
-        if is_quantized:  # else they would go by the names of plain ones
-            name = f"{operation.namespace}::{name}"
+        if is_quantized:
+            name = in_table(operation.namespace, name)
         self.overload = operation  # held, so that its identity stays its own
         arguments = operation._schema.arguments
         # positions of arguments that may be tensors
@@ -40,9 +41,11 @@ class Operation:
         self.functional = operation
         if changed or self.outs:
             name, self.functional = _out_of_place(operation, name, overload)
+        if not is_quantized:
+            name = in_table(operation.namespace, name)
         # its name in the table of rules, without the overload, and what errors call it
         self.name = name
-        self.display: str = name if is_quantized else display_name(self.functional or operation)
+        self.display: str = name if "::" in name else display_name(self.functional or operation)
         # whether it returns memory of its argument
         self.is_view = name in _VIEWS or any(
             one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns
@@ -57,7 +60,8 @@ class Operation:
         if self.rule is None:
             # as errors call it; a copy of a view is that view, and shares no memory
             aliases: tuple[str, ...] = (self.display,) if self.display not in DEFAULT else ()
-            aliases += (name.removesuffix("_copy"),) if name.endswith("_copy") else ()
+            is_copy = name.endswith("_copy") and operation.namespace == "aten"
+            aliases += (name.removesuffix("_copy"),) if is_copy else ()
             self.rule = next((rules[alias] for alias in aliases if alias in rules), None)
         # whether it reads the numbers of its arguments, or what lies around its argument in memory
         self.reads = not self.is_view and (self.rule is None or self.rule.reads)

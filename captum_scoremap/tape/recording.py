@@ -301,7 +301,7 @@ class Recording(Run):
                 return args[0]
         if operation.name.startswith("_foreach"):  # on a CPU, and so to us, one operation for each tensor
             return self.recorded(func._op_dk, DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        body = _MADE_OF.get(func.overloadpacket.__name__, func.decompose)
+        body = _MADE_OF.get(func.overloadpacket.__name__, getattr(func, "impl_aten", func.decompose))
         made = self.recorded(body, *args, **kwargs)
         if made is not NotImplemented:
             return made

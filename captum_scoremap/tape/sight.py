@@ -116,6 +116,13 @@ class Sight:
             storage = tensor.untyped_storage()
             self.bare[storage._cdata] = StorageWeakRef(storage), operation in _ZEROS
 
+    def copied(self, copy: Tensor, tensor: Tensor) -> None:
+        """Note that a constant is a copy of another, whose memory may not have been filled yet."""
+        bare = self.bare.get(tensor.untyped_storage()._cdata)
+        if bare is not None:
+            storage = copy.untyped_storage()
+            self.bare[storage._cdata] = StorageWeakRef(storage), bare[1]
+
     def placed(self, tensor: Tensor) -> None:
         """Note that a tensor was given other memory, as copies and pickles of tensors are."""
         if tensor.is_floating_point() and any(way in _COPIES or "storage" in way for way in self.exits):
