@@ -358,3 +358,17 @@ def test_adaptive_pools_have_windows_of_different_lengths() -> None:
     direction = torch.tensor([[[[0.0, 0.0, 1.0, 0.0, 0.0]]]], dtype=torch.float64)
     found = boundary(nn.Sequential(nn.AdaptiveMaxPool2d((1, 3))), direction, image)
     assert_close(found.distance, torch.tensor([6.0], dtype=torch.float64))
+
+
+def test_another_branch_is_another_region() -> None:
+    def model(x: Tensor) -> Tensor:
+        return 2 * x.relu() if x[0, 0] > 1 else x
+
+    here, near, there = (freeze(model, torch.full((1, 2), number)) for number in (1.5, 1.6, 0.5))
+    assert here.same_region(near)
+    assert not here.same_region(there)
+    with pytest.raises(ValueError, match="got one that took another branch there"):
+        here.flipped(there)
+    for other in (freeze(nn.Tanh(), torch.ones(1, 2)), freeze(model, torch.full((1, 3), 1.5))):
+        with pytest.raises(ValueError, match="other must be the same model, .*; got different switches"):
+            here.same_region(other)

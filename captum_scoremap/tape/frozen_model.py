@@ -44,6 +44,7 @@ class FrozenModel:
         self._tape.copy_inference_tensors()
         self._check_constants = recording.tape.check_of_constants("the frozen model", "Freeze the model again.")
         self._inputs = inputs
+        self._function = recording.forward_func
         self._ran = frozenset(recording.modules.calls)
         self._layers = {site[0]: tapped for site, tapped in recording.tapped.items() if site is not None}
         self._names: dict[Step, str] = {}
@@ -132,23 +133,31 @@ class FrozenModel:
 
         Raises:
             TypeError: If the other is no frozen model.
-            ValueError: If the two are not frozen from the same model at inputs of one shape.
+            ValueError: If the two are not frozen from the same model at inputs of one shape, or it took another branch.
         """
-        if not isinstance(other, FrozenModel):
-            raise TypeError(
-                f"other must be a frozen model, got {type(other).__name__}. Freeze the model at the other input."
-            )
-        mine, others = self.switches, other.switches
-        if mine.keys() != others.keys() or any(mine[name].shape != others[name].shape for name in mine):
-            raise ValueError(
-                "other must be the same model, frozen at an input of the same shape; got different switches."
-            )
+        mine, others = self.switches, self._check_frozen(other).switches
+        if _shapes(mine) != _shapes(others):
+            another = "one that took another branch there" if self._is_of(other) else "different switches"
+            raise ValueError(f"other must be the same model, frozen at an input of the same shape; got {another}.")
         counts = {name: int((mine[name] != others[name]).sum()) for name in mine}
         return {name: count for name, count in counts.items() if count}
 
     def same_region(self, other: "FrozenModel") -> bool:
-        """Return whether the two images lie in the same linear region: all masks and switches agree."""
-        return not self.flipped(other)
+        """Return whether the two images lie in the same linear region: all masks, switches and branches agree."""
+        is_elsewhere = self._is_of(self._check_frozen(other)) and _shapes(self.switches) != _shapes(other.switches)
+        return not is_elsewhere and not self.flipped(other)
+
+    def _check_frozen(self, other: "FrozenModel") -> "FrozenModel":
+        if not isinstance(other, FrozenModel):
+            raise TypeError(
+                f"other must be a frozen model, got {type(other).__name__}. Freeze the model at the other input."
+            )
+        return other
+
+    def _is_of(self, other: "FrozenModel") -> bool:
+        """Return whether it is the same model at inputs of the same shapes, whatever that did with them."""
+        shapes = [[tensor.shape for tensor in one._inputs] for one in (self, other)]
+        return self._function is other._function and shapes[0] == shapes[1]
 
     def distance_to_boundary(self, direction: Tensor | Sequence[Tensor]) -> Boundary:
         """Return the first step along ``direction`` at which a switch flips.
@@ -176,6 +185,10 @@ class FrozenModel:
             )
         with torch.no_grad():
             return nearest_boundary(self._tape, self._names, self._inputs, directions)
+
+
+def _shapes(switches: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: switch.shape for name, switch in switches.items()}
 
 
 def _like(those: Sequence[Tensor | Value], given: tuple[Any, ...], wanted: str) -> tuple[Tensor, ...]:
