@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -797,3 +798,90 @@ def test_gradients_of_frozen_models_count_the_value_that_stays(place: Callable[[
     leaf = torch.zeros_like(x, requires_grad=True)
     (found,) = torch.autograd.grad(freeze(model, x)(leaf), leaf)
     assert_close(found, linear_form(model, x).coefficients, **EXACT)
+
+
+class Resampled(nn.Module):
+    """``F.interpolate`` behind a layer, and a linear head."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Identity(), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.layer(x), **self.how).flatten(1)
+        return y @ randn(y.shape[1], 3).to(x.dtype)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """Return what the scores make of each element, (3, *sizes), one by one and in the image's layout."""
+        columns = []
+        for place in np.ndindex(*x.shape[1:]):
+            unit = torch.zeros_like(x)
+            unit[(0, *place)] = 1.0
+            columns.append(self(unit)[0])
+        return torch.stack(columns, -1).reshape(3, *x.shape[1:])
+
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+SIZES: dict[str, tuple[list[tuple[int, ...]], list[Any]]] = {
+    "nearest": ([(4,), (3, 4), (2, 3, 4)], [1.1, 1.5, 2.0, 2.1, 0.5]),
+    "nearest-exact": ([(4,), (3, 4), (2, 3, 4)], [1.1, 2.1, 0.7]),
+    "linear": ([(4,)], [1.1, 2.1]),
+    "bilinear": ([(3, 4)], [1.1, 2.1]),
+    "trilinear": ([(2, 3, 4)], [1.1, 2.1]),
+    "bicubic": ([(4, 4), (3, 5)], [1.1, 1.2, (1.5, 1.1), 2.1]),
+}
+FACTORS = [
+    (mode, shape, {"scale_factor": factor})
+    for mode, (shapes, factors) in SIZES.items()
+    for shape in shapes
+    for factor in factors
+]
+ALIASED = [
+    (mode, (5, 4), {"antialias": True, **how})
+    for mode in ("bilinear", "bicubic")
+    for how in (
+        *(
+            {"size": size, "align_corners": c}
+            for size in ((3, 1), (7, 1), (1, 3), (1, 1), (3, 2))
+            for c in (False, True)
+        ),
+        *({"scale_factor": factor} for factor in (1.1, (1.4, 1.1), (1.1, 0.5), 2.0)),
+    )
+]
+BY_ROUNDING = [("nearest", (14,), {"size": 46}), ("nearest-exact", (2,), {"size": 41})]
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize(("mode", "sizes", "how"), FACTORS + ALIASED + BY_ROUNDING)
+def test_resampling_is_transposed_as_it_runs(
+    mode: str, sizes: tuple[int, ...], how: dict[str, Any], channels: int
+) -> None:
+    """Also where PyTorch's own backward pass is that of another resampling."""
+    model, contiguous = Resampled(mode=mode, **how), randn(2, channels, *sizes)
+    for x in (contiguous, contiguous.to(memory_format=LAST[contiguous.ndim])) if len(sizes) > 1 else (contiguous,):
+        form = linear_form(model, x, 1)
+        assert_close(form.coefficients, model.matrix(x)[1].expand_as(x), **EXACT)
+        assert_close(form.sums + form.bias, form.score, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ((5, 4), {"mode": "bicubic", "antialias": True, "size": (3, 1)}),
+        ((4, 4), {"mode": "bicubic", "scale_factor": 1.1}),
+        ((4,), {"mode": "nearest", "scale_factor": 1.1}),
+        ((2,), {"mode": "nearest-exact", "size": 41}),
+        ((2, 3, 4), {"mode": "nearest", "scale_factor": (2.1, 1.1, 1.3)}),
+    ],
+)
+def test_resampling_is_transposed_by_all_ways(sizes: tuple[int, ...], how: dict[str, Any], dtype: torch.dtype) -> None:
+    close = EXACT if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    model, x = Resampled(**how), randn(2, 3, *sizes).to(dtype).requires_grad_()
+    matrix = model.matrix(x.detach())
+    maps = LayerScoreMap(model, model.layer).attribute_targets(x.detach())
+    assert_close(maps, (matrix * x.detach()[:, None]).sum(2), **close)
+    again = LayerScoreMap(model, model.layer).attribute(x, 1, grad_kwargs={"create_graph": True})
+    assert_close(torch.autograd.grad(again.sum(), x)[0], matrix[1].expand_as(x), **close)
+    frozen = freeze(model, x.detach())
+    assert_close(torch.autograd.grad(frozen(x)[:, 1].sum(), x)[0], matrix[1].expand_as(x), **close)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .call import Call, Value
 from .coefficients import conjugate, summed_to
 from .moving import Copy, Placing, Split, cast_back, cloned, joined, parted, reshaped, scattered, strided, viewed
+from .resampling import resampled
 from .rule import Linear
 
 __all__ = ["AFFINE", "reduced"]
@@ -137,13 +138,18 @@ AFFINE: dict[str, Linear] = {
     **dict.fromkeys(
         """
         positive where masked_fill reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
-        replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-        upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
-        _upsample_bicubic2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
-        _conj conj conj_physical _conj_physical resolve_conj resolve_neg real imag deg2rad
-        rad2deg
+        replication_pad2d replication_pad3d upsample_nearest2d upsample_linear1d upsample_bilinear2d
+        upsample_trilinear3d _upsample_nearest_exact2d _conj conj conj_physical _conj_physical resolve_conj resolve_neg
+        real imag deg2rad rad2deg
         """.split(),
         Linear(keeps_gates=True),
+    ),
+    **dict.fromkeys(
+        """
+        upsample_nearest1d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact3d upsample_bicubic2d
+        _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+        """.split(),
+        Linear(apply=resampled, keeps_gates=True),
     ),
     # of gates these make no gate
     "as_strided_scatter": Linear(apply=scattered),
