@@ -370,5 +370,5 @@ def test_another_branch_is_another_region() -> None:
     with pytest.raises(ValueError, match="got one that took another branch there"):
         here.flipped(there)
     for other in (freeze(nn.Tanh(), torch.ones(1, 2)), freeze(model, torch.full((1, 3), 1.5))):
-        with pytest.raises(ValueError, match="other must be the same model, .*; got different switches"):
+        with pytest.raises(ValueError, match=r"other must be the same model, .*; got different switches"):
             here.same_region(other)
