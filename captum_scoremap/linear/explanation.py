@@ -219,7 +219,7 @@ def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Itera
             )
             return
     is_frozen = recording.has_frozen(score)  # and whatever it depends on
-    if not is_frozen and not recording.is_live(score):
+    if recording.modules.roots and not is_frozen and not recording.is_live(score):
         warn(
             "the score does not depend on the inputs: every map is zero, and all of S is in B. If the model keeps what "
             "it computed for an earlier call with the same image, clear that before."

@@ -431,6 +431,7 @@ def in_table(namespace: str, name: str) -> str:
 
 
 _TAKEN = {name.partition(".")[0] for name in DEFAULT if "::" not in name} | {*map(display_name, DEFAULT), *_ATEN_NAMES}
+_TAKEN -= {"convert_element_type"}  # of torch.ops.prims alone
 
 
 _OPERATIONS: set[str] = set()  # names of all operations there are, as far as they were asked for

@@ -28,6 +28,7 @@ __all__ = ["Sight", "collector_paused"]
 
 # Ways for tensors to leave for Python and come back.
 _COPIES = ("__deepcopy__", "__reduce_ex__")
+_FILLED = "what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)"
 _UNFILLED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
@@ -39,7 +40,7 @@ class Sight:
         self.modules = modules
         self.exits: list[str] = []  # ways in which numbers of live tensors left
         self.single_exits = 0  # how many left one by one, as ``item()`` and ``float()`` have it
-        self.bare: dict[int, tuple[StorageWeakRef, bool]] = {}  # new memory, which something unseen may fill
+        self.bare: dict[int, _Bare] = {}  # new memory, which something unseen may fill
         self.open: dict[int, _Open] = {}  # memory whose address left PyTorch, and what it held after each operation
         self._hidden: dict[tuple[str, str], None] = {}
         self.unsupported: dict[tuple[str, str], None] = {}
@@ -47,7 +48,7 @@ class Sight:
         self.state_read: list[Tensor] = []  # parameters, and buffers of modules, that were read
         # tensors of the run that a collection took for older ones
         self._once_young: dict[int, weakref.ref[Tensor]] = {}
-        self.suspects: list[tuple[Tensor, str, str]] = []  # tensors, what they show if none settles it, and where
+        self.suspects: list[_Suspect] = []  # tensors, what they show if none settles it, and where
 
     # -- what is refused
 
@@ -114,25 +115,33 @@ class Sight:
         """Note that an operation made a constant, and may have left its memory for something unseen to fill."""
         if (operation in _UNFILLED or operation in _ZEROS) and tensor.numel() and tensor.is_floating_point():
             storage = tensor.untyped_storage()
-            self.bare[storage._cdata] = StorageWeakRef(storage), operation in _ZEROS
+            self.bare[storage._cdata] = _Bare(StorageWeakRef(storage), operation in _ZEROS)
 
     def copied(self, copy: Tensor, tensor: Tensor) -> None:
-        """Note that a constant is a copy of another, whose memory may not have been filled yet."""
+        """Note that a constant is a copy of another, whose memory may have been filled, or not yet.
+
+        What was filled is suspect from now on, unless an operation writes to the copy before one reads it.
+        """
         bare = self.bare.get(tensor.untyped_storage()._cdata)
         if bare is not None:
+            suspect, bare.suspect = bare.suspect, None
+            if suspect is None and self._is_filled(bare, tensor):
+                suspect = self._suspect(tensor, _FILLED)
             storage = copy.untyped_storage()
-            self.bare[storage._cdata] = StorageWeakRef(storage), bare[1]
+            self.bare[storage._cdata] = _Bare(StorageWeakRef(storage), bare.holds_zeros, suspect)
 
     def placed(self, tensor: Tensor) -> None:
         """Note that a tensor was given other memory, as copies and pickles of tensors are."""
         if tensor.is_floating_point() and any(way in _COPIES or "storage" in way for way in self.exits):
             storage = tensor.untyped_storage()
-            self.bare[storage._cdata] = StorageWeakRef(storage), False
+            self.bare[storage._cdata] = _Bare(StorageWeakRef(storage), False)
 
     def written(self, tensor: Tensor) -> None:
         """Note that an operation wrote to a tensor's memory."""
         if self.bare:
-            self.bare.pop(tensor.untyped_storage()._cdata, None)
+            bare = self.bare.pop(tensor.untyped_storage()._cdata, None)
+            if bare is not None and bare.suspect is not None:
+                self.suspects = [one for one in self.suspects if one is not bare.suspect]
 
     def lift(self, tensor: Tensor) -> None:
         """Meet a tensor made of Python's or NumPy's numbers: a constant, unless numbers of live tensors went there.
@@ -212,15 +221,20 @@ class Sight:
         if tensor.layout is not torch.strided:
             return
         bare = self.bare.pop(tensor.untyped_storage()._cdata, None)
-        with unrecorded():
-            is_filled = bare is not None and (not bare[1] or bool(tensor.any()))
-        if is_filled:
-            self._suspect(tensor, "what filled a new tensor's memory (a compiled kernel, NumPy, or a copy by Python)")
+        if bare is not None and bare.suspect is None and self._is_filled(bare, tensor):
+            self._suspect(tensor, _FILLED)
 
-    def _suspect(self, tensor: Tensor, what: str) -> None:
+    @staticmethod
+    def _is_filled(bare: "_Bare", tensor: Tensor) -> bool:
+        with unrecorded():
+            return not bare.holds_zeros or bool(tensor.any())
+
+    def _suspect(self, tensor: Tensor, what: str) -> "_Suspect":
         """Note that a tensor is not what operations left in it, unless it is a literal in scripted code."""
         with unrecorded():
-            self.suspects.append((tensor.detach().clone(), what, self.modules.current_name))
+            suspect = tensor.detach().clone(), what, self.modules.current_name
+        self.suspects.append(suspect)
+        return suspect
 
     def settle(self) -> None:
         """Take suspects for the constants that they are which stand, number by number, in the code that ran last.
@@ -232,6 +246,18 @@ class Sight:
                 graph = torch._C._last_executed_optimized_graph()
                 known = [*_literals_in(graph), *_constants_in(graph)]
                 self.suspects = [one for one in self.suspects if not any(_is_alike(one[0], other) for other in known)]
+
+
+_Suspect = tuple[Tensor, str, str]
+
+
+@dataclass
+class _Bare:
+    """New memory, which something unseen may fill."""
+
+    storage: StorageWeakRef  # keeps the address from being reused
+    holds_zeros: bool  # until it is filled
+    suspect: _Suspect | None = None  # what it is a copy of
 
 
 @dataclass
