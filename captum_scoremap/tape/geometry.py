@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from captum_scoremap.checks import has_memory
+from captum_scoremap.checks import has_memory, unrecorded
 
 __all__ = ["Geometry", "are_apart", "fills", "geometry", "is_crossed", "overlaps"]
 
@@ -62,7 +62,8 @@ def overlaps(tensor: Tensor) -> bool:
     reach = 0
     for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count != 1):
         if step <= reach:  # it may still fit into gaps
-            return bool(_places(tensor).unique().numel() < size.numel())
+            with unrecorded():
+                return bool(_places(tensor).unique().numel() < size.numel())
         reach += (count - 1) * step
     return False
 
@@ -79,8 +80,9 @@ def is_crossed(tensor: Tensor, other: Tensor) -> bool:
         if are_apart(geometry(tensor), geometry(other)):
             return False
     size = max(tensor.element_size(), other.element_size())
-    first, second = (_places(one) * one.element_size() // size for one in (tensor, other))
-    return bool(torch.isin(first, second.unique()).any())
+    with unrecorded():
+        first, second = (_places(one) * one.element_size() // size for one in (tensor, other))
+        return bool(torch.isin(first, second.unique()).any())
 
 
 def _broadcast(place: Geometry, shape: torch.Size) -> tuple[list[int], int]:
