@@ -360,6 +360,13 @@ def test_adaptive_pools_have_windows_of_different_lengths() -> None:
     assert_close(found.distance, torch.tensor([6.0], dtype=torch.float64))
 
 
+class Steps(nn.Module):
+    """Of which a method is the model."""
+
+    def ahead(self, x: Tensor) -> Tensor:
+        return 2 * x if x.sum() > 0 else x.relu()
+
+
 def test_another_branch_is_another_region() -> None:
     def model(x: Tensor) -> Tensor:
         return 2 * x.relu() if x[0, 0] > 1 else x
@@ -369,6 +376,8 @@ def test_another_branch_is_another_region() -> None:
     assert not here.same_region(there)
     with pytest.raises(ValueError, match="got one that took another branch there"):
         here.flipped(there)
+    steps = Steps().eval()
+    assert not freeze(steps.ahead, torch.ones(1, 2)).same_region(freeze(steps.ahead, -torch.ones(1, 2)))
     for other in (freeze(nn.Tanh(), torch.ones(1, 2)), freeze(model, torch.full((1, 3), 1.5))):
         with pytest.raises(ValueError, match=r"other must be the same model, .*; got different switches"):
             here.same_region(other)

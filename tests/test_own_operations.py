@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from captum_scoremap import ScoreMap, UnsupportedOperationError, linear_form
-from captum_scoremap.rules import Gate, Rule, Tangent, with_rules
+from captum_scoremap.rules import Frozen, Gate, Rule, Tangent, with_rules
 from tests.between import EXACT, assert_as_plain, assert_exact, assert_is_gradient, assert_refused, between, some_images
 
 LIBRARY = torch.library.Library("scoremap_tests", "FRAGMENT")
@@ -77,8 +77,18 @@ def test_rules_for_operations_of_pytorch_are_not_for_those_of_others_by_the_same
     for key in ("relu", torch.relu, torch.ops.aten.relu):
         with pytest.raises(UnsupportedOperationError, match="scoremap_names::relu"):
             linear_form(NAMED["relu"], torch.ones(1, 2), 0, rules={key: Tangent()})
-    with pytest.raises(ValueError, match="got 'scoremap_names::nothing', which is none"):
-        linear_form(torch.relu, torch.ones(1, 2), 0, rules={"scoremap_names::nothing": Tangent()})
+    for key in ("scoremap_names::relu", "scoremap_names::relu.default"):
+        assert_is_gradient(NAMED["relu"], rules={key: Tangent()})
+        assert_as_plain(torch.relu, torch.relu, rules={key: Frozen()})
+
+
+@pytest.mark.parametrize("namespace", ["scoremap_names", "nobody", "torchvision", "prims", "quantized"])
+@pytest.mark.parametrize("name", ["nothing", "abs", "abs_", "abs.default", "abs.out"])
+def test_a_name_of_another_library_that_has_none_such_is_refused(namespace: str, name: str) -> None:
+    if (namespace, name) in {("prims", "abs"), ("prims", "abs.default")}:
+        return
+    with pytest.raises(ValueError, match=rf"got '{namespace}::{name}', which is none"):
+        with_rules({f"{namespace}::{name}": Frozen()})
 
 
 @pytest.mark.parametrize("name", ["sum", "amax", "transpose", "where", "var", "add"])

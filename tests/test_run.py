@@ -241,3 +241,38 @@ def test_vmap_and_gradients_inside_the_model_are_seen(generator: torch.Generator
     expected = (weight[0] + 2) * (image > 0)
     assert_close(form.coefficients, expected, rtol=1e-12, atol=1e-13)
     assert_close(form.residual, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+HOMES = (
+    torch.Tensor,
+    torch,
+    torch.utils,
+    torch.utils.dlpack,
+    torch.UntypedStorage,
+    torch.autograd.function.FunctionCtx,
+)
+
+
+@pytest.mark.parametrize("name", ["numpy", "tolist", "data_ptr", "as_subclass", "data", "__deepcopy__"])
+def test_what_others_put_in_place_of_a_method_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profiler's, say, be it put there before the run or by the model itself."""
+    theirs = getattr(torch.Tensor, name)  # as good as any other
+    theirs = theirs if name == "data" else lambda *args, of=theirs: of(*args)
+    monkeypatch.setattr(torch.Tensor, name, theirs, raising=False)
+    before = [dict(vars(home)) for home in HOMES]
+    linear_form(nn.Flatten().eval(), torch.ones(1, 1, 2, 2), 0)
+    assert [dict(vars(home)) for home in HOMES] == before
+    assert vars(torch.Tensor)[name] is theirs
+
+
+def test_what_the_model_puts_in_place_of_a_method_stays() -> None:
+    def theirs(tensor: Tensor) -> object:
+        return torch._C.TensorBase.tolist(tensor)
+
+    def model(x: Tensor) -> Tensor:
+        torch.Tensor.tolist = theirs
+        return x.flatten(1)
+
+    linear_form(model, torch.ones(1, 1, 2, 2), 0)
+    assert vars(torch.Tensor)["tolist"] is theirs
+    del torch.Tensor.tolist

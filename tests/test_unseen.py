@@ -1213,6 +1213,11 @@ CROSSED: dict[str, Callable[[Tensor], object]] = {
     "clamp_": lambda y: y.clamp_(min=y[:, :1]),
     "out=": lambda y: torch.sub(y, y[:, :1], out=y),
     "out=, a part": lambda y: torch.mul(y[:, :-1], 2.0, out=y[:, 1:]),
+    "out=, a product": lambda y: torch.bmm(y, torch.ones(len(y), 4, 4, dtype=y.dtype), out=y),
+    "out=, a sum": lambda y: torch.sum(y, 2, out=y[:, :, 0]),
+    "out=, a sum kept": lambda y: torch.sum(y, 1, keepdim=True, out=y[:, :1]),
+    "masked_scatter_": lambda y: y.masked_scatter_(y > 0, y),
+    "index_add_": lambda y: y.index_add_(1, torch.tensor([2, 1, 0]), y),
 }
 
 
@@ -1236,6 +1241,7 @@ NOT_CROSSED: dict[str, Callable[[Tensor], object]] = {
     "halves": lambda y: y[..., :2].sub_(y[..., 2:]),
     "an index": lambda y: y[:, [0, 1]].copy_(y[:, [1, 0]]),
     "out= itself": lambda y: torch.mul(y, 2.0, out=y),
+    "out= along itself": lambda y: torch.cumsum(y, 2, out=y),
     "out= apart": lambda y: torch.mul(y[:, :1], 2.0, out=y[:, 1:2]),
 }
 
@@ -1362,3 +1368,9 @@ def test_a_model_that_keeps_its_last_answer_is_warned_of() -> None:
             use()
     model.last = None
     assert ScoreMap(model).attribute(images, 1).any()
+
+
+def test_numbers_that_become_the_score_are_named() -> None:
+    model = Wrapped(lambda x: torch.full((len(x), 2), x.sum().item()))
+    with pytest.warns(UserWarning, match="the values of these operations are frozen, .*: item"):
+        linear_form(model, torch.ones(1, 3, 2, 2), 0)

@@ -210,22 +210,23 @@ def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Itera
     if recording.leaves_layers and recording.has_additional:
         maps = [list(each) for each in maps]
         with unrecorded():
-            is_constant = not any(bool(one.any()) for each in maps for one in each)
-        if is_constant:
+            is_zero = not any(bool(one.any()) for each in maps for one in each)
+        if is_zero:
             warn(
                 "a map is zero everywhere: the layer does not depend on the image, and is a constant factor of what "
                 "does. All of S is in B. To explain the layer, make what it depends on the input, and the image an "
                 "additional argument."
             )
             return
-    is_frozen = recording.has_frozen(score)  # and whatever it depends on
-    if recording.modules.roots and not is_frozen and not recording.is_live(score):
+    is_constant = not recording.is_live(score)
+    is_frozen = recording.has_frozen(score) or (is_constant and recording.sight.single_exits > 0)
+    frozen = [(name, module) for name, module in recording.frozen if is_frozen or name in _BREAKS]  # what it depends on
+    if is_constant and recording.modules.roots and not frozen:
         warn(
             "the score does not depend on the inputs: every map is zero, and all of S is in B. If the model keeps what "
             "it computed for an earlier call with the same image, clear that before."
         )
         return
-    frozen = [(name, module) for name, module in recording.frozen if is_frozen or name in _BREAKS]
     with unrecorded():
         is_empty = frozen and any(not any(bool(one.any()) for one in each) for each in maps)
     if not is_empty:

@@ -384,9 +384,14 @@ def _aten_names(operation: Any) -> tuple[str, ...]:
     namespace, _, name = name.rpartition("::")
     if isinstance(operation, torch._ops.OpOverloadPacket):
         namespace = operation._qualified_op_name.partition("::")[0]
-    full = in_table(namespace, name) if namespace else name
-    if full != name and (full in DEFAULT or _first_known((full,))):
-        return (_plain(full),)
+    if namespace:
+        full = in_table(namespace, name)
+        # be its library there or not
+        is_own = full in DEFAULT and (full != name or (namespace in _KNOWN and not hasattr(torch.ops.aten, name)))
+        if not is_own and _first_known((f"{namespace}::{name}",)) is None:
+            raise _no_operation(operation, ValueError if isinstance(operation, str) else TypeError)
+        if full != name:
+            return (_plain(full),)
     if name.startswith("__i") and name.endswith("__"):
         name = "__" + name[3:]
     if name in DEFAULT:  # and may arrive as other operations, too
@@ -426,7 +431,8 @@ def in_table(namespace: str, name: str) -> str:
         >>> in_table("aten", "add"), in_table("mine", "add"), in_table("mine", "merge")
         ('add', 'mine::add', 'merge')
     """
-    is_other = namespace.startswith("quantized") or (namespace not in _KNOWN and display_name(_plain(name)) in _TAKEN)
+    is_taken = display_name(_plain(name).partition(".")[0]) in _TAKEN
+    is_other = namespace.startswith("quantized") or (namespace not in _KNOWN and is_taken)
     return f"{namespace}::{name}" if is_other else name
 
 
@@ -442,8 +448,9 @@ def _first_known(names: Sequence[str]) -> str | None:
     if _OPERATIONS.isdisjoint(names):  # libraries may have added some since
         for one in torch._C._dispatch_get_all_op_names():
             name, _, overload = one.rpartition("::")[2].partition(".")
-            full = one.partition(".")[0]
-            _OPERATIONS.update((name, _plain(name), display_name(name), f"{name}.{overload or 'default'}", full))
+            full, exact = one.partition(".")[0], f"{name}.{overload or 'default'}"
+            namespace = full.removesuffix(name)
+            _OPERATIONS.update((name, _plain(name), display_name(name), exact, full, f"{namespace}{exact}"))
     return next((name for name in names if name in _OPERATIONS), None)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from captum_scoremap.rules import Call, Copy, Value, floating, tensors_in
 
-from .geometry import is_crossed, overlaps
+from .geometry import are_alike, overlaps, share
 from .operation import Operation
 from .run import Run
 from .steps import Step
@@ -86,11 +86,25 @@ def change(run: Run, func: Any, operation: Operation, call: Call, step: Step) ->
     return target
 
 
-def check_apart(run: Run, operation: Operation, targets: Sequence[Any], others: Sequence[Tensor]) -> None:
+# What reads all elements of its arguments for each one that it writes, or others.
+_MIXES = set(
+    """
+    mm bmm mv addmm addmv addbmm baddbmm addr masked_scatter scatter scatter_add scatter_reduce index_add index_copy
+    index_reduce index_put put
+    """.split()
+)
+# What reads a single number once, before it writes.
+_READS_ONCE = {"fill", "masked_fill", "index_fill"}
+
+
+def check_apart(run: Run, operation: Operation, targets: Sequence[Any], arguments: Sequence[Tensor]) -> None:
     """Refuse to write to memory that is read at other elements, of which the kernel may have written some before."""
     for target in tensors_in(targets):
-        for other in others:
-            if other is not target and is_crossed(target, other):
+        given = [one for one in arguments if one is target]
+        for other in [*(one for one in arguments if one is not target), *given[1:]]:
+            if not share(target, other) or (operation.name in _READS_ONCE and not other.dim()):
+                continue
+            if operation.name in _MIXES or not are_alike(target, other):
                 raise run.modules.refuse(
                     ValueError(
                         f"what changes in place must not be read from the same memory at other elements, got such a "

@@ -139,7 +139,7 @@ def would_be_baked_in(tensor: Tensor) -> bool:
     return _refused.get()(tensor)
 
 
-_DATA: Any = torch.Tensor.data  # the descriptor, read off the class
+_DATA: Any = torch._C.TensorBase.data  # the descriptor, read off the class
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
@@ -152,25 +152,19 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
         run.count_changes([tensor])  # in memory where none of its were counted
 
 
-# What is watched, what hears of it before and after; for each name whether the class defines it itself, rather than its
-# base class.
-_WATCHED: tuple[tuple[Any, Callable[..., bool | None] | None, Callable[..., None] | None, dict[str, bool]], ...] = (
-    tuple(
-        (home, before, after, {name: name in vars(home) for name in names})
-        for home, before, after, names in (
-            (torch.Tensor, _leave, None, _EXITS),
-            *((home, _leave, None, ("to_dlpack",)) for home in (torch, torch.utils.dlpack)),
-            (torch.Tensor, _leave, _copied, ("__deepcopy__",)),
-            (torch.Tensor, None, _wrapped, ("_make_subclass", "as_subclass")),
-            (torch.Tensor, _map, None, _PYTHON),
-            (torch.Tensor, _list, None, ("new_tensor",)),
-            (torch, _list, None, _OF_LISTS),
-            (torch.autograd.function.FunctionCtx, _mark, None, ("mark_dirty",)),
-            (torch.utils, _swap, _swapped, ("swap_tensors",)),
-            (UntypedStorage, _resize, None, ("resize_",)),
-            (UntypedStorage, _pass_storage, None, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
-        )
-    )
+# What is watched, and what hears of it before and after.
+_WATCHED: tuple[tuple[Any, Callable[..., bool | None] | None, Callable[..., None] | None, tuple[str, ...]], ...] = (
+    (torch.Tensor, _leave, None, _EXITS),
+    *((home, _leave, None, ("to_dlpack",)) for home in (torch, torch.utils.dlpack)),
+    (torch.Tensor, _leave, _copied, ("__deepcopy__",)),
+    (torch.Tensor, None, _wrapped, ("_make_subclass", "as_subclass")),
+    (torch.Tensor, _map, None, _PYTHON),
+    (torch.Tensor, _list, None, ("new_tensor",)),
+    (torch, _list, None, _OF_LISTS),
+    (torch.autograd.function.FunctionCtx, _mark, None, ("mark_dirty",)),
+    (torch.utils, _swap, _swapped, ("swap_tensors",)),
+    (UntypedStorage, _resize, None, ("resize_",)),
+    (UntypedStorage, _pass_storage, None, (*_STORAGE_EXITS, *_STORAGE_ENTRIES)),
 )
 
 
@@ -191,8 +185,16 @@ def _watched(
                 after(run, output, *args, *kwargs.values())
         return output
 
-    watched.plain = plain  # type: ignore[attr-defined]
     return watched
+
+
+# Where something was replaced, what stood there before, if the class itself defined it, and what stands there now.
+_replaced: list[tuple[Any, str, Any, Any]] = []
+
+
+def _replace(home: Any, name: str, new: Any) -> None:
+    _replaced.append((home, name, vars(home).get(name), new))
+    setattr(home, name, new)
 
 
 def _watch() -> None:
@@ -200,18 +202,19 @@ def _watch() -> None:
         for name in names:
             watched = _watched(name, getattr(home, name), before, after)
             # its first argument is a class
-            setattr(home, name, staticmethod(watched) if name == "_make_subclass" else watched)
-    torch.Tensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment]  # on the class
+            _replace(home, name, staticmethod(watched) if name == "_make_subclass" else watched)
+    _replace(torch.Tensor, "data", property(_DATA.__get__, _set_data))  # on the class
 
 
 def _watch_no_more() -> None:
-    del torch.Tensor.data
-    for home, _, _, names in _WATCHED:
-        for name, is_own in names.items():
-            if is_own:
-                setattr(home, name, getattr(home, name).plain)
-            else:
-                delattr(home, name)
+    while _replaced:
+        home, name, old, new = _replaced.pop()
+        if vars(home).get(name) is not new:  # the model itself replaced it, to stay
+            continue
+        if old is None:
+            delattr(home, name)
+        else:
+            setattr(home, name, old)
 
 
 _watching: Listeners[Run] = Listeners(_watch, _watch_no_more)

@@ -157,7 +157,7 @@ class FrozenModel:
     def _is_of(self, other: "FrozenModel") -> bool:
         """Return whether it is the same model at inputs of the same shapes, whatever that did with them."""
         shapes = [[tensor.shape for tensor in one._inputs] for one in (self, other)]
-        return self._function is other._function and shapes[0] == shapes[1]
+        return self._function == other._function and shapes[0] == shapes[1]
 
     def distance_to_boundary(self, direction: Tensor | Sequence[Tensor]) -> Boundary:
         """Return the first step along ``direction`` at which a switch flips.

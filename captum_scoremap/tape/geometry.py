@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_scoremap.checks import has_memory, unrecorded
 
-__all__ = ["Geometry", "are_apart", "fills", "geometry", "is_crossed", "overlaps"]
+__all__ = ["Geometry", "are_alike", "are_apart", "fills", "geometry", "overlaps", "share"]
 
 Geometry = tuple[torch.Size, tuple[int, ...], int]
 
@@ -68,17 +68,24 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def is_crossed(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether an element of one tensor lies where another element of the other does, as in a shifted view."""
+def are_alike(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether each element of a tensor lies where that of another does which is broadcast to its shape."""
+    sizes = (1,) * (tensor.dim() - other.dim()) + tuple(other.shape)
+    if len(sizes) > tensor.dim() or any(n not in {1, size} for n, size in zip(sizes, tensor.shape, strict=True)):
+        return False
+    if tensor.element_size() != other.element_size():
+        return False
+    return _broadcast(geometry(other), tensor.shape) == _broadcast(geometry(tensor), tensor.shape)
+
+
+def share(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors share an element of memory."""
     if not (has_memory(tensor) and has_memory(other)):
         return False
     if tensor.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
-    if tensor.element_size() == other.element_size():
-        if _broadcast(geometry(other), tensor.shape) == _broadcast(geometry(tensor), tensor.shape):
-            return False
-        if are_apart(geometry(tensor), geometry(other)):
-            return False
+    if tensor.element_size() == other.element_size() and are_apart(geometry(tensor), geometry(other)):
+        return False
     size = max(tensor.element_size(), other.element_size())
     with unrecorded():
         first, second = (_places(one) * one.element_size() // size for one in (tensor, other))
