@@ -215,3 +215,9 @@ MASKED_OFF: dict[str, tuple[Function, Function]] = {
 @pytest.mark.parametrize("name", MASKED_OFF)
 def test_infinities_of_a_mask_are_off_behind_a_mask(name: str) -> None:
     assert_as_plain(*MASKED_OFF[name])
+
+
+@pytest.mark.parametrize("last", [lambda x: x.softmax(1), torch.sigmoid, lambda x: (2 * x).softmax(1)])
+def test_probabilities_are_warned_of_be_they_all_that_there_is(last: Function) -> None:
+    with pytest.warns(UserWarning, match="the model ends in a softmax or sigmoid"):
+        linear_form(last, torch.ones(1, 3), 0)

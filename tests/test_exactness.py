@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_scoremap import linear_form
+from captum_scoremap import bias_terms, linear_form
 from captum_scoremap.cli import main
 from captum_scoremap.linear import check_exactness
 from captum_scoremap.rules import Call, Frozen, Rule, Tangent
@@ -71,6 +71,10 @@ def test_shares_of_the_bias_sum_to_it(inputs: Tensor) -> None:
     expected = float(linear_form(model, inputs, 1).bias)
     assert sum(layer.bias for layer in found.layers) == pytest.approx(expected, rel=1e-12)
     assert found.bias == pytest.approx(expected, rel=1e-12)
+    terms = bias_terms(model, inputs, 1)
+    for layer in found.layers:
+        term = terms.get(layer.layer or "shift", torch.zeros(1))  # which is the model's own
+        assert layer.bias == pytest.approx(float(term), rel=1e-12)
 
 
 def test_unsupported_operations_are_findings(inputs: Tensor) -> None:

@@ -26,7 +26,6 @@ from captum_scoremap import (
     FusedScoreMap,
     LayerScoreMap,
     NeuronScoreMap,
-    ScoreMap,
     UnsupportedOperationError,
     freeze,
     linear_form,
@@ -1208,6 +1207,7 @@ CROSSED: dict[str, Callable[[Tensor], object]] = {
     "relative to the first": lambda y: y.sub_(y[:, :1]),
     "along rows": lambda y: y[..., 1:].add_(y[..., :-1]),
     "transposed": lambda y: y[:, :3, :3].copy_(y[:, :3, :3].transpose(1, 2)),
+    "transposed, two by two": lambda y: y[:, :2, :2].copy_(y[:, :2, :2].transpose(1, 2)),
     "lerp_": lambda y: y.lerp_(y[..., :1], 0.5),
     "addcmul_": lambda y: y.addcmul_(y[:, :1], torch.ones_like(y)),
     "clamp_": lambda y: y.clamp_(min=y[:, :1]),
@@ -1347,27 +1347,6 @@ def test_memory_that_was_cast_and_that_something_unseen_filled_is_refused(name: 
 
     with pytest.raises(UnsupportedOperationError, match="what filled a new tensor's memory"):
         linear_form(function, images)
-
-
-def test_a_model_that_keeps_its_last_answer_is_warned_of() -> None:
-    class Remembering(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-            self.last: tuple[Tensor, Tensor] | None = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.last is None or not torch.equal(self.last[0], x):
-                self.last = x, self.layer(x)
-            return self.last[1]
-
-    model, images = Remembering().eval(), torch.randn(2, 1, 2, 2)
-    ScoreMap(model).attribute(images, 1)
-    for use in (lambda: ScoreMap(model).attribute(images, 1), lambda: CompleteScoreMap(model).attribute(images, 1)):
-        with pytest.warns(UserWarning, match="the score does not depend on the inputs"):
-            use()
-    model.last = None
-    assert ScoreMap(model).attribute(images, 1).any()
 
 
 def test_numbers_that_become_the_score_are_named() -> None:

@@ -218,15 +218,9 @@ def warn_of_empty_maps(recording: Recording, score: Tensor, maps: Iterable[Itera
                 "additional argument."
             )
             return
-    is_constant = not recording.is_live(score)
-    is_frozen = recording.has_frozen(score) or (is_constant and recording.sight.single_exits > 0)
-    frozen = [(name, module) for name, module in recording.frozen if is_frozen or name in _BREAKS]  # what it depends on
-    if is_constant and recording.modules.roots and not frozen:
-        warn(
-            "the score does not depend on the inputs: every map is zero, and all of S is in B. If the model keeps what "
-            "it computed for an earlier call with the same image, clear that before."
-        )
-        return
+    # whatever the score depends on, and all where it was made of numbers that left
+    is_frozen = recording.has_frozen(score) or (recording.sight.single_exits > 0 and not recording.is_live(score))
+    frozen = [(name, module) for name, module in recording.frozen if is_frozen or name in _BREAKS]
     with unrecorded():
         is_empty = frozen and any(not any(bool(one.any()) for one in each) for each in maps)
     if not is_empty:
