@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -49,17 +48,10 @@ def test_an_error_undoes_it_too(name: str) -> None:
 def test_explaining_on_several_threads_leaves_all_as_it_was() -> None:
     model, before = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), state()
 
-    def explain() -> None:
+    def explain(_: int) -> None:
         for _ in range(20):
             linear_form(model, torch.randn(2, 4), 1)
 
-    at_once(explain, 4)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(explain, range(4)))
     assert state() == before
-
-
-def at_once(function: Callable[[], None], count: int) -> None:
-    threads = [threading.Thread(target=function) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()

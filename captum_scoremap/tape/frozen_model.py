@@ -17,6 +17,8 @@ from .steps import Step, Tape
 
 __all__ = ["FrozenModel", "freeze"]
 
+_SAME_MODEL = "other must be the same model, frozen at an input of the same shape"
+
 
 class FrozenModel:
     """A model with everything nonlinear in it frozen at an image; made by :func:`freeze`.
@@ -135,29 +137,29 @@ class FrozenModel:
             TypeError: If the other is no frozen model.
             ValueError: If the two are not frozen from the same model at inputs of one shape, or it took another branch.
         """
-        mine, others = self.switches, self._check_frozen(other).switches
-        if _shapes(mine) != _shapes(others):
-            another = "one that took another branch there" if self._is_of(other) else "different switches"
-            raise ValueError(f"other must be the same model, frozen at an input of the same shape; got {another}.")
-        counts = {name: int((mine[name] != others[name]).sum()) for name in mine}
-        return {name: count for name, count in counts.items() if count}
+        counts = self._flipped(other)
+        if counts is None:
+            raise ValueError(f"{_SAME_MODEL}; got one that took another branch there.")
+        return counts
 
     def same_region(self, other: "FrozenModel") -> bool:
         """Return whether the two images lie in the same linear region: all masks, switches and branches agree."""
-        is_elsewhere = self._is_of(self._check_frozen(other)) and _shapes(self.switches) != _shapes(other.switches)
-        return not is_elsewhere and not self.flipped(other)
+        return self._flipped(other) == {}
 
-    def _check_frozen(self, other: "FrozenModel") -> "FrozenModel":
+    def _flipped(self, other: "FrozenModel") -> dict[str, int] | None:
+        """Return how many places of each switch differ; None where the same model took another branch."""
         if not isinstance(other, FrozenModel):
             raise TypeError(
                 f"other must be a frozen model, got {type(other).__name__}. Freeze the model at the other input."
             )
-        return other
-
-    def _is_of(self, other: "FrozenModel") -> bool:
-        """Return whether it is the same model at inputs of the same shapes, whatever that did with them."""
+        mine, others = self.switches, other.switches
+        if _shapes(mine) == _shapes(others):
+            counts = {name: int((mine[name] != others[name]).sum()) for name in mine}
+            return {name: count for name, count in counts.items() if count}
         shapes = [[tensor.shape for tensor in one._inputs] for one in (self, other)]
-        return self._function == other._function and shapes[0] == shapes[1]
+        if self._function == other._function and shapes[0] == shapes[1]:
+            return None
+        raise ValueError(f"{_SAME_MODEL}; got different switches.")
 
     def distance_to_boundary(self, direction: Tensor | Sequence[Tensor]) -> Boundary:
         """Return the first step along ``direction`` at which a switch flips.

@@ -69,13 +69,13 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 def are_alike(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether each element of a tensor lies where that of another does which is broadcast to its shape."""
-    sizes = (1,) * (tensor.dim() - other.dim()) + tuple(other.shape)
-    if len(sizes) > tensor.dim() or any(n not in {1, size} for n, size in zip(sizes, tensor.shape, strict=True)):
-        return False
-    if tensor.element_size() != other.element_size():
-        return False
-    return _broadcast(geometry(other), tensor.shape) == _broadcast(geometry(tensor), tensor.shape)
+    """Return whether two tensors of one memory have each element at the same place, but for axes of one element."""
+    return _axes(tensor) == _axes(other)
+
+
+def _axes(tensor: Tensor) -> tuple[int, int, list[tuple[int, int]]]:
+    shape, strides, offset = geometry(tensor)
+    return tensor.element_size(), offset, [(n, step) for n, step in zip(shape, strides, strict=True) if n > 1]
 
 
 def share(tensor: Tensor, other: Tensor) -> bool:
@@ -90,14 +90,6 @@ def share(tensor: Tensor, other: Tensor) -> bool:
     with unrecorded():
         first, second = (_places(one) * one.element_size() // size for one in (tensor, other))
         return bool(torch.isin(first, second.unique()).any())
-
-
-def _broadcast(place: Geometry, shape: torch.Size) -> tuple[list[int], int]:
-    """Return the strides along axes of more than one element, broadcast to a shape, and its offset."""
-    sizes, steps, offset = place
-    missing = len(shape) - len(sizes)
-    steps = (0,) * missing + tuple(step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
-    return [step for n, step in zip(shape, steps, strict=False) if n > 1], offset
 
 
 def _places(tensor: Tensor) -> Tensor:

@@ -22,9 +22,6 @@ class Operation:
 
     def __init__(self, operation: Any, rules: Mapping[str, Rule]) -> None:
         name, overload = operation.overloadpacket.__name__, operation._overloadname
-        is_quantized = operation.namespace.startswith("quantized")
-        if is_quantized:
-            name = in_table(operation.namespace, name)
         self.overload = operation  # held, so that its identity stays its own
         arguments = operation._schema.arguments
         # positions of arguments that may be tensors
@@ -41,8 +38,7 @@ class Operation:
         self.functional = operation
         if changed or self.outs:
             name, self.functional = _out_of_place(operation, name, overload)
-        if not is_quantized:
-            name = in_table(operation.namespace, name)
+        name = in_table(operation.namespace, name)
         # its name in the table of rules, without the overload, and what errors call it
         self.name = name
         self.display: str = name if "::" in name else display_name(self.functional or operation)
